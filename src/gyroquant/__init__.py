@@ -1,0 +1,35 @@
+"""gyroquant: rotation-based post-training quantization that is proved, CPU-first and exact about bits."""
+
+from gyroquant import maps
+from gyroquant.api import evaluate, load, quantize
+from gyroquant.environment import gyroquant_version
+from gyroquant.errors import (
+    GyroquantError,
+    InputError,
+    MapError,
+    ProofError,
+    RecipeError,
+    UnsupportedModelError,
+)
+from gyroquant.models.prove import Proof
+from gyroquant.pipeline import transform
+from gyroquant.recipe import Recipe, load_recipe
+
+__version__ = gyroquant_version()
+
+__all__ = [
+    "GyroquantError",
+    "InputError",
+    "MapError",
+    "Proof",
+    "ProofError",
+    "Recipe",
+    "RecipeError",
+    "UnsupportedModelError",
+    "evaluate",
+    "load",
+    "load_recipe",
+    "maps",
+    "quantize",
+    "transform",
+]

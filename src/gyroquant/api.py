@@ -1,0 +1,126 @@
+"""What Python users call; the command line calls the same functions."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from gyroquant import pipeline
+from gyroquant.calibration.text import load_text, tokenize, windows
+from gyroquant.environment import versions
+from gyroquant.errors import InputError
+from gyroquant.evaluation.perplexity import PRESETS, score_windows, summary
+from gyroquant.job import prepare
+from gyroquant.models.source import open_model
+from gyroquant.progress import Stages
+from gyroquant.recipe import Recipe
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def quantize(
+    model: str | Path | PreTrainedModel,
+    recipe: str | Path | dict[str, Any] | Recipe,
+    calibration: str | Path | Sequence[str] | None = None,
+    out: str | Path | None = None,
+    *,
+    tokenizer: Any = None,
+    dense: bool = False,
+    overwrite: bool = False,
+    device: str = "cpu",
+    save_dtype: str = "auto",
+    offload: str | Path | None = None,
+    progress: Stages | None = None,
+) -> PreTrainedModel:
+    """Transforms, proves, rounds and saves a model, and returns it loaded back from what was saved.
+
+    `model` is a name on the hub, a folder, a GGUF file or a transformers model; `calibration` a text file, a list of
+    strings or a dataset; `out` a folder that does not exist yet (left out: nothing is kept on disk). The manifest is
+    the attribute `gyroquant_manifest` of the result. Raises a GyroquantError before any work for whatever cannot be
+    done.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        place = Path(out) if out is not None else Path(scratch) / "model"
+        job = prepare(
+            model,
+            place,
+            recipe,
+            calibration,
+            tokenizer=tokenizer,
+            dense=dense,
+            overwrite=overwrite,
+            device=device,
+            save_dtype=save_dtype,
+            offload=offload,
+        )
+        manifest = pipeline.run(job, progress)
+        loaded = load(place, device=device)
+        loaded.gyroquant_manifest = manifest
+        return loaded
+
+
+def load(folder: str | Path, dtype: str | torch.dtype = "auto", device: str = "cpu") -> PreTrainedModel:
+    """Loads a saved model for transformers, online maps included, ready to generate.
+
+    Raises InputError when the folder holds no model.
+    """
+    if not (Path(folder) / "config.json").exists():
+        raise InputError(f"{folder} holds no saved model (it has no config.json)")
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+
+
+def evaluate(
+    model: str | Path | PreTrainedModel,
+    text: str | Path | Sequence[str] = "wikitext2",
+    against: str | Path | PreTrainedModel | None = None,
+    *,
+    preset: Literal["standard", "bbt"] = "standard",
+    window: int | None = None,
+    max_windows: int | None = None,
+    tokenizer: Any = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+    progress: Stages | None = None,
+) -> dict[str, Any]:
+    """Perplexity of a model on a text and, with `against`, its KL divergence from and agreement with another.
+
+    Windows do not overlap and each is predicted from its second token on. `window` and `max_windows` override the
+    preset. Raises InputError for texts and tokenizers that do not fit.
+    """
+    started = time.perf_counter()
+    if preset not in PRESETS:
+        raise InputError(f"there is no preset {preset!r}; presets are {', '.join(PRESETS)}")
+    length, count = PRESETS[preset]
+    length, count = window or length, max_windows or (None if window else count)
+    store = open_model(model)
+    other = None if against is None else open_model(against)
+    source = load_text(text, split="test")
+    ids = tokenize(source, tokenizer or store.tokenizer(), store.config.vocab_size)
+    limit = getattr(store.config, "max_position_embeddings", None)
+    if length < 2 or (limit and length > limit):
+        raise InputError(
+            f"a window of {length} tokens does not fit a model of {limit} positions (and needs at least 2)"
+        )
+    batch = windows(ids, length, source.name)[:count]
+    scores = score_windows(store, batch, other, _DTYPES[dtype], device, progress)
+    return summary(scores) | {
+        "model": store.label,
+        "against": None if other is None else other.label,
+        "text": {"name": source.name, "sha256": source.sha256},
+        "tokens": batch.numel(),
+        "windows": len(batch),
+        "window": length,
+        "dtype": dtype,
+        "true_bits_per_weight": store.bits_per_weight(),
+        "seconds": round(time.perf_counter() - started, 3),
+        "versions": versions(),
+    }
+
+
+__all__ = ["evaluate", "load", "quantize"]

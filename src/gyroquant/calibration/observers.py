@@ -1,0 +1,146 @@
+"""What is measured while a block runs: small statistics of the inputs of its linear layers, never the inputs
+themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gyroquant.models.graph import Group, LinearOp
+from gyroquant.models.online import OnlineMap, route_experts
+
+Key = tuple[str, int | None]
+"""An input that is observed: its name, and the expert for stacked experts."""
+
+_STRIPES = 4
+
+
+class Gram:
+    """Sum of ``x^T x`` over tokens, shape (n, n), fp32."""
+
+    def __init__(self, n: int):
+        self.lower = torch.zeros(n, n)
+        self.count = 0
+
+    def __call__(self, x: Tensor) -> None:
+        x = x.float()
+        self.lower = self.lower.to(x.device)
+        self.count += x.shape[0]
+        n = x.shape[1]
+        for stripe in range(_STRIPES):  # only what lies on and below the diagonal stripes: five eighths of the work
+            start, stop = n * stripe // _STRIPES, n * (stripe + 1) // _STRIPES
+            self.lower[start:stop, :stop].addmm_(x[:, start:stop].T, x[:, :stop])
+
+    @property
+    def gram(self) -> Tensor:
+        lower = self.lower.tril()
+        return lower + self.lower.tril(-1).T
+
+
+class Moments:
+    """Figures of the outliers of an input: its largest magnitude against its rms, and its kurtosis.
+
+    `channel_max` is the largest magnitude of every channel.
+    """
+
+    def __init__(self, n: int):
+        self.channel_max = torch.zeros(n)
+        self.sums = torch.zeros(3, dtype=torch.float64)
+        self.count = 0
+        self.peaks: list[float] = []
+
+    def __call__(self, x: Tensor) -> None:
+        x = x.float()
+        self.channel_max = torch.maximum(self.channel_max.to(x.device), x.abs().amax(0))
+        squares = x.square()
+        self.sums += torch.stack([squares.sum(), squares.square().sum(), x.sum()]).double().cpu()
+        self.count += x.numel()
+        self.peaks.append(float((x.abs().amax(1) / squares.mean(1).sqrt().clamp_min(1e-12)).mean()))
+
+    @property
+    def rms(self) -> float:
+        return float((self.sums[0] / self.count).sqrt())
+
+    @property
+    def max_over_rms(self) -> float:
+        """Mean over tokens of each token's largest magnitude over its own rms: 1 is flat, sqrt(n) a single spike."""
+        return sum(self.peaks) / len(self.peaks)
+
+    @property
+    def kurtosis(self) -> float:
+        """Fourth moment over squared second moment, over all entries: 3 for a Gaussian."""
+        return float(self.sums[1] * self.count / self.sums[0].square())
+
+
+def input_key(op: LinearOp, own: frozenset[str]) -> str:
+    """The name under which an operation's input is observed: shared by all that read one basis, unless a map of its own
+    stands in front of it (`own`: the modules with such a map)."""
+    return op.weight if op.module in own or op.entry.stacked else op.entry.reads
+
+
+def modules_with_own_map(online: list[OnlineMap]) -> frozenset[str]:
+    """The modules that have an online map in front of them."""
+    return frozenset(one.insertion.module for one in online if one.insertion.point == "input")
+
+
+@contextmanager
+def observing(
+    model: Any, group: Group, online: list[OnlineMap], make: Callable[[int], Any]
+) -> Iterator[dict[Key, Any]]:
+    """Observes the inputs of a group's quantizable linear layers for the duration of a with block.
+
+    Online maps must be attached before. `make` builds an observer, a function of (tokens, features), for an input of n
+    features. Yields the observers by key; those of stacked experts appear when an expert gets its first token.
+    """
+    observers: dict[Key, Any] = {}
+    undo: list[Callable[[], Any]] = []
+    own = modules_with_own_map(online)
+    for op in group.linears:
+        if not op.entry.quantize:
+            continue
+        key = input_key(op, own)
+        if op.entry.stacked:
+            undo += _observe_experts(model.get_submodule(op.module), op, key, observers, make)
+        elif (key, None) not in observers:
+            observers[key, None] = make(op.in_features)
+            hook = _hook(observers[key, None])
+            undo.append(model.get_submodule(op.module).register_forward_pre_hook(hook).remove)
+    try:
+        yield observers
+    finally:
+        for step in reversed(undo):
+            step()
+
+
+def _hook(observer: Any) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+        observer(args[0].reshape(-1, args[0].shape[-1]))
+
+    return note
+
+
+def _observe_experts(
+    module: Any, op: LinearOp, key: str, observers: dict[Key, Any], make: Callable[[int], Any]
+) -> list[Callable[[], Any]]:
+    watched = module.__dict__.setdefault("_gyroquant_watched", {})
+    watched[op.weight.rpartition(".")[2]] = key
+
+    def observe(name: str, expert: int, x: Tensor) -> None:
+        if name in watched:
+            place = (watched[name], expert)
+            if place not in observers:
+                observers[place] = make(x.shape[-1])
+            observers[place](x)
+
+    module.__dict__["_gyroquant_observe"] = observe
+
+    def forget() -> None:
+        module.__dict__.pop("_gyroquant_observe", None)
+        module.__dict__.pop("_gyroquant_watched", None)
+
+    return [route_experts(module), forget]

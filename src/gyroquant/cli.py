@@ -1,0 +1,244 @@
+"""The command line. Each command is one call of a public function; results on stdout, bars and messages on stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Rotate, prove, round and save language models: post-training quantization on a CPU.",
+)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a GGUF file, or a name on the hub.")]
+RecipeName = Annotated[
+    str, typer.Option("--recipe", "-r", help="A recipe's name or a YAML file; see `gyroquant recipes`.")
+]
+Changes = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe, e.g. weights.bits=2.")
+]
+TextSource = Annotated[
+    str | None, typer.Option("--text", help="A text file, wikitext2, c4, pile-10k or name:split:column.")
+]
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, ...")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def _changes(given: list[str] | None, nsamples: int | None, seqlen: int | None, seed: int | None) -> list[str]:
+    changes = list(given or ())
+    if nsamples is not None:
+        changes.append(f"calibration.nsamples={nsamples}")
+    if seqlen is not None:
+        changes.append(f"calibration.seqlen={seqlen}")
+    if seed is not None:
+        changes += [f"seed={seed}", f"calibration.seed={seed}"]
+    return changes
+
+
+def _print_json(data: Any) -> None:
+    print(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+@app.command()
+def quantize(
+    model: Model,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that does not exist yet.")],
+    recipe: RecipeName = "gsr",
+    change: Changes = None,
+    text: TextSource = None,
+    nsamples: Annotated[int | None, typer.Option(help="Windows of text to calibrate on.")] = None,
+    seqlen: Annotated[int | None, typer.Option(help="Tokens in each window.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the rotations and of the choice of windows.")] = None,
+    dense: Annotated[
+        bool, typer.Option("--dense", help="Write plain 16- or 32-bit weights that any loader opens.")
+    ] = False,
+    save_dtype: Annotated[
+        str, typer.Option(help="dtype of what is not rounded: auto, float16, bfloat16, float32.")
+    ] = "auto",
+    offload: Annotated[Path | None, typer.Option(help="Keep activations in a file in this folder.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUT, once the new result is complete.")
+    ] = False,
+    device: Device = "cpu",
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Transform, prove, round and save a model."""
+    from gyroquant import pipeline
+    from gyroquant.job import prepare
+    from gyroquant.recipe import load_recipe
+    from gyroquant.report import console, summaries
+
+    loaded = load_recipe(recipe, _changes(change, nsamples, seqlen, seed))
+    job = prepare(
+        model,
+        out,
+        loaded,
+        text,
+        dense=dense,
+        overwrite=overwrite,
+        device=device,
+        save_dtype=save_dtype,
+        offload=offload,
+    )
+    manifest = pipeline.run(job, console.ConsoleStages())
+    if as_json:
+        _print_json(manifest)
+    else:
+        console.show(*summaries.quantized(manifest, str(out)))
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="OUT", help="A folder that gyroquant wrote, or any MODEL.")],
+    text: Annotated[str, typer.Option("--text", help="A text file, wikitext2 or another dataset.")] = "wikitext2",
+    against: Annotated[str | None, typer.Option(help="The original, for KL divergence and top-1 agreement.")] = None,
+    preset: Annotated[str, typer.Option(help="standard (windows of 2048) or bbt (8 windows of 1024).")] = "standard",
+    windows: Annotated[int | None, typer.Option(help="At most this many windows.")] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens in a window.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    device: Device = "cpu",
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Measure perplexity, and divergence from the original, on a text."""
+    from gyroquant import api
+    from gyroquant.report import console, summaries
+
+    result = api.evaluate(
+        model,
+        text,
+        against,
+        preset=preset,  # type: ignore[arg-type]  # checked there
+        window=window,
+        max_windows=windows,
+        dtype=dtype,
+        device=device,
+        progress=console.ConsoleStages(),
+    )
+    if as_json:
+        _print_json(result)
+    else:
+        console.show(*summaries.evaluated(result))
+
+
+@app.command()
+def inspect(
+    model: Model,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", "-r", help="Predict memory and time of this recipe.")
+    ] = None,
+    change: Changes = None,
+    text: TextSource = None,
+    nsamples: Annotated[int | None, typer.Option(help="Windows of text, as for quantize.")] = None,
+    seqlen: Annotated[int | None, typer.Option(help="Tokens in each window.")] = None,
+    device: Device = "cpu",
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Show a model's sites, which recipes fit it, where its outliers are, and what a recipe will take."""
+    from gyroquant.inspection import inspect_model
+    from gyroquant.report import console, summaries
+
+    result = inspect_model(
+        model, recipe, _changes(change, nsamples, seqlen, None), text, device=device, progress=console.ConsoleStages()
+    )
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        console.show(*summaries.inspected(result))
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show this recipe whole.")] = None,
+    change: Changes = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """List the recipes, or show one as YAML with every setting."""
+    import yaml
+
+    from gyroquant.recipe import load_recipe, preset_names
+    from gyroquant.report import console
+
+    if name is None:
+        found = {preset: load_recipe(preset).description for preset in preset_names()}
+        if as_json:
+            _print_json(found)
+        else:
+            console.show(console.table("", ("recipe", "what it does"), list(found.items())))
+        return
+    data = load_recipe(name, change or ()).to_dict()
+    print(json.dumps(data, indent=2) if as_json else yaml.safe_dump(data, sort_keys=False), end="\n" if as_json else "")
+
+
+def _version(show: bool) -> None:
+    if show:
+        from gyroquant.environment import gyroquant_version
+
+        print(gyroquant_version())
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+_INTERRUPTED = 130
+
+
+def _fail(text: str, status: int) -> None:
+    print(f"gyroquant: {text}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def main() -> None:
+    """Runs the command line; exit status 0 only on success, errors on stderr without a traceback unless --debug."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    debug = "--debug" in sys.argv
+    try:
+        app(prog_name="gyroquant")
+    except SystemExit as done:
+        if done.code == _INTERRUPTED:  # typer turns Ctrl-C into this status
+            print("gyroquant: interrupted; nothing was left behind", file=sys.stderr)
+        raise
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        _fail(_message(error), 1)
+
+
+def _message(error: Exception) -> str:
+    """What to tell the user about an error, in a line."""
+    from gyroquant.errors import GyroquantError
+
+    if isinstance(error, GyroquantError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return "out of memory; use fewer or shorter samples (--nsamples, --seqlen) or --offload DIR"
+    if isinstance(error, OSError):
+        place = f": {error.filename}" if error.filename else ""
+        return f"{error.strerror or error}{place}; nothing was left behind"
+    return f"unexpected {type(error).__name__}: {error}\nThis is a bug; run again with --debug to see where"
+
+
+__all__ = ["app", "main"]

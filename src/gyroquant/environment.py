@@ -1,0 +1,51 @@
+"""What a result was made with: versions, threads, memory."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+
+def gyroquant_version() -> str:
+    """The installed version of this package."""
+    try:
+        return version("gyroquant")
+    except PackageNotFoundError:  # running from a source tree that is not installed
+        return "0"
+
+
+def versions() -> dict[str, Any]:
+    """Versions and settings that a 2-bit result depends on."""
+    return {
+        "gyroquant": gyroquant_version(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "numpy": version("numpy"),
+        "platform": platform.platform(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def peak_memory_bytes() -> int:
+    """The largest resident memory of this process so far, in bytes; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # pragma: no cover - Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)
+
+
+def native_bfloat16(device: torch.device) -> bool:
+    """Whether the processor multiplies bfloat16 matrices itself, which makes it faster than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    if device.type != "cpu":
+        return False
+    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())

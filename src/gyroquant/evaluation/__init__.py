@@ -1,0 +1,1 @@
+"""Measuring models: perplexity, divergence from the original, outliers."""

@@ -1,0 +1,148 @@
+"""Perplexity, and divergence from another model, over windows of a text; streamed, so that no whole model is ever
+held.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gyroquant.calibration.stream import Stream
+from gyroquant.errors import InputError
+from gyroquant.models.online import attached
+from gyroquant.models.runner import BlockRunner, evaluating
+from gyroquant.models.store import WeightStore
+from gyroquant.progress import Advance, Stages
+
+_CHUNK_BYTES = 1 << 28  # hidden states held at once
+_RESAMPLES = 2000
+
+PRESETS = {"standard": (2048, None), "bbt": (1024, 8)}
+"""Window length and number of windows: the whole text in windows of 2048, or the first 8,192 tokens in windows of
+1,024.
+"""
+
+
+@dataclass(frozen=True)
+class WindowScores:
+    """Sums over the predicted tokens of each window, shape (windows,), fp64; `predicted` tokens are in every window.
+
+    `kl` (in nats, from the other model to this one) and `agree` (equal most likely tokens) are None without another
+    model.
+    """
+
+    loss: Tensor
+    predicted: int
+    kl: Tensor | None = None
+    agree: Tensor | None = None
+
+
+def _hidden(store: WeightStore, ids: Tensor, dtype: torch.dtype, device: str, advance: Advance) -> tuple[Stream, Any]:
+    """A stream that has passed through all blocks, and the parameters for its head."""
+    graph = store.graph
+    outer = store.read(graph.outer_params())
+    runner = BlockRunner(store.skeleton(), graph)
+    stream = Stream(runner, ids, outer, dtype, device=device)
+    stream.free_outer()
+    for i in range(len(graph.blocks)):
+        prefix = f"{graph.architecture.blocks}.{i}."
+        online = [one for one in store.online if one.insertion.module.startswith(prefix)]
+        with attached(runner.model, online):
+            stream.run(i, store.read(graph.block_params(i)))
+        advance()
+    return stream, outer
+
+
+def _pairs(streams: list[tuple[Stream, Any]]) -> Iterator[tuple[int, int, list[Tensor]]]:
+    for pieces in zip(*(stream.logits(outer) for stream, outer in streams), strict=True):
+        yield pieces[0][0], pieces[0][1], [logits.float().log_softmax(-1) for _, _, logits in pieces]
+
+
+@torch.no_grad()
+def score_windows(
+    store: WeightStore,
+    input_ids: Tensor,
+    against: WeightStore | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    progress: Stages | None = None,
+) -> WindowScores:
+    """Scores `input_ids`, shape (windows, length): all tokens but a window's first are predicted from those before."""
+    stores = [store] if against is None else [store, against]
+    if against is not None and against.config.vocab_size != store.config.vocab_size:
+        raise InputError(f"{against.label} has another vocabulary than {store.label}: they cannot be compared")
+    width = max(one.graph.hidden for one in stores) * dtype.itemsize * input_ids.shape[1]
+    chunk = max(1, _CHUNK_BYTES // width)
+    totals = torch.zeros(3, len(input_ids), dtype=torch.float64)
+    pieces = range(0, len(input_ids), chunk)
+    steps = sum(len(one.graph.blocks) for one in stores) * len(pieces)
+    with (progress or Stages()).stage("evaluate", steps) as advance:
+        for first in pieces:
+            ids = input_ids[first : first + chunk]
+            streams = []
+            for one in stores:
+                with evaluating(one.skeleton()):
+                    streams.append(_hidden(one, ids, dtype, device, advance))
+            for number, start, logs in _pairs(streams):
+                totals[:, first + number] += _sums(ids[number], start, logs)
+    scores = WindowScores(totals[0], input_ids.shape[1] - 1)
+    return scores if against is None else WindowScores(totals[0], scores.predicted, totals[1], totals[2])
+
+
+def _sums(ids: Tensor, start: int, logs: list[Tensor]) -> Tensor:
+    """Loss, divergence and agreement of one piece of a window, summed over its positions that predict a token."""
+    wanted = ids[start + 1 : start + 1 + len(logs[0])].to(logs[0].device)
+    ours = logs[0][: len(wanted)]
+    loss = -ours.gather(1, wanted[:, None]).sum()
+    if len(logs) == 1:
+        return torch.stack([loss, loss.new_zeros(()), loss.new_zeros(())]).double().cpu()
+    theirs = logs[1][: len(wanted)]
+    kl = (theirs.exp() * (theirs - ours)).sum()
+    agree = (ours.argmax(-1) == theirs.argmax(-1)).sum()
+    return torch.stack([loss, kl, agree.to(loss)]).double().cpu()
+
+
+def interval(values: Tensor, weight: int, seed: int = 0, level: float = 0.95) -> tuple[float, float]:
+    """Bootstrap confidence interval over windows for the mean of ``values / weight``; `values` has shape (windows,)."""
+    generator = torch.Generator().manual_seed(seed)
+    picks = torch.randint(0, len(values), (_RESAMPLES, len(values)), generator=generator)
+    means = values[picks].mean(1) / weight
+    tail = (1 - level) / 2
+    low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=means.dtype))
+    return float(low), float(high)
+
+
+def summary(scores: WindowScores) -> dict[str, Any]:
+    """Perplexity, KL divergence and top-1 agreement with 95 % bootstrap intervals over windows (None where not
+    measured).
+    """
+
+    def mean(values: Tensor) -> float:
+        return float(values.mean()) / scores.predicted
+
+    def exponential(value: float) -> float:
+        return math.exp(value) if value < 700 else math.inf
+
+    low, high = interval(scores.loss, scores.predicted)
+    result: dict[str, Any] = {
+        "perplexity": exponential(mean(scores.loss)),
+        "perplexity_interval": [exponential(low), exponential(high)],
+        "loss": mean(scores.loss),
+        "kl": None,
+        "kl_interval": None,
+        "top1_agreement": None,
+        "top1_interval": None,
+    }
+    if scores.kl is not None and scores.agree is not None:
+        result |= {
+            "kl": mean(scores.kl),
+            "kl_interval": list(interval(scores.kl, scores.predicted)),
+            "top1_agreement": mean(scores.agree),
+            "top1_interval": list(interval(scores.agree, scores.predicted)),
+        }
+    return result

@@ -1,0 +1,1 @@
+"""Writing models: one file a format."""

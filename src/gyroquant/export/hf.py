@@ -1,0 +1,111 @@
+"""Lets transformers load what gyroquant saves: ``AutoModelForCausalLM.from_pretrained(folder)`` after ``import
+gyroquant``.
+
+Rounded weights are decoded while they are loaded, into the modules of the original architecture; online maps are
+attached behind them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from gyroquant.errors import GyroquantError
+from gyroquant.models.online import attach
+from gyroquant.models.packed import MAPS, METHOD, PARTS, check_version, decode, online_maps
+
+
+class GyroquantConfig(QuantizationConfigMixin):
+    """The description of a saved model as transformers keeps it; see `gyroquant.models.packed`."""
+
+    def __init__(self, **description: Any):
+        super().__init__(quant_method=METHOD)
+        self.dequantize = True
+        self.description = {"quant_method": METHOD} | description
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self.description)
+
+
+class _Decode(ConversionOps):
+    """Turns the stored parts of one parameter into the parameter."""
+
+    def __init__(self, hf_quantizer: HfQuantizer):
+        self.hf_quantizer = hf_quantizer
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Tensor]:
+        name, model = kwargs["full_layer_name"], kwargs["model"]
+        arrays = {pattern.rpartition("_")[2]: value[0] for pattern, value in input_dict.items()}
+        wanted = model.get_parameter(name)
+        description = self.hf_quantizer.quantization_config.description
+        return {target_patterns[0]: decode(description, name, arrays, tuple(wanted.shape)).to(wanted.dtype)}
+
+
+class GyroquantHfQuantizer(HfQuantizer):
+    """The hooks that transformers calls while it loads a model."""
+
+    requires_calibration = True
+
+    @property
+    def serialized_names(self) -> dict[str, list[str]]:
+        kinds = {name.rpartition(".")[2] for name in self.quantization_config.description["tensors"]}
+        return {kind: [f"{kind}_{part}" for part in PARTS] for kind in sorted(kinds)}
+
+    def get_load_operations(self) -> dict[str, Any]:
+        return {"dequantize": _Decode}
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        description = self.quantization_config.description
+        check_version(description, "the saved model")
+        self._online = online_maps(description, [Path(file) for file in kwargs.get("checkpoint_files") or []])
+        model._keys_to_ignore_on_load_unexpected = {
+            *(model._keys_to_ignore_on_load_unexpected or ()),
+            MAPS.replace(".", r"\."),
+        }
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        keep_online(model, self._online)
+        return model
+
+    def is_serializable(self) -> bool:
+        return not self._online
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def keep_online(model: Any, online: Any) -> None:
+    """Attaches online maps for good. A plain checkpoint could not hold them, so saving the model is refused from then
+    on.
+    """
+    online = tuple(online)
+    if not online:
+        return
+    attach(model, online)
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise GyroquantError(
+            "this model runs maps online that a plain checkpoint cannot hold: what save_pretrained writes would be "
+            "another model. Copy the folder that gyroquant wrote instead"
+        )
+
+    model.save_pretrained = refuse
+
+
+if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+    register_quantization_config(METHOD)(GyroquantConfig)
+    register_quantizer(METHOD)(GyroquantHfQuantizer)

@@ -1,0 +1,81 @@
+"""Safetensors files written piece by piece and put together without reading them into memory."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+_MAX_SHARD = 5 * 10**9
+_COPY = 1 << 24
+
+
+def write_piece(path: Path, tensors: dict[str, Tensor]) -> None:
+    """One piece: the tensors of a block, as a safetensors file of its own."""
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+
+
+def _header(file: BinaryIO) -> tuple[dict[str, Any], int]:
+    (length,) = struct.unpack("<Q", file.read(8))
+    header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return header, 8 + length
+
+
+def _plan(pieces: Iterable[Path], max_bytes: int) -> list[list[tuple[Path, dict[str, Any], int, int]]]:
+    """Pieces grouped into shards: (path, header, where its data starts, bytes of data)."""
+    shards: list[list[tuple[Path, dict[str, Any], int, int]]] = [[]]
+    size = 0
+    for path in pieces:
+        with path.open("rb") as file:
+            header, start = _header(file)
+        length = path.stat().st_size - start
+        if shards[-1] and size + length > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append((path, header, start, length))
+        size += length
+    return shards
+
+
+def merge(pieces: Iterable[Path], folder: Path, max_bytes: int = _MAX_SHARD) -> None:
+    """Puts pieces together as `model.safetensors`, or as numbered shards with an index, and deletes them one by one."""
+    shards = _plan(pieces, max_bytes)
+    names = (
+        ["model.safetensors"]
+        if len(shards) == 1
+        else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    )
+    weight_map: dict[str, str] = {}
+    for name, parts in zip(names, shards, strict=True):
+        joined: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for _, header, _, length in parts:
+            for key, entry in header.items():
+                start, stop = entry["data_offsets"]
+                joined[key] = entry | {"data_offsets": [start + offset, stop + offset]}
+                weight_map[key] = name
+            offset += length
+        text = json.dumps(joined, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        with (folder / name).open("wb") as out:
+            out.write(struct.pack("<Q", len(text)) + text)
+            for path, _, start, _ in parts:
+                _append(out, path, start)
+                path.unlink()
+    if len(shards) > 1:
+        total = sum(length for parts in shards for *_, length in parts)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _append(out: BinaryIO, path: Path, start: int) -> None:
+    with path.open("rb") as file:
+        file.seek(start)
+        while data := file.read(_COPY):
+            out.write(data)

@@ -1,0 +1,131 @@
+"""Turning rounded blocks into files: packed codes for ourselves, or plain dense weights that any loader opens."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.core_model_loading import revert_weight_conversion
+
+from gyroquant.errors import InputError
+from gyroquant.export.folder import OutputFolder
+from gyroquant.grids import QuantizedWeight, stored_bits
+from gyroquant.models.graph import LinearOp
+from gyroquant.models.online import OnlineMap
+from gyroquant.models.packed import Description, from_matrix
+from gyroquant.models.store import WeightStore
+
+Rounded = Sequence[tuple[LinearOp, QuantizedWeight]]
+_SAVED = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def saved_dtype(name: str, source: torch.dtype) -> torch.dtype:
+    """The dtype of stored parameters that are not rounded; `auto` keeps 16-bit ones and makes others float16."""
+    if name == "auto":
+        return source if source in (torch.float16, torch.bfloat16) else torch.float16
+    if name not in _SAVED:
+        raise InputError(f"the dtype to save in is auto, {', '.join(_SAVED)}, not {name!r}")
+    return _SAVED[name]
+
+
+class Writer(ABC):
+    """Writes a model group by group and counts what it writes."""
+
+    def __init__(self, folder: OutputFolder, store: WeightStore, dtype: torch.dtype):
+        self.folder, self.store, self.dtype = folder, store, dtype
+        self._rounded_weights = 0
+        self._parts: dict[str, int] = {}
+        self._plain_bits = 0
+
+    @abstractmethod
+    def add(self, plain: dict[str, Tensor], rounded: Rounded = ()) -> None:
+        """Writes the parameters of one group: those stored as they are, and rounded ones."""
+
+    @abstractmethod
+    def online(self, maps: Iterable[OnlineMap]) -> None:
+        """Writes the maps that run with the model."""
+
+    def _config(self, untied: list[str]) -> Any:
+        config = deepcopy(self.store.config)
+        config.architectures = [type(self.store.skeleton()).__name__]
+        config.dtype = self.dtype
+        if untied:
+            config.tie_word_embeddings = False
+        return config
+
+    def finish(self, tokenizer: Any, untied: list[str]) -> None:
+        """Writes configuration and tokenizer."""
+        model = self.store.skeleton()
+        self._config(untied).save_pretrained(self.folder.partial)
+        if getattr(model, "generation_config", None) is not None:
+            model.generation_config.save_pretrained(self.folder.partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(self.folder.partial)
+
+    def _count(self, op: LinearOp, arrays: dict[str, Tensor]) -> None:
+        self._rounded_weights += int(torch.Size(op.shape).numel())
+        for name, array in arrays.items():
+            part = name.rpartition("_")[2]
+            self._parts[part] = self._parts.get(part, 0) + stored_bits({name: array})
+
+    def bits(self) -> dict[str, Any]:
+        """What was really stored. `per_weight` is bits per rounded weight, online maps and padding included."""
+        rounded = sum(self._parts.values())
+        original = sum(torch.Size(shape).numel() for shape in self.store.shapes.values())
+        return {
+            "per_weight": rounded / self._rounded_weights,
+            "rounded_weights": self._rounded_weights,
+            "stored_bits": dict(self._parts),
+            "other_bits": self._plain_bits,
+            "whole_model_per_weight": (rounded + self._plain_bits) / original,
+        }
+
+
+class PackedWriter(Writer):
+    """Codes and scales as `gyroquant.models.packed` describes them."""
+
+    def __init__(self, folder: OutputFolder, store: WeightStore, dtype: torch.dtype):
+        super().__init__(folder, store, dtype)
+        self.description = Description()
+
+    def add(self, plain: dict[str, Tensor], rounded: Rounded = ()) -> None:
+        tensors = dict(plain)
+        self._plain_bits += stored_bits(plain)
+        for op, weight in rounded:
+            arrays = self.description.add_tensor(op, weight)
+            self._count(op, arrays)
+            tensors |= arrays
+        self.folder.add(tensors)
+
+    def online(self, maps: Iterable[OnlineMap]) -> None:
+        arrays: dict[str, Tensor] = {}
+        for one in maps:
+            arrays |= self.description.add_online(one)
+        if arrays:
+            self._parts["maps"] = stored_bits(arrays)
+            self.folder.add(arrays)
+
+    def _config(self, untied: list[str]) -> Any:
+        config = super()._config(untied)
+        config.quantization_config = self.description.to_dict()
+        return config
+
+
+class DenseWriter(Writer):
+    """Rounded weights written out as plain numbers under the names of the original checkpoint."""
+
+    def add(self, plain: dict[str, Tensor], rounded: Rounded = ()) -> None:
+        self._plain_bits += stored_bits(plain)
+        tensors = dict(plain)
+        for op, weight in rounded:
+            dense = from_matrix(weight.dequantize(), op.shape, op.entry.transposed).to(self.dtype)
+            self._count(op, {f"{op.weight}_dense": dense})
+            tensors[op.weight] = dense
+        self.folder.add(revert_weight_conversion(self.store.skeleton(), tensors))
+
+    def online(self, maps: Iterable[OnlineMap]) -> None:
+        assert not list(maps), "checked before any work"

@@ -1,0 +1,119 @@
+"""Looking at a model before anything is done to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from gyroquant.calibration.text import load_text, sample, tokenize
+from gyroquant.errors import GyroquantError
+from gyroquant.evaluation.outliers import Outliers, measure_outliers
+from gyroquant.job import plan_folds, prepare
+from gyroquant.models.sites import SITE_NAMES, find_sites
+from gyroquant.models.source import open_model
+from gyroquant.models.store import WeightStore
+from gyroquant.predict import Prediction, predict
+from gyroquant.progress import Stages
+from gyroquant.recipe import load_recipe, preset_names
+from gyroquant.rounding.stage import find_targets
+
+_SAMPLES, _LENGTH = 8, 512  # text that outliers are measured on
+
+
+@dataclass
+class Inspection:
+    """What is known of a model: shape, sites, fitting recipes and, with text, outliers and a prediction."""
+
+    store: WeightStore
+    fits: dict[str, str] = field(default_factory=dict)
+    """Recipe name -> why it does not fit; empty when it does."""
+    outliers: list[Outliers] = field(default_factory=list)
+    recipe: str | None = None
+    prediction: Prediction | None = None
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        graph = self.store.graph
+        return {
+            "model_type": graph.config.model_type,
+            "described_by": graph.architecture.name,
+            "blocks": len(graph.blocks),
+            "hidden": graph.hidden,
+            "heads": graph.heads,
+            "kv_heads": graph.kv_heads,
+            "head_dim": graph.head_dim,
+            "parameters": sum(int(torch.Size(shape).numel()) for shape in self.store.shapes.values()),
+            "tied": dict(graph.tied),
+            "bits_per_weight": self.store.bits_per_weight(),
+        }
+
+    def sites(self) -> list[dict[str, Any]]:
+        """Every site: how many places, their orders, whether a map can be fused, and why not."""
+        rows = []
+        for name in SITE_NAMES:
+            try:
+                found = find_sites(self.store.graph, name)
+            except GyroquantError:
+                continue
+            rows.append(
+                {
+                    "site": name,
+                    "places": len(found),
+                    "orders": sorted({site.n for site in found}),
+                    "admits": found[0].admits,
+                    "online": bool(found[0].insertions),
+                    "blocked": found[0].blocked,
+                }
+            )
+        return rows
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.store.label,
+            **self.shape,
+            "sites": self.sites(),
+            "recipes": self.fits,
+            "outliers": [asdict(row) for row in self.outliers],
+            "recipe": self.recipe,
+            "prediction": None if self.prediction is None else asdict(self.prediction),
+        }
+
+
+def inspect_model(
+    model: Any,
+    recipe: str | None = None,
+    changes: Iterable[str] = (),
+    text: str | Path | None = None,
+    *,
+    device: str = "cpu",
+    progress: Stages | None = None,
+) -> Inspection:
+    """Looks at a model: its sites and which recipes fit; with `text` its outliers; with `recipe` what that takes."""
+    changes = list(changes)
+    result = Inspection(open_model(model))
+    for name in preset_names():
+        try:
+            made = load_recipe(name, changes)
+            plan_folds(result.store.graph, made)
+            find_targets(result.store.graph, made.weights.grid, made.weights.ignore)
+            result.fits[name] = ""
+        except GyroquantError as error:
+            result.fits[name] = str(error)
+    if recipe is not None:
+        result.recipe = recipe
+        with TemporaryDirectory() as scratch:
+            result.prediction = predict(
+                prepare(model, Path(scratch) / "out", load_recipe(recipe, changes), text, device=device)
+            )
+    if text is not None:
+        source = load_text(text)
+        ids = tokenize(source, result.store.tokenizer(), result.store.config.vocab_size)
+        length = min(_LENGTH, getattr(result.store.config, "max_position_embeddings", None) or _LENGTH)
+        batch = sample(ids, min(_SAMPLES, max(1, ids.numel() // length)), length, 0, source.name)
+        result.outliers = measure_outliers(result.store, batch, device, progress)
+    return result

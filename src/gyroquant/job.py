@@ -1,0 +1,177 @@
+"""What a quantization is about to do, checked as a whole before any of it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gyroquant.calibration.text import Text, load_text, sample, tokenize
+from gyroquant.environment import native_bfloat16
+from gyroquant.errors import InputError, UnsupportedModelError
+from gyroquant.export.folder import check_destination, check_room
+from gyroquant.export.writer import saved_dtype
+from gyroquant.methods import Context
+from gyroquant.models.fold import FoldPlan
+from gyroquant.models.graph import LinearOp, ModelGraph
+from gyroquant.models.packed import PackedStore
+from gyroquant.models.sites import SITE_NAMES, find_sites
+from gyroquant.models.source import open_model
+from gyroquant.models.store import WeightStore
+from gyroquant.recipe import Recipe, load_recipe
+from gyroquant.rounding.stage import find_targets
+
+
+def plan_folds(graph: ModelGraph, recipe: Recipe) -> FoldPlan:
+    """Chooses a map for every site that the recipe names and plans its fold.
+
+    Raises UnsupportedModelError or RecipeError, with the reason, for whatever cannot be done exactly; nothing is
+    touched.
+    """
+    plan = FoldPlan(graph)
+    context = Context(seed=recipe.seed, group_size=recipe.weights.grid.group_size)
+    for name in SITE_NAMES:
+        for step in recipe.transform.get(name, ()):
+            for site in find_sites(graph, name, online=bool(step.online)):
+                plan.add(site, step.method.choose(site, context), step.online)
+    return plan
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where the result goes and how: `dtype` is that of parameters which are not rounded.
+
+    `dense` writes rounded weights as plain numbers; `offload` is a folder for activations while it runs.
+    """
+
+    folder: Path
+    dtype: torch.dtype = torch.float16
+    dense: bool = False
+    overwrite: bool = False
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    offload: Path | None = None
+
+
+@dataclass
+class Job:
+    """Everything that a quantization needs. `targets` are the layers to round, `tokens` (samples, length) the text."""
+
+    store: WeightStore
+    recipe: Recipe
+    plan: FoldPlan
+    targets: dict[str, LinearOp]
+    output: Output
+    tokenizer: Any
+    text: Text | None = None
+    tokens: Tensor | None = None
+
+    @property
+    def graph(self) -> ModelGraph:
+        """The resolved description of the model."""
+        return self.plan.graph
+
+    @property
+    def needs_stream(self) -> bool:
+        """Whether the model has to be run on the calibration text."""
+        return self.recipe.weights.solver.needs_statistics
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What blocks compute in while they are calibrated."""
+        wanted = self.recipe.calibration.dtype
+        if wanted == "auto":
+            wanted = "bfloat16" if native_bfloat16(self.output.device) else "float32"
+        return torch.bfloat16 if wanted == "bfloat16" else torch.float32
+
+
+def prepare(
+    model: str | Path | PreTrainedModel,
+    out: str | Path,
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    calibration: str | Path | Sequence[str] | None = None,
+    *,
+    tokenizer: Any = None,
+    dense: bool = False,
+    overwrite: bool = False,
+    device: str = "cpu",
+    save_dtype: str = "auto",
+    offload: str | Path | None = None,
+) -> Job:
+    """Checks a quantization before any work: recipe, model, sites, group sizes, text, destination, room on the disk.
+
+    Raises a GyroquantError that names the culprit and the remedy; nothing has been written then.
+    """
+    recipe, out = load_recipe(recipe), Path(out)
+    check_destination(out, overwrite)
+    store = open_model(model)
+    if isinstance(store, PackedStore):
+        raise InputError(f"{store.label} is already quantized; start from the model in full precision")
+    plan = plan_folds(store.graph, recipe)
+    targets = find_targets(store.graph, recipe.weights.grid, recipe.weights.ignore)
+    _check_forms(store, plan, targets, dense)
+    source = calibration if calibration is not None else recipe.calibration.text
+    text = load_text(source) if source is not None else None
+    output = Output(
+        folder=out,
+        dtype=saved_dtype(save_dtype, store.dtype),
+        dense=dense,
+        overwrite=overwrite,
+        device=torch.device(device),
+        offload=Path(offload) if offload else None,
+    )
+    job = Job(store, recipe, plan, targets, output, tokenizer or _tokenizer(store, text is not None), text)
+    job.tokens = _tokens(job)
+    check_room(out, expected_bytes(job) * 2)  # pieces and the files they are put together in
+    return job
+
+
+def _check_forms(store: WeightStore, plan: FoldPlan, targets: Mapping[str, LinearOp], dense: bool) -> None:
+    """Refuses results that the output could not hold."""
+    tied = [name for name in targets if name in store.tied]
+    if tied and not plan.unties(store.read(store.graph.outer_params())):
+        raise UnsupportedModelError(f"{tied[0]} is tied to the embedding; keep lm_head in weights.ignore")
+    if dense and plan.online:
+        raise UnsupportedModelError(
+            f"--dense cannot keep the online map in front of {plan.online[0].insertion.module}: plain weights have no "
+            "place for it. Leave --dense out, or leave the online sites out of the recipe"
+        )
+
+
+def _tokenizer(store: WeightStore, required: bool) -> Any:
+    try:
+        return store.tokenizer()
+    except InputError:
+        if required:
+            raise
+        return None
+
+
+def _tokens(job: Job) -> Tensor | None:
+    """The windows of text to calibrate on, shape (samples, length), or None for a recipe that needs none."""
+    settings = job.recipe.calibration
+    if job.text is None:
+        if job.needs_stream or job.plan.edits or job.plan.online:
+            need = "calibrates" if job.needs_stream else "is proved"
+            raise InputError(f"this recipe {need} on text: give --text FILE (or a dataset's name)")
+        return None
+    ids = tokenize(job.text, job.tokenizer, job.store.config.vocab_size)
+    limit = getattr(job.store.config, "max_position_embeddings", None)
+    if limit and settings.seqlen > limit:
+        raise InputError(f"--seqlen {settings.seqlen} is longer than the {limit} positions that the model knows")
+    return sample(ids, settings.nsamples, settings.seqlen, settings.seed, job.text.name)
+
+
+def expected_bytes(job: Job) -> int:
+    """The size of the result: codes, scales and zero points of the targets, everything else in the output's dtype."""
+    grid = job.recipe.weights.grid
+    rounded = sum(torch.Size(op.shape).numel() for op in job.targets.values())
+    everything = sum(torch.Size(shape).numel() for shape in job.store.shapes.values())
+    everything += sum(torch.Size(job.store.shapes[name]).numel() for name in job.graph.tied.values())  # if untied
+    overhead = 0.0 if grid.group_size == -1 else (16 + grid.bits) / grid.group_size
+    bits = 8 * job.output.dtype.itemsize if job.output.dense else grid.bits + overhead
+    return int(rounded * bits / 8) + (everything - rounded) * job.output.dtype.itemsize

@@ -1,0 +1,42 @@
+"""Invertible linear maps with structure: what a basis is changed by. They know no model."""
+
+from gyroquant.maps.base import Map, dump, load
+from gyroquant.maps.compose import BlockDiagonal, Product, blocks, fixing_ones, product
+from gyroquant.maps.construct import factors, largest_constructible
+from gyroquant.maps.elementary import (
+    Dense,
+    Diagonal,
+    Householder,
+    Identity,
+    Permutation,
+    Signs,
+    random_orthogonal,
+    random_signs,
+)
+from gyroquant.maps.hadamard import Hadamard, Walsh, hadamard, sequency_order, walsh
+
+__all__ = [
+    "BlockDiagonal",
+    "Dense",
+    "Diagonal",
+    "Hadamard",
+    "Householder",
+    "Identity",
+    "Map",
+    "Permutation",
+    "Product",
+    "Signs",
+    "Walsh",
+    "blocks",
+    "dump",
+    "factors",
+    "fixing_ones",
+    "hadamard",
+    "largest_constructible",
+    "load",
+    "product",
+    "random_orthogonal",
+    "random_signs",
+    "sequency_order",
+    "walsh",
+]

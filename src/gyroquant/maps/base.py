@@ -1,0 +1,136 @@
+"""What a map is: an invertible linear map of row vectors with structure.
+
+Convention: a map with matrix ``M`` takes a row vector ``x`` to ``x @ M``; ``a @ b`` first applies ``a``, then ``b``. A
+map knows how to apply itself along a dimension, invert itself, compose, count its cost and save itself. It knows no
+model.
+
+With activations ``y = x @ W.T``, changing the basis of ``y`` by ``M`` multiplies ``W`` along its output axis by ``M``
+(``W.apply``), and changing the basis of ``x`` by ``M`` multiplies it along its input axis by the *contragredient*
+``inverse().transpose()``, because ``(x @ M) @ (W @ M^-T).T = x @ W.T``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from gyroquant.errors import MapError
+
+
+class Map(ABC):
+    """An invertible linear map of order `n`. Subclasses are frozen dataclasses of ints, tensors and maps."""
+
+    n: int
+    kinds: ClassVar[dict[str, type[Map]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        Map.kinds[cls.__name__.lower()] = cls
+
+    def apply(self, x: Tensor, dim: int = -1) -> Tensor:
+        """``x @ M`` along `dim` of x, whose size there must be n; same shape and dtype as x.
+
+        Raises MapError when the size differs.
+        """
+        if x.shape[dim] != self.n:
+            raise MapError(f"{self!r} has order {self.n}, but dimension {dim} of the tensor has size {x.shape[dim]}")
+        if dim in (-1, x.dim() - 1):
+            return self._apply(x)
+        return self._apply(x.movedim(dim, -1)).movedim(-1, dim)
+
+    @abstractmethod
+    def _apply(self, x: Tensor) -> Tensor:
+        """``x @ M`` along the last dimension."""
+
+    @abstractmethod
+    def inverse(self) -> Map: ...
+
+    @abstractmethod
+    def transpose(self) -> Map: ...
+
+    @property
+    @abstractmethod
+    def orthogonal(self) -> bool:
+        """Whether M is orthogonal (by construction, or checked to 1e-6 for a stored matrix)."""
+
+    @property
+    def diagonal(self) -> bool:
+        """Whether M is diagonal, and so commutes with the gain of a norm."""
+        return False
+
+    @property
+    def permuting(self) -> bool:
+        """Whether M is a permutation matrix, and so passes through elementwise nonlinearities."""
+        return False
+
+    @property
+    @abstractmethod
+    def cost(self) -> int:
+        """Multiply-adds to apply the map to one vector."""
+
+    def contragredient(self) -> Map:
+        """``M^-T``, what a parameter that reads the changed basis is multiplied with; M itself when orthogonal."""
+        return self if self.orthogonal else self.inverse().transpose()
+
+    def dense(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        """The matrix M, shape (n, n)."""
+        return self.apply(torch.eye(self.n, dtype=dtype))
+
+    def storage_bits(self) -> int:
+        """Bits needed to store the map beyond its name and order: what an online map costs in a file."""
+        bits = 0
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                bits += value.numel() * (1 if value.dtype == torch.int8 else value.element_size() * 8)
+            elif isinstance(value, Map):
+                bits += value.storage_bits()
+            elif isinstance(value, tuple):
+                bits += sum(part.storage_bits() for part in value)
+        return bits
+
+    def __matmul__(self, other: Map) -> Map:
+        from gyroquant.maps.compose import product
+
+        return product(self, other)
+
+
+def dump(m: Map, arrays: dict[str, Tensor], prefix: str = "map") -> dict[str, Any]:
+    """A JSON description of a map; its tensors are added to `arrays` under names that start with `prefix`."""
+    spec: dict[str, Any] = {"kind": type(m).__name__.lower()}
+    for field in dataclasses.fields(m):  # type: ignore[arg-type]
+        value, key = getattr(m, field.name), f"{prefix}.{field.name}"
+        if isinstance(value, Tensor):
+            arrays[key] = value.contiguous()
+            spec[field.name] = {"array": key}
+        elif isinstance(value, Map):
+            spec[field.name] = dump(value, arrays, key)
+        elif isinstance(value, tuple):
+            spec[field.name] = [dump(part, arrays, f"{key}.{i}") for i, part in enumerate(value)]
+        else:
+            spec[field.name] = value
+    return spec
+
+
+def load(spec: dict[str, Any], arrays: dict[str, Tensor]) -> Map:
+    """The map that `dump` described. Raises MapError for an unknown kind or a missing array."""
+    kind = Map.kinds.get(spec.get("kind", ""))
+    if kind is None:
+        raise MapError(f"unknown kind of map {spec.get('kind')!r}; this version knows {', '.join(sorted(Map.kinds))}")
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        value = spec.get(field.name)
+        if isinstance(value, dict) and "array" in value:
+            if value["array"] not in arrays:
+                raise MapError(f"the array {value['array']!r} of a stored {spec['kind']} map is missing")
+            values[field.name] = arrays[value["array"]]
+        elif isinstance(value, dict):
+            values[field.name] = load(value, arrays)
+        elif isinstance(value, list):
+            values[field.name] = tuple(load(part, arrays) for part in value)
+        else:
+            values[field.name] = value
+    return kind(**values)

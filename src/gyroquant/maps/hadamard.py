@@ -1,0 +1,127 @@
+"""Hadamard and Walsh maps, applied as two-factor Kronecker products."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache, lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gyroquant.maps.base import Map
+from gyroquant.maps.construct import kronecker, require_factors, split
+from gyroquant.maps.elementary import Identity
+
+# Rows are processed in pieces of about this many entries, so that the intermediate result stays in cache.
+_CHUNK = 1 << 20
+
+
+@lru_cache(maxsize=256)
+def _sides(n: int, transposed: bool, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """``(A^T, B)`` of ``H = A (x) B``, each orthonormal."""
+    left, right = (torch.from_numpy(kronecker(side)) for side in split(n))
+    if transposed:
+        left, right = left.T, right.T
+    a = (left.T.double() / left.shape[0] ** 0.5).to(device=device, dtype=dtype).contiguous()
+    b = (right.double() / right.shape[0] ** 0.5).to(device=device, dtype=dtype).contiguous()
+    return a, b
+
+
+@dataclass(frozen=True, eq=False)
+class Hadamard(Map):
+    """The normalised Hadamard matrix of order n divided by sqrt(n), or its transpose.
+
+    Its first row and column are constant. Every order whose factors `maps.construct.factors` finds exists, others raise
+    MapError on construction. Applied as ``A^T X B`` with X the vector as an (a, b) matrix: n (a + b) multiply-adds.
+    """
+
+    n: int
+    transposed: bool = False
+    orthogonal = True
+
+    def __post_init__(self) -> None:
+        require_factors(self.n)
+
+    @property
+    def cost(self) -> int:
+        left, right = split(self.n)
+        return self.n * (int(np.prod(left)) + int(np.prod(right)))
+
+    def _apply(self, x: Tensor) -> Tensor:
+        a, b = _sides(self.n, self.transposed, x.dtype, x.device)
+        shape = x.shape
+        x = x.reshape(-1, a.shape[0], b.shape[0])
+        step = max(1, _CHUNK // self.n)
+        if x.shape[0] <= step:
+            return torch.matmul(a, torch.matmul(x, b)).reshape(shape)
+        out = torch.empty_like(x)
+        for start in range(0, x.shape[0], step):
+            torch.matmul(a, torch.matmul(x[start : start + step], b), out=out[start : start + step])
+        return out.reshape(shape)
+
+    def inverse(self) -> Hadamard:
+        return Hadamard(self.n, not self.transposed)
+
+    def transpose(self) -> Hadamard:
+        return Hadamard(self.n, not self.transposed)
+
+
+@cache
+def sequency_order(n: int) -> Tensor:
+    """The columns of the Hadamard matrix of order n in ascending number of sign changes, shape (n,), int64.
+
+    Counted from the factors without forming the matrix: in the column ``u (x) v`` each of the entries of u repeats the
+    changes of v, and at the seams the sign changes where u does, or where it does not if v ends on the other sign.
+    """
+    changes, ends = np.zeros(1, dtype=np.int64), np.ones(1, dtype=np.int64)
+    left, right = split(n)
+    for order in reversed((*left, *right)):
+        h = kronecker((order,)).astype(np.int64)
+        u_changes, u_ends = np.count_nonzero(h[1:] != h[:-1], axis=0), h[0] * h[-1]
+        seams = np.where(ends[None, :] > 0, u_changes[:, None], order - 1 - u_changes[:, None])
+        changes = (order * changes[None, :] + seams).reshape(-1)
+        ends = (u_ends[:, None] * ends[None, :]).reshape(-1)
+    return torch.from_numpy(np.argsort(changes, kind="stable"))
+
+
+@dataclass(frozen=True, eq=False)
+class Walsh(Map):
+    """The Hadamard matrix of order n with its columns in sequency order, or its transpose.
+
+    For a power of two the matrix is symmetric and row k changes sign exactly k times: the Walsh matrix. For other
+    orders the columns are sorted by their number of sign changes (GSR, arXiv 2505.03810, section 3).
+    """
+
+    n: int
+    transposed: bool = False
+    orthogonal = True
+
+    def __post_init__(self) -> None:
+        require_factors(self.n)
+
+    @property
+    def cost(self) -> int:
+        return Hadamard(self.n).cost
+
+    def _apply(self, x: Tensor) -> Tensor:
+        order = sequency_order(self.n).to(x.device)
+        if self.transposed:
+            return Hadamard(self.n, True)._apply(x.index_select(-1, torch.argsort(order)))
+        return Hadamard(self.n)._apply(x).index_select(-1, order)
+
+    def inverse(self) -> Walsh:
+        return Walsh(self.n, not self.transposed)
+
+    def transpose(self) -> Walsh:
+        return Walsh(self.n, not self.transposed)
+
+
+def hadamard(n: int) -> Map:
+    """The orthonormal Hadamard map of order n. Raises MapError, naming a block size that works, where there is none."""
+    return Hadamard(n) if n != 1 else Identity(1)
+
+
+def walsh(n: int) -> Map:
+    """The orthonormal Walsh map of order n, in sequency order. Raises MapError as `hadamard` does."""
+    return Walsh(n) if n != 1 else Identity(1)

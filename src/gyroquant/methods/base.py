@@ -1,0 +1,88 @@
+"""What a method is: statistics of a site -> the map to fold there."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from gyroquant.errors import MapError, RecipeError
+from gyroquant.maps import Map, blocks
+from gyroquant.models.sites import Site
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a method may know besides its site: the seed and the group size of the weights (-1: one a row)."""
+
+    seed: int
+    group_size: int
+
+    def generator(self, site: Site) -> torch.Generator:
+        """A random generator of this site's own, the same in every run with the same seed."""
+        digest = hashlib.sha256(f"{self.seed} {site.label}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+class Method(BaseModel, ABC):
+    """A way to choose maps. Subclasses register themselves under their `method` name, with their options as fields."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    kinds: ClassVar[dict[str, type[Method]]] = {}
+
+    method: str
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        name = cls.model_fields["method"].default
+        if isinstance(name, str):
+            Method.kinds[name] = cls
+
+    @abstractmethod
+    def choose(self, site: Site, context: Context) -> Map:
+        """The map for a site, of order ``site.n``."""
+
+
+def _block(value: Any) -> Any:
+    if value in ("full", "group"):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    raise ValueError("block is 'full', 'group' (the group size of the weights) or a positive number")
+
+
+BlockSize = Annotated[Literal["full", "group"] | int, BeforeValidator(_block)]
+
+
+class BlockwiseMethod(Method):
+    """A method that puts one kind of map on the whole site or block by block along its diagonal."""
+
+    block: BlockSize = Field(default="full")
+
+    @abstractmethod
+    def one_block(self, n: int, generator: torch.Generator) -> Map:
+        """The map for one block of n coordinates."""
+
+    def choose(self, site: Site, context: Context) -> Map:
+        size = self._size(site, context)
+        try:
+            return blocks(self.one_block(size, context.generator(site)), site.n)
+        except MapError as error:
+            raise RecipeError(f"{site.label}: {error} (--set transform.{site.name}.block=SIZE)") from error
+
+    def _size(self, site: Site, context: Context) -> int:
+        if self.block == "full" or (self.block == "group" and context.group_size == -1):
+            return site.n
+        size = min(context.group_size, site.n) if self.block == "group" else int(self.block)
+        if site.n % size:
+            fits = [d for d in range(2, site.n + 1) if site.n % d == 0]
+            nearest = min(fits, key=lambda d: (abs(d - size), d), default=site.n)
+            raise RecipeError(
+                f"{site.label} has {site.n} coordinates, which blocks of {size} do not divide; the nearest size that "
+                f"does is {nearest} (--set transform.{site.name}.block={nearest})"
+            )
+        return size

@@ -1,0 +1,23 @@
+"""Hadamard rotations, randomised as in QuaRot (arXiv 2404.00456) or plain, on the whole site or block by block.
+
+In the terms of GSR (arXiv 2505.03810): GH is the randomised Hadamard on all of R1, LH the plain one in blocks.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from gyroquant.maps import Map, hadamard, random_signs
+from gyroquant.methods.base import BlockwiseMethod
+
+
+class Hadamard(BlockwiseMethod):
+    """A Hadamard matrix, after random signs where `random_signs` says so; every block gets the same one."""
+
+    method: Literal["hadamard"] = "hadamard"
+    random_signs: bool = False
+
+    def one_block(self, n: int, generator: torch.Generator) -> Map:
+        return random_signs(n, generator) @ hadamard(n) if self.random_signs else hadamard(n)

@@ -1,0 +1,19 @@
+"""No change at all: a control that must give the unrotated codes bit for bit."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from gyroquant.maps import Identity as IdentityMap
+from gyroquant.maps import Map
+from gyroquant.methods.base import Context, Method
+from gyroquant.models.sites import Site
+
+
+class Identity(Method):
+    """The identity map."""
+
+    method: Literal["identity"] = "identity"
+
+    def choose(self, site: Site, context: Context) -> Map:
+        return IdentityMap(site.n)

@@ -1,0 +1,26 @@
+"""Cohere-2: attention and feed-forward in parallel behind one LayerNorm without bias; the head is tied."""
+
+from gyroquant.models.spec import Architecture, Embedding, Linear, Norm, register
+
+register(
+    Architecture(
+        name="cohere2",
+        model_types=("cohere2",),
+        blocks="model.layers",
+        block=(
+            Norm("input_layernorm", "residual", "attn_in", kind="layer"),
+            Linear("self_attn.q_proj", "attn_in", "q"),
+            Linear("self_attn.k_proj", "attn_in", "k"),
+            Linear("self_attn.v_proj", "attn_in", "v"),
+            Linear("self_attn.o_proj", "attn_out", "residual"),
+            Linear("mlp.gate_proj", "attn_in", "gate"),
+            Linear("mlp.up_proj", "attn_in", "up"),
+            Linear("mlp.down_proj", "act", "residual"),
+        ),
+        outer=(
+            Embedding("model.embed_tokens"),
+            Norm("model.norm", "residual", "final", kind="layer"),
+            Linear("lm_head", "final", "logits"),
+        ),
+    )
+)

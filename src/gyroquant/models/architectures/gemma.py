@@ -1,0 +1,36 @@
+"""Gemma 2 and Gemma 3 (text): a norm on either side of attention and of the feed-forward network, gains stored minus
+one.
+
+The norms behind attention and feed-forward write into the residual stream, which is what makes a fused R1 impossible.
+The embedding is scaled by a constant and tied to the head.
+"""
+
+from gyroquant.models.spec import Architecture, Embedding, Linear, Norm, register
+
+register(
+    Architecture(
+        name="gemma",
+        model_types=("gemma2", "gemma3_text"),
+        blocks="model.layers",
+        block=(
+            Norm("input_layernorm", "residual", "attn_in", offset=1.0),
+            Linear("self_attn.q_proj", "attn_in", "q"),
+            Linear("self_attn.k_proj", "attn_in", "k"),
+            Linear("self_attn.v_proj", "attn_in", "v"),
+            Norm("self_attn.q_norm", "q", "q", offset=1.0, optional=True),
+            Norm("self_attn.k_norm", "k", "k", offset=1.0, optional=True),
+            Linear("self_attn.o_proj", "attn_out", "attn_post"),
+            Norm("post_attention_layernorm", "attn_post", "residual", offset=1.0),
+            Norm("pre_feedforward_layernorm", "residual", "mlp_in", offset=1.0),
+            Linear("mlp.gate_proj", "mlp_in", "gate"),
+            Linear("mlp.up_proj", "mlp_in", "up"),
+            Linear("mlp.down_proj", "act", "mlp_post"),
+            Norm("post_feedforward_layernorm", "mlp_post", "residual", offset=1.0),
+        ),
+        outer=(
+            Embedding("model.embed_tokens"),
+            Norm("model.norm", "residual", "final", offset=1.0),
+            Linear("lm_head", "final", "logits"),
+        ),
+    )
+)

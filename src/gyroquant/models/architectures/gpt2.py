@@ -1,0 +1,33 @@
+"""GPT-2: Conv1D weights stored (in, out), LayerNorm with bias, learned positions, a tied head."""
+
+from typing import Any
+
+from gyroquant.models.spec import Architecture, Embedding, Linear, Norm, register
+
+
+def _refuse(config: Any) -> str | None:
+    return "cross-attention is not described" if config.add_cross_attention else None
+
+
+register(
+    Architecture(
+        name="gpt2",
+        model_types=("gpt2",),
+        blocks="transformer.h",
+        block=(
+            Norm("ln_1", "residual", "attn_in", kind="layer"),
+            Linear("attn.c_attn", "attn_in", ("q", "k", "v"), transposed=True),
+            Linear("attn.c_proj", "attn_out", "residual", transposed=True),
+            Norm("ln_2", "residual", "mlp_in", kind="layer"),
+            Linear("mlp.c_fc", "mlp_in", "up", transposed=True),
+            Linear("mlp.c_proj", "act", "residual", transposed=True),
+        ),
+        outer=(
+            Embedding("transformer.wte"),
+            Embedding("transformer.wpe"),
+            Norm("transformer.ln_f", "residual", "final", kind="layer"),
+            Linear("lm_head", "final", "logits"),
+        ),
+        refuse=_refuse,
+    )
+)

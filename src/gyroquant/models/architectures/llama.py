@@ -1,0 +1,37 @@
+"""Llama and the families that share its layout: Mistral, SmolLM3, Granite, Qwen2 (biases), Qwen3 (query and key norms).
+
+Granite's multipliers are scalars on whole vectors, which commute with every linear map, so they need no mention.
+"""
+
+from gyroquant.models.spec import Architecture, Embedding, Linear, Norm, register
+
+ATTENTION = (
+    Norm("input_layernorm", "residual", "attn_in"),
+    Linear("self_attn.q_proj", "attn_in", "q"),
+    Linear("self_attn.k_proj", "attn_in", "k"),
+    Linear("self_attn.v_proj", "attn_in", "v"),
+    Norm("self_attn.q_norm", "q", "q", optional=True),
+    Norm("self_attn.k_norm", "k", "k", optional=True),
+    Linear("self_attn.o_proj", "attn_out", "residual"),
+)
+MLP_NORM = (Norm("post_attention_layernorm", "residual", "mlp_in"),)
+MLP = (
+    Linear("mlp.gate_proj", "mlp_in", "gate"),
+    Linear("mlp.up_proj", "mlp_in", "up"),
+    Linear("mlp.down_proj", "act", "residual"),
+)
+OUTER = (
+    Embedding("model.embed_tokens"),
+    Norm("model.norm", "residual", "final"),
+    Linear("lm_head", "final", "logits"),
+)
+
+register(
+    Architecture(
+        name="llama",
+        model_types=("llama", "mistral", "smollm3", "granite", "qwen2", "qwen3"),
+        blocks="model.layers",
+        block=(*ATTENTION, *MLP_NORM, *MLP),
+        outer=OUTER,
+    )
+)

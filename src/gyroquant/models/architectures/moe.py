@@ -1,0 +1,44 @@
+"""Mixtures of experts on Llama's layout: Mixtral, Qwen2-MoE (shared expert and its gate), Qwen3-MoE.
+
+Experts are stacked in 3-D parameters or listed as modules; some layers of the Qwen families are dense.
+"""
+
+from gyroquant.models.architectures.llama import ATTENTION, MLP, MLP_NORM, OUTER
+from gyroquant.models.spec import Architecture, Linear, register
+
+_STACKED = (
+    Linear("mlp.experts.gate_up_proj", "mlp_in", ("experts.gate", "experts.up"), stacked=True),
+    Linear("mlp.experts.down_proj", "experts.act", "residual", stacked=True),
+)
+_LISTED = (
+    Linear("mlp.experts.{e}.gate_proj", "mlp_in", "expert{e}.gate"),
+    Linear("mlp.experts.{e}.up_proj", "mlp_in", "expert{e}.up"),
+    Linear("mlp.experts.{e}.down_proj", "expert{e}.act", "residual"),
+)
+_ROUTER = (Linear("mlp.gate", "mlp_in", "fixed", quantize=False),)
+_SHARED = (
+    Linear("mlp.shared_expert.gate_proj", "mlp_in", "shared.gate"),
+    Linear("mlp.shared_expert.up_proj", "mlp_in", "shared.up"),
+    Linear("mlp.shared_expert.down_proj", "shared.act", "residual"),
+    Linear("mlp.shared_expert_gate", "mlp_in", "fixed", quantize=False),
+)
+
+register(
+    Architecture(
+        name="moe",
+        model_types=("mixtral", "qwen2_moe", "qwen3_moe"),
+        blocks="model.layers",
+        block=(
+            *ATTENTION,
+            *MLP_NORM,
+            (
+                (*_ROUTER, *_STACKED, *_SHARED),
+                (*_ROUTER, *_LISTED, *_SHARED),
+                (*_ROUTER, *_STACKED),
+                (*_ROUTER, *_LISTED),
+                MLP,
+            ),
+        ),
+        outer=OUTER,
+    )
+)

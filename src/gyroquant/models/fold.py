@@ -1,0 +1,201 @@
+"""Folding: multiply a map into every parameter that writes a site and its contragredient into every one that reads it.
+
+A `FoldPlan` says, for each parameter, which edits to make in which order. It is built before anything is touched, so
+that whatever cannot be folded is refused with the model as it was. Edits are made in fp64, one parameter at a time.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from gyroquant.errors import UnsupportedModelError
+from gyroquant.maps import Identity, Map, blocks, fixing_ones
+from gyroquant.models.graph import ModelGraph, NormOp, Port
+from gyroquant.models.online import OnlineMap
+from gyroquant.models.sites import Site
+
+# A parameter whose rows can be edited apart from each other is folded in pieces of about this many entries.
+_CHUNK = 1 << 24
+# Sites that no parameter writes linearly: maps there run online without being asked to.
+_ONLINE_SITES = frozenset({"R3", "R4", "linear"})
+
+
+@dataclass(frozen=True)
+class ApplyMap:
+    """Multiplies a port by a map, block by block where the port is longer than the map."""
+
+    port: Port
+    map: Map
+
+    def __call__(self, value: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        axis, rows = self.port.axis, self.port.rows
+        part = value if rows is None else value.index_select(axis, rows.to(value.device))
+        changed = blocks(self.map, part.shape[axis]).apply(part + self.port.offset, axis) - self.port.offset
+        return changed if rows is None else value.index_copy(axis, rows.to(value.device), changed)
+
+
+@dataclass(frozen=True)
+class AbsorbGain:
+    """Multiplies the input axis of a parameter by the gain of the norm in front of it."""
+
+    port: Port
+    norm: NormOp
+
+    def __call__(self, value: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        shape = [1] * value.dim()
+        shape[self.port.axis] = -1
+        return value * _gain(self.norm, tensors).to(value).view(shape)
+
+
+@dataclass(frozen=True)
+class ResetGain:
+    """Sets the gain of a norm to one once its readers have absorbed it."""
+
+    port: Port
+    norm: NormOp
+
+    def __call__(self, value: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        return torch.full_like(value, 1.0 - self.norm.entry.offset)
+
+
+@dataclass(frozen=True)
+class DivideBias:
+    """Divides the bias of a norm by the gain that its readers have absorbed."""
+
+    port: Port
+    norm: NormOp
+
+    def __call__(self, value: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        gain = _gain(self.norm, tensors).to(value)
+        if bool(((gain == 0) & (value != 0)).any()):
+            raise UnsupportedModelError(
+                f"{self.norm.module} has a channel with gain 0 and a bias, which no basis change of the residual "
+                "stream can keep; leave R1 out"
+            )
+        return torch.where(gain == 0, value, value / gain)
+
+
+Edit = ApplyMap | AbsorbGain | ResetGain | DivideBias
+
+
+def _gain(norm: NormOp, tensors: Mapping[str, Tensor]) -> Tensor:
+    return tensors[norm.gain].double() + norm.entry.offset
+
+
+@dataclass
+class FoldPlan:
+    """Which edits each parameter gets, which maps run online, and what was put where."""
+
+    graph: ModelGraph
+    edits: dict[str, list[Edit]] = field(default_factory=lambda: defaultdict(list))
+    online: list[OnlineMap] = field(default_factory=list)
+    folded: list[tuple[Site, Map, bool]] = field(default_factory=list)
+    _absorbed: set[str] = field(default_factory=set)
+
+    def add(self, site: Site, m: Map, online: bool | None = None) -> None:
+        """Plans the fold of a map into a site: fused, or online where `online` says so or the site knows no other way.
+
+        Raises UnsupportedModelError, with the reason and the remedy, when it cannot be done exactly.
+        """
+        if m.n != site.n:
+            raise UnsupportedModelError(f"{site.label} has {site.n} coordinates, the map for it has {m.n}")
+        if isinstance(m, Identity):
+            self.folded.append((site, m, False))
+            return
+        problem = site.fused_problem(m)
+        run_online = online if online is not None else bool(problem) and site.name in _ONLINE_SITES
+        if run_online:
+            self._add_online(site, m)
+        elif problem:
+            remedy = f"; set transform.{site.name}.online=true to run it while the model runs, or leave {site.name} out"
+            raise UnsupportedModelError(f"{self.graph.config.model_type}: {problem}{remedy}")
+        else:
+            m = self._add_fused(site, m)
+        self.folded.append((site, m, run_online))
+
+    def _add_online(self, site: Site, m: Map) -> None:
+        if not site.insertions:
+            raise UnsupportedModelError(f"{site.label} has no place where a map could run online; fuse it instead")
+        if site.admits_online == "orthogonal" and not m.orthogonal:
+            raise UnsupportedModelError(f"{site.label} can only take an orthogonal map")
+        self._apply(site.readers, m.contragredient())
+        self.online += [OnlineMap(insertion, m) for insertion in site.insertions]
+
+    def _add_fused(self, site: Site, m: Map) -> Map:
+        if site.keeps_mean:
+            m = fixing_ones(m)
+        if not m.diagonal:
+            for norm, readers in site.absorbs:
+                self._absorb(norm, readers)
+        self._apply(site.writers, m)
+        self._apply(site.readers, m.contragredient())
+        return m
+
+    def _absorb(self, norm: NormOp, readers: tuple[Port, ...]) -> None:
+        if norm.module in self._absorbed:
+            return
+        self._absorbed.add(norm.module)
+        for port in readers:
+            self.edits[port.param].append(AbsorbGain(port, norm))
+        if norm.bias:
+            self.edits[norm.bias].append(DivideBias(Port(norm.bias, 0), norm))
+        self.edits[norm.gain].append(ResetGain(Port(norm.gain, 0), norm))
+
+    def _apply(self, ports: tuple[Port, ...], m: Map) -> None:
+        for port in ports:
+            self.edits[port.param].append(ApplyMap(port, m))
+
+    def online_in(self, block: int) -> list[OnlineMap]:
+        """The online maps of one block."""
+        prefix = f"{self.graph.architecture.blocks}.{block}."
+        return [one for one in self.online if one.insertion.module.startswith(prefix)]
+
+    def unties(self, tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
+        """The tied parameters that the plan makes different from the one they are tied to.
+
+        `tensors` are the original parameters around the blocks.
+        """
+
+        def effective(name: str) -> list[tuple[int, int]]:
+            kept = []
+            for edit in self.edits.get(name, ()):
+                if isinstance(edit, ApplyMap):
+                    kept.append((edit.port.axis, id(edit.map)))
+                elif not bool((_gain(edit.norm, tensors) == 1).all()):
+                    kept.append((edit.port.axis, id(edit)))
+            return kept
+
+        return tuple(alias for alias, name in self.graph.tied.items() if effective(alias) != effective(name))
+
+
+def fold(plan: FoldPlan, tensors: Mapping[str, Tensor], names: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """The parameters `names` (default: all of `tensors`) after the plan's edits.
+
+    `tensors` hold the original parameters of one block, or of what lies around the blocks. Edited ones come back in
+    fp32, computed in fp64; others as they are. A tied name gets the value of the parameter it is tied to before its
+    own edits.
+    """
+    out: dict[str, Tensor] = {}
+    for name in tensors if names is None else names:
+        value = tensors[name if name in tensors else plan.graph.tied[name]]
+        out[name] = _edited(value, plan.edits.get(name, []), tensors)
+    return out
+
+
+def _edited(value: Tensor, edits: list[Edit], tensors: Mapping[str, Tensor]) -> Tensor:
+    if not edits:
+        return value
+    splittable = value.dim() > 1 and all(edit.port.axis % value.dim() != 0 for edit in edits)
+    step = max(1, _CHUNK // max(1, value[0].numel())) if splittable else value.shape[0]
+    out = torch.empty(value.shape, dtype=torch.float32, device=value.device)
+    for start in range(0, value.shape[0], step):
+        piece = value[start : start + step].double()
+        for edit in edits:
+            piece = edit(piece, tensors)
+        out[start : start + step] = piece
+    return out

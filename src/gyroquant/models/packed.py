@@ -1,0 +1,173 @@
+"""Our own saved format: packed codes and scales in safetensors, described by `quantization_config` in config.json.
+
+A parameter P that was rounded is stored as P_codes, P_scales and, for asymmetric grids, P_zeros. Maps that run online
+are described in the configuration too; their tensors lie among the weights under names that start with
+`gyroquant_map.`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from gyroquant.errors import InputError
+from gyroquant.grids import Grid, QuantizedWeight, grid_from
+from gyroquant.maps import Map, dump, load
+from gyroquant.models.graph import LinearOp, Shape
+from gyroquant.models.online import OnlineMap
+from gyroquant.models.sites import Insertion
+from gyroquant.models.store import CheckpointStore, LazyTensor, safetensors_index
+
+METHOD = "gyroquant"
+FORMAT_VERSION = 1
+PARTS = ("codes", "scales", "zeros")
+MAPS = "gyroquant_map."
+_STORED_BITS = {"U8": 8, "I8": 8, "F16": 16, "BF16": 16, "I32": 32, "F32": 32, "I64": 64, "F64": 64}
+
+
+def as_matrix(weight: Tensor, op: LinearOp) -> Tensor:
+    """A weight as rows of inputs, shape (out, in): stacked experts one below the other, Conv1D turned round."""
+    if op.entry.transposed:
+        weight = weight.transpose(-1, -2)
+    return weight.reshape(-1, op.in_features)
+
+
+def from_matrix(matrix: Tensor, shape: Shape, transposed: bool) -> Tensor:
+    """The inverse of `as_matrix` for a parameter of this shape."""
+    if not transposed:
+        return matrix.reshape(shape)
+    return matrix.reshape(*shape[:-2], shape[-1], shape[-2]).transpose(-1, -2).contiguous()
+
+
+def matrix_shape(shape: Shape, transposed: bool) -> tuple[int, int]:
+    """The shape of `as_matrix` for a parameter of this shape."""
+    columns = shape[-2] if transposed else shape[-1]
+    return int(torch.Size(shape).numel()) // columns, columns
+
+
+class Description:
+    """The `quantization_config` of a saved model, built tensor by tensor."""
+
+    def __init__(self) -> None:
+        self._grids: list[Grid] = []
+        self._tensors: dict[str, dict[str, Any]] = {}
+        self._maps: list[Map] = []
+        self._online: list[dict[str, Any]] = []
+
+    def add_tensor(self, op: LinearOp, weight: QuantizedWeight) -> dict[str, Tensor]:
+        """Notes a rounded parameter; returns the arrays to store for it."""
+        if weight.grid not in self._grids:
+            self._grids.append(weight.grid)
+        entry: dict[str, Any] = {"grid": self._grids.index(weight.grid)}
+        self._tensors[op.weight] = entry | ({"transposed": True} if op.entry.transposed else {})
+        return {f"{op.weight}_{part}": array for part, array in weight.pack().items()}
+
+    def add_online(self, online: OnlineMap) -> dict[str, Tensor]:
+        """Notes an online map; returns the arrays to store for it, none when the same map was noted before."""
+        arrays: dict[str, Tensor] = {}
+        number = next((i for i, m in enumerate(self._maps) if _same(m, online.map)), None)
+        if number is None:
+            number = len(self._maps)
+            self._maps.append(online.map)
+            dump(online.map, arrays, f"{MAPS}{number}")
+        self._online.append({"point": online.insertion.point, "module": online.insertion.module, "map": number})
+        return arrays
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "quant_method": METHOD,
+            "format_version": FORMAT_VERSION,
+            "grids": [grid.model_dump(mode="json") for grid in self._grids],
+            "tensors": self._tensors,
+            "maps": [dump(m, {}, f"{MAPS}{i}") for i, m in enumerate(self._maps)],
+            "online": self._online,
+        }
+
+
+def _same(a: Map, b: Map) -> bool:
+    ours: dict[str, Tensor] = {}
+    theirs: dict[str, Tensor] = {}
+    if dump(a, ours) != dump(b, theirs):
+        return False
+    return all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def check_version(description: Mapping[str, Any], where: str) -> None:
+    """Raises InputError for a folder written by a version that this one does not understand."""
+    version = description.get("format_version")
+    if version != FORMAT_VERSION:
+        raise InputError(f"{where} has format version {version}, this gyroquant reads version {FORMAT_VERSION}")
+
+
+def decode(description: Mapping[str, Any], name: str, arrays: dict[str, Tensor], shape: Shape) -> Tensor:
+    """A stored parameter as numbers, in its own shape, fp32."""
+    entry = description["tensors"][name]
+    grid, transposed = grid_from(description["grids"][entry["grid"]]), bool(entry.get("transposed"))
+    codes, params = grid.unpack(arrays, matrix_shape(shape, transposed))
+    return from_matrix(QuantizedWeight(grid, codes, params).dequantize(), shape, transposed)
+
+
+def online_maps(description: Mapping[str, Any], files: Sequence[Path]) -> tuple[OnlineMap, ...]:
+    """The online maps of a saved model, their tensors read from its safetensors files."""
+    arrays: dict[str, Tensor] = {}
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            arrays |= {key: file.get_tensor(key).clone() for key in file.keys() if key.startswith(MAPS)}
+    maps = [load(spec, arrays) for spec in description["maps"]]
+    return tuple(OnlineMap(Insertion(one["point"], one["module"]), maps[one["map"]]) for one in description["online"])
+
+
+class _Packed:
+    """A rounded parameter among the tensors of a folder; decodes itself when indexed."""
+
+    def __init__(self, description: Mapping[str, Any], name: str, parts: dict[str, LazyTensor], shape: Shape):
+        self.description, self.name, self.parts, self.shape = description, name, parts, shape
+
+    def __getitem__(self, _: Any) -> Tensor:
+        arrays = {part: tensor[...] for part, tensor in self.parts.items()}
+        return decode(self.description, self.name, arrays, self.shape)
+
+
+class PackedStore(CheckpointStore):
+    """A folder that gyroquant wrote; rounded parameters are decoded as they are read."""
+
+    @property
+    def description(self) -> dict[str, Any]:
+        found = self.config.quantization_config
+        return dict(found if isinstance(found, dict) else found.to_dict())
+
+    def _index(self) -> Mapping[str, Any]:
+        check_version(self.description, self.label)
+        self._stored = safetensors_index(self.folder)
+        plain = {name: t for name, t in self._stored.items() if not name.startswith(MAPS)}
+        shapes = {name: tuple(t.shape) for name, t in self._skeleton.state_dict().items()}
+        found: dict[str, Any] = {}
+        for name in self.description["tensors"]:
+            parts = {part: plain.pop(f"{name}_{part}") for part in PARTS if f"{name}_{part}" in plain}
+            if name not in shapes or "codes" not in parts or "scales" not in parts:
+                raise InputError(f"{self.label}: the codes or scales of {name} are missing; is a file of it missing?")
+            found[name] = _Packed(self.description, name, parts, shapes[name])
+        return found | plain
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.config.dtype or torch.float32
+
+    @cached_property
+    def online(self) -> tuple[OnlineMap, ...]:  # type: ignore[override]
+        return online_maps(self.description, sorted({tensor.path for tensor in self._stored.values()}))
+
+    def bits_per_weight(self) -> float:
+        names = self.description["tensors"]
+        bits = sum(
+            int(torch.Size(tensor.shape).numel()) * _STORED_BITS[tensor.dtype]
+            for name, tensor in self._stored.items()
+            if name.startswith(MAPS) or name.rpartition("_")[0] in names
+        )
+        return bits / sum(int(torch.Size(self.shapes[name]).numel()) for name in names)

@@ -1,0 +1,240 @@
+"""The places of a model whose basis may change, and what may be folded there.
+
+R1 to R4 are numbered as SpinQuant (arXiv 2405.16406) and QuaRot number them: R1 the residual stream, R2 the value
+heads, R3 queries and keys after RoPE, R4 the input of down_proj. `attn_in` and `mlp_in` are the outputs of the norms,
+`linear` the input of every single linear layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from gyroquant.errors import RecipeError, UnsupportedModelError
+from gyroquant.maps import Map
+from gyroquant.models.graph import Group, LinearOp, ModelGraph, NormOp, Port
+
+Point = Literal["input", "output", "qk", "experts_in", "experts_act"]
+
+
+@dataclass(frozen=True)
+class Insertion:
+    """Where an online map is applied while the model runs.
+
+    `input` and `output` of a module; `qk`: queries and keys of an attention module, after RoPE; `experts_in` and
+    `experts_act`: the input of stacked experts and the input of their down projection.
+    """
+
+    point: Point
+    module: str
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place of one model: the ports that write and read its basis, and what a map there must satisfy.
+
+    A port longer than `n` takes the map block by block, as heads do.
+    """
+
+    name: str
+    block: int | None
+    label: str
+    n: int
+    writers: tuple[Port, ...] = ()
+    readers: tuple[Port, ...] = ()
+    absorbs: tuple[tuple[NormOp, tuple[Port, ...]], ...] = ()
+    insertions: tuple[Insertion, ...] = ()
+    admits: Literal["any", "orthogonal", "diagonal", "permutation", "nothing"] = "any"
+    admits_online: Literal["any", "orthogonal"] = "any"
+    keeps_mean: bool = False
+    blocked: str = ""
+
+    def fused_problem(self, m: Map) -> str:
+        """Why this map cannot be fused here; empty when it can."""
+        if self.blocked:
+            return self.blocked
+        fits = {
+            "any": True,
+            "orthogonal": m.orthogonal,
+            "diagonal": m.diagonal,
+            "permutation": m.permuting,
+            "nothing": False,
+        }
+        return (
+            ""
+            if fits[self.admits]
+            else f"{self.label} can only take a map that is {self.admits} without running it online"
+        )
+
+
+def _r1(graph: ModelGraph) -> Iterator[Site]:
+    groups = (*graph.blocks, graph.outer)
+    writers: list[Port] = []
+    readers: list[Port] = []
+    absorbs: list[tuple[NormOp, tuple[Port, ...]]] = []
+    blocked, layer_norm = "", False
+    for group in groups:
+        writers += group.writers("residual")
+        readers += [op.read_port() for op in group.readers("residual")]
+        for norm in group.norms:
+            if norm.entry.writes == "residual":
+                blocked = blocked or (
+                    f"{norm.module} multiplies what is added to the residual stream by a gain, and a rotation of the "
+                    "stream cannot pass it"
+                )
+            elif norm.entry.reads == "residual":
+                behind = tuple(op.read_port() for op in group.readers(norm.entry.writes))
+                absorbs.append((norm, behind))
+                readers += behind
+                writers += group.writers(norm.entry.writes)  # a norm's bias
+                layer_norm |= norm.entry.kind == "layer"
+    yield Site(
+        name="R1",
+        block=None,
+        label="R1",
+        n=graph.hidden,
+        writers=tuple(writers),
+        readers=tuple(readers),
+        absorbs=tuple(absorbs),
+        admits="orthogonal",
+        keeps_mean=layer_norm,
+        blocked=blocked,
+    )
+
+
+def _r2(graph: ModelGraph) -> Iterator[Site]:
+    for i, group in enumerate(graph.blocks):
+        yield Site(
+            name="R2",
+            block=i,
+            label=f"R2 of {group.label}",
+            n=graph.head_dim,
+            writers=group.writers("v"),
+            readers=tuple(op.read_port() for op in group.readers("attn_out")),
+        )
+
+
+def _r3(graph: ModelGraph) -> Iterator[Site]:
+    for i, group in enumerate(graph.blocks):
+        query = next(op for op in group.linears if "q" in op.rows)
+        yield Site(
+            name="R3",
+            block=i,
+            label=f"R3 of {group.label}",
+            n=graph.head_dim,
+            insertions=(Insertion("qk", query.module.rpartition(".")[0]),),
+            admits="nothing",
+            admits_online="orthogonal",
+            blocked="queries and keys after RoPE are written by no parameter, R3 only exists online",
+        )
+
+
+def _insertion(op: LinearOp) -> Insertion:
+    if not op.entry.stacked:
+        return Insertion("input", op.module)
+    return Insertion("experts_act" if op.entry.reads.endswith("act") else "experts_in", op.module)
+
+
+def _r4(graph: ModelGraph) -> Iterator[Site]:
+    for i, group in enumerate(graph.blocks):
+        for op in group.linears:
+            basis = op.entry.reads
+            if basis.rpartition(".")[2] != "act":
+                continue
+            prefix = basis.removesuffix("act")
+            yield Site(
+                name="R4",
+                block=i,
+                label=f"R4 of {group.label}" + (f" ({prefix.rstrip('.')})" if prefix else ""),
+                n=op.in_features,
+                writers=group.writers(prefix + "gate") + group.writers(prefix + "up"),
+                readers=(op.read_port(),),
+                insertions=(_insertion(op),),
+                admits="permutation",
+            )
+
+
+def _norm_site(name: str, i: int | None, group: Group, norm: NormOp, n: int) -> Site:
+    gain = Port(norm.gain, 0, offset=norm.entry.offset)
+    return Site(
+        name=name,
+        block=i,
+        label=f"{norm.entry.writes} of {group.label}",
+        n=n,
+        writers=(gain, *group.writers(norm.entry.writes)),
+        readers=tuple(op.read_port() for op in group.readers(norm.entry.writes)),
+        insertions=(Insertion("output", norm.module),),
+        admits="diagonal",
+    )
+
+
+def _behind_norm(basis: str) -> Callable[[ModelGraph], Iterator[Site]]:
+    def build(graph: ModelGraph) -> Iterator[Site]:
+        for i, group in enumerate(graph.blocks):
+            for norm in group.norms:
+                if norm.entry.writes == basis:
+                    yield _norm_site(basis, i, group, norm, graph.hidden)
+
+    return build
+
+
+def _linear(graph: ModelGraph) -> Iterator[Site]:
+    for i, group in enumerate(graph.blocks):
+        for op in group.linears:
+            if op.entry.quantize:
+                yield Site(
+                    name="linear",
+                    block=i,
+                    label=f"the input of {op.module}",
+                    n=op.in_features,
+                    readers=(op.read_port(),),
+                    insertions=(_insertion(op),),
+                    admits="nothing",
+                    blocked="the input of a single layer is also read by others, so a map there only exists online",
+                )
+
+
+def _r1_online(graph: ModelGraph) -> Iterator[Site]:
+    """Every reader of the residual stream gets the map in front of it; the stream itself is left alone."""
+    for i, group in enumerate(graph.blocks):
+        for norm in group.norms:
+            if norm.entry.reads == "residual":
+                yield _norm_site("R1", i, group, norm, graph.hidden)
+        direct = group.readers("residual")
+        if direct:
+            yield Site(
+                name="R1",
+                block=i,
+                label=f"the residual stream read by {group.label}",
+                n=graph.hidden,
+                readers=tuple(op.read_port() for op in direct),
+                insertions=tuple(_insertion(op) for op in direct),
+                admits="nothing",
+            )
+
+
+_BUILDERS: dict[str, Callable[[ModelGraph], Iterator[Site]]] = {
+    "R1": _r1,
+    "R2": _r2,
+    "R3": _r3,
+    "attn_in": _behind_norm("attn_in"),
+    "mlp_in": _behind_norm("mlp_in"),
+    "R4": _r4,
+    "linear": _linear,
+}
+
+SITE_NAMES = tuple(_BUILDERS)
+"""Every site name, in the order in which maps are folded."""
+
+
+def find_sites(graph: ModelGraph, name: str, online: bool = False) -> list[Site]:
+    """The sites of that name in a model. Raises UnsupportedModelError when the model has none."""
+    if name not in _BUILDERS:
+        raise RecipeError(f"unknown site {name!r}; sites are {', '.join(SITE_NAMES)}")
+    found = list(_r1_online(graph) if name == "R1" and online else _BUILDERS[name](graph))
+    if not found:
+        raise UnsupportedModelError(
+            f"{graph.config.model_type} has no site {name}: nothing in its description matches it"
+        )
+    return found

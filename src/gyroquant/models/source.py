@@ -1,0 +1,62 @@
+"""One door to every model: a transformers model in memory, a folder, a GGUF file, or a name on the Hugging Face hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedModel
+
+import gyroquant.models.architectures  # noqa: F401  (registers the described architectures)
+from gyroquant.errors import InputError
+from gyroquant.models.gguf import GgufStore
+from gyroquant.models.packed import METHOD, PackedStore
+from gyroquant.models.store import CheckpointStore, ModuleStore, WeightStore
+
+_WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+
+
+def open_model(model: str | Path | PreTrainedModel) -> WeightStore:
+    """The weights of a model, whatever it is given as. Raises InputError, naming what is wrong, when there is none."""
+    if isinstance(model, PreTrainedModel):
+        return ModuleStore(model)
+    path = Path(model)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise InputError(f"{path} is a file, but not a .gguf; give a folder, a GGUF file or a name on the hub")
+        return GgufStore(path)
+    if path.is_dir():
+        return _open_folder(path)
+    if path.is_absolute() or str(model).startswith(".") or str(model).count("/") != 1:
+        raise InputError(f"there is no model at {model}; give a folder, a GGUF file or a name on the hub (owner/name)")
+    return _open_folder(_fetch(str(model)))
+
+
+def _open_folder(folder: Path) -> WeightStore:
+    if not (folder / "config.json").exists():
+        files = sorted(folder.glob("*.gguf"))
+        if len(files) == 1:
+            return GgufStore(files[0])
+        raise InputError(f"{folder} has no config.json" + ("; name one of its GGUF files" if files else ""))
+    try:
+        config: Any = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{folder} has no usable config.json: {error}") from error
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return CheckpointStore(folder, config)
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+    if method != METHOD:
+        raise InputError(f"{folder} is already quantized ({method}); start from the model in full precision")
+    return PackedStore(folder, config)
+
+
+def _fetch(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=_WANTED))
+    except Exception as error:  # the hub client raises many kinds; all mean that the model is out of reach
+        raise InputError(
+            f"the model {name!r} is neither a folder here nor can it be fetched from the hub: {error}"
+        ) from error

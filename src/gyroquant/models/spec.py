@@ -1,0 +1,108 @@
+"""How an architecture is described: which parameter reads which basis and writes which basis. Data, no behaviour.
+
+A *basis* is the coordinate system of the vectors that flow between two operations. The names have a fixed meaning:
+
+    residual        the residual stream                       attn_in, mlp_in  the outputs of the norms in front of them
+    q, k, v         per-head queries, keys, values            attn_out         the heads' mixed values, input of o_proj
+    gate, up, act   of the feed-forward network               final            the output of the last norm
+    logits, fixed   never changed
+
+A prefix keeps several feed-forward networks in one block apart: ``experts.act``, ``shared.act``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from gyroquant.errors import UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer, or several with one weight.
+
+    `name` is its path below the block ('{e}' stands for an expert's number). Its rows write the bases `writes`, in
+    that order; `per_head` says that they alternate head by head instead. `transposed` weights are stored (in, out),
+    `stacked` ones are bare parameters (expert, out, in). `quantize` is False for routers and the like.
+    """
+
+    name: str
+    reads: str
+    writes: str | tuple[str, ...]
+    per_head: bool = False
+    transposed: bool = False
+    stacked: bool = False
+    quantize: bool = True
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm from basis `reads` to basis `writes`; the same name twice for one inside a basis (query and key norms).
+
+    `offset` is what the module adds to its stored weight to get the gain (1 for Gemma).
+    """
+
+    name: str
+    reads: str
+    writes: str
+    kind: Literal["rms", "layer"] = "rms"
+    offset: float = 0.0
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """A table of vectors, one a row, written into a basis."""
+
+    name: str
+    writes: str = "residual"
+
+
+Entry = Linear | Norm | Embedding
+Part = Entry | tuple[tuple[Entry, ...], ...]  # a tuple of groups: alternatives, the first that is present counts
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One family of decoders: where its blocks lie, what is in them and around them."""
+
+    name: str
+    model_types: tuple[str, ...]
+    blocks: str
+    block: tuple[Part, ...]
+    outer: tuple[Part, ...]
+    refuse: Callable[[Any], str | None] = lambda config: None
+    """Given a configuration, the reason why this variant of the architecture is not supported, or None."""
+
+
+_REGISTRY: dict[str, Architecture] = {}
+
+
+def register(architecture: Architecture) -> Architecture:
+    """Makes an architecture known under its model types."""
+    for model_type in architecture.model_types:
+        if model_type in _REGISTRY:
+            raise ValueError(f"model type {model_type!r} is described twice")
+        _REGISTRY[model_type] = architecture
+    return architecture
+
+
+def model_types() -> tuple[str, ...]:
+    """Every model type that is described, sorted."""
+    return tuple(sorted(_REGISTRY))
+
+
+def architecture_of(config: Any) -> Architecture:
+    """The description for a transformers configuration. Raises UnsupportedModelError when there is none."""
+    found = _REGISTRY.get(config.model_type)
+    if found is None:
+        raise UnsupportedModelError(
+            f"the architecture {config.model_type!r} is not described; described are {', '.join(model_types())}. "
+            "A description is one small file, see docs/add-an-architecture.md"
+        )
+    reason = found.refuse(config)
+    if reason:
+        raise UnsupportedModelError(f"{config.model_type}: {reason}")
+    return found

@@ -1,0 +1,258 @@
+"""The one place that knows the order of the stations: text, batches, choose, fold, prove, round, pack, save."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gyroquant.calibration.observers import Gram, observing
+from gyroquant.calibration.stream import Stream
+from gyroquant.calibration.text import load_text, sample, tokenize
+from gyroquant.environment import peak_memory_bytes, versions
+from gyroquant.errors import InputError
+from gyroquant.export.folder import OutputFolder
+from gyroquant.export.hf import keep_online
+from gyroquant.export.writer import DenseWriter, PackedWriter
+from gyroquant.grids import QuantizedWeight
+from gyroquant.job import Job, plan_folds
+from gyroquant.maps import dump
+from gyroquant.models.fold import FoldPlan, fold
+from gyroquant.models.graph import Group, LinearOp
+from gyroquant.models.online import attached
+from gyroquant.models.packed import from_matrix
+from gyroquant.models.prove import Proof, folded_outer, prove
+from gyroquant.models.runner import BlockRunner, evaluating
+from gyroquant.models.store import ModuleStore, WeightStore
+from gyroquant.progress import Stages
+from gyroquant.recipe import Recipe, load_recipe
+from gyroquant.rounding.stage import LayerReport, round_group
+
+Calibration = str | Path | Sequence[str] | Tensor
+
+
+def _trivial_proof(plan: FoldPlan, threshold: float) -> Proof:
+    """Nothing is folded, so the folded model is the original, bit for bit."""
+    return Proof(0.0, 0, 0.0, threshold, 0, (0.0,) * len(plan.graph.blocks))
+
+
+def _prove(store: WeightStore, plan: FoldPlan, tokens: Tensor, recipe: Recipe, progress: Stages) -> Proof:
+    if not plan.edits and not plan.online:
+        return _trivial_proof(plan, recipe.proof.threshold)
+    runner = BlockRunner(store.skeleton(), plan.graph)
+    with progress.stage("prove", len(plan.graph.blocks)) as advance:
+        return prove(store, plan, runner, tokens, recipe.proof.threshold, lambda done, total: advance())
+
+
+def transform(
+    model: PreTrainedModel,
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    calibration: Calibration | None = None,
+    tokenizer: Any = None,
+    progress: Stages | None = None,
+) -> Proof:
+    """Folds a recipe's maps into a model in memory, after proving on tokens that it stays the same function.
+
+    `calibration` is a text, with `tokenizer`, or token ids of shape (batch, length); without it the proof is made on
+    random tokens. Raises UnsupportedModelError (of which ProofError is one) with the model untouched when it cannot be
+    exact. Weights keep their dtype; the proof is made in fp32.
+    """
+    recipe, progress = load_recipe(recipe), progress or Stages()
+    store = ModuleStore(model)
+    plan = plan_folds(store.graph, recipe)
+    with evaluating(model):
+        proof = _prove(store, plan, _proof_tokens(model, recipe, calibration, tokenizer), recipe, progress)
+    _commit(model, plan)
+    return proof
+
+
+def _proof_tokens(model: Any, recipe: Recipe, calibration: Calibration | None, tokenizer: Any) -> Tensor:
+    limit = int(getattr(model.config, "max_position_embeddings", None) or recipe.proof.seqlen)
+    length, count = min(recipe.proof.seqlen, limit), recipe.proof.nsamples
+    if isinstance(calibration, Tensor):
+        return calibration[:count, :length].to(model.device)
+    if calibration is not None:
+        if tokenizer is None:
+            raise InputError("a calibration text needs its tokenizer: transform(..., tokenizer=...)")
+        text = load_text(calibration)
+        ids = tokenize(text, tokenizer, model.config.vocab_size)
+        return sample(ids, count, length, recipe.calibration.seed, text.name).to(model.device)
+    generator = torch.Generator().manual_seed(recipe.seed)
+    return torch.randint(0, model.config.vocab_size, (count, length), generator=generator).to(model.device)
+
+
+@torch.no_grad()
+def _commit(model: Any, plan: FoldPlan) -> None:
+    """Writes the folded parameters into the model, unties what is no longer tied, and attaches the online maps."""
+    store = ModuleStore(model)
+    outer = {name: tensor.clone() for name, tensor in store.read(plan.graph.outer_params()).items()}
+    untied = plan.unties(outer)
+    for name, tensor in fold(plan, outer, (*outer, *untied)).items():
+        module = model.get_submodule(name.rpartition(".")[0])
+        if name in untied:
+            module.weight = torch.nn.Parameter(tensor.to(module.weight), requires_grad=module.weight.requires_grad)
+        else:
+            model.get_parameter(name).copy_(tensor)
+    if untied:
+        model.config.tie_word_embeddings = False
+        model.all_tied_weights_keys = {k: v for k, v in model.all_tied_weights_keys.items() if k not in untied}
+    for i in range(len(plan.graph.blocks)):
+        tensors = {name: tensor.clone() for name, tensor in store.read(plan.graph.block_params(i)).items()}
+        for name, tensor in fold(plan, tensors).items():
+            model.get_parameter(name).copy_(tensor)
+    keep_online(model, plan.online)
+
+
+def run(job: Job, progress: Stages | None = None) -> dict[str, Any]:
+    """Proves, rounds and saves; returns the manifest that it also writes as `gyroquant.json`.
+
+    The destination appears only when all of it is there. Raises ProofError before anything is written when the fold is
+    not exact.
+    """
+    progress = progress or Stages()
+    started = time.perf_counter()
+    warnings: list[str] = []
+    with evaluating(job.store.skeleton()):
+        proof = _prove(job.store, job.plan, proof_sample(job), job.recipe, progress)
+        with OutputFolder(job.output.folder, job.output.overwrite) as folder:
+            writer = (DenseWriter if job.output.dense else PackedWriter)(folder, job.store, job.output.dtype)
+            layers = _round(job, writer, progress, warnings)
+            writer.online(job.plan.online)
+            folder.merge()
+            manifest = _manifest(job, proof, layers, writer, warnings)
+            manifest["seconds"] = round(time.perf_counter() - started, 3)
+            manifest["peak_memory_bytes"] = peak_memory_bytes()
+            writer.finish(job.tokenizer, manifest["untied"])
+            folder.json("gyroquant.json", manifest)
+            folder.commit()
+    for text in warnings:
+        progress.warn(text)
+    return manifest
+
+
+def proof_sample(job: Job) -> Tensor:
+    """The tokens that the proof is made on, shape (samples, length)."""
+    settings = job.recipe.proof
+    if job.tokens is None:
+        return torch.zeros(1, 1, dtype=torch.long)
+    return job.tokens[: settings.nsamples, : settings.seqlen]
+
+
+@torch.no_grad()
+def _round(job: Job, writer: Any, progress: Stages, warnings: list[str]) -> list[LayerReport]:
+    """Folds, observes, rounds and writes one block after another, each calibrated on the rounded ones before it."""
+    graph, layers = job.graph, list[LayerReport]()
+    outer = folded_outer(job.plan, job.store.read(graph.outer_params()))
+    runner = BlockRunner(job.store.skeleton(), graph)
+    stream = None
+    if job.needs_stream:
+        assert job.tokens is not None
+        stream = Stream(runner, job.tokens, outer, job.compute_dtype, job.output.offload, job.output.device)
+        stream.free_outer()
+    head = {name: op for name, op in job.targets.items() if op in graph.outer.linears}
+    if not head:
+        writer.add(_saved(outer, job.output.dtype))
+        del outer
+    with progress.stage("round", len(graph.blocks) * (stream.steps * 2 if stream else 1)) as advance:
+        for i, group in enumerate(graph.blocks):
+            tensors = fold(job.plan, job.store.read(graph.block_params(i)))
+            rounded, reports, tensors = round_block(job, i, group, tensors, stream, advance, warnings)
+            layers += reports
+            writer.add(_saved(tensors, job.output.dtype, rounded), _by_op(job, rounded))
+            if stream:
+                with attached(runner.model, job.plan.online_in(i)):
+                    stream.run(i, tensors, progress=advance)
+            else:
+                advance()
+    if head:
+        layers += _round_head(job, outer, stream, writer, warnings)
+    return layers
+
+
+def round_block(
+    job: Job,
+    index: int,
+    group: Group,
+    tensors: dict[str, Tensor],
+    stream: Stream | None,
+    advance: Any,
+    warnings: list[str],
+) -> tuple[dict[str, QuantizedWeight], list[LayerReport], dict[str, Tensor]]:
+    """Observes and rounds one block; returns codes, errors and the block's weights as they will be deployed."""
+    online, observed = job.plan.online_in(index), {}
+    if stream:
+        model = job.store.skeleton()
+        with attached(model, online), observing(model, group, online, Gram) as observed:
+            stream.run(index, tensors, keep=False, progress=advance)
+    weights = job.recipe.weights
+    rounded, reports = round_group(
+        group, job.targets, tensors, observed, online, weights.solver, weights.grid, warnings.append
+    )
+    deployed = {name: tensor.to(job.output.dtype) for name, tensor in tensors.items() if name not in rounded}
+    return rounded, reports, deployed | _decoded(job, rounded)
+
+
+def _decoded(job: Job, rounded: Mapping[str, QuantizedWeight]) -> dict[str, Tensor]:
+    return {
+        name: from_matrix(weight.dequantize(), job.targets[name].shape, job.targets[name].entry.transposed)
+        for name, weight in rounded.items()
+    }
+
+
+def _by_op(job: Job, rounded: Mapping[str, QuantizedWeight]) -> list[tuple[LinearOp, QuantizedWeight]]:
+    return [(job.targets[name], weight) for name, weight in rounded.items()]
+
+
+def _round_head(
+    job: Job, outer: dict[str, Tensor], stream: Stream | None, writer: Any, warnings: list[str]
+) -> list[LayerReport]:
+    """Rounds the head, which reads what leaves the last norm."""
+    model, group, weights = job.store.skeleton(), job.graph.outer, job.recipe.weights
+    observed: dict[Any, Any] = {}
+    if stream:
+        with observing(model, group, [], Gram) as observed:
+            for _ in stream.logits(outer):  # only the input of the head is of interest
+                pass
+    rounded, reports = round_group(
+        group, job.targets, outer, observed, [], weights.solver, weights.grid, warnings.append
+    )
+    writer.add(_saved(outer, job.output.dtype, rounded), _by_op(job, rounded))
+    return reports
+
+
+def _saved(
+    tensors: Mapping[str, Tensor], dtype: torch.dtype, rounded: Mapping[str, QuantizedWeight] | None = None
+) -> dict[str, Tensor]:
+    """The parameters that are stored as they are, in the dtype of the output."""
+    saved = {name: tensor.to(dtype) for name, tensor in tensors.items() if name not in (rounded or {})}
+    for name, tensor in saved.items():
+        if not bool(tensor.isfinite().all()):
+            raise InputError(f"{name} is too large for {dtype}; choose another with --save-dtype bfloat16 or float32")
+    return saved
+
+
+def _manifest(job: Job, proof: Proof, layers: list[LayerReport], writer: Any, warnings: list[str]) -> dict[str, Any]:
+    recipe, text = job.recipe, job.text
+    original = job.store.read(job.graph.outer_params())
+    return {
+        "gyroquant": versions()["gyroquant"],
+        "model": job.store.label,
+        "model_type": job.store.config.model_type,
+        "recipe": recipe.to_dict(),
+        "seed": recipe.seed,
+        "text": None if text is None else {"name": text.name, "sha256": text.sha256},
+        "calibration_dtype": str(job.compute_dtype).removeprefix("torch.") if job.needs_stream else None,
+        "sites": [{"site": site.label, "map": dump(m, {}), "online": online} for site, m, online in job.plan.folded],
+        "untied": list(job.plan.unties(original)),
+        "proof": proof.to_dict(),
+        "bits": writer.bits(),
+        "layers": [asdict(layer) for layer in layers],
+        "warnings": warnings,
+        "versions": versions(),
+    }

@@ -1,0 +1,269 @@
+"""Recipes: what to do, as data. Unknown keys are refused with the nearest valid one."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_serializer, field_validator
+
+from gyroquant.errors import RecipeError
+from gyroquant.grids import Grid
+from gyroquant.methods import Method
+from gyroquant.models.sites import SITE_NAMES
+from gyroquant.rounding import Solver
+
+_STRICT = ConfigDict(extra="forbid", frozen=True)
+
+
+class Step(BaseModel):
+    """One map at one site: the method that chooses it, and whether it must (or must not) run online."""
+
+    model_config = _STRICT
+    method: SerializeAsAny[Method]
+    online: bool | None = None
+
+
+class Weights(BaseModel):
+    """How weights are rounded: the grid, the solver, and the layers to leave alone.
+
+    `ignore` holds module names, whole or from a dot on, and regular expressions behind ``re:``.
+    """
+
+    model_config = _STRICT
+    grid: SerializeAsAny[Grid]
+    solver: SerializeAsAny[Solver]
+    ignore: tuple[str, ...] = ("lm_head",)
+
+
+class Calibration(BaseModel):
+    """The text that a model is observed on. `dtype` auto is bfloat16 where the processor multiplies it natively."""
+
+    model_config = _STRICT
+    text: str | None = None
+    nsamples: Annotated[int, Field(gt=0)] = 128
+    seqlen: Annotated[int, Field(gt=1)] = 512
+    seed: int = 0
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+
+class ProofSettings(BaseModel):
+    """How the proof is made: on `nsamples` windows of `seqlen` tokens, refused above `threshold`."""
+
+    model_config = _STRICT
+    threshold: Annotated[float, Field(gt=0)] = 1e-4
+    nsamples: Annotated[int, Field(gt=0)] = 2
+    seqlen: Annotated[int, Field(gt=1)] = 256
+
+
+class Recipe(BaseModel):
+    """A whole run as data: transform, rounding, calibration and proof."""
+
+    model_config = _STRICT
+    name: str = "custom"
+    description: str = ""
+    seed: int = 0
+    transform: dict[str, tuple[Step, ...]] = Field(default_factory=dict)
+    weights: Weights
+    calibration: Calibration = Field(default_factory=Calibration)
+    proof: ProofSettings = Field(default_factory=ProofSettings)
+
+    @field_validator("transform")
+    @classmethod
+    def _known_sites(cls, value: dict[str, tuple[Step, ...]]) -> dict[str, tuple[Step, ...]]:
+        for name in value:
+            _require_known(name, SITE_NAMES, "transform")
+        return value
+
+    @field_serializer("transform")
+    def _flat(self, value: dict[str, tuple[Step, ...]]) -> dict[str, Any]:
+        flat = {}
+        for name, steps in value.items():
+            dumped = [
+                step.method.model_dump() | ({} if step.online is None else {"online": step.online}) for step in steps
+            ]
+            flat[name] = dumped[0] if len(dumped) == 1 else dumped
+        return flat
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as it would be written in YAML; `parse` reads it back."""
+        data = self.model_dump(mode="json")
+        weights = data["weights"]
+        return data | {"weights": weights["grid"] | {"solver": weights["solver"], "ignore": weights["ignore"]}}
+
+
+def _require_known(key: str, known: Iterable[str], where: str) -> None:
+    known = list(known)
+    if key not in known:
+        close = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+        raise RecipeError(f"{where} has no key {key!r}; did you mean {close[0]!r}? Keys are {', '.join(known)}")
+
+
+def _build(kinds: Mapping[str, type[Any]], tag: str, spec: Any, where: str) -> Any:
+    """An object of a registered kind from its options; ``{tag: name, option: value}`` or the name alone."""
+    options = {tag: spec} if isinstance(spec, str) else spec
+    if not isinstance(options, dict) or not isinstance(options.get(tag), str):
+        raise RecipeError(f"{where} needs {tag}: one of {', '.join(sorted(kinds))}")
+    if options[tag] not in kinds:
+        close = difflib.get_close_matches(options[tag], list(kinds), n=1, cutoff=0.0)
+        raise RecipeError(
+            f"{where}.{tag} is {options[tag]!r}; did you mean {close[0]!r}? There are {', '.join(sorted(kinds))}"
+        )
+    kind = kinds[options[tag]]
+    for key in options:
+        _require_known(key, kind.model_fields, where)
+    return _validated(lambda: kind(**options), where)
+
+
+def _validated(make: Any, where: str) -> Any:
+    try:
+        return make()
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join([where, *(str(part) for part in first["loc"])]).strip(".")
+        given = f" (given: {first['input']!r})" if first["loc"] else ""
+        raise RecipeError(f"{place}: {first['msg'].removeprefix('Value error, ')}{given}") from error
+
+
+def _steps(spec: Any, where: str) -> tuple[Step, ...]:
+    steps = []
+    for one in spec if isinstance(spec, list) else [spec]:
+        options = {"method": one} if isinstance(one, str) else dict(one) if isinstance(one, dict) else {}
+        online = options.pop("online", None)
+        if online is not None and not isinstance(online, bool):
+            raise RecipeError(f"{where}.online is true, false or left out, not {online!r}")
+        steps.append(Step(method=_build(Method.kinds, "method", options, where), online=online))
+    return tuple(steps)
+
+
+def _weights(spec: Any) -> Weights:
+    if not isinstance(spec, dict):
+        raise RecipeError("weights holds bits, group_size, symmetric, solver and so on")
+    spec = dict(spec)
+    solver = _build(Solver.kinds, "name", spec.pop("solver", "rtn"), "weights.solver")
+    ignore = spec.pop("ignore", ["lm_head"])
+    kind = Grid.kinds.get(spec.get("grid", "integer"), Grid.kinds["integer"])
+    for key in spec:
+        _require_known(key, [*kind.model_fields, "solver", "ignore"], "weights")
+    grid = _build(Grid.kinds, "grid", {"grid": "integer"} | spec, "weights")
+    if not isinstance(ignore, list) or not all(isinstance(one, str) for one in ignore):
+        raise RecipeError("weights.ignore is a list of names and 're:' patterns")
+    return Weights(grid=grid, solver=solver, ignore=tuple(ignore))
+
+
+def parse(data: Any) -> Recipe:
+    """A recipe from plain data, as YAML gives it. Raises RecipeError naming the key and the nearest valid one."""
+    if not isinstance(data, dict):
+        raise RecipeError("a recipe is a mapping with keys such as transform and weights")
+    for key in data:
+        _require_known(str(key), Recipe.model_fields, "the recipe")
+    transform = data.get("transform") or {}
+    if not isinstance(transform, dict):
+        raise RecipeError("transform maps sites to methods, for example {R1: {method: hadamard}}")
+    for site in transform:
+        _require_known(str(site), SITE_NAMES, "transform")
+    built = dict(data) | {
+        "transform": {site: _steps(spec, f"transform.{site}") for site, spec in transform.items() if spec is not None},
+        "weights": _weights(data.get("weights") or {}),
+    }
+    for section, kind in (("calibration", Calibration), ("proof", ProofSettings)):
+        if data.get(section) is not None:
+            values = data[section] if isinstance(data[section], dict) else {}
+            for key in values:
+                _require_known(str(key), kind.model_fields, section)
+            built[section] = _validated(lambda kind=kind, values=values: kind(**values), section)
+    return _validated(lambda: Recipe(**built), "")
+
+
+def preset_names() -> tuple[str, ...]:
+    """The names of the recipes that come with the package."""
+    return tuple(sorted(p.name.removesuffix(".yaml") for p in _presets().iterdir() if p.name.endswith(".yaml")))
+
+
+def _presets() -> Any:
+    return resources.files("gyroquant") / "recipes"
+
+
+def _read_yaml(text: str, where: str) -> dict[str, Any]:
+    if len(text) > 1 << 20:
+        raise RecipeError(f"{where} is larger than any recipe")
+    try:
+        if any(isinstance(token, (yaml.AnchorToken, yaml.AliasToken)) for token in yaml.scan(text)):
+            raise RecipeError(f"{where} uses YAML anchors or aliases, which recipes have no use for")
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{where} is not valid YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise RecipeError(f"{where} does not hold a mapping")
+    return data
+
+
+_SUFFIX = re.compile(r"^(?P<name>.+?)-w(?P<bits>\d)(?:g(?P<group>\d+))?$")
+
+
+def _load(name: str) -> dict[str, Any]:
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        try:
+            return {"name": path.stem} | _read_yaml(path.read_text(encoding="utf-8"), str(path))
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"the recipe {path} cannot be read: {error}") from error
+    known = preset_names()
+    if name in known:
+        return {"name": name} | _read_yaml((_presets() / f"{name}.yaml").read_text(encoding="utf-8"), name)
+    short = _SUFFIX.match(name)
+    if short and short["name"] in known:
+        data = _load(short["name"])
+        changes = [f"weights.bits={short['bits']}"] + (
+            [f"weights.group_size={short['group']}"] if short["group"] else []
+        )
+        return set_values(data, changes) | {"name": name}
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    raise RecipeError(
+        f"no recipe is called {name!r}; did you mean {close[0]!r}? There are {', '.join(known)}, each also with bits "
+        "and group size behind it (gsr-w2g64), and files that end in .yaml"
+    )
+
+
+def set_values(data: Mapping[str, Any], changes: Iterable[str]) -> dict[str, Any]:
+    """Plain recipe data with ``path.to.key=value`` changes made; values are YAML, ``null`` takes a key out."""
+    out: dict[str, Any] = yaml.safe_load(yaml.safe_dump(dict(data)))
+    for change in changes:
+        path, equals, text = change.partition("=")
+        if not equals or not path:
+            raise RecipeError(f"--set takes KEY=VALUE, for example weights.bits=2, not {change!r}")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"the value of --set {change!r} is not valid YAML") from error
+        *parents, last = path.split(".")
+        place = out
+        for parent in parents:
+            inner = place.get(parent)
+            if inner is None:
+                inner = {}
+            elif isinstance(inner, str):  # the short form of a solver or a method
+                inner = {"name" if parent == "solver" else "method": inner}
+            elif not isinstance(inner, dict):
+                raise RecipeError(f"--set {change!r}: {parent} is not a mapping; write the recipe to a file instead")
+            place[parent] = inner
+            place = inner
+        place[last] = value
+    return out
+
+
+def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, changes: Iterable[str] = ()) -> Recipe:
+    """A recipe from a preset's name, a YAML file, plain data or a recipe, with ``KEY=VALUE`` changes made to it.
+
+    Raises RecipeError for anything unknown, impossible or contradictory, naming the key and the nearest valid one.
+    """
+    if isinstance(recipe, Recipe):
+        data: Mapping[str, Any] = recipe.to_dict()
+    else:
+        data = recipe if isinstance(recipe, Mapping) else _load(str(recipe))
+    return parse(set_values(data, changes))

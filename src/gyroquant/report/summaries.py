@@ -1,0 +1,131 @@
+"""The tables that each command ends with."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich.table import Table
+
+from gyroquant.evaluation.outliers import Outliers
+from gyroquant.inspection import Inspection
+from gyroquant.maps import factors
+from gyroquant.report.console import duration, size, table
+
+
+def quantized(manifest: Mapping[str, Any], out: str) -> list[Table]:
+    """What `quantize` did: proof, bits, time, memory."""
+    proof, bits = manifest["proof"], manifest["bits"]
+    weights = [layer["weight_error"] for layer in manifest["layers"]]
+    outputs = [layer["output_error"] for layer in manifest["layers"] if layer["output_error"] is not None]
+    folded = proof["tokens"] > 0
+    rows = [
+        ("written to", out),
+        ("recipe", manifest["recipe"]["name"]),
+        ("proof: relative logit error", f"{proof['relative_logit_error']:.1e}" if folded else "0 (nothing folded)"),
+        ("proof: worst block", f"{proof['worst_block']} ({proof['worst_block_error']:.1e})" if folded else "-"),
+        ("true bits per rounded weight", f"{bits['per_weight']:.4f}"),
+        ("bits per weight, whole model", f"{bits['whole_model_per_weight']:.2f}"),
+        ("relative error of the weights", f"{sum(weights) / len(weights):.4f} (mean of {len(weights)} layers)"),
+        ("relative error of the outputs", f"{sum(outputs) / len(outputs):.4f}" if outputs else "not measured"),
+        ("time", duration(manifest["seconds"])),
+        ("peak memory", size(manifest["peak_memory_bytes"])),
+    ]
+    if manifest["untied"]:
+        rows.append(("untied", ", ".join(manifest["untied"]) + " (its norm's gain was folded into it)"))
+    return [table("", ("quantized", ""), rows)]
+
+
+def evaluated(result: Mapping[str, Any]) -> list[Table]:
+    """What `evaluate` measured, with its intervals."""
+
+    def span(pair: Any, digits: int) -> str:
+        return f"{pair[0]:.{digits}f} to {pair[1]:.{digits}f}"
+
+    rows = [("perplexity", f"{result['perplexity']:.3f}", span(result["perplexity_interval"], 3))]
+    if result["kl"] is not None:
+        rows.append(("KL divergence (nats a token)", f"{result['kl']:.4f}", span(result["kl_interval"], 4)))
+        rows.append(("top-1 agreement", f"{result['top1_agreement']:.4f}", span(result["top1_interval"], 4)))
+    rows.append(("true bits per weight", f"{result['true_bits_per_weight']:.4f}", ""))
+    rows.append(("tokens", f"{result['tokens']} in {result['windows']} windows of {result['window']}", ""))
+    return [table(result["model"], ("measured", "value", "95 % interval"), rows, right=(1,))]
+
+
+def inspected(result: Inspection) -> list[Any]:
+    """What `inspect` found."""
+    shape = result.shape
+    tied = ", ".join(shape["tied"]) or "nothing"
+    about = [
+        ("architecture", f"{shape['model_type']} (described by {shape['described_by']})"),
+        ("blocks", f"{shape['blocks']} of hidden {shape['hidden']}, {shape['parameters'] / 1e6:.1f} M parameters"),
+        ("heads", f"{shape['heads']} of {shape['head_dim']}, {shape['kv_heads']} for keys and values"),
+        ("tied", tied),
+        ("stored bits per weight", f"{shape['bits_per_weight']:.2f}"),
+    ]
+    shown: list[Any] = [
+        table(result.store.label, ("model", ""), about),
+        sites(result),
+        table("", ("recipe", "fits"), [(name, problem or "yes") for name, problem in result.fits.items()]),
+    ]
+    if result.outliers:
+        shown.append(outliers(result.outliers))
+    if result.prediction:
+        guess = result.prediction
+        rows = [
+            ("time", duration(guess.seconds)),
+            ("peak memory", size(guess.peak_memory_bytes)),
+            ("size of the result", size(guess.disk_bytes)),
+        ]
+        shown.append(table(f"{result.recipe} will take about", ("", ""), rows))
+    return shown
+
+
+def sites(result: Inspection) -> Table:
+    """Every site of a model: how many, of which order, and what can be folded there."""
+    rows = [
+        (row["site"], row["places"], ", ".join(map(str, row["orders"])), _hadamards(row["orders"]), _how(row))
+        for row in result.sites()
+    ]
+    return table("sites", ("site", "places", "order", "Hadamard", "maps"), rows, right=(1, 2))
+
+
+def _hadamards(orders: Iterable[int]) -> str:
+    """The factors of the Hadamard matrix of each order, powers of two written as one."""
+    parts = []
+    for n in orders:
+        found = factors(n)
+        if found is None:
+            parts.append("none")
+            continue
+        odd = [str(factor) for factor in found if factor != 2]
+        twos = [str(2 ** found.count(2))] if 2 in found or not odd else []
+        parts.append(" x ".join(odd + twos))
+    return ", ".join(parts)
+
+
+def _how(row: Mapping[str, Any]) -> str:
+    if row["blocked"]:
+        online = "online only" if row["online"] else "not fused (online: true puts it in front of every reader)"
+        return f"{online}: {row['blocked']}"
+    fused = {"any": "any map", "orthogonal": "any rotation"}.get(row["admits"], f"a {row['admits']} map")
+    return f"fused: {fused}" + ("; online: any map" if row["online"] else "")
+
+
+def outliers(rows: list[Outliers]) -> Table:
+    """Outlier figures by site: the mean over blocks, and the worst block."""
+    by_site: dict[str, list[Outliers]] = defaultdict(list)
+    for row in rows:
+        by_site[row.site].append(row)
+    cells = []
+    for site, found in by_site.items():
+        worst = max(found, key=lambda row: row.max_over_rms)
+        kurtosis = sum(row.kurtosis for row in found) / len(found)
+        ratio = sum(row.max_over_rms for row in found) / len(found)
+        cells.append((site, f"{kurtosis:.1f}", f"{ratio:.1f}", f"{worst.block} ({worst.max_over_rms:.1f})"))
+    return table(
+        "outliers of the activations (a Gaussian has kurtosis 3)",
+        ("site", "kurtosis", "max / rms", "worst block"),
+        cells,
+        right=(1, 2, 3),
+    )

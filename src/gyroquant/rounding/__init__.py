@@ -1,0 +1,11 @@
+"""Rounding solvers: weights + statistics of their input + a grid -> codes. One file each."""
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+from gyroquant.rounding.base import InputStatistics, Solver, output_error, weight_error
+
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")
+
+__all__ = ["InputStatistics", "Solver", "output_error", "weight_error"]

@@ -1,0 +1,56 @@
+"""What a rounding solver is: weights, statistics of their input and a grid -> codes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from gyroquant.grids import Grid, QuantizedWeight
+
+Warn = Callable[[str], None]
+
+
+@dataclass
+class InputStatistics:
+    """Second moments of a layer's input: `gram` is the sum of ``x^T x`` over `count` tokens, shape (in, in), fp32."""
+
+    gram: Tensor
+    count: int
+
+
+class Solver(BaseModel, ABC):
+    """A way to round. Subclasses register themselves under their `name` and have their options as fields."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    kinds: ClassVar[dict[str, type[Solver]]] = {}
+    needs_statistics: ClassVar[bool] = False
+    """Whether the model must be run on calibration text to use this solver."""
+
+    name: str
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        Solver.kinds[cls.model_fields["name"].default] = cls
+
+    @abstractmethod
+    def solve(
+        self, weight: Tensor, grid: Grid, statistics: InputStatistics | None, warn: Warn = lambda text: None
+    ) -> QuantizedWeight:
+        """Rounds a matrix of shape (out, in), fp32. Rows are independent of each other given the statistics."""
+
+
+def weight_error(weight: Tensor, rounded: Tensor) -> float:
+    """``|W - Q|^2 / |W|^2``."""
+    return float((weight - rounded).square().sum() / weight.square().sum().clamp_min(1e-30))
+
+
+def output_error(weight: Tensor, rounded: Tensor, statistics: InputStatistics) -> float:
+    """``|X (W - Q)^T|^2 / |X W^T|^2`` over the calibration tokens, from the second moments alone."""
+    difference = weight - rounded
+    noise = ((difference @ statistics.gram) * difference).sum()
+    return float(noise / ((weight @ statistics.gram) * weight).sum().clamp_min(1e-30))

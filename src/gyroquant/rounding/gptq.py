@@ -1,0 +1,116 @@
+"""GPTQ (Frantar et al., arXiv 2210.17323): columns in turn, each one's error passed on to those still free."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from gyroquant.errors import InputError
+from gyroquant.grids import Grid, GroupParams, QuantizedWeight
+from gyroquant.rounding.base import InputStatistics, Solver, Warn
+
+_BLOCK = 128
+
+
+def inverse_factor(gram: Tensor, damp_percent: float, warn: Warn = lambda text: None) -> Tensor:
+    """The upper Cholesky factor U of the inverse of the damped second moments, ``U^T U = H^-1``, fp64.
+
+    `damp_percent` of the mean diagonal is added to the diagonal. Where the result is still not positive definite, ten
+    times as much is tried, with a warning, until it is.
+    """
+    h = gram.double()
+    diagonal = h.diagonal()
+    mean = float(diagonal.mean())
+    if not mean > 0:
+        return torch.eye(h.shape[0], dtype=h.dtype, device=h.device)
+    dead = torch.where(diagonal == 0, mean, 0.0)
+    damp = damp_percent
+    while True:
+        damped = h + torch.diag(dead + damp * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed and bool(upper.isfinite().all()):
+                return upper
+        if damp > 100:
+            raise InputError("the second moments of a layer's input are not finite; is a weight or an activation NaN?")
+        damp = max(10 * damp, 1e-4)
+        warn(f"second moments are not positive definite, damping raised to {damp:g} of the mean diagonal")
+
+
+class Gptq(Solver):
+    """GPTQ with lazy updates.
+
+    Scales are fitted when a group's turn comes, on weights that already carry the errors of earlier columns, or before
+    (`static_groups`). `act_order` takes columns by falling second moment; it needs static groups, since the stored
+    groups stay in place, and turns them on. Columns that no calibration token reaches are rounded to nearest.
+    """
+
+    name: Literal["gptq"] = "gptq"
+    needs_statistics = True
+    act_order: bool = False
+    static_groups: bool | None = None
+    damp_percent: Annotated[float, Field(ge=0, le=1)] = 0.01
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Gptq:
+        if self.act_order and self.static_groups is False:
+            raise ValueError("act_order needs static_groups: true, since the stored groups stay in place")
+        return self
+
+    def solve(
+        self, weight: Tensor, grid: Grid, statistics: InputStatistics | None, warn: Warn = lambda text: None
+    ) -> QuantizedWeight:
+        if statistics is None:
+            raise InputError("GPTQ needs calibration text: give --text, or use the solver rtn")
+        columns = weight.shape[1]
+        order = torch.arange(columns, device=weight.device)
+        if self.act_order:
+            order = torch.argsort(statistics.gram.diagonal(), descending=True, stable=True)
+        factor = inverse_factor(statistics.gram[order][:, order], self.damp_percent, warn).float()
+        sweep = _Sweep(weight, grid, order, bool(self.static_groups or self.act_order))
+        for start in range(0, columns, sweep.step):
+            sweep.block(start, min(columns, start + sweep.step), factor)
+        return sweep.result()
+
+
+class _Sweep:
+    """The state of one pass over the columns; weights are held transposed, so that a column lies together."""
+
+    def __init__(self, weight: Tensor, grid: Grid, order: Tensor, static: bool):
+        rows, columns = weight.shape
+        self.grid, self.order, self.static = grid, order, static
+        self.size = grid.group_of(columns)
+        # Blocks hold whole groups, so that a group is always fitted on weights that carry every earlier error.
+        self.step = _BLOCK if self.size >= columns else max(self.size, _BLOCK // self.size * self.size)
+        self.free = weight.T[order].contiguous().float()
+        self.codes = torch.empty(columns, rows, dtype=torch.uint8, device=weight.device)
+        groups = columns // self.size
+        if static:
+            self.params = grid.fit(weight.reshape(rows, groups, self.size).float())
+        else:
+            blank = torch.zeros(rows, groups, 1, device=weight.device)
+            self.params = GroupParams(blank, blank.clone())
+
+    def block(self, start: int, stop: int, factor: Tensor) -> None:
+        """Rounds columns start..stop and passes their errors on, within the block at once, beyond it in one product."""
+        errors = torch.empty(stop - start, self.free.shape[1], device=self.free.device)
+        for i in range(start, stop):
+            column = int(self.order[i])
+            group = column // self.size
+            if not self.static and i % self.size == 0:
+                fitted = self.grid.fit(self.free[i : i + self.size].T)
+                self.params.scale[:, group], self.params.zero[:, group] = fitted.scale, fitted.zero
+            params = self.params[:, group]
+            code = self.grid.encode(self.free[i, :, None], params)
+            self.codes[column] = code[:, 0]
+            error = (self.free[i] - self.grid.decode(code, params)[:, 0]) / factor[i, i]
+            self.free[i + 1 : stop].addr_(factor[i, i + 1 : stop], error, alpha=-1)
+            errors[i - start] = error
+        self.free[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+
+    def result(self) -> QuantizedWeight:
+        return QuantizedWeight(self.grid, self.codes.T.contiguous(), self.params)

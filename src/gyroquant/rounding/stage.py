@@ -1,0 +1,171 @@
+"""Rounding the linear layers of one block: layers that read the same input are solved together, experts one by one."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from gyroquant.calibration.observers import Gram, Key, input_key, modules_with_own_map
+from gyroquant.errors import RecipeError
+from gyroquant.grids import Grid, GroupParams, QuantizedWeight
+from gyroquant.models.graph import Group, LinearOp, ModelGraph
+from gyroquant.models.online import OnlineMap
+from gyroquant.models.packed import as_matrix
+from gyroquant.rounding.base import InputStatistics, Solver, Warn, output_error, weight_error
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """How far one rounded layer is from the original: relative squared errors of its weights and of its output.
+
+    `output_error` is over the calibration tokens, None without statistics.
+    """
+
+    name: str
+    weight_error: float
+    output_error: float | None
+
+
+def is_ignored(module: str, patterns: Iterable[str]) -> bool:
+    """Whether a module's name is one of the patterns, ends in one behind a dot, or matches one behind ``re:``."""
+    for pattern in patterns:
+        if pattern.startswith("re:"):
+            if re.search(pattern[3:], module):
+                return True
+        elif module == pattern or module.endswith(f".{pattern}"):
+            return True
+    return False
+
+
+def find_targets(graph: ModelGraph, grid: Grid, ignore: tuple[str, ...]) -> dict[str, LinearOp]:
+    """The layers to round, by the name of their weight.
+
+    Raises RecipeError for a pattern that is not a regular expression or matches nothing, a group size that does not
+    fit, or when nothing is left to round.
+    """
+    linears = [op for group in (*graph.blocks, graph.outer) for op in group.linears]
+    for pattern in ignore:
+        try:
+            used = any(is_ignored(_name(op), [pattern]) for op in linears)
+        except re.error as error:
+            raise RecipeError(f"weights.ignore: {pattern!r} is not a regular expression: {error}") from error
+        if not used:
+            raise RecipeError(f"weights.ignore: {pattern!r} matches no layer of this {graph.config.model_type}")
+    targets = {op.weight: op for op in linears if op.entry.quantize and not is_ignored(_name(op), ignore)}
+    if not targets:
+        raise RecipeError("weights.ignore leaves no layer to round")
+    for op in targets.values():
+        grid.group_of(op.in_features, _name(op))
+    return targets
+
+
+def _name(op: LinearOp) -> str:
+    return op.weight if op.entry.stacked else op.module
+
+
+def round_group(
+    group: Group,
+    targets: Mapping[str, LinearOp],
+    tensors: Mapping[str, Tensor],
+    observed: Mapping[Key, Gram],
+    online: list[OnlineMap],
+    solver: Solver,
+    grid: Grid,
+    warn: Warn,
+) -> tuple[dict[str, QuantizedWeight], list[LayerReport]]:
+    """Rounds the targets of one group, whose folded weights are `tensors`; returns them by name, with their errors."""
+    together: dict[str, list[LinearOp]] = defaultdict(list)
+    own = modules_with_own_map(online)
+    for op in group.linears:
+        if op.weight in targets:
+            together[input_key(op, own)].append(op)
+    done: dict[str, QuantizedWeight] = {}
+    reports: list[LayerReport] = []
+    for key, ops in together.items():
+        if ops[0].entry.stacked:
+            pieces = _round_experts(ops[0], key, tensors, observed, solver, grid, warn)
+        else:
+            pieces = _round_together(ops, key, tensors, observed, solver, grid, warn)
+        for op, (weight, report) in zip(ops, pieces, strict=True):
+            done[op.weight] = weight
+            reports.append(report)
+    return done, reports
+
+
+Piece = tuple[QuantizedWeight, LayerReport]
+
+
+def _named(warn: Warn, name: str, text: str) -> None:
+    warn(f"{name}: {text}")
+
+
+def _statistics(gram: Gram | None) -> InputStatistics | None:
+    return None if gram is None else InputStatistics(gram.gram, gram.count)
+
+
+def _round_together(
+    ops: list[LinearOp],
+    key: str,
+    tensors: Mapping[str, Tensor],
+    observed: Mapping[Key, Gram],
+    solver: Solver,
+    grid: Grid,
+    warn: Warn,
+) -> list[Piece]:
+    statistics = _statistics(observed.get((key, None)))
+    matrices = [as_matrix(tensors[op.weight].float(), op) for op in ops]
+    names = ", ".join(op.module for op in ops)
+    solved = solver.solve(torch.cat(matrices), grid, statistics, partial(_named, warn, names))
+    sizes = [len(matrix) for matrix in matrices]
+    parts = zip(
+        solved.codes.split(sizes), solved.params.scale.split(sizes), solved.params.zero.split(sizes), strict=True
+    )
+    pieces = []
+    for op, matrix, (codes, scale, zero) in zip(ops, matrices, parts, strict=True):
+        weight = QuantizedWeight(grid, codes.contiguous(), GroupParams(scale.contiguous(), zero.contiguous()))
+        pieces.append((weight, _report(_name(op), matrix, weight, statistics)))
+    return pieces
+
+
+def _round_experts(
+    op: LinearOp,
+    key: str,
+    tensors: Mapping[str, Tensor],
+    observed: Mapping[Key, Gram],
+    solver: Solver,
+    grid: Grid,
+    warn: Warn,
+) -> list[Piece]:
+    nearest = Solver.kinds["rtn"](name="rtn")
+    weights: list[QuantizedWeight] = []
+    reports: list[LayerReport] = []
+    for expert, stored in enumerate(tensors[op.weight].float()):
+        matrix = as_matrix(stored, op)
+        statistics = _statistics(observed.get((key, expert)))
+        name = f"{op.weight}[{expert}]"
+        chosen = solver
+        if statistics is None and solver.needs_statistics:
+            warn(f"{name}: no calibration token reached this expert; it is rounded to nearest")
+            chosen = nearest
+        weights.append(chosen.solve(matrix, grid, statistics, partial(_named, warn, name)))
+        reports.append(_report(name, matrix, weights[-1], statistics))
+    params = GroupParams(torch.cat([w.params.scale for w in weights]), torch.cat([w.params.zero for w in weights]))
+    errors = [r.output_error for r in reports if r.output_error is not None]
+    mean = LayerReport(
+        op.weight,
+        sum(r.weight_error for r in reports) / len(reports),
+        sum(errors) / len(errors) if errors else None,
+    )
+    return [(QuantizedWeight(grid, torch.cat([w.codes for w in weights]), params), mean)]
+
+
+def _report(name: str, matrix: Tensor, weight: QuantizedWeight, statistics: InputStatistics | None) -> LayerReport:
+    rounded = weight.dequantize()
+    error = None if statistics is None else output_error(matrix, rounded, statistics)
+    return LayerReport(name, weight_error(matrix, rounded), error)

@@ -1,0 +1,123 @@
+"""Observers see what the linear layers see, accumulate it exactly, and leave nothing behind."""
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gyroquant import maps
+from gyroquant.calibration.observers import Gram, Moments, observing
+from gyroquant.calibration.stream import Stream
+from gyroquant.models.fold import FoldPlan
+from gyroquant.models.online import attached
+from gyroquant.models.runner import BlockRunner
+from gyroquant.models.sites import find_sites
+from gyroquant.models.source import open_model
+
+
+@given(st.integers(1, 40), st.lists(st.integers(1, 9), min_size=1, max_size=4))
+@settings(max_examples=40, deadline=None)
+def test_gram_is_the_sum_of_outer_products(n: int, batches: list[int]) -> None:
+    rows = [torch.randn(count, n) for count in batches]
+    gram = Gram(n)
+    for part in rows:
+        gram(part)
+    x = torch.cat(rows)
+    assert gram.count == len(x)
+    assert torch.allclose(gram.gram, x.T @ x, atol=1e-4)
+    assert torch.equal(gram.gram, gram.gram.T)
+
+
+def test_moments_of_known_distributions() -> None:
+    generator = torch.Generator().manual_seed(0)
+    gaussian, flat, spike = Moments(512), Moments(512), Moments(512)
+    for _ in range(4):
+        gaussian(torch.randn(256, 512, generator=generator))
+        flat(torch.randint(0, 2, (256, 512), generator=generator) * 2.0 - 1)
+    spike(torch.eye(512)[:3])
+    assert gaussian.kurtosis == pytest.approx(3, abs=0.05)
+    assert gaussian.rms == pytest.approx(1, abs=0.01)
+    assert flat.kurtosis == pytest.approx(1)
+    assert flat.max_over_rms == pytest.approx(1)
+    assert spike.max_over_rms == pytest.approx(512**0.5, rel=1e-4)
+    assert spike.channel_max.sum() == 3
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "gpt2", "gpt_neox", "gemma2", "cohere2"])
+def test_every_linear_layer_is_covered_by_its_basis(name: str) -> None:
+    model = tiny.build(name)
+    store = open_model(model)
+    graph, ids = store.graph, tiny.tokens(model)
+    seen: dict[str, torch.Tensor] = {}
+    for op in graph.blocks[0].linears:
+        model.get_submodule(op.module).register_forward_pre_hook(
+            lambda module, args, op=op: seen.__setitem__(op.module, args[0].reshape(-1, op.in_features))
+        )
+    stream = Stream(BlockRunner(model, graph), ids, store.read(graph.outer_params()))
+    with observing(model, graph.blocks[0], [], Gram) as observed:
+        stream.run(0, store.read(graph.block_params(0)), keep=False)
+    for op in graph.blocks[0].linears:
+        gram = observed[op.entry.reads, None]
+        assert gram.count == ids.numel()
+        assert torch.allclose(gram.gram, seen[op.module].T @ seen[op.module], rtol=1e-3, atol=1e-3)
+
+
+def test_experts_are_observed_one_by_one() -> None:
+    model = tiny.build("qwen2_moe")
+    store = open_model(model)
+    graph, ids = store.graph, tiny.tokens(model, batch=4)
+    stream = Stream(BlockRunner(model, graph), ids, store.read(graph.outer_params()))
+    with observing(model, graph.blocks[0], [], Gram) as observed:
+        stream.run(0, store.read(graph.block_params(0)), keep=False)
+    experts = "model.layers.0.mlp.experts."
+    routed = [
+        observed[experts + "gate_up_proj", e].count for e in range(4) if (experts + "gate_up_proj", e) in observed
+    ]
+    assert sum(routed) == 2 * ids.numel()  # two experts a token
+    assert observed[experts + "down_proj", 0].gram.shape == (48, 48)
+    assert observed["shared.act", None].count == ids.numel()
+    assert ("fixed", None) not in observed
+    before = model(ids).logits
+    assert model.config._experts_implementation != "gyroquant"
+    assert torch.equal(model(ids).logits, before)
+
+
+def test_online_maps_come_before_observers() -> None:
+    model = tiny.build("llama")
+    store = open_model(model)
+    plan = FoldPlan(store.graph)
+    for site in find_sites(store.graph, "R4"):
+        plan.add(site, maps.hadamard(site.n))
+    stream = Stream(BlockRunner(model, store.graph), tiny.tokens(model), store.read(store.graph.outer_params()))
+    tensors, group, online = store.read(store.graph.block_params(0)), store.graph.blocks[0], plan.online_in(0)
+    with observing(model, group, [], Gram) as plain:
+        stream.run(0, tensors, keep=False)
+    with attached(model, online), observing(model, group, online, Gram) as rotated:
+        stream.run(0, tensors, keep=False)
+    h = maps.hadamard(96).dense(torch.float32)
+    weight = "model.layers.0.mlp.down_proj.weight"
+    assert torch.allclose(rotated[weight, None].gram, h.T @ plain["act", None].gram @ h, rtol=1e-3, atol=1e-3)
+
+
+def test_hidden_states_may_lie_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gyroquant.calibration.stream._TOKENS", 96)  # batches of four, and a last one of two
+    model = tiny.build("llama")
+    store = open_model(model)
+    ids = tiny.tokens(model, batch=6)
+    streams = [
+        Stream(BlockRunner(model, store.graph), ids, store.read(store.graph.outer_params()), offload=place)
+        for place in (None, tmp_path)
+    ]
+    for stream in streams:
+        for i in range(2):
+            stream.run(i, store.read(store.graph.block_params(i)))
+    assert streams[0].hidden is not None
+    assert torch.equal(streams[0].hidden, streams[1].hidden)
+    outer = store.read(store.graph.outer_params())
+    with torch.no_grad():
+        logits = model(ids).logits
+        for number, start, piece in streams[1].logits(outer):
+            assert torch.allclose(piece, logits[number, start : start + len(piece)], atol=1e-5)

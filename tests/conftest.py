@@ -1,0 +1,38 @@
+"""Fixtures that several tests share."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import transformers
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> transformers.PreTrainedTokenizerFast:
+    return tiny.tokenizer()
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text file of some thousand tokens of the tiny tokenizer."""
+    path = tmp_path_factory.mktemp("text") / "corpus.txt"
+    path.write_text(tiny.prose(6000), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of tiny models, made when first asked for."""
+    return tiny.Folders(tmp_path_factory.mktemp("models"))

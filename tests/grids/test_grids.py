@@ -1,0 +1,156 @@
+"""What every grid must satisfy. A new kind of grid adds its settings to GRIDS."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gyroquant.errors import InputError, RecipeError
+from gyroquant.grids import Grid, GroupParams, IntegerGrid, QuantizedWeight, grid_from, stored_bits
+
+GRIDS = [
+    IntegerGrid(bits=bits, group_size=size, symmetric=symmetric, scale=scale)
+    for bits in range(1, 9)
+    for size, symmetric, scale in ((16, False, "minmax"), (64, True, "mse"), (-1, False, "mse"), (32, True, "minmax"))
+]
+
+
+def rounded(grid: Grid, weight: torch.Tensor) -> QuantizedWeight:
+    rows, columns = weight.shape
+    groups = weight.view(rows, -1, grid.group_of(columns))
+    params = grid.fit(groups)
+    return QuantizedWeight(grid, grid.encode(groups, params).view(rows, columns), params)
+
+
+def weights(rows: int = 12, columns: int = 192, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 0.1
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+class TestContract:
+    def test_codes_fit_in_their_bits(self, grid: Grid) -> None:
+        assert int(rounded(grid, weights()).codes.max()) < 2**grid.bits
+
+    def test_packing_loses_nothing(self, grid: Grid) -> None:
+        weight = rounded(grid, weights(7))
+        codes, params = grid.unpack(weight.pack(), (7, 192))
+        assert torch.equal(codes, weight.codes)
+        assert torch.equal(params.scale, weight.params.scale)
+        assert torch.equal(params.zero, weight.params.zero)
+        assert torch.equal(QuantizedWeight(grid, codes, params).dequantize(), weight.dequantize())
+
+    def test_scales_are_stored_exactly(self, grid: Grid) -> None:
+        scale = rounded(grid, weights()).params.scale
+        assert torch.equal(scale, scale.half().float())
+
+    def test_decoded_weights_are_their_own_nearest_codes(self, grid: Grid) -> None:
+        weight = rounded(grid, weights())
+        again = weight.dequantize().view(12, -1, grid.group_of(192))
+        assert torch.equal(grid.encode(again, weight.params).view(12, 192), weight.codes)
+
+    def test_encoding_takes_the_nearest_number(self, grid: Grid) -> None:
+        values = weights(3, grid.group_of(192)).view(3, 1, -1)
+        params = grid.fit(values)
+        every = grid.decode(torch.arange(2**grid.bits, dtype=torch.uint8).view(1, 1, -1), params)
+        nearest = (values[..., None] - every[..., None, :]).abs().amin(-1)
+        taken = (values - grid.decode(grid.encode(values, params), params)).abs()
+        assert torch.allclose(taken, nearest, atol=1e-6)
+
+    def test_saved_description_gives_the_same_grid(self, grid: Grid) -> None:
+        assert grid_from(grid.model_dump(mode="json")) == grid
+
+    def test_true_bits_are_what_lies_in_the_file(self, grid: Grid) -> None:
+        arrays = rounded(grid, weights(64)).pack()
+        size = grid.group_of(192)
+        overhead = 16 + (0 if getattr(grid, "symmetric", False) else grid.bits)
+        assert stored_bits(arrays) / (64 * 192) == pytest.approx(grid.bits + overhead / size, abs=1e-9)
+
+
+@pytest.mark.parametrize("grid", [g for g in GRIDS if not (g.symmetric and g.bits == 1)], ids=str)
+def test_groups_of_zeros_stay_zero(grid: Grid) -> None:
+    assert rounded(grid, torch.zeros(2, 192)).dequantize().abs().max() == 0
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_searched_scales_are_never_worse(bits: int, symmetric: bool) -> None:
+    errors = {}
+    for scale in ("minmax", "mse"):
+        grid = IntegerGrid(bits=bits, group_size=64, symmetric=symmetric, scale=scale)
+        errors[scale] = (rounded(grid, weights(64)).dequantize() - weights(64)).square().view(64, 3, 64).sum(-1)
+    assert (errors["mse"] <= errors["minmax"]).all()
+    assert errors["mse"].sum() < 0.97 * errors["minmax"].sum()
+
+
+def test_symmetric_grids_use_their_full_range() -> None:
+    grid = IntegerGrid(bits=2, group_size=16, symmetric=True, scale="minmax")
+    row = torch.linspace(-0.5, 1.0, 16)[None]
+    weight = rounded(grid, row)
+    assert weight.dequantize().max() == 1.0  # the extreme is met exactly, by a negative scale
+    assert (weight.params.scale < 0).all()
+    assert weight.dequantize().unique().tolist() == [-0.5, 0.0, 0.5, 1.0]
+
+
+def test_asymmetric_grids_hold_zero_and_both_ends() -> None:
+    grid = IntegerGrid(bits=4, group_size=16, symmetric=False, scale="minmax")
+    row = torch.linspace(0.25, 1.0, 16)[None]
+    values = rounded(grid, row).dequantize()
+    assert values.max() == pytest.approx(1.0, abs=2e-3)
+    assert grid.decode(torch.tensor([[[0]]], dtype=torch.uint8), rounded(grid, row).params) == 0
+
+
+@given(st.integers(1, 8), st.integers(1, 5), st.integers(1, 70), st.integers(0, 10**6))
+@settings(max_examples=60, deadline=None)
+def test_bit_streams_hold_any_codes(bits: int, rows: int, columns: int, seed: int) -> None:
+    from gyroquant.grids.bitpack import pack, packed_bytes, unpack
+
+    codes = torch.randint(0, 2**bits, (rows, columns), generator=torch.Generator().manual_seed(seed))
+    codes = codes.to(torch.uint8)
+    stream = pack(codes, bits)
+    assert stream.numel() == packed_bytes(rows * columns, bits) == -(-rows * columns * bits // 8)
+    assert torch.equal(unpack(stream, bits, (rows, columns)), codes)
+
+
+def test_bit_streams_beyond_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gyroquant.grids import bitpack
+
+    codes = torch.randint(0, 8, (11, 13), dtype=torch.uint8)
+    whole = bitpack.pack(codes, 3)
+    monkeypatch.setattr(bitpack, "_PIECE", 16)
+    assert torch.equal(bitpack.pack(codes, 3), whole)
+    assert torch.equal(bitpack.unpack(whole, 3, (11, 13)), codes)
+
+
+def test_lsb_first_layout() -> None:
+    from gyroquant.grids.bitpack import pack
+
+    assert pack(torch.tensor([1, 2, 3, 0], dtype=torch.uint8), 2).tolist() == [0b00111001]
+
+
+def test_a_stream_of_the_wrong_length_is_refused() -> None:
+    grid = IntegerGrid(bits=3, group_size=16)
+    arrays = rounded(grid, weights(2, 32)).pack()
+    with pytest.raises(InputError, match="cannot hold"):
+        grid.unpack(arrays | {"codes": arrays["codes"][:-1]}, (2, 32))
+    with pytest.raises(InputError, match="scales of shape"):
+        grid.unpack(arrays, (2, 48))
+
+
+def test_a_group_that_does_not_fit_names_those_that_do() -> None:
+    with pytest.raises(RecipeError, match=r"128 does not divide the 576 inputs of q_proj; use 16, 32, 64 or -1"):
+        IntegerGrid(bits=4, group_size=128).group_of(576, "q_proj")
+
+
+def test_weights_beyond_fp16_are_refused() -> None:
+    with pytest.raises(InputError, match="too large"):
+        IntegerGrid(bits=4, group_size=16).fit(torch.full((1, 16), 1e7))
+
+
+def test_unknown_grids_are_refused() -> None:
+    with pytest.raises(InputError, match="unknown grid"):
+        grid_from({"grid": "octonion"})
+
+
+def test_params_index_together() -> None:
+    params = GroupParams(torch.ones(2, 3, 1), torch.zeros(2, 3, 1))
+    assert params[:, 1].scale.shape == (2, 1)

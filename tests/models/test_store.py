@@ -1,0 +1,210 @@
+"""Weights come back from folders and GGUF files exactly as transformers loads them; damage is named."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from gyroquant.errors import InputError
+from gyroquant.models.source import open_model
+from gyroquant.models.store import CheckpointStore
+
+
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+def test_a_folder_gives_what_transformers_loads(name: str, folders: dict[str, Path]) -> None:
+    store = open_model(folders[name])
+    wanted = dict(tiny.build(name).named_parameters())
+    assert set(store.shapes) == set(wanted)
+    for key, tensor in store.read(store.shapes).items():
+        assert torch.equal(tensor, wanted[key]), key
+
+
+def test_shards_with_an_index(tmp_path: Path) -> None:
+    model = tiny.build("llama")
+    model.save_pretrained(tmp_path, max_shard_size="50KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    store = open_model(tmp_path)
+    read = store.read(["model.layers.1.mlp.up_proj.weight"])
+    assert torch.equal(read["model.layers.1.mlp.up_proj.weight"], model.model.layers[1].mlp.up_proj.weight)
+
+
+def test_stored_dtype_is_kept(tmp_path: Path) -> None:
+    tiny.build("llama").bfloat16().save_pretrained(tmp_path)
+    store = open_model(tmp_path)
+    assert store.dtype == torch.bfloat16
+    assert store.bits_per_weight() == 16
+    assert store.read(["model.norm.weight"])["model.norm.weight"].dtype == torch.bfloat16
+
+
+@pytest.fixture
+def copy(tmp_path: Path, folders: dict[str, Path]) -> Path:
+    return Path(shutil.copytree(folders["llama"], tmp_path / "model"))
+
+
+def rewrite(folder: Path, change: object) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)  # type: ignore[operator]
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def test_missing_and_unexpected_tensors_are_named(copy: Path) -> None:
+    rewrite(copy, lambda t: t.pop("model.layers.1.self_attn.q_proj.weight"))
+    with pytest.raises(InputError, match=r"lacks model.layers.1.self_attn.q_proj.weight"):
+        open_model(copy)
+    rewrite(copy, lambda t: t.update({"vision.tower": torch.zeros(2)}))
+    with pytest.raises(InputError, match=r"stores vision.tower"):
+        open_model(copy)
+
+
+def test_nan_and_wrong_shapes_are_named(copy: Path) -> None:
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.0.mlp.up_proj.weight"][3, 4] = torch.nan
+        tensors["model.layers.0.mlp.down_proj.weight"] = torch.zeros(64, 95)
+
+    rewrite(copy, spoil)
+    store = open_model(copy)
+    with pytest.raises(InputError, match=r"up_proj.weight holds values that are not finite"):
+        store.read(["model.layers.0.mlp.up_proj.weight"])
+    with pytest.raises(InputError, match=r"has shape \(64, 95\), but config.json makes it \(64, 96\)"):
+        store.read(["model.layers.0.mlp.down_proj.weight"])
+
+
+def test_truncated_weights_are_named(copy: Path) -> None:
+    path = copy / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(InputError, match=r"model.safetensors cannot be read"):
+        open_model(copy)
+
+
+def test_only_safetensors_are_read(copy: Path) -> None:
+    torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"no \.safetensors weights"):
+        open_model(copy)
+
+
+def test_an_index_may_not_leave_its_folder(copy: Path, tmp_path: Path) -> None:
+    (copy / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    index = {"weight_map": {"model.norm.weight": "../elsewhere.safetensors"}}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match="lies outside"):
+        open_model(copy)
+    (copy / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(InputError, match="not a valid index"):
+        open_model(copy)
+
+
+@pytest.mark.parametrize("what", ["/nowhere/at/all", "./nothing", "no-such-model"])
+def test_a_model_that_is_not_there(what: str) -> None:
+    with pytest.raises(InputError, match="there is no model at"):
+        open_model(what)
+
+
+def test_a_hub_name_without_network_says_so() -> None:
+    with pytest.raises(InputError, match="neither a folder here nor can it be fetched"):
+        open_model("nobody/no-such-model")
+
+
+def test_files_and_folders_that_are_no_models(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no config.json"):
+        open_model(tmp_path)
+    (tmp_path / "x.bin").write_bytes(b"1")
+    with pytest.raises(InputError, match=r"not a \.gguf"):
+        open_model(tmp_path / "x.bin")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(InputError, match=r"no usable config.json"):
+        open_model(tmp_path)
+
+
+def test_models_quantized_by_others_are_refused(copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    with pytest.raises(InputError, match=r"already quantized \(gptq\)"):
+        open_model(copy)
+
+
+def write_gguf(path: Path, kind: str = "F32") -> torch.nn.Module:
+    """A tiny Llama as a GGUF file, with llama.cpp's names and its order of query and key rows."""
+    import gguf
+
+    model = tiny.build("llama")
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("tiny")
+    for key, value in {
+        "context_length": 128,
+        "embedding_length": 64,
+        "block_count": 2,
+        "feed_forward_length": 96,
+        "head_count": 4,
+        "head_count_kv": 2,
+    }.items():
+        getattr(writer, f"add_{key}")(value)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([f"w{i}" for i in range(96)])
+    writer.add_token_merges(["w 1"])
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+    for name, parameter in model.named_parameters():
+        value = parameter.detach().numpy()
+        for part, heads in (("q_proj", 4), ("k_proj", 2)):
+            if part in name:
+                value = value.reshape(heads, 2, 8, 64).swapaxes(1, 2).reshape(value.shape)
+        value = np.ascontiguousarray(value)
+        target = names.get_name(name, (".weight",))
+        if kind != "F32" and value.ndim == 2:
+            quant = gguf.GGMLQuantizationType[kind]
+            writer.add_tensor(target, gguf.quantize(value, quant), raw_dtype=quant)
+        else:
+            writer.add_tensor(target, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0"])
+def test_a_gguf_file_gives_what_transformers_loads(tmp_path: Path, kind: str) -> None:
+    original = write_gguf(tmp_path / "tiny.gguf", kind)
+    store = open_model(tmp_path / "tiny.gguf")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf", dtype=torch.float32)
+    wanted = dict(loaded.named_parameters())
+    for name, tensor in store.read(store.shapes).items():
+        assert torch.equal(tensor, wanted[name]), name
+        if kind == "F32":
+            assert torch.equal(tensor, original.get_parameter(name)), name
+    assert store.bits_per_weight() < {"F32": 32.1, "F16": 18, "Q8_0": 10}[kind]
+    assert open_model(tmp_path).label.endswith("tiny.gguf")  # a folder with nothing but one GGUF file
+
+
+def test_damaged_gguf_files_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-500])
+    with pytest.raises(InputError, match=r"cut short|cannot be read"):
+        open_model(path)
+    path.write_bytes(b"GGML" + whole[4:])
+    with pytest.raises(InputError, match="cannot be read as a GGUF"):
+        open_model(path)
+
+
+def test_a_store_reads_only_what_it_is_asked_for(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    store = CheckpointStore(folders["qwen3_moe"])
+    read: list[str] = []
+    from gyroquant.models.store import LazyTensor
+
+    original = LazyTensor.__getitem__
+    monkeypatch.setattr(LazyTensor, "__getitem__", lambda self, _: read.append(self.key) or original(self, _))
+    store.read(store.graph.block_params(1))
+    assert read
+    assert all(key.startswith("model.layers.1.") for key in read)

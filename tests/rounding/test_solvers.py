@@ -1,0 +1,143 @@
+"""What every rounding solver must satisfy, and what is special about each. A new solver adds one line to SOLVERS."""
+
+import pytest
+import torch
+
+from gyroquant.errors import InputError, RecipeError
+from gyroquant.grids import IntegerGrid, QuantizedWeight
+from gyroquant.recipe import load_recipe
+from gyroquant.rounding import InputStatistics, Solver, output_error, weight_error
+from gyroquant.rounding.gptq import Gptq, inverse_factor
+from gyroquant.rounding.rtn import RoundToNearest
+
+SOLVERS: dict[str, Solver] = {
+    "rtn": RoundToNearest(),
+    "gptq": Gptq(),
+    "gptq act_order": Gptq(act_order=True),
+    "gptq static": Gptq(static_groups=True),
+}
+GRIDS = [
+    IntegerGrid(bits=2, group_size=64),
+    IntegerGrid(bits=3, group_size=-1),
+    IntegerGrid(bits=4, group_size=32, symmetric=True),
+]
+
+
+def problem(rows: int = 48, columns: int = 192, tokens: int = 2000) -> tuple[torch.Tensor, InputStatistics]:
+    """A weight matrix and the statistics of strongly correlated inputs."""
+    generator = torch.Generator().manual_seed(3)
+    mix = torch.randn(columns, columns, generator=generator) / columns**0.5 * torch.logspace(0.5, -0.5, columns)
+    x = torch.randn(tokens, columns, generator=generator) @ mix
+    weight = 0.1 * torch.randn(rows, columns, generator=generator)
+    return weight, InputStatistics(x.T @ x, tokens)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS.keys())
+class TestContract:
+    def test_the_result_is_a_whole_matrix_on_the_grid(self, solver: Solver, grid: IntegerGrid) -> None:
+        weight, statistics = problem()
+        before = weight.clone()
+        rounded = solver.solve(weight, grid, statistics)
+        assert rounded.codes.shape == weight.shape
+        assert rounded.params.scale.shape == (48, 192 // grid.group_of(192), 1)
+        assert int(rounded.codes.max()) < 2**grid.bits
+        assert torch.equal(weight, before)
+        codes, params = grid.unpack(rounded.pack(), (48, 192))
+        assert torch.equal(QuantizedWeight(grid, codes, params).dequantize(), rounded.dequantize())
+
+    def test_it_is_deterministic(self, solver: Solver, grid: IntegerGrid) -> None:
+        weight, statistics = problem()
+        assert torch.equal(solver.solve(weight, grid, statistics).codes, solver.solve(weight, grid, statistics).codes)
+
+    def test_rows_are_independent(self, solver: Solver, grid: IntegerGrid) -> None:
+        """Layers that read the same input may be solved together."""
+        weight, statistics = problem()
+        whole, part = solver.solve(weight, grid, statistics), solver.solve(weight[:20], grid, statistics)
+        assert (whole.codes[:20] == part.codes).float().mean() > 0.999  # products of other sizes round differently
+
+    def test_weights_on_the_grid_stay(self, solver: Solver, grid: IntegerGrid) -> None:
+        weight, statistics = problem()
+        on_grid = RoundToNearest().solve(weight, grid.model_copy(update={"scale": "minmax"})).dequantize()
+        again = solver.solve(on_grid, grid.model_copy(update={"scale": "minmax"}), statistics)
+        assert weight_error(on_grid, again.dequantize()) < 1e-6
+
+    def test_inputs_never_seen_do_no_harm(self, solver: Solver, grid: IntegerGrid) -> None:
+        weight, statistics = problem()
+        dead = statistics.gram.clone()
+        dead[:, 5] = dead[5, :] = 0
+        rounded = solver.solve(weight, grid, InputStatistics(dead, statistics.count)).dequantize()
+        assert rounded.isfinite().all()
+        nearest = RoundToNearest().solve(weight, grid).dequantize()
+        assert (rounded[:, 5] - weight[:, 5]).norm() < 3 * (nearest[:, 5] - weight[:, 5]).norm() + 1e-3
+
+    def test_no_input_at_all_rounds_to_nearest(self, solver: Solver, grid: IntegerGrid) -> None:
+        weight, _ = problem()
+        rounded = solver.solve(weight, grid, InputStatistics(torch.zeros(192, 192), 0))
+        assert torch.equal(rounded.codes, RoundToNearest().solve(weight, grid).codes)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("name", [name for name in SOLVERS if name != "rtn"])
+def test_calibrated_solvers_beat_round_to_nearest(name: str, grid: IntegerGrid) -> None:
+    weight, statistics = problem()
+    calibrated = output_error(weight, SOLVERS[name].solve(weight, grid, statistics).dequantize(), statistics)
+    nearest = output_error(weight, RoundToNearest().solve(weight, grid).dequantize(), statistics)
+    assert calibrated < 0.75 * nearest
+
+
+def test_gptq_equals_the_definition() -> None:
+    """One column after another with the explicit inverse, as in the paper's equations 2 and 3."""
+    weight, statistics = problem(rows=6, columns=32)
+    grid = IntegerGrid(bits=3, group_size=16, scale="minmax")
+    h = statistics.gram.double()
+    h += 0.01 * h.diagonal().mean() * torch.eye(32, dtype=h.dtype)
+    free, codes = weight.double().clone(), torch.empty(6, 32, dtype=torch.uint8)
+    for i in range(32):
+        if i % 16 == 0:
+            params = grid.fit(free[:, None, i : i + 16].float())
+        codes[:, i] = grid.encode(free[:, i, None].float(), params[:, 0])[:, 0]
+        error = free[:, i] - grid.decode(codes[:, i, None], params[:, 0])[:, 0]
+        inverse = torch.linalg.inv(h[i:, i:])
+        free[:, i:] -= error[:, None] * inverse[0] / inverse[0, 0]
+    assert torch.equal(Gptq().solve(weight, grid, statistics).codes, codes)
+
+
+@pytest.mark.parametrize("size", [16, 32, 48, 64, 96, 192])
+def test_groups_of_any_size_are_fitted_on_updated_weights(size: int) -> None:
+    """The block of lazy updates must not show: one block and many give the same codes."""
+    from gyroquant.rounding import gptq
+
+    weight, statistics = problem()
+    grid = IntegerGrid(bits=2, group_size=size)
+    wanted = Gptq().solve(weight, grid, statistics)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gptq, "_BLOCK", 10**6)
+        single = Gptq().solve(weight, grid, statistics)
+    assert (wanted.codes == single.codes).float().mean() > 0.995
+
+
+def test_indefinite_moments_raise_the_damping_with_a_warning() -> None:
+    weight, statistics = problem()
+    broken = statistics.gram.clone()
+    broken -= 0.05 * broken.diagonal().mean() * torch.eye(192)
+    warnings: list[str] = []
+    rounded = Gptq().solve(weight, GRIDS[0], InputStatistics(broken, 2000), warnings.append)
+    assert rounded.dequantize().isfinite().all()
+    assert warnings
+    assert "damping raised to 0.1" in warnings[0]
+
+
+def test_moments_that_are_not_finite_are_an_error() -> None:
+    with pytest.raises(InputError, match="not finite"):
+        inverse_factor(torch.full((4, 4), torch.inf), 0.01)
+
+
+def test_gptq_without_text_is_an_error() -> None:
+    with pytest.raises(InputError, match="needs calibration text"):
+        Gptq().solve(problem()[0], GRIDS[0], None)
+
+
+def test_act_order_needs_static_groups() -> None:
+    with pytest.raises(RecipeError, match="static_groups"):
+        load_recipe("gptq", ["weights.solver.act_order=true", "weights.solver.static_groups=false"])

@@ -1,0 +1,185 @@
+"""The command line, as a user meets it: in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from gyroquant.cli import main
+
+SMALL = ("--set", "weights.group_size=16", "--nsamples", "8", "--seqlen", "32")
+
+
+def call(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "gyroquant", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload]
+
+
+def test_the_whole_way(folders: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = call(
+        "quantize",
+        folders["llama_tied"],
+        out,
+        "--recipe",
+        "gsr",
+        "--set",
+        "weights.bits=3",
+        "--text",
+        corpus,
+        "--seed",
+        "2",
+        *SMALL,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "true bits per rounded weight" in done.stdout
+    manifest = json.loads((out / "gyroquant.json").read_text())
+    assert manifest["proof"]["relative_logit_error"] < 1e-5
+    assert manifest["proof"]["worst_block"] in (0, 1)
+    assert manifest["bits"]["per_weight"] == pytest.approx(3 + 19 / 16)
+    assert manifest["recipe"]["seed"] == manifest["recipe"]["calibration"]["seed"] == 2
+    done = call(
+        "evaluate", out, "--text", corpus, "--windows", 4, "--window", 64, "--against", folders["llama_tied"], "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert {"perplexity", "tokens", "kl", "top1_agreement", "true_bits_per_weight"} <= set(result)
+    assert result["tokens"] == 256
+    assert result["true_bits_per_weight"] == pytest.approx(3 + 19 / 16)
+    again = call("quantize", folders["llama_tied"], out, "--recipe", "rtn")
+    assert again.returncode == 1
+    assert "not empty" in again.stderr
+
+
+def inside(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """Runs a command in this process, where everything is imported already; returns its exit status."""
+    monkeypatch.setattr(sys, "argv", ["gyroquant", *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    return int(caught.value.code or 0)
+
+
+Captured = pytest.CaptureFixture[str]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("quantize {model} {tmp}/o --recipe gsrr", "did you mean 'gsr'"),
+        ("quantize {model} {tmp}/o --set weights.bit=2", "did you mean 'bits'"),
+        ("quantize {tmp}/nowhere {tmp}/o", "there is no model at"),
+        ("quantize {model} {tmp}/o --recipe gptq --set weights.group_size=16 --text {tmp}/none.txt", "no text file"),
+        ("quantize {model} {tmp}/o --recipe gptq --set weights.group_size=16", "give --text"),
+        ("evaluate {model} --text {tmp}/none.txt", "no text file"),
+        ("recipes nothing", "no recipe is called"),
+    ],
+)
+def test_errors_are_one_clear_line(
+    arguments: str,
+    message: str,
+    folders: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: Captured,
+) -> None:
+    assert inside(monkeypatch, *arguments.format(model=folders["llama"], tmp=tmp_path).split()) == 1
+    shown = capfd.readouterr()
+    assert message in shown.err
+    assert shown.err.count("\n") == 1
+    assert shown.out == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_debug_shows_the_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Captured) -> None:
+    assert inside(monkeypatch, "quantize", tmp_path / "nowhere", tmp_path / "o", "--debug") == 1
+    assert "Traceback" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "status"),
+    [
+        (MemoryError(), "use fewer or shorter samples", 1),
+        (OSError(28, "No space left on device", "/x/y"), "No space left on device: /x/y; nothing was left behind", 1),
+        (ZeroDivisionError("oops"), "This is a bug; run again with --debug", 1),
+        (KeyboardInterrupt(), "interrupted", 130),
+    ],
+)
+def test_every_kind_of_failure_is_told_in_plain_words(
+    error: BaseException, message: str, status: int, monkeypatch: pytest.MonkeyPatch, capfd: Captured
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr("gyroquant.recipe.load_recipe", fail)
+    assert inside(monkeypatch, "recipes", "gsr") == status
+    assert message in capfd.readouterr().err
+
+
+def test_usage_errors_and_help(monkeypatch: pytest.MonkeyPatch, capfd: Captured) -> None:
+    assert inside(monkeypatch, "quantize") == 2
+    assert inside(monkeypatch, "quantize", "a", "b", "--nonsense") == 2
+    assert inside(monkeypatch, "--version") == 0
+    for command in ("quantize", "evaluate", "inspect", "recipes"):
+        assert inside(monkeypatch, command, "--help") == 0
+        assert command in capfd.readouterr().out
+
+
+def test_interrupting_leaves_nothing(folders: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+    """Ctrl-C in the middle of the work: status 130, one line, no trace on disk."""
+    command = [
+        sys.executable,
+        "-m",
+        "gyroquant",
+        "quantize",
+        str(folders["llama"]),
+        str(tmp_path / "out"),
+        "--recipe",
+        "gptq",
+        "--text",
+        str(corpus),
+        "--set",
+        "weights.group_size=16",
+        "--nsamples",
+        "40",
+        "--seqlen",
+        "128",
+        "--set",
+        "calibration.dtype=float32",
+    ]
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".out.partial-*")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    _, messages = process.communicate(timeout=60)
+    if process.returncode == 0:  # it was already finished
+        assert (tmp_path / "out" / "gyroquant.json").exists()
+    else:
+        assert process.returncode == 130
+        assert "interrupted" in messages
+        assert not list(tmp_path.iterdir())
+
+
+def test_inspect_and_recipes(
+    folders: dict[str, Path], corpus: Path, monkeypatch: pytest.MonkeyPatch, capfd: Captured
+) -> None:
+    assert inside(monkeypatch, "inspect", folders["gemma2"], "--text", corpus, "--recipe", "rtn", *SMALL) == 0
+    shown = capfd.readouterr().out
+    for text in ("gemma2", "kurtosis", "rtn will take about", "peak memory"):
+        assert text in shown
+    assert inside(monkeypatch, "inspect", folders["gemma2"], "--json") == 0
+    assert "cannot pass it" in json.loads(capfd.readouterr().out)["recipes"]["gsr"]
+    assert inside(monkeypatch, "recipes") == 0
+    assert "gsr" in capfd.readouterr().out
+    assert inside(monkeypatch, "recipes", "gsr") == 0
+    assert "method: walsh" in capfd.readouterr().out
+    assert inside(monkeypatch, "recipes", "gsr", "--json") == 0
+    assert json.loads(capfd.readouterr().out)["name"] == "gsr"

@@ -1,0 +1,281 @@
+"""From a model's folder to a rounded one and back: what is saved is what was calibrated, to the bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import gyroquant as gq
+from gyroquant import pipeline
+from gyroquant.calibration.stream import Stream
+from gyroquant.job import prepare
+from gyroquant.models.runner import BlockRunner
+from gyroquant.models.source import open_model
+
+SMALL = ["weights.group_size=16", "calibration.nsamples=8", "calibration.seqlen=32", "calibration.dtype=float32"]
+POST_NORM = ("gemma2", "gemma3", "olmo2")
+
+
+def run(
+    model: object, out: Path, recipe: str, corpus: Path | None, *changes: str, **options: object
+) -> dict[str, object]:
+    loaded = gq.load_recipe(recipe, [*SMALL, *changes])
+    options.setdefault("tokenizer", tiny.tokenizer())
+    return pipeline.run(prepare(model, out, loaded, corpus, **options))  # type: ignore[arg-type]
+
+
+def streamed_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
+    """The logits of a saved model, run block by block."""
+    store = open_model(folder)
+    outer = store.read(store.graph.outer_params())
+    stream = Stream(BlockRunner(store.skeleton(), store.graph), ids, outer)
+    from gyroquant.models.online import attached
+
+    for i in range(len(store.graph.blocks)):
+        prefix = f"{store.graph.architecture.blocks}.{i}."
+        with attached(store.skeleton(), [o for o in store.online if o.insertion.module.startswith(prefix)]):
+            stream.run(i, store.read(store.graph.block_params(i)))
+    return torch.stack([logits for _, _, logits in stream.logits(outer)])
+
+
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+def test_every_architecture_is_rounded_saved_and_loaded(
+    name: str, folders: dict[str, Path], corpus: Path, tmp_path: Path
+) -> None:
+    changes = ["transform.R1.online=true"] if name in POST_NORM else []
+    out = tmp_path / "out"
+    manifest = run(folders[name], out, "quarot", corpus, "weights.bits=8", *changes)
+    assert manifest["proof"]["relative_logit_error"] < 5e-6
+    ids = tiny.tokens(tiny.build(name))
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    with torch.no_grad():
+        original, rounded = tiny.build(name)(ids).logits, loaded(ids).logits
+        assert float((rounded - original).norm() / original.norm()) < 0.05
+        assert torch.equal(rounded, streamed_logits(out, ids))
+    assert loaded.generate(ids[:1, :5], max_new_tokens=4, do_sample=False).shape == (1, 9)
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "qwen2_moe", "gpt2"])
+@pytest.mark.parametrize("recipe", ["rtn", "gptq", "gsr", "gh"])
+def test_what_is_loaded_is_what_was_rounded(
+    name: str, recipe: str, folders: dict[str, Path], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights in memory during the run and the ones read back from the files are equal bit for bit."""
+    deployed: dict[str, torch.Tensor] = {}
+    original = pipeline.round_block
+
+    def keep(*args: object, **kwargs: object) -> object:
+        result = original(*args, **kwargs)  # type: ignore[arg-type]
+        deployed.update(result[2])
+        return result
+
+    monkeypatch.setattr(pipeline, "round_block", keep)
+    run(folders[name], tmp_path / "out", recipe, corpus, "weights.bits=3")
+    loaded = gq.load(tmp_path / "out", dtype=torch.float32)
+    assert deployed
+    for key, tensor in deployed.items():
+        assert torch.equal(loaded.get_parameter(key), tensor.float()), key
+
+
+@pytest.mark.parametrize("solver", ["rtn", "gptq"])
+@pytest.mark.parametrize("name", ["llama_tied", "gpt_neox"])
+def test_identity_rotations_give_the_unrotated_codes(
+    name: str, solver: str, folders: dict[str, Path], corpus: Path, tmp_path: Path
+) -> None:
+    identity = [f"transform.{site}.method=identity" for site in ("R1", "R2", "R3", "R4")]
+    run(folders[name], tmp_path / "plain", solver, corpus)
+    run(folders[name], tmp_path / "identity", solver, corpus, *identity)
+    plain, rotated = (load_file(tmp_path / which / "model.safetensors") for which in ("plain", "identity"))
+    assert plain.keys() == rotated.keys()
+    assert all(torch.equal(plain[key], rotated[key]) for key in plain)
+
+
+def test_lh_and_gsr_are_the_same_under_rtn(folders: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+    """The order of the columns inside a group changes neither its range nor its error."""
+    ids = tiny.tokens(tiny.build("llama_tied"))
+    results = {}
+    for recipe in ("lh", "gsr"):
+        changes = ["weights.solver=rtn", "weights.scale=minmax", "weights.bits=2"]
+        results[recipe] = run(folders["llama_tied"], tmp_path / recipe, recipe, corpus, *changes)
+    lh, gsr = (gq.load(tmp_path / which, dtype=torch.float32) for which in ("lh", "gsr"))
+    with torch.no_grad():
+        assert torch.allclose(lh(ids).logits, gsr(ids).logits, atol=1e-3)
+    for a, b in zip(results["lh"]["layers"], results["gsr"]["layers"], strict=True):
+        assert a["weight_error"] == pytest.approx(b["weight_error"], rel=1e-4)
+
+
+def test_calibration_beats_rounding_to_nearest(folders: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+    errors = {}
+    for recipe in ("rtn", "gptq"):
+        run(folders["llama"], tmp_path / recipe, recipe, corpus, "weights.bits=2", "calibration.nsamples=64")
+        result = gq.evaluate(tmp_path / recipe, corpus, folders["llama"], window=32)
+        errors[recipe] = result["kl"]
+    assert errors["gptq"] < 0.8 * errors["rtn"]
+
+
+def test_the_manifest_explains_the_result(folders: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+    manifest = run(folders["llama_tied"], tmp_path / "out", "gsr", corpus, "weights.bits=2")
+    assert json.loads((tmp_path / "out" / "gyroquant.json").read_text()) == manifest
+    assert manifest["bits"]["per_weight"] == pytest.approx(2 + (16 + 2) / 16)
+    assert manifest["untied"] == ["lm_head.weight"]
+    assert manifest["recipe"]["name"] == "gsr"
+    assert manifest["text"]["name"] == "corpus.txt"
+    assert len(manifest["layers"]) == 14
+    assert all(0 < layer["output_error"] < 1 for layer in manifest["layers"])
+    assert manifest["versions"]["transformers"] == transformers.__version__
+    assert manifest["seconds"] > 0
+    assert manifest["peak_memory_bytes"] > 10**6
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    rounded = sum(
+        t.numel() * t.element_size() for k, t in stored.items() if k.endswith(("_codes", "_scales", "_zeros"))
+    )
+    assert rounded * 8 / manifest["bits"]["rounded_weights"] == manifest["bits"]["per_weight"]
+    assert open_model(tmp_path / "out").bits_per_weight() == manifest["bits"]["per_weight"]
+
+
+def test_online_maps_count_as_bits(folders: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+    free = run(folders["llama"], tmp_path / "free", "rtn", corpus, "transform.R4.method=hadamard")
+    signs = run(
+        folders["llama"],
+        tmp_path / "signs",
+        "rtn",
+        corpus,
+        "transform.R4.method=hadamard",
+        "transform.R4.random_signs=true",
+    )
+    assert free["bits"]["stored_bits"].get("maps") is None
+    assert signs["bits"]["stored_bits"]["maps"] == 2 * 96 * 8
+    assert signs["bits"]["per_weight"] > free["bits"]["per_weight"]
+
+
+def test_the_same_seed_gives_the_same_bytes(folders: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+    for out in ("one", "two"):
+        run(folders["qwen3_moe"], tmp_path / out, "quarot", corpus, "weights.bits=2")
+    one, two = ((tmp_path / out / "model.safetensors").read_bytes() for out in ("one", "two"))
+    assert one == two
+    run(folders["qwen3_moe"], tmp_path / "three", "quarot", corpus, "weights.bits=2", "seed=1")
+    assert (tmp_path / "three" / "model.safetensors").read_bytes() != one
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "qwen3_moe", "gpt2"])
+def test_dense_output_opens_anywhere(name: str, folders: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+    """Plain weights under the names of the original checkpoint, and no mention of a quantization."""
+    out = tmp_path / "out"
+    manifest = run(folders[name], out, "gsr", corpus, "weights.bits=4", dense=True, save_dtype="float32")
+    config = json.loads((out / "config.json").read_text())
+    assert "quantization_config" not in config
+    untied = {"lm_head.weight"} if name != "qwen3_moe" else set()
+    assert (
+        set(load_file(out / "model.safetensors")) - untied
+        == set(load_file(folders[name] / "model.safetensors")) - untied
+    )
+    run(folders[name], tmp_path / "packed", "gsr", corpus, "weights.bits=4", save_dtype="float32")
+    ids = tiny.tokens(tiny.build(name))
+    with torch.no_grad():
+        dense, packed = (gq.load(place, dtype=torch.float32)(ids).logits for place in (out, tmp_path / "packed"))
+    assert torch.equal(dense, packed)
+    assert manifest["bits"]["per_weight"] == 32
+
+
+def test_ignored_layers_stay_as_they_are(folders: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+    ignore = "weights.ignore=[lm_head, 're:layers.0.*down_proj$', model.layers.1.mlp.gate_proj]"
+    run(folders["llama"], tmp_path / "out", "gptq", corpus, ignore, save_dtype="float32")
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    original = load_file(folders["llama"] / "model.safetensors")
+    for key in ("model.layers.0.mlp.down_proj.weight", "model.layers.1.mlp.gate_proj.weight", "lm_head.weight"):
+        assert torch.equal(stored[key], original[key])
+    assert "model.layers.1.mlp.down_proj.weight_codes" in stored
+
+
+@pytest.mark.parametrize("recipe", ["rtn", "gptq", "gh"])
+def test_the_head_can_be_rounded_too(recipe: str, folders: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    manifest = run(folders["llama"], out, recipe, corpus, "weights.ignore=[]", "weights.bits=8")
+    assert "lm_head.weight_codes" in load_file(out / "model.safetensors")
+    assert manifest["layers"][-1]["name"] == "lm_head"
+    assert (manifest["layers"][-1]["output_error"] is None) == (recipe == "rtn")
+    assert gq.evaluate(out, corpus, folders["llama"], window=32)["kl"] < 0.01
+
+
+def test_python_quantize_returns_the_loaded_model(corpus: Path, tokenizer: object) -> None:
+    model = tiny.build("llama")
+    result = gq.quantize(
+        model, gq.load_recipe("gsr", [*SMALL, "weights.bits=8"]), corpus, tokenizer=tokenizer, save_dtype="float32"
+    )
+    ids = tiny.tokens(model)
+    with torch.no_grad():
+        assert float((result(ids).logits - model(ids).logits).norm() / model(ids).logits.norm()) < 0.05
+    assert result.gyroquant_manifest["bits"]["per_weight"] == 8 + (16 + 8) / 16
+
+
+def test_an_expert_without_tokens_is_rounded_to_nearest_with_a_warning(
+    folders: dict[str, Path], tmp_path: Path, tokenizer: object
+) -> None:
+    manifest = run(
+        folders["qwen3_moe"], tmp_path / "out", "gptq", ["w1 w2"], "calibration.nsamples=1", "calibration.seqlen=2"
+    )
+    assert any("no calibration token reached this expert" in text for text in manifest["warnings"])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "options", "error"),
+    [
+        (
+            "gptq",
+            ["weights.group_size=128"],
+            {},
+            "128 does not divide the 64 inputs of model.layers.0.self_attn.q_proj",
+        ),
+        ("gptq", ["weights.ignore=[nothing_like_it]"], {}, "matches no layer"),
+        ("gptq", ["weights.ignore=['re:(']"], {}, "not a regular expression"),
+        ("gptq", ["weights.ignore=['re:.*']"], {}, "leaves no layer"),
+        ("gptq", ["weights.ignore=[]"], {}, "tied to the embedding"),
+        ("quarot", [], {"dense": True}, "--dense cannot keep the online map"),
+        ("gsr", ["calibration.seqlen=500"], {}, "longer than the 128 positions"),
+        ("gsr", ["calibration.nsamples=100000"], {}, "not for 100000"),
+        ("gsr", ["transform.R1.block=7"], {}, "nearest size that does is 8"),
+        ("gsr", [], {"save_dtype": "int3"}, "the dtype to save in"),
+    ],
+)
+def test_impossible_requests_are_refused_before_any_work(
+    recipe: str,
+    changes: list[str],
+    options: dict[str, object],
+    error: str,
+    folders: dict[str, Path],
+    corpus: Path,
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(gq.GyroquantError, match=error):
+        run(folders["llama_tied"], tmp_path / "out", recipe, corpus, *changes, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_recipes_that_need_text_say_so(folders: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(gq.InputError, match="calibrates on text: give --text"):
+        run(folders["llama"], tmp_path / "out", "gptq", None)
+    with pytest.raises(gq.InputError, match="is proved on text: give --text"):
+        run(folders["llama"], tmp_path / "out", "gsr", None, "weights.solver=rtn")
+    run(folders["llama"], tmp_path / "out", "rtn", None)
+
+
+def test_results_are_not_quantized_again(folders: dict[str, Path], tmp_path: Path, corpus: Path) -> None:
+    run(folders["llama"], tmp_path / "out", "rtn", None)
+    with pytest.raises(gq.InputError, match="already quantized"):
+        run(tmp_path / "out", tmp_path / "again", "rtn", None)
+
+
+def test_weights_that_fp16_cannot_hold_name_the_remedy(tmp_path: Path, corpus: Path, tokenizer: object) -> None:
+    model = tiny.build("llama")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[3, 3] = 1e6
+    with pytest.raises(gq.InputError, match="--save-dtype bfloat16"):
+        run(model, tmp_path / "out", "rtn", None)
+    assert not list(tmp_path.iterdir())
+    run(model, tmp_path / "out", "rtn", None, save_dtype="bfloat16")

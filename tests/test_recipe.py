@@ -1,0 +1,125 @@
+"""Recipes: presets, files, changes, and refusals that name the nearest valid key."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gyroquant.errors import RecipeError
+from gyroquant.grids import IntegerGrid
+from gyroquant.recipe import load_recipe, preset_names, set_values
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_presets_are_whole_and_come_back_the_same(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert recipe.description
+    assert load_recipe(recipe.to_dict()) == recipe
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe.to_dict()))
+    assert load_recipe(tmp_path / "mine.yaml") == recipe
+
+
+@pytest.mark.parametrize("name", preset_names())
+@pytest.mark.parametrize("bits", [1, 2, 3, 8])
+def test_every_preset_works_at_any_bits_and_group(name: str, bits: int) -> None:
+    grid = load_recipe(name, [f"weights.bits={bits}", "weights.group_size=32"]).weights.grid
+    assert (grid.bits, grid.group_size) == (bits, 32)
+
+
+def test_short_names_carry_bits_and_group() -> None:
+    assert load_recipe("gsr-w2").weights.grid.bits == 2
+    grid = load_recipe("gsr-w3g128").weights.grid
+    assert (grid.bits, grid.group_size) == (3, 128)
+
+
+def test_changes_reach_every_level() -> None:
+    recipe = load_recipe(
+        "gsr",
+        [
+            "weights.solver.act_order=true",
+            "weights.symmetric=true",
+            "transform.R1=null",
+            "transform.R4.method=hadamard",
+            "transform.R4.online=true",
+            "calibration.nsamples=3",
+            "weights.ignore=[lm_head, 're:down_proj$']",
+        ],
+    )
+    assert recipe.weights.solver.act_order
+    assert isinstance(recipe.weights.grid, IntegerGrid)
+    assert recipe.weights.grid.symmetric
+    assert list(recipe.transform) == ["R4"]
+    assert recipe.transform["R4"][0].online is True
+    assert recipe.calibration.nsamples == 3
+    assert recipe.weights.ignore == ("lm_head", "re:down_proj$")
+
+
+def test_several_steps_at_one_site() -> None:
+    steps = [{"method": "walsh", "block": 32}, "hadamard"]
+    recipe = load_recipe({"transform": {"R1": steps}, "weights": {"bits": 4}})
+    assert [step.method.method for step in recipe.transform["R1"]] == ["walsh", "hadamard"]
+    assert load_recipe(recipe.to_dict()) == recipe
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("weights.bit=2", "weights has no key 'bit'; did you mean 'bits'"),
+        ("weight.bits=2", "the recipe has no key 'weight'; did you mean 'weights'"),
+        ("weights.bits=9", "weights.bits: Input should be less than or equal to 8"),
+        ("weights.bits=two", "weights.bits: Input should be a valid integer"),
+        ("weights.group_size=7", "weights.group_size: group_size is -1"),
+        ("weights.grid=hexagonal", "did you mean 'integer'"),
+        ("weights.solver=gtpq", "did you mean 'gptq'"),
+        ("weights.solver.act=true", "weights.solver has no key 'act'; did you mean 'act_order'"),
+        ("weights.ignore=lm_head", "list of names"),
+        ("transform.R9.method=hadamard", "transform has no key 'R9'"),
+        ("transform.R1.method=hadamrd", "did you mean 'hadamard'"),
+        ("transform.R1.online=maybe", "online is true, false"),
+        ("transform.R1.block=-3", "block is 'full'"),
+        ("transform.R1.blok=3", "did you mean 'block'"),
+        ("transform=5", "transform maps sites"),
+        ("calibration.nsample=4", "did you mean 'nsamples'"),
+        ("calibration.nsamples=0", "calibration.nsamples: Input should be greater than 0"),
+        ("proof.treshold=1", "did you mean 'threshold'"),
+        ("seed=abc", "seed: Input should be a valid integer"),
+        ("weights.bits", "--set takes KEY=VALUE"),
+        ("weights.bits=[", "not valid YAML"),
+        ("seed.x=1", "seed: Input should be a valid integer"),
+    ],
+)
+def test_nonsense_is_refused_with_the_nearest_key(change: str, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("gsr", [change])
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("- 1\n- 2\n", "does not hold a mapping"),
+        ("a: [", "not valid YAML"),
+        ("a: &x [1]\nb: *x\n", "anchors or aliases"),
+        ("# " + "x" * (1 << 20), "larger than any recipe"),
+        ("transfrom: {}\n", "did you mean 'transform'"),
+        ("\xff", "cannot be read"),
+    ],
+)
+def test_files_that_are_no_recipes(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize("name", ["gsrr", "missing.yaml", "gsr-w9"])
+def test_recipes_that_are_not_there(name: str) -> None:
+    with pytest.raises(RecipeError, match=r"no recipe is called|cannot be read|less than or equal to 8"):
+        load_recipe(name)
+
+
+def test_changes_leave_their_input_alone() -> None:
+    data = {"weights": {"bits": 4}}
+    set_values(data, ["weights.bits=2"])
+    assert data == {"weights": {"bits": 4}}

@@ -1,0 +1,149 @@
+"""Tiny random models of every supported architecture, built from their own transformers configuration classes.
+
+Norm gains and biases are randomised: with the usual initial values (ones and zeros) a fold that forgets them would
+pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def _config(name: str, drop: tuple[str, ...] = (), **values: Any) -> Callable[[], Any]:
+    merged = {k: v for k, v in COMMON.items() if k not in drop} | values
+    return lambda: getattr(transformers, name)(**merged)
+
+
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "llama": _config("LlamaConfig"),
+    "llama_tied": _config("LlamaConfig", tie_word_embeddings=True),
+    "llama_bias": _config("LlamaConfig", attention_bias=True, mlp_bias=True),
+    "mistral": _config("MistralConfig"),
+    "smollm3": _config("SmolLM3Config", tie_word_embeddings=True),
+    "granite": _config(
+        "GraniteConfig",
+        embedding_multiplier=3.0,
+        logits_scaling=2.0,
+        residual_multiplier=0.4,
+        attention_multiplier=0.2,
+        tie_word_embeddings=True,
+    ),
+    "qwen2": _config("Qwen2Config"),
+    "qwen3": _config("Qwen3Config", head_dim=32),
+    "qwen2_moe": _config(
+        "Qwen2MoeConfig",
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=48,
+        shared_expert_intermediate_size=80,
+        mlp_only_layers=[1],
+    ),
+    "qwen3_moe": _config("Qwen3MoeConfig", head_dim=32, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48),
+    "mixtral": _config("MixtralConfig", num_local_experts=4, num_experts_per_tok=2),
+    "phi3": _config("Phi3Config"),
+    "gemma2": _config(
+        "Gemma2Config", head_dim=32, query_pre_attn_scalar=32, sliding_window=8, tie_word_embeddings=True
+    ),
+    "gemma3": _config(
+        "Gemma3TextConfig", head_dim=32, query_pre_attn_scalar=32, sliding_window=8, tie_word_embeddings=True
+    ),
+    "olmo2": _config("Olmo2Config"),
+    "cohere2": _config("Cohere2Config", sliding_window=8, tie_word_embeddings=True, num_hidden_layers=4),
+    "opt": _config(
+        "OPTConfig",
+        drop=("intermediate_size", "num_key_value_heads"),
+        ffn_dim=96,
+        word_embed_proj_dim=64,
+        tie_word_embeddings=True,
+    ),
+    "gpt_neox": _config("GPTNeoXConfig", drop=("num_key_value_heads",)),
+    "gpt_neox_serial": _config("GPTNeoXConfig", drop=("num_key_value_heads",), use_parallel_residual=False),
+    "gpt2": _config("GPT2Config", drop=("num_key_value_heads", "intermediate_size"), tie_word_embeddings=True),
+}
+
+
+@torch.no_grad()
+def randomise(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
+    """Gives every weight a sensible random size, every norm a random gain and every bias a random value."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if name.endswith("bias"):
+            parameter.copy_(0.3 * noise)
+        elif parameter.dim() == 1:  # the gain of a norm; Gemma stores gain - 1
+            gain = (1 + 0.4 * noise).abs() + 0.2
+            parameter.copy_(gain - 1 if "gemma" in model.config.model_type else gain)
+        elif "emb" in name or "wte" in name or "wpe" in name:
+            parameter.copy_(0.5 * noise)
+        else:
+            parameter.copy_(noise / parameter.shape[-1] ** 0.5)
+    return model
+
+
+def build(name: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """The tiny model of that name in `CONFIGS`, fp32, in evaluation mode."""
+    config = CONFIGS[name]()
+    for key, value in changes.items():
+        setattr(config, key, value)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return randomise(model, seed).eval()
+
+
+def tokens(model: PreTrainedModel, batch: int = 2, length: int = 24, seed: int = 1) -> torch.Tensor:
+    """Random token ids, shape (batch, length)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, model.config.vocab_size, (batch, length), generator=generator)
+
+
+def tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """A tokenizer of 96 words: w0 .. w92 behind the three special tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i + 3 for i in range(93)}
+    raw = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<pad>"
+    )
+
+
+def prose(words: int, seed: int = 0) -> str:
+    """Random words of the tiny tokenizer, some much more often than others."""
+    generator = torch.Generator().manual_seed(seed)
+    numbers = (torch.rand(words, generator=generator) ** 2 * 93).long()
+    return " ".join(f"w{i}" for i in numbers.tolist())
+
+
+class Folders(dict[str, Path]):
+    """Folders of tiny models with their tokenizer, saved when first asked for."""
+
+    def __init__(self, place: Path):
+        super().__init__()
+        self.place = place
+
+    def __missing__(self, name: str) -> Path:
+        folder = self.place / name
+        build(name).save_pretrained(folder)
+        tokenizer().save_pretrained(folder)
+        self[name] = folder
+        return folder

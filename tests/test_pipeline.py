@@ -183,6 +183,22 @@ def test_dense_output_opens_anywhere(name: str, folders: dict[str, Path], corpus
     assert manifest["bits"]["per_weight"] == 32
 
 
+def test_a_loaded_model_without_online_maps_can_be_saved_plainly(
+    folders: dict[str, Path], corpus: Path, tmp_path: Path
+) -> None:
+    run(folders["qwen3_moe"], tmp_path / "out", "gsr", corpus, "weights.bits=3")
+    loaded = gq.load(tmp_path / "out", dtype=torch.float32)
+    loaded.save_pretrained(tmp_path / "plain")
+    assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
+    ids = tiny.tokens(loaded)
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, loaded(ids).logits)
+    run(folders["qwen3_moe"], tmp_path / "online", "quarot", corpus, "weights.bits=3")
+    with pytest.raises(gq.GyroquantError, match="maps online"):
+        gq.load(tmp_path / "online").save_pretrained(tmp_path / "refused")
+
+
 def test_ignored_layers_stay_as_they_are(folders: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
     ignore = "weights.ignore=[lm_head, 're:layers.0.*down_proj$', model.layers.1.mlp.gate_proj]"
     run(folders["llama"], tmp_path / "out", "gptq", corpus, ignore, save_dtype="float32")

@@ -126,7 +126,7 @@ def summary(scores: WindowScores) -> dict[str, Any]:
         return float(values.mean()) / scores.predicted
 
     def exponential(value: float) -> float:
-        return math.exp(value) if value < 700 else math.inf
+        return math.exp(min(value, 700.0))  # a hopeless model still gets a number that JSON can hold
 
     low, high = interval(scores.loss, scores.predicted)
     result: dict[str, Any] = {

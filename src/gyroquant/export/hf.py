@@ -77,6 +77,7 @@ class GyroquantHfQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        model._weight_conversions = None  # saving finds the architecture's own again; decoding has no way back
         keep_online(model, self._online)
         return model
 

@@ -1,0 +1,74 @@
+"""What a quantization costs, in passes of the model over the same calibration tokens, measured in one run.
+
+    python benchmarks/forward_equivalents.py [MODEL --text FILE] [--recipes rtn gptq gsr] [--json FILE]
+
+The unit is one plain forward pass of transformers in bfloat16, head included, over all calibration tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+import gyroquant as gq
+from gyroquant import pipeline
+from gyroquant.environment import versions
+from gyroquant.job import Job, prepare
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "demo"))
+BATCH_TOKENS = 4096
+
+
+def forward_seconds(model: Path, tokens: torch.Tensor) -> float:
+    """One pass over all tokens, shape (samples, length), in bfloat16."""
+    where = {"gguf_file": model.name} if model.suffix == ".gguf" else {}
+    folder = model.parent if where else model
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **where)
+    batch = max(1, BATCH_TOKENS // tokens.shape[1])
+    with torch.no_grad():
+        loaded(tokens[:batch], use_cache=False)
+        started = time.perf_counter()
+        for start in range(0, len(tokens), batch):
+            loaded(tokens[start : start + batch], use_cache=False)
+        return time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", type=Path)
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--recipes", nargs="+", default=["rtn", "gptq", "gsr", "quarot"])
+    parser.add_argument("--nsamples", type=int, default=128)
+    parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    if given.model is None:
+        import assets
+
+        given.model, given.text = assets.model(), assets.texts()[0]
+    changes = [f"calibration.nsamples={given.nsamples}", f"calibration.seqlen={given.seqlen}", "weights.bits=2"]
+    rows, unit = [], None
+    for name in given.recipes:
+        with tempfile.TemporaryDirectory() as scratch:
+            job: Job = prepare(given.model, Path(scratch) / "out", gq.load_recipe(name, changes), given.text)
+            if unit is None:
+                assert job.tokens is not None
+                unit = forward_seconds(given.model, job.tokens)
+                print(f"one pass over {job.tokens.numel()} tokens: {unit:.1f} s\n")
+                print("| recipe | seconds | passes |\n|---|--:|--:|")
+            seconds = pipeline.run(job)["seconds"]
+        rows.append({"recipe": name, "seconds": seconds, "forward_equivalents": seconds / unit})
+        print(f"| {name} | {seconds:.0f} | {seconds / unit:.2f} |", flush=True)
+    if given.json:
+        given.json.write_text(json.dumps({"unit": unit, "rows": rows, "versions": versions()}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

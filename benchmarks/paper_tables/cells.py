@@ -1,0 +1,76 @@
+"""Tables of many runs: one cell a run, each in a file of its own, so that a stopped table goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gyroquant as gq
+from gyroquant import pipeline
+from gyroquant.job import prepare
+
+
+class Table:
+    """A folder of cells. A cell is named by what makes it: recipe, texts, model and evaluation."""
+
+    def __init__(self, folder: Path, model: str, calibration: str, test: str, evaluations: dict[str, dict[str, Any]]):
+        self.folder, self.model, self.calibration, self.test = folder, model, calibration, test
+        self.evaluations = evaluations
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def _path(self, name: str, recipe: dict[str, Any]) -> Path:
+        key = {
+            "recipe": recipe,
+            "model": Path(self.model).name,
+            "texts": [hashlib.sha256(Path(text).read_bytes()).hexdigest() for text in (self.calibration, self.test)],
+            "evaluations": self.evaluations,
+        }
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+        return self.folder / f"{name.replace(' ', '_')}-{digest}.json"
+
+    def _evaluate(self, model: str | Path) -> dict[str, Any]:
+        return {name: gq.evaluate(model, self.test, **options) for name, options in self.evaluations.items()}
+
+    def original(self) -> dict[str, Any]:
+        """The cell of the model in full precision."""
+        return self._cell("original", {}, lambda: {"evaluations": self._evaluate(self.model)})
+
+    def cell(self, name: str, recipe: str, changes: Sequence[str]) -> dict[str, Any]:
+        """Quantizes and evaluates, unless that was done before; returns manifest and measurements."""
+        loaded = gq.load_recipe(recipe, changes)
+
+        def make() -> dict[str, Any]:
+            with tempfile.TemporaryDirectory() as scratch:
+                out = Path(scratch) / "out"
+                manifest = pipeline.run(prepare(self.model, out, loaded, self.calibration))
+                return {"manifest": manifest, "evaluations": self._evaluate(out)}
+
+        return self._cell(name, loaded.to_dict(), make)
+
+    def _cell(self, name: str, recipe: dict[str, Any], make: Any) -> dict[str, Any]:
+        path = self._path(name, recipe)
+        if not path.exists():
+            started = time.perf_counter()
+            result = {"name": name} | make()
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(json.dumps(result, indent=1))
+            temporary.replace(path)
+            print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+        return json.loads(path.read_text())
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A Markdown table; the first column left, the others right."""
+    lines = ["| " + " | ".join(header) + " |", "|---|" + "--:|" * (len(header) - 1)]
+    return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)]) + "\n"
+
+
+def short(value: float) -> str:
+    """A perplexity with as many digits as mean something."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 100 else f"{value:.2f}"

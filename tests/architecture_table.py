@@ -1,0 +1,99 @@
+"""The table of docs/architectures.md: every architecture, every site, the error of the proof or why it is refused.
+
+python tests/architecture_table.py > docs/architectures.md
+"""
+
+from __future__ import annotations
+
+import tiny
+import torch
+
+from gyroquant import maps
+from gyroquant.errors import UnsupportedModelError
+from gyroquant.models.fold import FoldPlan
+from gyroquant.models.prove import prove
+from gyroquant.models.runner import BlockRunner
+from gyroquant.models.sites import Site, find_sites
+from gyroquant.models.source import open_model
+
+COLUMNS = ("R1 fused", "R1 online", "R2", "R3", "R4", "attn_in", "mlp_in", "R1 to R4")
+REASONS = {"cannot pass it": "post-norm", "no site": "none"}
+TITLES = {
+    "llama": "Llama",
+    "llama_tied": "Llama, tied head",
+    "llama_bias": "Llama, biases everywhere",
+    "mistral": "Mistral",
+    "smollm3": "SmolLM3",
+    "granite": "Granite (multipliers)",
+    "qwen2": "Qwen2 (q, k, v biases)",
+    "qwen3": "Qwen3 (q/k norms, head_dim)",
+    "qwen2_moe": "Qwen2-MoE (shared expert)",
+    "qwen3_moe": "Qwen3-MoE",
+    "mixtral": "Mixtral",
+    "phi3": "Phi-3 (fused weights)",
+    "gemma2": "Gemma 2",
+    "gemma3": "Gemma 3 (text)",
+    "olmo2": "OLMo-2",
+    "cohere2": "Cohere-2 (parallel, LayerNorm)",
+    "opt": "OPT (LayerNorm, positions)",
+    "gpt_neox": "GPT-NeoX, parallel",
+    "gpt_neox_serial": "GPT-NeoX, serial",
+    "gpt2": "GPT-2 (Conv1D)",
+}
+HEAD = """# Architectures
+
+Made by `python tests/architecture_table.py > docs/architectures.md`; a test makes it again and compares.
+
+Each cell is the proof on a tiny random model of the family, built from its own transformers configuration, with random
+norm gains and biases: the larger of the relative logit error and the worst block's error, in fp32, after folding random
+Hadamards (R1 to R4) or random scalings (attn_in, mlp_in). Where a cell says why not, the fold is refused before
+anything is touched:
+
+- *post-norm*: a norm behind attention or feed-forward multiplies what is added to the residual stream by a gain, which
+  a rotation of the stream cannot pass. `transform.R1.online=true` rotates the inputs of the linear layers instead.
+- *none*: the architecture has no norm in front of those layers, so there is no such site.
+
+R3 and R4 run online. LayerNorm models (Cohere-2, OPT, GPT-NeoX, GPT-2) get rotations that keep the mean, see
+[sites](sites.md).
+
+"""
+
+
+def _map(site: Site, column: str, generator: torch.Generator) -> maps.Map:
+    if column in ("attn_in", "mlp_in"):
+        return maps.Diagonal(torch.rand(site.n, generator=generator, dtype=torch.float64) + 0.5)
+    return maps.random_signs(site.n, generator) @ maps.hadamard(site.n)
+
+
+def cell(name: str, column: str) -> str:
+    """The error of one architecture and column, or the short reason why it is refused."""
+    generator = torch.Generator().manual_seed(0)
+    model = tiny.build(name)
+    store = open_model(model)
+    plan = FoldPlan(store.graph)
+    post_norm = cell(name, "R1 fused") == "post-norm" if column == "R1 to R4" else False
+    wanted = ("R1", "R2", "R3", "R4") if column == "R1 to R4" else (column.split()[0],)
+    try:
+        for site_name in wanted:
+            online = True if site_name == "R1" and (column == "R1 online" or post_norm) else None
+            for site in find_sites(store.graph, site_name, online=bool(online)):
+                plan.add(site, _map(site, column, generator), online)
+        proof = prove(store, plan, BlockRunner(model, store.graph), tiny.tokens(model), 5e-6)
+    except UnsupportedModelError as error:
+        return next((short for text, short in REASONS.items() if text in str(error)), f"FAILED: {error}")
+    return f"{max(proof.relative_logit_error, proof.worst_block_error):.0e}"
+
+
+def rows() -> list[list[str]]:
+    """Every row of the table: the family's name and its cells."""
+    return [[TITLES[name], *(cell(name, column) for column in COLUMNS)] for name in tiny.CONFIGS]
+
+
+def page() -> str:
+    """The whole page."""
+    lines = ["| family | " + " | ".join(COLUMNS) + " |", "|---|" + "--:|" * len(COLUMNS)]
+    return HEAD + "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows())]) + "\n"
+
+
+if __name__ == "__main__":
+    print(page(), end="")

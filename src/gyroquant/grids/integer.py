@@ -49,14 +49,7 @@ class IntegerGrid(Grid):
     def _range(self, groups: Tensor) -> tuple[Tensor, Tensor]:
         """The ends of each group's range: (lowest, highest), or for symmetric grids (extreme, 0)."""
         if self.symmetric and self.bits == 1:
-            extreme = -groups.abs().mean(
-                -1, keepdim=True
-            )  # the least-squares choice; the largest would be far too wide
-            return extreme, torch.zeros_like(extreme)
-        if self.symmetric and self.bits == 1:
-            extreme = -groups.abs().mean(
-                -1, keepdim=True
-            )  # the least-squares choice; the largest would be far too wide
+            extreme = -groups.abs().mean(-1, keepdim=True)  # least squares; the largest would be far too wide
             return extreme, torch.zeros_like(extreme)
         low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
         if self.symmetric:

@@ -11,6 +11,7 @@ from gyroquant.errors import (
     RecipeError,
     UnsupportedModelError,
 )
+from gyroquant.models.kv_cache import PackedKVCache
 from gyroquant.models.prove import Proof
 from gyroquant.pipeline import transform
 from gyroquant.recipe import Recipe, load_recipe
@@ -21,6 +22,7 @@ __all__ = [
     "GyroquantError",
     "InputError",
     "MapError",
+    "PackedKVCache",
     "Proof",
     "ProofError",
     "Recipe",

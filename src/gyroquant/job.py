@@ -19,6 +19,7 @@ from gyroquant.export.writer import saved_dtype
 from gyroquant.methods import Context
 from gyroquant.models.fold import FoldPlan
 from gyroquant.models.graph import LinearOp, ModelGraph
+from gyroquant.models.online import Attachment
 from gyroquant.models.packed import PackedStore
 from gyroquant.models.sites import SITE_NAMES, find_sites
 from gyroquant.models.source import open_model
@@ -59,7 +60,11 @@ class Output:
 
 @dataclass
 class Job:
-    """Everything that a quantization needs. `targets` are the layers to round, `tokens` (samples, length) the text."""
+    """Everything that a quantization needs.
+
+    `targets` are the layers to round, `quantizers` what rounds while the model runs, `tokens` (samples, length) the
+    text.
+    """
 
     store: WeightStore
     recipe: Recipe
@@ -67,6 +72,7 @@ class Job:
     targets: dict[str, LinearOp]
     output: Output
     tokenizer: Any
+    quantizers: list[Attachment] = field(default_factory=list)
     text: Text | None = None
     tokens: Tensor | None = None
 
@@ -78,7 +84,26 @@ class Job:
     @property
     def needs_stream(self) -> bool:
         """Whether the model has to be run on the calibration text."""
-        return self.recipe.weights.solver.needs_statistics
+        return self.recipe.weights.solver.needs_statistics or self.centers_keys
+
+    @property
+    def centers_keys(self) -> bool:
+        """Whether the mean of the keys has to be measured."""
+        return self.recipe.kv_cache is not None and self.recipe.kv_cache.center_keys
+
+    def _rounding(self) -> list[Attachment]:
+        quiet = self.recipe.activations is not None and not self.recipe.activations.calibrate
+        return [] if quiet else self.quantizers
+
+    def running_in(self, block: int) -> list[Attachment]:
+        """What runs with one block while it is calibrated."""
+        prefix = f"{self.graph.architecture.blocks}.{block}."
+        return [*self.plan.online_in(block), *(one for one in self._rounding() if one.module.startswith(prefix))]
+
+    def running_around(self) -> list[Attachment]:
+        """What runs with the head while it is calibrated."""
+        blocks = f"{self.graph.architecture.blocks}."
+        return [one for one in self._rounding() if not one.module.startswith(blocks)]
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -113,7 +138,8 @@ def prepare(
         raise InputError(f"{store.label} is already quantized; start from the model in full precision")
     plan = plan_folds(store.graph, recipe)
     targets = find_targets(store.graph, recipe.weights.grid, recipe.weights.ignore)
-    _check_forms(store, plan, targets, dense)
+    quantizers = plan_quantizers(store.graph, recipe)
+    _check_forms(store, plan, targets, quantizers, dense)
     source = calibration if calibration is not None else recipe.calibration.text
     text = load_text(source) if source is not None else None
     output = Output(
@@ -124,21 +150,41 @@ def prepare(
         device=torch.device(device),
         offload=Path(offload) if offload else None,
     )
-    job = Job(store, recipe, plan, targets, output, tokenizer or _tokenizer(store, text is not None), text)
+    job = Job(store, recipe, plan, targets, output, tokenizer or _tokenizer(store, text is not None), quantizers, text)
     job.tokens = _tokens(job)
     check_room(out, expected_bytes(job) * 2)  # pieces and the files they are put together in
     return job
 
 
-def _check_forms(store: WeightStore, plan: FoldPlan, targets: Mapping[str, LinearOp], dense: bool) -> None:
+def plan_quantizers(graph: ModelGraph, recipe: Recipe) -> list[Attachment]:
+    """What the recipe rounds while the model runs. Raises RecipeError when a group size does not fit."""
+    found: list[Attachment] = []
+    for section in (recipe.activations, recipe.kv_cache):
+        if section is not None:
+            found += section.quantizers(graph)
+    return found
+
+
+def _check_forms(
+    store: WeightStore,
+    plan: FoldPlan,
+    targets: Mapping[str, LinearOp],
+    quantizers: Sequence[Attachment],
+    dense: bool,
+) -> None:
     """Refuses results that the output could not hold."""
     tied = [name for name in targets if name in store.tied]
     if tied and not plan.unties(store.read(store.graph.outer_params())):
         raise UnsupportedModelError(f"{tied[0]} is tied to the embedding; keep lm_head in weights.ignore")
     if dense and plan.online:
         raise UnsupportedModelError(
-            f"--dense cannot keep the online map in front of {plan.online[0].insertion.module}: plain weights have no "
+            f"--dense cannot keep the online map in front of {plan.online[0].module}: plain weights have no "
             "place for it. Leave --dense out, or leave the online sites out of the recipe"
+        )
+    if dense and quantizers:
+        raise UnsupportedModelError(
+            "--dense cannot keep the rounding of activations or of the KV cache: plain weights have no place for it. "
+            "Leave --dense out, or set activations=null and kv_cache=null"
         )
 
 

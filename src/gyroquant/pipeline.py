@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,15 @@ from gyroquant.job import Job, plan_folds
 from gyroquant.maps import dump
 from gyroquant.models.fold import FoldPlan, fold
 from gyroquant.models.graph import Group, LinearOp
-from gyroquant.models.online import attached
+from gyroquant.models.online import CacheQuantizer, attached, observing_keys
 from gyroquant.models.packed import from_matrix
 from gyroquant.models.prove import Proof, folded_outer, prove
 from gyroquant.models.runner import BlockRunner, evaluating
+from gyroquant.models.sites import attention_module
 from gyroquant.models.store import ModuleStore, WeightStore
 from gyroquant.progress import Stages
 from gyroquant.recipe import Recipe, load_recipe
+from gyroquant.rounding.activations import KeyMean
 from gyroquant.rounding.stage import LayerReport, round_group
 
 Calibration = str | Path | Sequence[str] | Tensor
@@ -123,7 +125,7 @@ def run(job: Job, progress: Stages | None = None) -> dict[str, Any]:
         with OutputFolder(job.output.folder, job.output.overwrite) as folder:
             writer = (DenseWriter if job.output.dense else PackedWriter)(folder, job.store, job.output.dtype)
             layers = _round(job, writer, progress, warnings)
-            writer.online(job.plan.online)
+            writer.online([*job.plan.online, *job.quantizers])
             folder.merge()
             manifest = _manifest(job, proof, layers, writer, warnings)
             manifest["seconds"] = round(time.perf_counter() - started, 3)
@@ -159,14 +161,15 @@ def _round(job: Job, writer: Any, progress: Stages, warnings: list[str]) -> list
     if not head:
         writer.add(_saved(outer, job.output.dtype))
         del outer
-    with progress.stage("round", len(graph.blocks) * (stream.steps * 2 if stream else 1)) as advance:
+    passes = stream.steps * (3 if job.centers_keys else 2) if stream else 1
+    with progress.stage("round", len(graph.blocks) * passes) as advance:
         for i, group in enumerate(graph.blocks):
             tensors = fold(job.plan, job.store.read(graph.block_params(i)))
             rounded, reports, tensors = round_block(job, i, group, tensors, stream, advance, warnings)
             layers += reports
             writer.add(_saved(tensors, job.output.dtype, rounded), _by_op(job, rounded))
             if stream:
-                with attached(runner.model, job.plan.online_in(i)):
+                with attached(runner.model, job.running_in(i)):
                     stream.run(i, tensors, progress=advance)
             else:
                 advance()
@@ -185,9 +188,11 @@ def round_block(
     warnings: list[str],
 ) -> tuple[dict[str, QuantizedWeight], list[LayerReport], dict[str, Tensor]]:
     """Observes and rounds one block; returns codes, errors and the block's weights as they will be deployed."""
-    online, observed = job.plan.online_in(index), {}
+    model = job.store.skeleton()
+    if stream and job.centers_keys:
+        _center_keys(job, index, tensors, stream, advance)
+    online, observed = job.running_in(index), {}
     if stream:
-        model = job.store.skeleton()
         with attached(model, online), observing(model, group, online, Gram) as observed:
             stream.run(index, tensors, keep=False, progress=advance)
     weights = job.recipe.weights
@@ -196,6 +201,17 @@ def round_block(
     )
     deployed = {name: tensor.to(job.output.dtype) for name, tensor in tensors.items() if name not in rounded}
     return rounded, reports, deployed | _decoded(job, rounded)
+
+
+def _center_keys(job: Job, index: int, tensors: Mapping[str, Tensor], stream: Stream, advance: Any) -> None:
+    """Measures the mean of a block's keys and lets its cache quantizer take it away."""
+    model, module = job.store.skeleton(), attention_module(job.graph.blocks[index])
+    mean = KeyMean()
+    with attached(model, job.plan.online_in(index)), observing_keys(model, module, mean):
+        stream.run(index, tensors, keep=False, progress=advance)
+    for place, one in enumerate(job.quantizers):
+        if isinstance(one, CacheQuantizer) and one.module == module:
+            job.quantizers[place] = replace(one, key_mean=mean.result())
 
 
 def _decoded(job: Job, rounded: Mapping[str, QuantizedWeight]) -> dict[str, Tensor]:
@@ -216,7 +232,7 @@ def _round_head(
     model, group, weights = job.store.skeleton(), job.graph.outer, job.recipe.weights
     observed: dict[Any, Any] = {}
     if stream:
-        with observing(model, group, [], Gram) as observed:
+        with attached(model, job.running_around()), observing(model, group, [], Gram) as observed:
             for _ in stream.logits(outer):  # only the input of the head is of interest
                 pass
     rounded, reports = round_group(

@@ -56,7 +56,7 @@ def predict(job: Job) -> Prediction:
         forward = 0.0
         if stream:
             started = time.perf_counter()
-            with attached(model, job.plan.online_in(0)):
+            with attached(model, job.running_in(0)):
                 stream.run(0, deployed)
             forward = time.perf_counter() - started
     scale = _scale(job, stream)

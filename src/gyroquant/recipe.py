@@ -16,7 +16,7 @@ from gyroquant.errors import RecipeError
 from gyroquant.grids import Grid
 from gyroquant.methods import Method
 from gyroquant.models.sites import SITE_NAMES
-from gyroquant.rounding import Solver
+from gyroquant.rounding import Activations, Ignore, KvCache, Solver
 
 _STRICT = ConfigDict(extra="forbid", frozen=True)
 
@@ -38,7 +38,7 @@ class Weights(BaseModel):
     model_config = _STRICT
     grid: SerializeAsAny[Grid]
     solver: SerializeAsAny[Solver]
-    ignore: tuple[str, ...] = ("lm_head",)
+    ignore: Ignore = ("lm_head",)
 
 
 class Calibration(BaseModel):
@@ -62,7 +62,7 @@ class ProofSettings(BaseModel):
 
 
 class Recipe(BaseModel):
-    """A whole run as data: transform, rounding, calibration and proof."""
+    """A whole run as data: transform, rounding of weights, activations and KV cache, calibration and proof."""
 
     model_config = _STRICT
     name: str = "custom"
@@ -70,6 +70,8 @@ class Recipe(BaseModel):
     seed: int = 0
     transform: dict[str, tuple[Step, ...]] = Field(default_factory=dict)
     weights: Weights
+    activations: Activations | None = None
+    kv_cache: KvCache | None = None
     calibration: Calibration = Field(default_factory=Calibration)
     proof: ProofSettings = Field(default_factory=ProofSettings)
 
@@ -93,8 +95,10 @@ class Recipe(BaseModel):
     def to_dict(self) -> dict[str, Any]:
         """The recipe as it would be written in YAML; `parse` reads it back."""
         data = self.model_dump(mode="json")
-        weights = data["weights"]
-        return data | {"weights": weights["grid"] | {"solver": weights["solver"], "ignore": weights["ignore"]}}
+        for section in ("weights", "activations", "kv_cache"):
+            if data[section] is not None:
+                data[section] = data[section].pop("grid") | data[section]
+        return data
 
 
 def _require_known(key: str, known: Iterable[str], where: str) -> None:
@@ -146,14 +150,32 @@ def _weights(spec: Any) -> Weights:
         raise RecipeError("weights holds bits, group_size, symmetric, solver and so on")
     spec = dict(spec)
     solver = _build(Solver.kinds, "name", spec.pop("solver", "rtn"), "weights.solver")
-    ignore = spec.pop("ignore", ["lm_head"])
+    rest = {"ignore": spec.pop("ignore")} if "ignore" in spec else {}
+    grid = _grid(spec, {}, "weights", ["solver", "ignore"])
+    return _validated(lambda: Weights(grid=grid, solver=solver, **rest), "weights")
+
+
+def _grid(spec: dict[str, Any], defaults: dict[str, Any], where: str, others: Iterable[str]) -> Grid:
+    """A grid from the options of a section of the recipe; `others` are keys that the section has besides."""
     kind = Grid.kinds.get(spec.get("grid", "integer"), Grid.kinds["integer"])
     for key in spec:
-        _require_known(key, [*kind.model_fields, "solver", "ignore"], "weights")
-    grid = _build(Grid.kinds, "grid", {"grid": "integer"} | spec, "weights")
-    if not isinstance(ignore, list) or not all(isinstance(one, str) for one in ignore):
-        raise RecipeError("weights.ignore is a list of names and 're:' patterns")
-    return Weights(grid=grid, solver=solver, ignore=tuple(ignore))
+        _require_known(key, [*kind.model_fields, *others], where)
+    if spec.get("grid", "integer") == "integer":
+        spec = {"grid": "integer"} | defaults | spec
+    return _build(Grid.kinds, "grid", spec, where)
+
+
+_DYNAMIC = {"group_size": -1, "scale": "minmax"}  # one scale a token (and head), from the range of its numbers
+
+
+def _dynamic(spec: Any, kind: type[Activations] | type[KvCache], where: str) -> Any:
+    """The section of what is rounded while the model runs: the options of a grid and of `kind` side by side."""
+    if not isinstance(spec, dict):
+        raise RecipeError(f"{where} holds bits, group_size, symmetric and so on")
+    own = [key for key in kind.model_fields if key != "grid"]
+    rest = {key: value for key, value in spec.items() if key in own}
+    grid = _grid({key: value for key, value in spec.items() if key not in own}, _DYNAMIC, where, own)
+    return _validated(lambda: kind(grid=grid, **rest), where)
 
 
 def parse(data: Any) -> Recipe:
@@ -171,6 +193,9 @@ def parse(data: Any) -> Recipe:
         "transform": {site: _steps(spec, f"transform.{site}") for site, spec in transform.items() if spec is not None},
         "weights": _weights(data.get("weights") or {}),
     }
+    for section, dynamic in (("activations", Activations), ("kv_cache", KvCache)):
+        if data.get(section) is not None:
+            built[section] = _dynamic(data[section], dynamic, section)
     for section, kind in (("calibration", Calibration), ("proof", ProofSettings)):
         if data.get(section) is not None:
             values = data[section] if isinstance(data[section], dict) else {}
@@ -203,7 +228,9 @@ def _read_yaml(text: str, where: str) -> dict[str, Any]:
     return data
 
 
-_SUFFIX = re.compile(r"^(?P<name>.+?)-w(?P<bits>\d)(?:g(?P<group>\d+))?$")
+_SUFFIX = re.compile(
+    r"^(?P<name>.+?)-w(?P<bits>\d)(?:a(?P<activations>\d{1,2}))?(?:kv(?P<cache>\d{1,2}))?(?:g(?P<group>\d+))?$", re.I
+)
 
 
 def _load(name: str) -> dict[str, Any]:
@@ -219,14 +246,18 @@ def _load(name: str) -> dict[str, Any]:
     short = _SUFFIX.match(name)
     if short and short["name"] in known:
         data = _load(short["name"])
-        changes = [f"weights.bits={short['bits']}"] + (
-            [f"weights.group_size={short['group']}"] if short["group"] else []
-        )
-        return set_values(data, changes) | {"name": name}
+        places = {"bits": "weights.bits", "group": "weights.group_size"}
+        places |= {"activations": "activations.bits", "cache": "kv_cache.bits"}
+        numbers = {place: short[key] for key, place in places.items() if short[key]}
+        for place in ("activations.bits", "kv_cache.bits"):
+            if numbers.get(place) == "16":  # as in W4A16: not rounded
+                numbers = {key: value for key, value in numbers.items() if key != place}
+                data[place.partition(".")[0]] = None
+        return set_values(data, [f"{key}={value}" for key, value in numbers.items()]) | {"name": name}
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
     raise RecipeError(
         f"no recipe is called {name!r}; did you mean {close[0]!r}? There are {', '.join(known)}, each also with bits "
-        "and group size behind it (gsr-w2g64), and files that end in .yaml"
+        "and group size behind it (gsr-w2g64, quarot-w4a4kv4), and files that end in .yaml"
     )
 
 

@@ -4,7 +4,7 @@ themselves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gyroquant.models.graph import Group, LinearOp
-from gyroquant.models.online import OnlineMap, route_experts
+from gyroquant.models.online import Attachment, OnlineMap, route_experts
 
 Key = tuple[str, int | None]
 """An input that is observed: its name, and the expert for stacked experts."""
@@ -83,19 +83,20 @@ def input_key(op: LinearOp, own: frozenset[str]) -> str:
     return op.weight if op.module in own or op.entry.stacked else op.entry.reads
 
 
-def modules_with_own_map(online: list[OnlineMap]) -> frozenset[str]:
+def modules_with_own_map(online: Sequence[Attachment]) -> frozenset[str]:
     """The modules that have an online map in front of them."""
-    return frozenset(one.insertion.module for one in online if one.insertion.point == "input")
+    maps = [one for one in online if isinstance(one, OnlineMap)]
+    return frozenset(one.module for one in maps if one.insertion.point == "input")
 
 
 @contextmanager
 def observing(
-    model: Any, group: Group, online: list[OnlineMap], make: Callable[[int], Any]
+    model: Any, group: Group, online: Sequence[Attachment], make: Callable[[int], Any]
 ) -> Iterator[dict[Key, Any]]:
     """Observes the inputs of a group's quantizable linear layers for the duration of a with block.
 
-    Online maps must be attached before. `make` builds an observer, a function of (tokens, features), for an input of n
-    features. Yields the observers by key; those of stacked experts appear when an expert gets its first token.
+    What runs online must be attached before. `make` builds an observer, a function of (tokens, features), for an
+    input of n features. Yields the observers by key; those of stacked experts appear with an expert's first token.
     """
     observers: dict[Key, Any] = {}
     undo: list[Callable[[], Any]] = []

@@ -43,7 +43,7 @@ def measure_outliers(
         stream.free_outer()
         for i, group in enumerate(graph.blocks):
             prefix = f"{graph.architecture.blocks}.{i}."
-            online = [one for one in store.online if one.insertion.module.startswith(prefix)]
+            online = [one for one in store.online if one.module.startswith(prefix)]
             with attached(model, online), observing(model, group, online, Moments) as observed:
                 stream.run(i, store.read(graph.block_params(i)))
             found += _by_site(i, {key: group_basis(group, key) for key, _ in observed}, observed)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,16 +52,21 @@ def _hidden(store: WeightStore, ids: Tensor, dtype: torch.dtype, device: str, ad
     stream.free_outer()
     for i in range(len(graph.blocks)):
         prefix = f"{graph.architecture.blocks}.{i}."
-        online = [one for one in store.online if one.insertion.module.startswith(prefix)]
+        online = [one for one in store.online if one.module.startswith(prefix)]
         with attached(runner.model, online):
             stream.run(i, store.read(graph.block_params(i)))
         advance()
     return stream, outer
 
 
-def _pairs(streams: list[tuple[Stream, Any]]) -> Iterator[tuple[int, int, list[Tensor]]]:
-    for pieces in zip(*(stream.logits(outer) for stream, outer in streams), strict=True):
-        yield pieces[0][0], pieces[0][1], [logits.float().log_softmax(-1) for _, _, logits in pieces]
+def _pairs(stores: list[WeightStore], streams: list[tuple[Stream, Any]]) -> Iterator[tuple[int, int, list[Tensor]]]:
+    with ExitStack() as attachments:
+        for store in stores:
+            blocks = f"{store.graph.architecture.blocks}."
+            online = [one for one in store.online if not one.module.startswith(blocks)]
+            attachments.enter_context(attached(store.skeleton(), online))
+        for pieces in zip(*(stream.logits(outer) for stream, outer in streams), strict=True):
+            yield pieces[0][0], pieces[0][1], [logits.float().log_softmax(-1) for _, _, logits in pieces]
 
 
 @torch.no_grad()
@@ -88,7 +94,7 @@ def score_windows(
             for one in stores:
                 with evaluating(one.skeleton()):
                     streams.append(_hidden(one, ids, dtype, device, advance))
-            for number, start, logs in _pairs(streams):
+            for number, start, logs in _pairs(stores, streams):
                 totals[:, first + number] += _sums(ids[number], start, logs)
     scores = WindowScores(totals[0], input_ids.shape[1] - 1)
     return scores if against is None else WindowScores(totals[0], scores.predicted, totals[1], totals[2])

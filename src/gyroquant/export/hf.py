@@ -1,8 +1,8 @@
 """Lets transformers load what gyroquant saves: ``AutoModelForCausalLM.from_pretrained(folder)`` after ``import
 gyroquant``.
 
-Rounded weights are decoded while they are loaded, into the modules of the original architecture; online maps are
-attached behind them.
+Rounded weights are decoded while they are loaded, into the modules of the original architecture; what runs with them
+(maps, rounding of activations and of the KV cache) is attached afterwards.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from gyroquant.errors import GyroquantError
 from gyroquant.models.online import attach
-from gyroquant.models.packed import MAPS, METHOD, PARTS, check_version, decode, online_maps
+from gyroquant.models.packed import MAPS, METHOD, PARTS, attachments, check_version, decode
 
 
 class GyroquantConfig(QuantizationConfigMixin):
@@ -69,7 +69,7 @@ class GyroquantHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         description = self.quantization_config.description
         check_version(description, "the saved model")
-        self._online = online_maps(description, [Path(file) for file in kwargs.get("checkpoint_files") or []])
+        self._online = attachments(description, [Path(file) for file in kwargs.get("checkpoint_files") or []])
         model._keys_to_ignore_on_load_unexpected = {
             *(model._keys_to_ignore_on_load_unexpected or ()),
             MAPS.replace(".", r"\."),
@@ -90,8 +90,8 @@ class GyroquantHfQuantizer(HfQuantizer):
 
 
 def keep_online(model: Any, online: Any) -> None:
-    """Attaches online maps for good. A plain checkpoint could not hold them, so saving the model is refused from then
-    on.
+    """Attaches what runs with a model for good. A plain checkpoint could not hold it, so saving the model is refused
+    from then on.
     """
     online = tuple(online)
     if not online:
@@ -100,8 +100,8 @@ def keep_online(model: Any, online: Any) -> None:
 
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise GyroquantError(
-            "this model runs maps online that a plain checkpoint cannot hold: what save_pretrained writes would be "
-            "another model. Copy the folder that gyroquant wrote instead"
+            "this model runs maps or rounding online that a plain checkpoint cannot hold: what save_pretrained writes "
+            "would be another model. Copy the folder that gyroquant wrote instead"
         )
 
     model.save_pretrained = refuse

@@ -15,7 +15,7 @@ from gyroquant.errors import InputError
 from gyroquant.export.folder import OutputFolder
 from gyroquant.grids import QuantizedWeight, stored_bits
 from gyroquant.models.graph import LinearOp
-from gyroquant.models.online import OnlineMap
+from gyroquant.models.online import Attachment
 from gyroquant.models.packed import Description, from_matrix
 from gyroquant.models.store import WeightStore
 
@@ -46,8 +46,8 @@ class Writer(ABC):
         """Writes the parameters of one group: those stored as they are, and rounded ones."""
 
     @abstractmethod
-    def online(self, maps: Iterable[OnlineMap]) -> None:
-        """Writes the maps that run with the model."""
+    def online(self, attachments: Iterable[Attachment]) -> None:
+        """Writes what runs with the model."""
 
     def _config(self, untied: list[str]) -> Any:
         config = deepcopy(self.store.config)
@@ -101,9 +101,9 @@ class PackedWriter(Writer):
             tensors |= arrays
         self.folder.add(tensors)
 
-    def online(self, maps: Iterable[OnlineMap]) -> None:
+    def online(self, attachments: Iterable[Attachment]) -> None:
         arrays: dict[str, Tensor] = {}
-        for one in maps:
+        for one in attachments:
             arrays |= self.description.add_online(one)
         if arrays:
             self._parts["maps"] = stored_bits(arrays)
@@ -127,5 +127,5 @@ class DenseWriter(Writer):
             tensors[op.weight] = dense
         self.folder.add(revert_weight_conversion(self.store.skeleton(), tensors))
 
-    def online(self, maps: Iterable[OnlineMap]) -> None:
-        assert not list(maps), "checked before any work"
+    def online(self, attachments: Iterable[Attachment]) -> None:
+        assert not list(attachments), "checked before any work"

@@ -63,6 +63,12 @@ class Grid(BaseModel, ABC):
     def decode(self, codes: Tensor, params: GroupParams) -> Tensor:
         """The numbers that codes stand for, fp32."""
 
+    def fake(self, x: Tensor) -> Tensor:
+        """`x`, shape (..., n), as the grid would hold it, with scales found for each group of its last dimension."""
+        groups = x.float().unflatten(-1, (-1, self.group_of(x.shape[-1], "an activation")))
+        params = self.fit(groups)
+        return self.decode(self.encode(groups, params), params).flatten(-2).to(x.dtype)
+
     @abstractmethod
     def pack(self, codes: Tensor, params: GroupParams) -> dict[str, Tensor]:
         """What is stored for a weight: codes of shape (rows, columns), params of shape (rows, groups, 1)."""

@@ -1,8 +1,8 @@
 """Our own saved format: packed codes and scales in safetensors, described by `quantization_config` in config.json.
 
-A parameter P that was rounded is stored as P_codes, P_scales and, for asymmetric grids, P_zeros. Maps that run online
-are described in the configuration too; their tensors lie among the weights under names that start with
-`gyroquant_map.`.
+A parameter P that was rounded is stored as P_codes, P_scales and, for asymmetric grids, P_zeros. What runs with the
+model (maps, rounding of activations and of the KV cache) is described in the configuration too; its tensors lie among
+the weights under names that start with `gyroquant_map.`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gyroquant.errors import InputError
 from gyroquant.grids import Grid, QuantizedWeight, grid_from
 from gyroquant.maps import Map, dump, load
 from gyroquant.models.graph import LinearOp, Shape
-from gyroquant.models.online import OnlineMap
+from gyroquant.models.online import Attachment, CacheQuantizer, InputQuantizer, OnlineMap
 from gyroquant.models.sites import Insertion
 from gyroquant.models.store import CheckpointStore, LazyTensor, safetensors_index
 
@@ -59,24 +59,42 @@ class Description:
         self._tensors: dict[str, dict[str, Any]] = {}
         self._maps: list[Map] = []
         self._online: list[dict[str, Any]] = []
+        self._inputs: list[dict[str, Any]] = []
+        self._cache: list[dict[str, Any]] = []
+
+    def _grid(self, grid: Grid) -> int:
+        if grid not in self._grids:
+            self._grids.append(grid)
+        return self._grids.index(grid)
 
     def add_tensor(self, op: LinearOp, weight: QuantizedWeight) -> dict[str, Tensor]:
         """Notes a rounded parameter; returns the arrays to store for it."""
-        if weight.grid not in self._grids:
-            self._grids.append(weight.grid)
-        entry: dict[str, Any] = {"grid": self._grids.index(weight.grid)}
+        entry: dict[str, Any] = {"grid": self._grid(weight.grid)}
         self._tensors[op.weight] = entry | ({"transposed": True} if op.entry.transposed else {})
         return {f"{op.weight}_{part}": array for part, array in weight.pack().items()}
 
-    def add_online(self, online: OnlineMap) -> dict[str, Tensor]:
-        """Notes an online map; returns the arrays to store for it, none when the same map was noted before."""
+    def add_online(self, one: Attachment) -> dict[str, Tensor]:
+        """Notes what runs with the model; returns the arrays to store for it, none for a map that was noted before."""
+        if isinstance(one, InputQuantizer):
+            place = {"point": one.insertion.point, "module": one.module}
+            self._inputs.append(place | {"grid": self._grid(one.grid)})
+            return {}
+        if isinstance(one, CacheQuantizer):
+            entry: dict[str, Any] = {"module": one.module}
+            entry |= {"keys": self._grid(one.keys), "values": self._grid(one.values)}
+            arrays = {} if one.key_mean is None else {f"{MAPS}{one.module}.key_mean": one.key_mean}
+            self._cache.append(entry | {"key_mean": next(iter(arrays), None)})
+            return arrays
+        return self._add_map(one)
+
+    def _add_map(self, one: OnlineMap) -> dict[str, Tensor]:
         arrays: dict[str, Tensor] = {}
-        number = next((i for i, m in enumerate(self._maps) if _same(m, online.map)), None)
+        number = next((i for i, m in enumerate(self._maps) if _same(m, one.map)), None)
         if number is None:
             number = len(self._maps)
-            self._maps.append(online.map)
-            dump(online.map, arrays, f"{MAPS}{number}")
-        self._online.append({"point": online.insertion.point, "module": online.insertion.module, "map": number})
+            self._maps.append(one.map)
+            dump(one.map, arrays, f"{MAPS}{number}")
+        self._online.append({"point": one.insertion.point, "module": one.module, "map": number})
         return arrays
 
     def to_dict(self) -> dict[str, Any]:
@@ -87,6 +105,8 @@ class Description:
             "tensors": self._tensors,
             "maps": [dump(m, {}, f"{MAPS}{i}") for i, m in enumerate(self._maps)],
             "online": self._online,
+            "inputs": self._inputs,
+            "cache": self._cache,
         }
 
 
@@ -113,14 +133,26 @@ def decode(description: Mapping[str, Any], name: str, arrays: dict[str, Tensor],
     return from_matrix(QuantizedWeight(grid, codes, params).dequantize(), shape, transposed)
 
 
-def online_maps(description: Mapping[str, Any], files: Sequence[Path]) -> tuple[OnlineMap, ...]:
-    """The online maps of a saved model, their tensors read from its safetensors files."""
+def attachments(description: Mapping[str, Any], files: Sequence[Path]) -> tuple[Attachment, ...]:
+    """What runs with a saved model, its tensors read from its safetensors files."""
     arrays: dict[str, Tensor] = {}
     for path in files:
         with safe_open(path, framework="pt") as file:
             arrays |= {key: file.get_tensor(key).clone() for key in file.keys() if key.startswith(MAPS)}
     maps = [load(spec, arrays) for spec in description["maps"]]
-    return tuple(OnlineMap(Insertion(one["point"], one["module"]), maps[one["map"]]) for one in description["online"])
+    grids = [grid_from(spec) for spec in description["grids"]]
+    online = [OnlineMap(Insertion(one["point"], one["module"]), maps[one["map"]]) for one in description["online"]]
+    inputs = [InputQuantizer(Insertion(o["point"], o["module"]), grids[o["grid"]]) for o in description["inputs"]]
+    cache = [
+        CacheQuantizer(
+            one["module"],
+            grids[one["keys"]],
+            grids[one["values"]],
+            None if one["key_mean"] is None else arrays[one["key_mean"]],
+        )
+        for one in description["cache"]
+    ]
+    return (*online, *inputs, *cache)
 
 
 class _Packed:
@@ -160,8 +192,8 @@ class PackedStore(CheckpointStore):
         return self.config.dtype or torch.float32
 
     @cached_property
-    def online(self) -> tuple[OnlineMap, ...]:  # type: ignore[override]
-        return online_maps(self.description, sorted({tensor.path for tensor in self._stored.values()}))
+    def online(self) -> tuple[Attachment, ...]:  # type: ignore[override]
+        return attachments(self.description, sorted({tensor.path for tensor in self._stored.values()}))
 
     def bits_per_weight(self) -> float:
         names = self.description["tensors"]

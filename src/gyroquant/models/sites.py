@@ -115,22 +115,27 @@ def _r2(graph: ModelGraph) -> Iterator[Site]:
         )
 
 
+def attention_module(group: Group) -> str:
+    """The name of the attention module of a block."""
+    return next(op for op in group.linears if "q" in op.rows).module.rpartition(".")[0]
+
+
 def _r3(graph: ModelGraph) -> Iterator[Site]:
     for i, group in enumerate(graph.blocks):
-        query = next(op for op in group.linears if "q" in op.rows)
         yield Site(
             name="R3",
             block=i,
             label=f"R3 of {group.label}",
             n=graph.head_dim,
-            insertions=(Insertion("qk", query.module.rpartition(".")[0]),),
+            insertions=(Insertion("qk", attention_module(group)),),
             admits="nothing",
             admits_online="orthogonal",
             blocked="queries and keys after RoPE are written by no parameter, R3 only exists online",
         )
 
 
-def _insertion(op: LinearOp) -> Insertion:
+def insertion(op: LinearOp) -> Insertion:
+    """The place in front of a linear layer, or of one of the projections of stacked experts."""
     if not op.entry.stacked:
         return Insertion("input", op.module)
     return Insertion("experts_act" if op.entry.reads.endswith("act") else "experts_in", op.module)
@@ -150,7 +155,7 @@ def _r4(graph: ModelGraph) -> Iterator[Site]:
                 n=op.in_features,
                 writers=group.writers(prefix + "gate") + group.writers(prefix + "up"),
                 readers=(op.read_port(),),
-                insertions=(_insertion(op),),
+                insertions=(insertion(op),),
                 admits="permutation",
             )
 
@@ -189,7 +194,7 @@ def _linear(graph: ModelGraph) -> Iterator[Site]:
                     label=f"the input of {op.module}",
                     n=op.in_features,
                     readers=(op.read_port(),),
-                    insertions=(_insertion(op),),
+                    insertions=(insertion(op),),
                     admits="nothing",
                     blocked="the input of a single layer is also read by others, so a map there only exists online",
                 )
@@ -209,7 +214,7 @@ def _r1_online(graph: ModelGraph) -> Iterator[Site]:
                 label=f"the residual stream read by {group.label}",
                 n=graph.hidden,
                 readers=tuple(op.read_port() for op in direct),
-                insertions=tuple(_insertion(op) for op in direct),
+                insertions=tuple(insertion(op) for op in direct),
                 admits="nothing",
             )
 

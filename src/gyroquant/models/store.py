@@ -23,7 +23,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from gyroquant.errors import InputError
 from gyroquant.models.graph import ModelGraph, Shape, build_graph
-from gyroquant.models.online import OnlineMap
+from gyroquant.models.online import Attachment
 from gyroquant.models.runner import build_skeleton
 
 # Names that old checkpoints store although no parameter of that name exists: they are computed, not learned.
@@ -35,7 +35,7 @@ class WeightStore(ABC):
 
     label: str
     config: Any
-    online: tuple[OnlineMap, ...] = ()
+    online: tuple[Attachment, ...] = ()
 
     @property
     @abstractmethod

@@ -3,9 +3,10 @@
 from importlib import import_module
 from pkgutil import iter_modules
 
+from gyroquant.rounding.activations import Activations, Ignore, KvCache
 from gyroquant.rounding.base import InputStatistics, Solver, output_error, weight_error
 
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["InputStatistics", "Solver", "output_error", "weight_error"]
+__all__ = ["Activations", "Ignore", "InputStatistics", "KvCache", "Solver", "output_error", "weight_error"]

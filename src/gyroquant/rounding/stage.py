@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,7 +15,7 @@ from gyroquant.calibration.observers import Gram, Key, input_key, modules_with_o
 from gyroquant.errors import RecipeError
 from gyroquant.grids import Grid, GroupParams, QuantizedWeight
 from gyroquant.models.graph import Group, LinearOp, ModelGraph
-from gyroquant.models.online import OnlineMap
+from gyroquant.models.online import Attachment
 from gyroquant.models.packed import as_matrix
 from gyroquant.rounding.base import InputStatistics, Solver, Warn, output_error, weight_error
 
@@ -74,7 +74,7 @@ def round_group(
     targets: Mapping[str, LinearOp],
     tensors: Mapping[str, Tensor],
     observed: Mapping[Key, Gram],
-    online: list[OnlineMap],
+    online: Sequence[Attachment],
     solver: Solver,
     grid: Grid,
     warn: Warn,

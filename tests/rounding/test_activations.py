@@ -1,0 +1,218 @@
+"""Rounding while the model runs: what is rounded, with which scales, and that saving keeps all of it."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from test_pipeline import POST_NORM, run, streamed_logits
+
+import gyroquant as gq
+from gyroquant.grids import IntegerGrid
+from gyroquant.job import plan_quantizers
+from gyroquant.models.online import InputQuantizer, attach, attached
+from gyroquant.models.store import ModuleStore
+from gyroquant.rounding.activations import KeyMean
+
+W8 = ("weights.bits=8", "weights.group_size=16")
+
+
+def quantizers(model: torch.nn.Module, *changes: str) -> list:
+    return plan_quantizers(ModuleStore(model).graph, gq.load_recipe("rtn", [*W8, *changes]))
+
+
+def by_hand(x: torch.Tensor, bits: int, size: int) -> torch.Tensor:
+    """Asymmetric rounding with fp16 scales, written out."""
+    groups = x.unflatten(-1, (-1, size))
+    low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
+    scale = ((high - low) / (2**bits - 1)).half().float()
+    zero = torch.round(-low / scale).clamp(0, 2**bits - 1)
+    codes = torch.round(groups / scale + zero).clamp(0, 2**bits - 1)
+    return ((codes - zero) * scale).flatten(-2)
+
+
+def test_every_token_has_its_own_scale_and_o_proj_one_a_head() -> None:
+    model = tiny.build("llama")
+    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    before: dict[str, torch.Tensor] = {}
+    names = ("model.layers.0.mlp.down_proj", "model.layers.0.self_attn.o_proj")
+    for name in names:
+        module = model.get_submodule(name)
+        module.register_forward_pre_hook(lambda m, args, name=name: before.update({name: args[0]}))
+    attach(model, quantizers(model, "activations.bits=4"))
+    for name in names:
+        module = model.get_submodule(name)
+        module.register_forward_pre_hook(lambda m, args, name=name: seen.update({name: (before[name], args[0])}))
+    with torch.no_grad():
+        model(tiny.tokens(model))
+    raw, rounded = seen[names[0]]
+    assert torch.equal(rounded, by_hand(raw, 4, 96))
+    raw, rounded = seen[names[1]]
+    assert torch.equal(rounded, by_hand(raw, 4, 16))
+    assert not torch.equal(rounded, by_hand(raw, 4, 64))
+
+
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+def test_every_quantizable_input_of_every_architecture_is_rounded(name: str) -> None:
+    """At 8 bits the logits move a little, at 2 bits far more: nothing is skipped, nothing is broken."""
+    model = tiny.build(name)
+    ids = tiny.tokens(model)
+    with torch.no_grad():
+        exact = model(ids).logits
+        errors = []
+        for bits in (8, 2):
+            with attached(model, quantizers(model, f"activations.bits={bits}", f"kv_cache.bits={bits}")):
+                errors.append(float((model(ids).logits - exact).norm() / exact.norm()))
+        assert torch.equal(model(ids).logits, exact)
+    assert 0 < errors[0] < 0.1  # routers may send a token elsewhere
+    assert errors[1] > 3 * errors[0]
+
+
+@pytest.mark.parametrize("name", [name for name in tiny.CONFIGS if name not in POST_NORM])
+def test_w4a4kv4_is_saved_and_loaded_as_it_was_calibrated(
+    name: str, folders: dict[str, Path], corpus: Path, tmp_path: Path
+) -> None:
+    changes = ["activations.bits=4", "kv_cache.bits=4", "kv_cache.center_keys=true", "weights.bits=4"]
+    manifest = run(folders[name], tmp_path / "out", "quarot", corpus, *changes)
+    assert manifest["recipe"]["kv_cache"]["center_keys"] is True
+    ids = tiny.tokens(tiny.build(name))
+    loaded = gq.load(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        rounded = loaded(ids).logits
+        assert torch.equal(rounded, streamed_logits(tmp_path / "out", ids))
+        assert torch.equal(copy.deepcopy(loaded)(ids).logits, rounded)
+    assert manifest["bits"]["stored_bits"]["maps"] >= 16
+
+
+def test_rounding_follows_the_online_map() -> None:
+    """R4 spreads an outlier of the input of down_proj before it is rounded, not after."""
+    from gyroquant.job import plan_folds
+
+    model = tiny.build("llama")
+    recipe = gq.load_recipe("rtn", [*W8, "activations.bits=4", "transform.R4.method=hadamard"])
+    graph = ModuleStore(model).graph
+    plan = plan_folds(graph, recipe)
+    seen: list[torch.Tensor] = []
+    module = model.get_submodule("model.layers.0.mlp.down_proj")
+    module.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    attach(model, [*plan.online, *plan_quantizers(graph, recipe)])
+    module.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(tiny.tokens(model))
+    rotated = plan.online[0].map.apply(seen[0])
+    assert torch.equal(seen[1], by_hand(rotated, 4, 96))
+
+
+def test_layers_that_read_one_tensor_share_its_rounding() -> None:
+    model = tiny.build("llama")
+    calls: list[tuple[int, ...]] = []
+
+    class Counting(IntegerGrid):
+        grid: str = "integer"  # type: ignore[assignment]
+
+        def fake(self, x: torch.Tensor) -> torch.Tensor:
+            calls.append(tuple(x.shape))
+            return super().fake(x)
+
+    IntegerGrid.kinds["integer"] = IntegerGrid  # the subclass is no new kind
+    grid = Counting(bits=8, group_size=-1, scale="minmax")
+    with attached(model, [InputQuantizer(q.insertion, grid) for q in quantizers(model, "activations.bits=8")]):
+        model(tiny.tokens(model))
+    assert len(calls) == 2 * 4  # in each of two blocks: q, k, v | o | gate, up | down
+
+
+def test_gradients_pass_straight_through() -> None:
+    model = tiny.build("llama")
+    ids = tiny.tokens(model)
+    with attached(model, quantizers(model, "activations.bits=8", "kv_cache.bits=8")):
+        model(ids, labels=ids).loss.backward()
+    rounded = model.model.embed_tokens.weight.grad.clone()
+    model.zero_grad()
+    model(ids, labels=ids).loss.backward()
+    exact = model.model.embed_tokens.weight.grad
+    assert float((rounded - exact).norm() / exact.norm()) < 0.1
+
+
+def test_a_mean_after_rope_is_exact_and_one_before_is_not() -> None:
+    """softmax does not see an offset of all keys; RoPE would turn one that is taken before it."""
+    model = tiny.build("llama")
+    ids = tiny.tokens(model)
+    module = model.model.layers[0].self_attn
+    offset = torch.randn(2, 1, 16)
+    from gyroquant.models.online import attention_state, route_attention
+
+    undo = route_attention(module)
+
+    class Shift:
+        def apply(self, x: torch.Tensor) -> torch.Tensor:
+            return x + offset if x.shape[1] == 2 else x  # keys have two heads, queries four
+
+    with torch.no_grad():
+        exact = model(ids).logits
+        attention_state(module).map = Shift()  # type: ignore[assignment]
+        after = model(ids).logits
+        attention_state(module).map = None
+        undo()
+        module.k_proj.bias = torch.nn.Parameter(offset.flatten())
+        before = model(ids).logits
+    assert float((after - exact).norm() / exact.norm()) < 1e-5
+    assert float((before - exact).norm() / exact.norm()) > 1e-2
+
+
+def test_the_mean_of_keys_is_that_of_all_tokens() -> None:
+    keys = torch.randn(3, 2, 7, 16)
+    mean = KeyMean()
+    mean(keys[:2])
+    mean(keys[2:])
+    assert torch.allclose(mean.result().float(), keys.mean((0, 2)), atol=1e-3)
+
+
+def test_centring_helps_keys_with_an_offset(folders: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+    from gyroquant.models.online import CacheQuantizer
+
+    grid = IntegerGrid(bits=2, group_size=16, scale="minmax", symmetric=True)
+    keys = torch.randn(1, 2, 50, 16) + 5 * torch.randn(2, 1, 16)
+    plain, centred = CacheQuantizer("", grid, grid), CacheQuantizer("", grid, grid, keys.mean((0, 2)).half())
+    errors = [float((q.round_keys(keys) - keys).norm()) for q in (plain, centred)]
+    assert errors[1] < 0.5 * errors[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["activations.bits=4", "activations.group_size=48"], "does not divide the 64 inputs of the input of model"),
+        (["kv_cache.bits=4", "kv_cache.group_size=24"], "heads of the KV cache"),
+        (["activations.bit=4"], "did you mean 'bits'"),
+        (["kv_cache.centre=true"], "center_keys"),
+        (["activations.ignore=lm_head"], "list of names"),
+        (["activations=4"], "activations holds bits"),
+        (["activations.bits=4", "activations.ignore=['re:.*']"], "leaves no input"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    changes: list[str], message: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(gq.GyroquantError, match=message):
+        run(folders["llama"], tmp_path / "out", "rtn", None, *changes)
+    assert not (tmp_path / "out").exists()
+
+
+def test_dense_output_has_no_place_for_it(folders: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(gq.UnsupportedModelError, match="activations=null"):
+        run(folders["llama"], tmp_path / "out", "rtn", None, "activations.bits=8", dense=True)
+
+
+def test_names_say_what_is_rounded() -> None:
+    recipe = gq.load_recipe("quarot-W4A4KV4g32")
+    assert (recipe.weights.grid.bits, recipe.weights.grid.group_size) == (4, 32)
+    assert recipe.activations is not None
+    assert recipe.kv_cache is not None
+    assert (recipe.activations.grid.bits, recipe.kv_cache.grid.bits) == (4, 4)
+    assert recipe.activations.grid.group_size == -1
+    weights_only = gq.load_recipe("quarot-w2a16kv16")
+    assert weights_only.activations is None
+    assert weights_only.kv_cache is None
+    assert gq.load_recipe(recipe.to_dict()) == recipe

@@ -23,6 +23,7 @@ ROOMS = [
     "job",
     "evaluation",
     "export",
+    "planning",
     "recipe",
     "rounding",
     "methods",

@@ -13,10 +13,11 @@ import torch
 from gyroquant.calibration.text import load_text, sample, tokenize
 from gyroquant.errors import GyroquantError
 from gyroquant.evaluation.outliers import Outliers, measure_outliers
-from gyroquant.job import plan_folds, prepare
+from gyroquant.job import prepare
 from gyroquant.models.sites import SITE_NAMES, find_sites
 from gyroquant.models.source import open_model
 from gyroquant.models.store import WeightStore
+from gyroquant.planning import plan_folds
 from gyroquant.predict import Prediction, predict
 from gyroquant.progress import Stages
 from gyroquant.recipe import load_recipe, preset_names

@@ -16,31 +16,15 @@ from gyroquant.environment import native_bfloat16
 from gyroquant.errors import InputError, UnsupportedModelError
 from gyroquant.export.folder import check_destination, check_room
 from gyroquant.export.writer import saved_dtype
-from gyroquant.methods import Context
 from gyroquant.models.fold import FoldPlan
 from gyroquant.models.graph import LinearOp, ModelGraph
 from gyroquant.models.online import Attachment
 from gyroquant.models.packed import PackedStore
-from gyroquant.models.sites import SITE_NAMES, find_sites
 from gyroquant.models.source import open_model
 from gyroquant.models.store import WeightStore
+from gyroquant.planning import needs_measuring, plan_folds
 from gyroquant.recipe import Recipe, load_recipe
 from gyroquant.rounding.stage import find_targets
-
-
-def plan_folds(graph: ModelGraph, recipe: Recipe) -> FoldPlan:
-    """Chooses a map for every site that the recipe names and plans its fold.
-
-    Raises UnsupportedModelError or RecipeError, with the reason, for whatever cannot be done exactly; nothing is
-    touched.
-    """
-    plan = FoldPlan(graph)
-    context = Context(seed=recipe.seed, group_size=recipe.weights.grid.group_size)
-    for name in SITE_NAMES:
-        for step in recipe.transform.get(name, ()):
-            for site in find_sites(graph, name, online=bool(step.online)):
-                plan.add(site, step.method.choose(site, context), step.online)
-    return plan
 
 
 @dataclass(frozen=True)
@@ -85,6 +69,11 @@ class Job:
     def needs_stream(self) -> bool:
         """Whether the model has to be run on the calibration text."""
         return self.recipe.weights.solver.needs_statistics or self.centers_keys
+
+    @property
+    def measures(self) -> bool:
+        """Whether maps are chosen by what is measured; until then `plan` holds stand-ins for them."""
+        return needs_measuring(self.recipe)
 
     @property
     def centers_keys(self) -> bool:
@@ -201,8 +190,8 @@ def _tokens(job: Job) -> Tensor | None:
     """The windows of text to calibrate on, shape (samples, length), or None for a recipe that needs none."""
     settings = job.recipe.calibration
     if job.text is None:
-        if job.needs_stream or job.plan.edits or job.plan.online:
-            need = "calibrates" if job.needs_stream else "is proved"
+        if job.needs_stream or job.measures or job.plan.edits or job.plan.online:
+            need = "calibrates" if job.needs_stream or job.measures else "is proved"
             raise InputError(f"this recipe {need} on text: give --text FILE (or a dataset's name)")
         return None
     ids = tokenize(job.text, job.tokenizer, job.store.config.vocab_size)

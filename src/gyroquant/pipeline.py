@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from gyroquant.calibration.measure import Want, measure
 from gyroquant.calibration.observers import Gram, observing
 from gyroquant.calibration.stream import Stream
 from gyroquant.calibration.text import load_text, sample, tokenize
@@ -21,7 +22,7 @@ from gyroquant.export.folder import OutputFolder
 from gyroquant.export.hf import keep_online
 from gyroquant.export.writer import DenseWriter, PackedWriter
 from gyroquant.grids import QuantizedWeight
-from gyroquant.job import Job, plan_folds
+from gyroquant.job import Job
 from gyroquant.maps import dump
 from gyroquant.models.fold import FoldPlan, fold
 from gyroquant.models.graph import Group, LinearOp
@@ -31,6 +32,7 @@ from gyroquant.models.prove import Proof, folded_outer, prove
 from gyroquant.models.runner import BlockRunner, evaluating
 from gyroquant.models.sites import attention_module
 from gyroquant.models.store import ModuleStore, WeightStore
+from gyroquant.planning import needs_measuring, plan_folds
 from gyroquant.progress import Stages
 from gyroquant.recipe import Recipe, load_recipe
 from gyroquant.rounding.activations import KeyMean
@@ -52,6 +54,27 @@ def _prove(store: WeightStore, plan: FoldPlan, tokens: Tensor, recipe: Recipe, p
         return prove(store, plan, runner, tokens, recipe.proof.threshold, lambda done, total: advance())
 
 
+def _measured_plan(
+    store: WeightStore,
+    recipe: Recipe,
+    tokens: Tensor,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Stages,
+    offload: Path | None = None,
+) -> FoldPlan:
+    """The maps that a recipe chooses by what the original model does with `tokens`, shape (samples, length)."""
+
+    def look(plan: FoldPlan, wants: list[Want]) -> None:
+        outer = store.read(store.graph.outer_params())
+        stream = Stream(BlockRunner(store.skeleton(), store.graph), tokens, outer, dtype, offload, device)
+        stream.free_outer()
+        with progress.stage("observe", len(store.graph.blocks) * stream.steps) as advance:
+            measure(store, plan, wants, stream, outer, advance)
+
+    return plan_folds(store.graph, recipe, look)
+
+
 def transform(
     model: PreTrainedModel,
     recipe: str | Path | Mapping[str, Any] | Recipe,
@@ -69,24 +92,45 @@ def transform(
     store = ModuleStore(model)
     plan = plan_folds(store.graph, recipe)
     with evaluating(model):
+        if needs_measuring(recipe):
+            tokens = _tokens_in_memory(model, recipe, calibration, tokenizer)
+            plan = _measured_plan(store, recipe, tokens, torch.float32, model.device, progress)
         proof = _prove(store, plan, _proof_tokens(model, recipe, calibration, tokenizer), recipe, progress)
     _commit(model, plan)
     return proof
 
 
 def _proof_tokens(model: Any, recipe: Recipe, calibration: Calibration | None, tokenizer: Any) -> Tensor:
-    limit = int(getattr(model.config, "max_position_embeddings", None) or recipe.proof.seqlen)
-    length, count = min(recipe.proof.seqlen, limit), recipe.proof.nsamples
+    settings = recipe.proof
+    if calibration is not None:
+        return _tokens_in_memory(model, recipe, calibration, tokenizer, settings.nsamples, settings.seqlen)
+    limit = int(getattr(model.config, "max_position_embeddings", None) or settings.seqlen)
+    generator = torch.Generator().manual_seed(recipe.seed)
+    shape = (settings.nsamples, min(settings.seqlen, limit))
+    return torch.randint(0, model.config.vocab_size, shape, generator=generator).to(model.device)
+
+
+def _tokens_in_memory(
+    model: Any,
+    recipe: Recipe,
+    calibration: Calibration | None,
+    tokenizer: Any,
+    count: int | None = None,
+    length: int | None = None,
+) -> Tensor:
+    """Windows of a calibration text for a model in memory: as many and as long as the recipe says, or as asked for."""
+    settings = recipe.calibration
+    count, length = count or settings.nsamples, length or settings.seqlen
+    length = min(length, int(getattr(model.config, "max_position_embeddings", None) or length))
     if isinstance(calibration, Tensor):
         return calibration[:count, :length].to(model.device)
-    if calibration is not None:
-        if tokenizer is None:
-            raise InputError("a calibration text needs its tokenizer: transform(..., tokenizer=...)")
-        text = load_text(calibration)
-        ids = tokenize(text, tokenizer, model.config.vocab_size)
-        return sample(ids, count, length, recipe.calibration.seed, text.name).to(model.device)
-    generator = torch.Generator().manual_seed(recipe.seed)
-    return torch.randint(0, model.config.vocab_size, (count, length), generator=generator).to(model.device)
+    if calibration is None:
+        raise InputError("this recipe measures the model on text: transform(..., calibration=..., tokenizer=...)")
+    if tokenizer is None:
+        raise InputError("a calibration text needs its tokenizer: transform(..., tokenizer=...)")
+    text = load_text(calibration)
+    ids = tokenize(text, tokenizer, model.config.vocab_size)
+    return sample(ids, count, length, settings.seed, text.name).to(model.device)
 
 
 @torch.no_grad()
@@ -121,6 +165,12 @@ def run(job: Job, progress: Stages | None = None) -> dict[str, Any]:
     started = time.perf_counter()
     warnings: list[str] = []
     with evaluating(job.store.skeleton()):
+        if job.measures:
+            assert job.tokens is not None
+            tokens, dtype = job.tokens, job.compute_dtype
+            job.plan = _measured_plan(
+                job.store, job.recipe, tokens, dtype, job.output.device, progress, job.output.offload
+            )
         proof = _prove(job.store, job.plan, proof_sample(job), job.recipe, progress)
         with OutputFolder(job.output.folder, job.output.overwrite) as folder:
             writer = (DenseWriter if job.output.dense else PackedWriter)(folder, job.store, job.output.dtype)

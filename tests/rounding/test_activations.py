@@ -89,7 +89,7 @@ def test_w4a4kv4_is_saved_and_loaded_as_it_was_calibrated(
 
 def test_rounding_follows_the_online_map() -> None:
     """R4 spreads an outlier of the input of down_proj before it is rounded, not after."""
-    from gyroquant.job import plan_folds
+    from gyroquant.planning import plan_folds
 
     model = tiny.build("llama")
     recipe = gq.load_recipe("rtn", [*W8, "activations.bits=4", "transform.R4.method=hadamard"])

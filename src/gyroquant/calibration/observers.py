@@ -42,6 +42,32 @@ class Gram:
         return lower + self.lower.tril(-1).T
 
 
+class MeanAbs:
+    """Mean magnitude of every channel, shape (n,): the mean l1 mass that MassDiff spreads (arXiv 2601.22347)."""
+
+    def __init__(self, n: int):
+        self._sum = torch.zeros(n, dtype=torch.float64)
+        self.count = 0
+
+    def __call__(self, x: Tensor) -> None:
+        self._sum += x.abs().sum(0, dtype=torch.float64).cpu()
+        self.count += x.shape[0]
+
+    @property
+    def value(self) -> Tensor:
+        return self._sum / max(1, self.count)
+
+
+class AbsMax:
+    """Largest magnitude of every channel, shape (n,)."""
+
+    def __init__(self, n: int):
+        self.value = torch.zeros(n)
+
+    def __call__(self, x: Tensor) -> None:
+        self.value = torch.maximum(self.value, x.abs().amax(0).float().cpu())
+
+
 class Moments:
     """Figures of the outliers of an input: its largest magnitude against its rms, and its kurtosis.
 
@@ -101,16 +127,23 @@ def observing(
     observers: dict[Key, Any] = {}
     undo: list[Callable[[], Any]] = []
     own = modules_with_own_map(online)
+
+    def see(op: LinearOp, key: str) -> See:
+        def note(expert: int | None, x: Tensor) -> None:
+            if (key, expert) not in observers:
+                observers[key, expert] = make(op.in_features)
+            observers[key, expert](x)
+
+        return note
+
+    watched = set()
     for op in group.linears:
-        if not op.entry.quantize:
-            continue
         key = input_key(op, own)
-        if op.entry.stacked:
-            undo += _observe_experts(model.get_submodule(op.module), op, key, observers, make)
-        elif (key, None) not in observers:
-            observers[key, None] = make(op.in_features)
-            hook = _hook(observers[key, None])
-            undo.append(model.get_submodule(op.module).register_forward_pre_hook(hook).remove)
+        if op.entry.quantize and key not in watched:
+            watched.add(key)
+            undo += watch(model, op, see(op, key))
+            if not op.entry.stacked:
+                observers[key, None] = make(op.in_features)
     try:
         yield observers
     finally:
@@ -118,30 +151,46 @@ def observing(
             step()
 
 
-def _hook(observer: Any) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+See = Callable[[int | None, Tensor], None]
+"""What is told about an input: the expert, for stacked experts, and vectors of shape (tokens, features)."""
+
+
+def watch(model: Any, op: LinearOp, see: See) -> list[Callable[[], Any]]:
+    """Shows `see` what enters a linear layer; returns what ends it."""
+    module = model.get_submodule(op.module)
+    if op.entry.stacked:
+        return _watch_experts(module, op, see)
+
     def note(module: nn.Module, args: tuple[Any, ...]) -> None:
-        observer(args[0].reshape(-1, args[0].shape[-1]))
+        see(None, args[0].reshape(-1, args[0].shape[-1]))
 
-    return note
+    return [module.register_forward_pre_hook(note).remove]
 
 
-def _observe_experts(
-    module: Any, op: LinearOp, key: str, observers: dict[Key, Any], make: Callable[[int], Any]
-) -> list[Callable[[], Any]]:
-    watched = module.__dict__.setdefault("_gyroquant_watched", {})
-    watched[op.weight.rpartition(".")[2]] = key
+def watch_output(model: Any, op: LinearOp, see: See) -> list[Callable[[], Any]]:
+    """Shows `see` what leaves a linear layer that is not stacked; returns what ends it."""
+
+    def note(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        see(None, output.reshape(-1, output.shape[-1]))
+
+    return [model.get_submodule(op.module).register_forward_hook(note).remove]
+
+
+def _watch_experts(module: nn.Module, op: LinearOp, see: See) -> list[Callable[[], Any]]:
+    watched: dict[str, list[See]] = module.__dict__.setdefault("_gyroquant_watched", {})
+    name = op.weight.rpartition(".")[2]
+    watched.setdefault(name, []).append(see)
 
     def observe(name: str, expert: int, x: Tensor) -> None:
-        if name in watched:
-            place = (watched[name], expert)
-            if place not in observers:
-                observers[place] = make(x.shape[-1])
-            observers[place](x)
+        for one in watched.get(name, ()):
+            one(expert, x)
 
     module.__dict__["_gyroquant_observe"] = observe
 
     def forget() -> None:
-        module.__dict__.pop("_gyroquant_observe", None)
-        module.__dict__.pop("_gyroquant_watched", None)
+        watched[name].remove(see)
+        if not any(watched.values()):
+            module.__dict__.pop("_gyroquant_observe", None)
+            module.__dict__.pop("_gyroquant_watched", None)
 
     return [route_experts(module), forget]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -12,15 +13,19 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from gyroquant.errors import MapError, RecipeError
 from gyroquant.maps import Map, blocks
-from gyroquant.models.sites import Site
+from gyroquant.models.sites import Site, Structure
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a method may know besides its site: the seed and the group size of the weights (-1: one a row)."""
+    """What a method may know besides its site: the seed and the group size of the weights (-1: one a row).
+
+    `statistics` holds what was measured of the vectors at the site, by kind; see `Method.statistics`.
+    """
 
     seed: int
     group_size: int
+    statistics: Mapping[type[Any], Any] = field(default_factory=dict)
 
     def generator(self, site: Site) -> torch.Generator:
         """A random generator of this site's own, the same in every run with the same seed."""
@@ -33,6 +38,10 @@ class Method(BaseModel, ABC):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     kinds: ClassVar[dict[str, type[Method]]] = {}
+    structure: ClassVar[Structure] = "orthogonal"
+    """What its maps are, whatever is measured."""
+    statistics: ClassVar[tuple[Callable[[int], Any], ...]] = ()
+    """The observers that it needs; `Context.statistics` holds them, by kind, once they have seen the site's vectors."""
 
     method: str
 
@@ -41,6 +50,9 @@ class Method(BaseModel, ABC):
         name = cls.model_fields["method"].default
         if isinstance(name, str):
             Method.kinds[name] = cls
+
+    def check(self, site: Site, context: Context) -> None:
+        """Raises RecipeError for options that do not fit a site, before anything is measured."""
 
     @abstractmethod
     def choose(self, site: Site, context: Context) -> Map:
@@ -68,21 +80,23 @@ class BlockwiseMethod(Method):
         """The map for one block of n coordinates."""
 
     def choose(self, site: Site, context: Context) -> Map:
-        size = self._size(site, context)
+        size = block_size(self.block, site, context)
         try:
             return blocks(self.one_block(size, context.generator(site)), site.n)
         except MapError as error:
             raise RecipeError(f"{site.label}: {error} (--set transform.{site.name}.block=SIZE)") from error
 
-    def _size(self, site: Site, context: Context) -> int:
-        if self.block == "full" or (self.block == "group" and context.group_size == -1):
-            return site.n
-        size = min(context.group_size, site.n) if self.block == "group" else int(self.block)
-        if site.n % size:
-            fits = [d for d in range(2, site.n + 1) if site.n % d == 0]
-            nearest = min(fits, key=lambda d: (abs(d - size), d), default=site.n)
-            raise RecipeError(
-                f"{site.label} has {site.n} coordinates, which blocks of {size} do not divide; the nearest size that "
-                f"does is {nearest} (--set transform.{site.name}.block={nearest})"
-            )
-        return size
+
+def block_size(block: BlockSize, site: Site, context: Context) -> int:
+    """The block size that an option asks for at a site. Raises RecipeError when it does not divide the site."""
+    if block == "full" or (block == "group" and context.group_size == -1):
+        return site.n
+    size = min(context.group_size, site.n) if block == "group" else int(block)
+    if site.n % size:
+        fits = [d for d in range(2, site.n + 1) if site.n % d == 0]
+        nearest = min(fits, key=lambda d: (abs(d - size), d), default=site.n)
+        raise RecipeError(
+            f"{site.label} has {site.n} coordinates, which blocks of {size} do not divide; the nearest size that "
+            f"does is {nearest} (--set transform.{site.name}.block={nearest})"
+        )
+    return size

@@ -192,10 +192,13 @@ def _edited(value: Tensor, edits: list[Edit], tensors: Mapping[str, Tensor]) -> 
         return value
     splittable = value.dim() > 1 and all(edit.port.axis % value.dim() != 0 for edit in edits)
     step = max(1, _CHUNK // max(1, value[0].numel())) if splittable else value.shape[0]
+    if any(edit.port.expert is not None for edit in edits):
+        step = 1  # experts lie along the first axis
     out = torch.empty(value.shape, dtype=torch.float32, device=value.device)
     for start in range(0, value.shape[0], step):
         piece = value[start : start + step].double()
         for edit in edits:
-            piece = edit(piece, tensors)
+            if edit.port.expert in (None, start):
+                piece = edit(piece, tensors)
         out[start : start + step] = piece
     return out

@@ -19,13 +19,15 @@ Shape = tuple[int, ...]
 class Port:
     """Where a basis meets a parameter: the axis along which it lies, and which rows of that axis (None: all).
 
-    `offset` is what the module adds to the stored values (1 for the gains of Gemma's norms).
+    `offset` is what the module adds to the stored values (1 for the gains of Gemma's norms). `expert` restricts the
+    port to one of the stacked experts of a parameter.
     """
 
     param: str
     axis: int
     rows: torch.Tensor | None = None
     offset: float = 0.0
+    expert: int | None = None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ heads, R3 queries and keys after RoPE, R4 the input of down_proj. `attn_in` and 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from gyroquant.errors import RecipeError, UnsupportedModelError
@@ -16,6 +16,8 @@ from gyroquant.maps import Map
 from gyroquant.models.graph import Group, LinearOp, ModelGraph, NormOp, Port
 
 Point = Literal["input", "output", "qk", "experts_in", "experts_act"]
+Structure = Literal["any", "orthogonal", "diagonal", "permutation"]
+"""What is known of a map before it is chosen."""
 
 
 @dataclass(frozen=True)
@@ -141,22 +143,51 @@ def insertion(op: LinearOp) -> Insertion:
     return Insertion("experts_act" if op.entry.reads.endswith("act") else "experts_in", op.module)
 
 
-def _r4(graph: ModelGraph) -> Iterator[Site]:
+def _down_projections(graph: ModelGraph) -> Iterator[tuple[int, Group, LinearOp, str]]:
+    """Every layer that reads what leaves a nonlinearity: block, group, layer and the prefix of its bases."""
     for i, group in enumerate(graph.blocks):
         for op in group.linears:
-            basis = op.entry.reads
-            if basis.rpartition(".")[2] != "act":
-                continue
-            prefix = basis.removesuffix("act")
+            if op.entry.reads.rpartition(".")[2] == "act":
+                yield i, group, op, op.entry.reads.removesuffix("act")
+
+
+def _r4_label(group: Group, prefix: str) -> str:
+    return f"R4 of {group.label}" + (f" ({prefix.rstrip('.')})" if prefix else "")
+
+
+def _r4(graph: ModelGraph) -> Iterator[Site]:
+    for i, group, op, prefix in _down_projections(graph):
+        yield Site(
+            name="R4",
+            block=i,
+            label=_r4_label(group, prefix),
+            n=op.in_features,
+            writers=group.writers(prefix + "gate") + group.writers(prefix + "up"),
+            readers=(op.read_port(),),
+            insertions=(insertion(op),),
+            admits="permutation",
+        )
+
+
+def _r4_fused(graph: ModelGraph, structure: Structure) -> Iterator[Site]:
+    """R4 for what passes the nonlinearity: permutations of all that enters it, scales of what it is multiplied with.
+
+    Stacked experts have a site each.
+    """
+    for i, group, op, prefix in _down_projections(graph):
+        gate, up = group.writers(prefix + "gate"), group.writers(prefix + "up")
+        stuck = "there is no gate: scales of the input of down_proj cannot pass the nonlinearity"
+        for expert in range(op.shape[0]) if op.entry.stacked else (None,):
+            suffix = "" if expert is None else f", expert {expert}"
             yield Site(
                 name="R4",
                 block=i,
-                label=f"R4 of {group.label}" + (f" ({prefix.rstrip('.')})" if prefix else ""),
+                label=_r4_label(group, prefix) + suffix,
                 n=op.in_features,
-                writers=group.writers(prefix + "gate") + group.writers(prefix + "up"),
-                readers=(op.read_port(),),
-                insertions=(insertion(op),),
-                admits="permutation",
+                writers=tuple(replace(port, expert=expert) for port in (up if structure == "diagonal" else gate + up)),
+                readers=(replace(op.read_port(), expert=expert),),
+                admits="diagonal" if structure == "diagonal" else "permutation",
+                blocked=stuck if structure == "diagonal" and not gate else "",
             )
 
 
@@ -233,11 +264,16 @@ SITE_NAMES = tuple(_BUILDERS)
 """Every site name, in the order in which maps are folded."""
 
 
-def find_sites(graph: ModelGraph, name: str, online: bool = False) -> list[Site]:
-    """The sites of that name in a model. Raises UnsupportedModelError when the model has none."""
+def find_sites(graph: ModelGraph, name: str, online: bool = False, structure: Structure = "orthogonal") -> list[Site]:
+    """The sites of that name in a model, for maps of a structure. Raises UnsupportedModelError when there are none."""
     if name not in _BUILDERS:
         raise RecipeError(f"unknown site {name!r}; sites are {', '.join(SITE_NAMES)}")
-    found = list(_r1_online(graph) if name == "R1" and online else _BUILDERS[name](graph))
+    if name == "R1" and online:
+        found = list(_r1_online(graph))
+    elif name == "R4" and not online and structure in ("permutation", "diagonal"):
+        found = list(_r4_fused(graph, structure))
+    else:
+        found = list(_BUILDERS[name](graph))
     if not found:
         raise UnsupportedModelError(
             f"{graph.config.model_type} has no site {name}: nothing in its description matches it"

@@ -1,0 +1,145 @@
+"""The station that observes: the original model runs once over the text, and vectors at chosen sites are measured.
+
+They are measured in the basis that a site has after everything already planned for it, so that a method sees what its
+map will act on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gyroquant.calibration.observers import See, input_key, watch, watch_output
+from gyroquant.calibration.stream import Stream
+from gyroquant.errors import UnsupportedModelError
+from gyroquant.maps import blocks
+from gyroquant.models.fold import AbsorbGain, ApplyMap, FoldPlan
+from gyroquant.models.graph import LinearOp, ModelGraph, NormOp, Port
+from gyroquant.models.sites import Site
+from gyroquant.models.store import WeightStore
+from gyroquant.progress import Advance
+
+
+@dataclass
+class Want:
+    """A site and the kinds of observers that are to see its vectors; `seen` holds them afterwards."""
+
+    site: Site
+    kinds: tuple[Callable[[int], Any], ...]
+    seen: dict[Any, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.seen = {kind: kind(self.site.n) for kind in self.kinds}
+
+    def __call__(self, x: Tensor) -> None:
+        for observer in self.seen.values():
+            observer(x)
+
+
+@torch.no_grad()
+def measure(
+    store: WeightStore,
+    plan: FoldPlan,
+    wants: Iterable[Want],
+    stream: Stream,
+    outer: Mapping[str, Tensor],
+    advance: Advance = lambda: None,
+) -> None:
+    """Shows every want the vectors of its site while `stream` passes through the original model.
+
+    Raises UnsupportedModelError for a site where nothing can be measured.
+    """
+    graph, model = store.graph, store.skeleton()
+    taps = [tap for want in wants for tap in _taps(graph, plan, want)]
+    for i in range(len(graph.blocks)):
+        tensors = store.read(graph.block_params(i))
+        undo = _open(model, [tap for tap in taps if tap.op.weight in tensors], tensors)
+        stream.run(i, tensors, progress=advance)
+        for step in reversed(undo):
+            step()
+    last = [tap for tap in taps if tap.op in graph.outer.linears]
+    if last:
+        undo = _open(model, last, outer)
+        for _ in stream.logits(outer):
+            pass
+        for step in reversed(undo):
+            step()
+
+
+@dataclass(frozen=True)
+class _Tap:
+    """One place where a want listens: what enters (or leaves) a layer, with what changes it into the site's basis."""
+
+    want: Want
+    op: LinearOp
+    port: Port
+    edits: tuple[AbsorbGain | ApplyMap, ...]
+
+    def see(self, tensors: Mapping[str, Tensor]) -> See:
+        changes = [_change(edit, tensors) for edit in self.edits]
+
+        def note(expert: int | None, x: Tensor) -> None:
+            if self.port.expert not in (None, expert):
+                return
+            if self.port.axis != self.op.in_axis and self.port.rows is not None:
+                x = x.index_select(-1, self.port.rows.to(x.device))
+            x = x.float()
+            for change in changes:
+                x = change(x)
+            self.want(x.reshape(-1, self.want.site.n))
+
+        return note
+
+
+def _open(model: Any, taps: list[_Tap], tensors: Mapping[str, Tensor]) -> list[Callable[[], Any]]:
+    undo: list[Callable[[], Any]] = []
+    for tap in taps:
+        listen = watch if tap.port.axis == tap.op.in_axis else watch_output
+        undo += listen(model, tap.op, tap.see(tensors))
+    return undo
+
+
+def _taps(graph: ModelGraph, plan: FoldPlan, want: Want) -> list[_Tap]:
+    """Where to listen for a site: at every different input among its readers, once."""
+    by_weight = {op.weight: op for group in (*graph.blocks, graph.outer) for op in group.linears}
+    found: list[_Tap] = []
+    heard = set()
+    for port in want.site.readers:
+        op = by_weight[port.param]
+        inner = port.axis == op.in_axis
+        block = op.module.removeprefix(graph.architecture.blocks + ".").partition(".")[0]
+        key = (block, input_key(op, frozenset()), port.expert) if inner else (op.weight, id(port))
+        if key not in heard:
+            heard.add(key)
+            found.append(_Tap(want, op, port, _edits(plan, want.site, port, inner)))
+    if not found:
+        raise UnsupportedModelError(f"nothing can be measured at {want.site.label}: no layer reads it")
+    return found
+
+
+def _edits(plan: FoldPlan, site: Site, port: Port, inner: bool) -> tuple[AbsorbGain | ApplyMap, ...]:
+    """What is planned for the axis of a port, and the gain that will be absorbed there with the map to come."""
+    planned = [
+        edit
+        for edit in plan.edits.get(port.param, ())
+        if edit.port.axis == port.axis and edit.port.expert in (None, port.expert)
+    ]
+    if not inner and planned:
+        raise UnsupportedModelError(f"{site.label} cannot be measured behind another map at the same place")
+    norms: list[NormOp] = [norm for norm, readers in site.absorbs if any(r.param == port.param for r in readers)]
+    absorbed = [edit.norm.module for edit in planned if isinstance(edit, AbsorbGain)]
+    coming = [AbsorbGain(port, norm) for norm in norms if norm.module not in absorbed]
+    return tuple(edit for edit in (*planned, *coming) if isinstance(edit, AbsorbGain | ApplyMap))
+
+
+def _change(edit: AbsorbGain | ApplyMap, tensors: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
+    """How the vectors change when a parameter that reads them is edited: the contragredient of the edit."""
+    if isinstance(edit, AbsorbGain):
+        gain = edit.norm.entry.offset + tensors[edit.norm.gain].float()
+        return lambda x: torch.where(gain == 0, 0.0, x / torch.where(gain == 0, 1.0, gain)).to(x)
+    back = edit.map.contragredient()
+    return lambda x: blocks(back, x.shape[-1]).apply(x)

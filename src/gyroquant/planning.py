@@ -1,0 +1,94 @@
+"""Choosing a map for every site of a recipe: what can be chosen at once is, what must be measured first is measured.
+
+Steps that need statistics are gathered, so that one pass over the text serves as many of them as possible; a further
+pass is only needed where one measured map lies behind another in the same basis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from gyroquant.calibration.measure import Want
+from gyroquant.maps import Diagonal, Householder, Map, Permutation
+from gyroquant.methods import Context, Method
+from gyroquant.models.fold import FoldPlan
+from gyroquant.models.graph import ModelGraph
+from gyroquant.models.sites import SITE_NAMES, Site, Structure, find_sites
+from gyroquant.recipe import Recipe, Step
+
+Measure = Callable[[FoldPlan, list[Want]], None]
+"""Shows the wants the vectors of their sites, in the basis that a plan leaves them in."""
+
+
+@dataclass(frozen=True)
+class _Pending:
+    site: str
+    step: Step
+
+    def behind(self, other: _Pending) -> bool:
+        """Whether this step lies in a basis that `other` changes."""
+        inside_r1 = self.site in ("attn_in", "mlp_in") and other.site == "R1"
+        return self.site in (other.site, "linear") or inside_r1
+
+
+def plan_folds(graph: ModelGraph, recipe: Recipe, measure: Measure | None = None) -> FoldPlan:
+    """Chooses a map for every site that the recipe names and plans its fold.
+
+    Without `measure`, methods that need statistics are planned with stand-ins: good for checking, not for folding.
+    Raises UnsupportedModelError or RecipeError, with the reason, for whatever cannot be done exactly; nothing is
+    touched.
+    """
+    plan = FoldPlan(graph)
+    pending = [_Pending(name, step) for name in SITE_NAMES for step in recipe.transform.get(name, ())]
+    while pending:
+        wants: list[tuple[_Pending, Want]] = []
+        waiting: list[_Pending] = []
+        for one in pending:
+            if any(one.behind(other) for other in waiting):
+                waiting.append(one)
+            elif one.step.method.statistics and measure is not None:
+                wants += [(one, Want(site, one.step.method.statistics)) for site in _sites(graph, one)]
+                waiting.append(one)
+            else:
+                for site in _sites(graph, one):
+                    plan.add(site, _choose(one.step.method, site, recipe, None), one.step.online)
+        if measure is not None and wants:
+            measure(plan, [want for _, want in wants])
+        for one, want in wants:
+            plan.add(want.site, _choose(one.step.method, want.site, recipe, want), one.step.online)
+        done = {id(one) for one, _ in wants}
+        pending = [one for one in waiting if id(one) not in done]
+    return plan
+
+
+def _sites(graph: ModelGraph, one: _Pending) -> list[Site]:
+    return find_sites(graph, one.site, online=bool(one.step.online), structure=one.step.method.structure)
+
+
+def _choose(method: Method, site: Site, recipe: Recipe, want: Want | None) -> Map:
+    context = Context(seed=recipe.seed, group_size=recipe.weights.grid.group_size)
+    if not method.statistics:
+        return method.choose(site, context)
+    if want is None:
+        method.check(site, context)
+        return _stand_in(site.n, method.structure)
+    return method.choose(site, replace(context, statistics=want.seen))
+
+
+def _stand_in(n: int, structure: Structure) -> Map:
+    """A map with the structure of the one to come, for checking."""
+    if structure == "permutation":
+        return Permutation(torch.arange(n))
+    one = torch.ones(n, dtype=torch.float64)
+    if structure == "diagonal":
+        return Diagonal(one)
+    mixing = Householder(torch.nn.functional.one_hot(torch.tensor(0), n).double())
+    return mixing if structure == "orthogonal" else mixing @ Diagonal(one)
+
+
+def needs_measuring(recipe: Recipe) -> bool:
+    """Whether any method of a recipe needs statistics of the model."""
+    return any(step.method.statistics for steps in recipe.transform.values() for step in steps)

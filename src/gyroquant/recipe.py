@@ -117,16 +117,16 @@ def _build(kinds: Mapping[str, type[Any]], tag: str, spec: Any, where: str) -> A
     kind = kinds[options[tag]]
     for key in options:
         _require_known(key, kind.model_fields, where)
-    return _validated(lambda: kind(**options), where)
+    return _validated(lambda: kind(**options), where, f" for {tag} {options[tag]}")
 
 
-def _validated(make: Any, where: str) -> Any:
+def _validated(make: Any, where: str, what: str = "") -> Any:
     try:
         return make()
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join([where, *(str(part) for part in first["loc"])]).strip(".")
-        given = f" (given: {first['input']!r})" if first["loc"] else ""
+        given = f"{what} (given: {first['input']!r})" if first["loc"] else ""
         raise RecipeError(f"{place}: {first['msg'].removeprefix('Value error, ')}{given}") from error
 
 
@@ -141,15 +141,21 @@ def _steps(spec: Any, where: str) -> tuple[Step, ...]:
     return tuple(steps)
 
 
+def _grid_kind(weights: Mapping[str, Any]) -> type[Grid] | None:
+    name = weights.get("grid", "integer")
+    return Grid.kinds.get(name) if isinstance(name, str) else None
+
+
 def _weights(spec: Any) -> Weights:
     if not isinstance(spec, dict):
         raise RecipeError("weights holds bits, group_size, symmetric, solver and so on")
     spec = dict(spec)
     solver = _build(Solver.kinds, "name", spec.pop("solver", "rtn"), "weights.solver")
     ignore = spec.pop("ignore", ["lm_head"])
-    kind = Grid.kinds.get(spec.get("grid", "integer"), Grid.kinds["integer"])
+    kind = _grid_kind(spec) or Grid.kinds["integer"]
+    where = f"weights of grid {spec['grid']}" if "grid" in spec else "weights"
     for key in spec:
-        _require_known(key, [*kind.model_fields, "solver", "ignore"], "weights")
+        _require_known(key, [*kind.model_fields, "solver", "ignore"], where)
     grid = _build(Grid.kinds, "grid", {"grid": "integer"} | spec, "weights")
     if not isinstance(ignore, list) or not all(isinstance(one, str) for one in ignore):
         raise RecipeError("weights.ignore is a list of names and 're:' patterns")
@@ -206,23 +212,21 @@ def _read_yaml(text: str, where: str) -> dict[str, Any]:
 _SUFFIX = re.compile(r"^(?P<name>.+?)-w(?P<bits>\d)(?:g(?P<group>\d+))?$")
 
 
-def _load(name: str) -> dict[str, Any]:
+def _load(name: str) -> tuple[dict[str, Any], list[str]]:
+    """The data of a recipe, and the changes that bits and group size behind its name stand for."""
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         try:
-            return {"name": path.stem} | _read_yaml(path.read_text(encoding="utf-8"), str(path))
+            return {"name": path.stem} | _read_yaml(path.read_text(encoding="utf-8"), str(path)), []
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"the recipe {path} cannot be read: {error}") from error
     known = preset_names()
     if name in known:
-        return {"name": name} | _read_yaml((_presets() / f"{name}.yaml").read_text(encoding="utf-8"), name)
+        return {"name": name} | _read_yaml((_presets() / f"{name}.yaml").read_text(encoding="utf-8"), name), []
     short = _SUFFIX.match(name)
     if short and short["name"] in known:
-        data = _load(short["name"])
-        changes = [f"weights.bits={short['bits']}"] + (
-            [f"weights.group_size={short['group']}"] if short["group"] else []
-        )
-        return set_values(data, changes) | {"name": name}
+        sizes = [f"weights.group_size={short['group']}"] if short["group"] else []
+        return _load(short["name"])[0] | {"name": name}, [f"weights.bits={short['bits']}", *sizes]
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
     raise RecipeError(
         f"no recipe is called {name!r}; did you mean {close[0]!r}? There are {', '.join(known)}, each also with bits "
@@ -231,8 +235,14 @@ def _load(name: str) -> dict[str, Any]:
 
 
 def set_values(data: Mapping[str, Any], changes: Iterable[str]) -> dict[str, Any]:
-    """Plain recipe data with ``path.to.key=value`` changes made; values are YAML, ``null`` takes a key out."""
+    """Plain recipe data with ``path.to.key=value`` changes made; values are YAML, ``null`` takes a key out.
+
+    A change of ``weights.grid`` takes those settings of the old grid out that the new one cannot have, unless they are
+    among the changes themselves.
+    """
     out: dict[str, Any] = yaml.safe_load(yaml.safe_dump(dict(data)))
+    changes, before = list(changes), out.get("weights")
+    old = _grid_kind(before) if isinstance(before, dict) else None
     for change in changes:
         path, equals, text = change.partition("=")
         if not equals or not path:
@@ -254,7 +264,28 @@ def set_values(data: Mapping[str, Any], changes: Iterable[str]) -> dict[str, Any
             place[parent] = inner
             place = inner
         place[last] = value
+    if old is not None and out["weights"] is before:
+        _forget_grid(before, old, {change.partition("=")[0].removeprefix("weights.") for change in changes})
     return out
+
+
+def _forget_grid(weights: dict[str, Any], old: type[Grid], changed: set[str]) -> None:
+    """Takes out of `weights` what its old grid had and its new one cannot have, except keys that were `changed`."""
+    new = _grid_kind(weights)
+    if new in (old, None):
+        return
+    for key in [key for key in old.model_fields if key in weights and key != "grid" and key not in changed]:
+        if key not in new.model_fields or not _takes(new, key, weights[key]):
+            del weights[key]
+
+
+def _takes(kind: type[Grid], key: str, value: Any) -> bool:
+    """Whether a grid of this kind can have this value of this setting, whatever its others are."""
+    try:
+        kind(**{key: value})
+    except ValidationError as error:
+        return all(one["loc"] != (key,) for one in error.errors())
+    return True
 
 
 def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, changes: Iterable[str] = ()) -> Recipe:
@@ -262,8 +293,11 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, changes: Iterab
 
     Raises RecipeError for anything unknown, impossible or contradictory, naming the key and the nearest valid one.
     """
+    implied: list[str] = []
     if isinstance(recipe, Recipe):
         data: Mapping[str, Any] = recipe.to_dict()
+    elif isinstance(recipe, Mapping):
+        data = recipe
     else:
-        data = recipe if isinstance(recipe, Mapping) else _load(str(recipe))
-    return parse(set_values(data, changes))
+        data, implied = _load(str(recipe))
+    return parse(set_values(data, [*implied, *changes]))

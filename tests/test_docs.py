@@ -11,10 +11,13 @@ import torch
 import yaml
 
 import gyroquant as gq
+from gyroquant.grids import Grid, stored_bits
 from gyroquant.methods import Context, Method
 from gyroquant.models.sites import find_sites
 from gyroquant.models.source import open_model
 from gyroquant.recipe import preset_names
+from gyroquant.rounding import weight_error
+from gyroquant.rounding.rtn import RoundToNearest
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -88,6 +91,21 @@ def test_the_example_of_a_recipe_is_valid() -> None:
     for setting in re.findall(r"`--set ([^`]+)`", (ROOT / "docs" / "recipes.md").read_text()):
         if setting != "KEY=VALUE":
             gq.load_recipe("gsr", [setting])
+
+
+def test_the_errors_of_grids_are_measured_again() -> None:
+    rows = re.findall(
+        r"^\| `(.+)` \| ([\d.]+) \| ([\d.]+) % \|$", (ROOT / "docs" / "grids.md").read_text(), re.MULTILINE
+    )
+    weight = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
+    shown = {"integer"}
+    for setting, bits, error in rows:
+        grid = gq.load_recipe({"weights": yaml.safe_load(f"{{{setting}}}")}).weights.grid.bind(weight)
+        rounded = RoundToNearest().solve(weight, grid)
+        assert stored_bits(rounded.pack()) / weight.numel() == pytest.approx(float(bits), abs=6e-4), setting
+        assert 100 * weight_error(weight, rounded.dequantize()) == pytest.approx(float(error), rel=5e-3), setting
+        shown.add(grid.grid)
+    assert shown == set(Grid.kinds)
 
 
 def test_every_recipe_is_in_the_documentation() -> None:

@@ -14,18 +14,21 @@ from safetensors.torch import load_file
 import gyroquant as gq
 from gyroquant import pipeline
 from gyroquant.calibration.stream import Stream
+from gyroquant.grids import Grid
 from gyroquant.job import prepare
 from gyroquant.models.runner import BlockRunner
 from gyroquant.models.source import open_model
 
-SMALL = ["weights.group_size=16", "calibration.nsamples=8", "calibration.seqlen=32", "calibration.dtype=float32"]
+BRIEF = ["calibration.nsamples=8", "calibration.seqlen=32", "calibration.dtype=float32"]
+SMALL = ["weights.group_size=16", *BRIEF]
 POST_NORM = ("gemma2", "gemma3", "olmo2")
 
 
 def run(
     model: object, out: Path, recipe: str, corpus: Path | None, *changes: str, **options: object
 ) -> dict[str, object]:
-    loaded = gq.load_recipe(recipe, [*SMALL, *changes])
+    small = BRIEF if any(change.startswith("weights.grid=") for change in changes) else SMALL
+    loaded = gq.load_recipe(recipe, [*small, *changes])
     options.setdefault("tokenizer", tiny.tokenizer())
     return pipeline.run(prepare(model, out, loaded, corpus, **options))  # type: ignore[arg-type]
 
@@ -83,6 +86,40 @@ def test_what_is_loaded_is_what_was_rounded(
         assert torch.equal(loaded.get_parameter(key), tensor.float()), key
 
 
+FLOATS = {"mxfp4": [], "nvfp4": [], "fp4": ["weights.group_size=-1"], "fp8": ["weights.group_size=32"]}
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "mixtral", "gpt2"])
+@pytest.mark.parametrize("grid", FLOATS)
+def test_floating_point_models_come_back_bit_for_bit(
+    grid: str, name: str, folders: dict[str, Path], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounded: dict[str, torch.Tensor] = {}
+    decoded = pipeline._decoded
+
+    def keep(*args: object) -> dict[str, torch.Tensor]:
+        result = decoded(*args)  # type: ignore[arg-type]
+        rounded.update(result)
+        return result
+
+    monkeypatch.setattr(pipeline, "_decoded", keep)
+    out = tmp_path / "out"
+    manifest = run(folders[name], out, "gptq", corpus, f"weights.grid={grid}", *FLOATS[grid])
+    loaded = gq.load(out, dtype=torch.float32)
+    ids = tiny.tokens(loaded)
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, streamed_logits(out, ids))
+    halved = gq.load(out, dtype=torch.bfloat16)  # scales stay what they are, whatever the dtype of the model
+    for key, tensor in rounded.items():
+        assert torch.equal(loaded.get_parameter(key), tensor), key
+        assert torch.equal(halved.get_parameter(key), tensor.bfloat16()), key
+    assert all(0 < layer["weight_error"] < 0.05 for layer in manifest["layers"])
+    assert open_model(out).bits_per_weight() == manifest["bits"]["per_weight"]
+    description = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert [one["grid"] for one in description["grids"]] == [grid]
+    assert description["grids"][0].keys() == set(Grid.kinds[grid].model_fields)
+
+
 @pytest.mark.parametrize("solver", ["rtn", "gptq"])
 @pytest.mark.parametrize("name", ["llama_tied", "gpt_neox"])
 def test_identity_rotations_give_the_unrotated_codes(
@@ -137,6 +174,28 @@ def test_the_manifest_explains_the_result(folders: dict[str, Path], corpus: Path
     )
     assert rounded * 8 / manifest["bits"]["rounded_weights"] == manifest["bits"]["per_weight"]
     assert open_model(tmp_path / "out").bits_per_weight() == manifest["bits"]["per_weight"]
+
+
+def test_true_bits_of_floating_point_grids(folders: dict[str, Path], tmp_path: Path) -> None:
+    bits = {}
+    for grid, changes in FLOATS.items():
+        manifest = run(folders["llama"], tmp_path / grid, "rtn", None, f"weights.grid={grid}", *changes)
+        bits[grid], weights = manifest["bits"]["per_weight"], manifest["bits"]["rounded_weights"]
+    rows = 2 * (3 * 64 + 32 + 32 + 2 * 96)  # of inputs; those of down_proj are 96 long, all others 64
+    assert weights == 2 * (64 * (2 * 64 + 2 * 32) + 3 * 64 * 96)
+    assert bits == {
+        "mxfp4": 4.25,
+        "nvfp4": pytest.approx(4.5 + 14 * 32 / weights, abs=1e-12),
+        "fp4": pytest.approx(4 + 16 * rows / weights, abs=1e-12),
+        "fp8": 8.5,
+    }
+
+
+def test_layers_solved_together_share_the_scale_of_the_whole(folders: dict[str, Path], tmp_path: Path) -> None:
+    run(folders["llama"], tmp_path / "out", "rtn", None, "weights.grid=nvfp4")
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    q, k, v, o = (stored[f"model.layers.0.self_attn.{name}_proj.weight_global"] for name in "qkvo")
+    assert q == k == v != o
 
 
 def test_online_maps_count_as_bits(folders: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
@@ -248,6 +307,7 @@ def test_an_expert_without_tokens_is_rounded_to_nearest_with_a_warning(
             {},
             "128 does not divide the 64 inputs of model.layers.0.self_attn.q_proj",
         ),
+        ("gptq", ["weights.grid=mxfp4", "weights.bits=2"], {}, "bits: Input should be 4 for grid mxfp4"),
         ("gptq", ["weights.ignore=[nothing_like_it]"], {}, "matches no layer"),
         ("gptq", ["weights.ignore=['re:(']"], {}, "not a regular expression"),
         ("gptq", ["weights.ignore=['re:.*']"], {}, "leaves no layer"),

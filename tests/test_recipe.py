@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from gyroquant.errors import RecipeError
-from gyroquant.grids import IntegerGrid
+from gyroquant.grids import Fp4Grid, Fp8Grid, Grid, IntegerGrid, Mxfp4Grid, Nvfp4Grid
 from gyroquant.recipe import load_recipe, preset_names, set_values
 
 
@@ -55,6 +55,54 @@ def test_changes_reach_every_level() -> None:
     assert recipe.weights.ignore == ("lm_head", "re:down_proj$")
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (["weights.grid=mxfp4"], Mxfp4Grid()),
+        (["weights.grid=mxfp4", "weights.scale_rounding=mse"], Mxfp4Grid(scale_rounding="mse")),
+        (["weights.grid=nvfp4"], Nvfp4Grid(scale="mse")),
+        (["weights.scale=minmax", "weights.grid=nvfp4"], Nvfp4Grid(scale="minmax")),
+        (["weights.grid=fp4"], Fp4Grid(group_size=64)),
+        (["weights.grid=fp4", "weights.group_size=-1"], Fp4Grid()),
+        (["weights.grid=fp8"], Fp8Grid(group_size=64)),
+        (["weights.grid=integer"], IntegerGrid(bits=4, group_size=64)),
+    ],
+)
+def test_another_grid_keeps_what_it_can_have(changes: list[str], expected: Grid) -> None:
+    recipe = load_recipe("gptq", changes)
+    assert recipe.weights.grid == expected
+    assert recipe.weights.solver.name == "gptq"
+    assert load_recipe(recipe.to_dict()) == recipe
+    assert load_recipe(load_recipe("gptq").to_dict(), changes) == recipe
+
+
+def test_the_way_back_from_another_grid() -> None:
+    data = {"weights": {"grid": "mxfp4", "scale_rounding": "mse", "bits": 4, "group_size": 32}}
+    assert load_recipe(data, ["weights.grid=integer"]).weights.grid == IntegerGrid(bits=4, group_size=32)
+    data = {"weights": {"grid": "fp8", "bits": 8, "format": "e5m2"}}
+    assert load_recipe(data, ["weights.grid=mxfp4"]).weights.grid == Mxfp4Grid()
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("gptq", ["weights.grid=mxfp4", "weights.bits=2"], "weights.bits: Input should be 4 for grid mxfp4 (given: 2)"),
+        ("gptq", ["weights.bits=2", "weights.grid=mxfp4"], "weights.bits: Input should be 4 for grid mxfp4 (given: 2)"),
+        ("gptq-w2", ["weights.grid=mxfp4"], "weights.bits: Input should be 4 for grid mxfp4 (given: 2)"),
+        ("gptq-w4g64", ["weights.grid=nvfp4"], "weights.group_size: Input should be 16 for grid nvfp4 (given: 64)"),
+        ("gptq", ["weights.grid=mxfp4", "weights.symmetric=true"], "weights of grid mxfp4 has no key 'symmetric'"),
+        ("gptq", ["weights={bits: 2, grid: mxfp4}"], "Input should be 4 for grid mxfp4"),
+        ("gptq", ["weights.grid=mxfp5"], "did you mean 'mxfp4'"),
+        ("gptq", ["weights.grid=[mxfp4]"], "weights needs grid: one of fp4"),
+        ("gptq", ["weights.clip=0.9"], "weights: scale: mse searches for the clipping itself"),
+    ],
+)
+def test_what_is_asked_for_is_never_dropped(name: str, changes: list[str], message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(name, changes)
+    assert message in str(caught.value)
+
+
 def test_several_steps_at_one_site() -> None:
     steps = [{"method": "walsh", "block": 32}, "hadamard"]
     recipe = load_recipe({"transform": {"R1": steps}, "weights": {"bits": 4}})
@@ -70,7 +118,7 @@ def test_several_steps_at_one_site() -> None:
         ("weights.bits=9", "weights.bits: Input should be less than or equal to 8"),
         ("weights.bits=two", "weights.bits: Input should be a valid integer"),
         ("weights.group_size=7", "weights.group_size: group_size is -1"),
-        ("weights.grid=hexagonal", "did you mean 'integer'"),
+        ("weights.grid=integral", "did you mean 'integer'"),
         ("weights.solver=gtpq", "did you mean 'gptq'"),
         ("weights.solver.act=true", "weights.solver has no key 'act'; did you mean 'act_order'"),
         ("weights.ignore=lm_head", "list of names"),

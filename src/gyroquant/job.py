@@ -202,11 +202,11 @@ def _tokens(job: Job) -> Tensor | None:
 
 
 def expected_bytes(job: Job) -> int:
-    """The size of the result: codes, scales and zero points of the targets, everything else in the output's dtype."""
+    """The size of the result: codes and scales of the targets, everything else in the output's dtype."""
     grid = job.recipe.weights.grid
     rounded = sum(torch.Size(op.shape).numel() for op in job.targets.values())
     everything = sum(torch.Size(shape).numel() for shape in job.store.shapes.values())
     everything += sum(torch.Size(job.store.shapes[name]).numel() for name in job.graph.tied.values())  # if untied
-    overhead = 0.0 if grid.group_size == -1 else (16 + grid.bits) / grid.group_size
+    overhead = 0.0 if grid.group_size == -1 else grid.group_bits / grid.group_size
     bits = 8 * job.output.dtype.itemsize if job.output.dense else grid.bits + overhead
     return int(rounded * bits / 8) + (everything - rounded) * job.output.dtype.itemsize

@@ -121,16 +121,16 @@ def _build(kinds: Mapping[str, type[Any]], tag: str, spec: Any, where: str) -> A
     kind = kinds[options[tag]]
     for key in options:
         _require_known(key, kind.model_fields, where)
-    return _validated(lambda: kind(**options), where)
+    return _validated(lambda: kind(**options), where, f" for {tag} {options[tag]}")
 
 
-def _validated(make: Any, where: str) -> Any:
+def _validated(make: Any, where: str, what: str = "") -> Any:
     try:
         return make()
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join([where, *(str(part) for part in first["loc"])]).strip(".")
-        given = f" (given: {first['input']!r})" if first["loc"] else ""
+        given = f"{what} (given: {first['input']!r})" if first["loc"] else ""
         raise RecipeError(f"{place}: {first['msg'].removeprefix('Value error, ')}{given}") from error
 
 
@@ -145,6 +145,11 @@ def _steps(spec: Any, where: str) -> tuple[Step, ...]:
     return tuple(steps)
 
 
+def _grid_kind(weights: Mapping[str, Any]) -> type[Grid] | None:
+    name = weights.get("grid", "integer")
+    return Grid.kinds.get(name) if isinstance(name, str) else None
+
+
 def _weights(spec: Any) -> Weights:
     if not isinstance(spec, dict):
         raise RecipeError("weights holds bits, group_size, symmetric, solver and so on")
@@ -155,14 +160,15 @@ def _weights(spec: Any) -> Weights:
     return _validated(lambda: Weights(grid=grid, solver=solver, **rest), "weights")
 
 
-def _grid(spec: dict[str, Any], defaults: dict[str, Any], where: str, others: Iterable[str]) -> Grid:
+def _grid(spec: dict[str, Any], defaults: dict[str, Any], section: str, others: Iterable[str]) -> Grid:
     """A grid from the options of a section of the recipe; `others` are keys that the section has besides."""
-    kind = Grid.kinds.get(spec.get("grid", "integer"), Grid.kinds["integer"])
+    kind = _grid_kind(spec) or Grid.kinds["integer"]
+    where = f"{section} of grid {spec['grid']}" if "grid" in spec else section
     for key in spec:
         _require_known(key, [*kind.model_fields, *others], where)
-    if spec.get("grid", "integer") == "integer":
+    if kind is Grid.kinds["integer"]:
         spec = {"grid": "integer"} | defaults | spec
-    return _build(Grid.kinds, "grid", spec, where)
+    return _build(Grid.kinds, "grid", spec, section)
 
 
 _DYNAMIC = {"group_size": -1, "scale": "minmax"}  # one scale a token (and head), from the range of its numbers
@@ -233,27 +239,28 @@ _SUFFIX = re.compile(
 )
 
 
-def _load(name: str) -> dict[str, Any]:
+def _load(name: str) -> tuple[dict[str, Any], list[str]]:
+    """The data of a recipe, and the changes that bits and group size behind its name stand for."""
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         try:
-            return {"name": path.stem} | _read_yaml(path.read_text(encoding="utf-8"), str(path))
+            return {"name": path.stem} | _read_yaml(path.read_text(encoding="utf-8"), str(path)), []
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"the recipe {path} cannot be read: {error}") from error
     known = preset_names()
     if name in known:
-        return {"name": name} | _read_yaml((_presets() / f"{name}.yaml").read_text(encoding="utf-8"), name)
+        return {"name": name} | _read_yaml((_presets() / f"{name}.yaml").read_text(encoding="utf-8"), name), []
     short = _SUFFIX.match(name)
     if short and short["name"] in known:
-        data = _load(short["name"])
         places = {"bits": "weights.bits", "group": "weights.group_size"}
         places |= {"activations": "activations.bits", "cache": "kv_cache.bits"}
         numbers = {place: short[key] for key, place in places.items() if short[key]}
-        for place in ("activations.bits", "kv_cache.bits"):
-            if numbers.get(place) == "16":  # as in W4A16: not rounded
-                numbers = {key: value for key, value in numbers.items() if key != place}
-                data[place.partition(".")[0]] = None
-        return set_values(data, [f"{key}={value}" for key, value in numbers.items()]) | {"name": name}
+        changes = []
+        for place, number in numbers.items():
+            section = place.partition(".")[0]
+            exact = number == "16" and section != "weights"  # as in W4A16: not rounded
+            changes.append(f"{section}=null" if exact else f"{place}={number}")
+        return _load(short["name"])[0] | {"name": name}, changes
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
     raise RecipeError(
         f"no recipe is called {name!r}; did you mean {close[0]!r}? There are {', '.join(known)}, each also with bits "
@@ -262,8 +269,14 @@ def _load(name: str) -> dict[str, Any]:
 
 
 def set_values(data: Mapping[str, Any], changes: Iterable[str]) -> dict[str, Any]:
-    """Plain recipe data with ``path.to.key=value`` changes made; values are YAML, ``null`` takes a key out."""
+    """Plain recipe data with ``path.to.key=value`` changes made; values are YAML, ``null`` takes a key out.
+
+    A change of ``weights.grid`` takes those settings of the old grid out that the new one cannot have, unless they are
+    among the changes themselves.
+    """
     out: dict[str, Any] = yaml.safe_load(yaml.safe_dump(dict(data)))
+    changes, before = list(changes), out.get("weights")
+    old = _grid_kind(before) if isinstance(before, dict) else None
     for change in changes:
         path, equals, text = change.partition("=")
         if not equals or not path:
@@ -285,7 +298,28 @@ def set_values(data: Mapping[str, Any], changes: Iterable[str]) -> dict[str, Any
             place[parent] = inner
             place = inner
         place[last] = value
+    if old is not None and out["weights"] is before:
+        _forget_grid(before, old, {change.partition("=")[0].removeprefix("weights.") for change in changes})
     return out
+
+
+def _forget_grid(weights: dict[str, Any], old: type[Grid], changed: set[str]) -> None:
+    """Takes out of `weights` what its old grid had and its new one cannot have, except keys that were `changed`."""
+    new = _grid_kind(weights)
+    if new in (old, None):
+        return
+    for key in [key for key in old.model_fields if key in weights and key != "grid" and key not in changed]:
+        if key not in new.model_fields or not _takes(new, key, weights[key]):
+            del weights[key]
+
+
+def _takes(kind: type[Grid], key: str, value: Any) -> bool:
+    """Whether a grid of this kind can have this value of this setting, whatever its others are."""
+    try:
+        kind(**{key: value})
+    except ValidationError as error:
+        return all(one["loc"] != (key,) for one in error.errors())
+    return True
 
 
 def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, changes: Iterable[str] = ()) -> Recipe:
@@ -293,8 +327,11 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, changes: Iterab
 
     Raises RecipeError for anything unknown, impossible or contradictory, naming the key and the nearest valid one.
     """
+    implied: list[str] = []
     if isinstance(recipe, Recipe):
         data: Mapping[str, Any] = recipe.to_dict()
+    elif isinstance(recipe, Mapping):
+        data = recipe
     else:
-        data = recipe if isinstance(recipe, Mapping) else _load(str(recipe))
-    return parse(set_values(data, changes))
+        data, implied = _load(str(recipe))
+    return parse(set_values(data, [*implied, *changes]))

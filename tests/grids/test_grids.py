@@ -6,17 +6,37 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gyroquant.errors import InputError, RecipeError
-from gyroquant.grids import Grid, GroupParams, IntegerGrid, QuantizedWeight, grid_from, stored_bits
+from gyroquant.grids import (
+    Fp4Grid,
+    Fp8Grid,
+    Grid,
+    GroupParams,
+    IntegerGrid,
+    Mxfp4Grid,
+    Nvfp4Grid,
+    QuantizedWeight,
+    grid_from,
+    stored_bits,
+)
 
-GRIDS = [
+INTEGERS = [
     IntegerGrid(bits=bits, group_size=size, symmetric=symmetric, scale=scale)
     for bits in range(1, 9)
     for size, symmetric, scale in ((16, False, "minmax"), (64, True, "mse"), (-1, False, "mse"), (32, True, "minmax"))
+]
+GRIDS: list[Grid] = [
+    *INTEGERS,
+    IntegerGrid(bits=4, group_size=64, scale="minmax", clip=0.9),
+    *(Fp4Grid(group_size=size, scale=scale) for size, scale in ((-1, "mse"), (-1, "minmax"), (64, "mse"))),
+    *(Fp8Grid(group_size=size, format=form) for size, form in ((-1, "e4m3"), (32, "e4m3"), (-1, "e5m2"))),
+    *(Mxfp4Grid(scale_rounding=rounding) for rounding in ("floor", "round", "ceil", "mse")),
+    *(Nvfp4Grid(scale=scale) for scale in ("minmax", "mse")),
 ]
 
 
 def rounded(grid: Grid, weight: torch.Tensor) -> QuantizedWeight:
     rows, columns = weight.shape
+    grid = grid.bind(weight)
     groups = weight.view(rows, -1, grid.group_of(columns))
     params = grid.fit(groups)
     return QuantizedWeight(grid, grid.encode(groups, params).view(rows, columns), params)
@@ -24,6 +44,10 @@ def rounded(grid: Grid, weight: torch.Tensor) -> QuantizedWeight:
 
 def weights(rows: int = 12, columns: int = 192, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 0.1
+
+
+def test_every_grid_is_tested() -> None:
+    assert {grid.grid for grid in GRIDS} == set(Grid.kinds)
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
@@ -40,8 +64,11 @@ class TestContract:
         assert torch.equal(QuantizedWeight(grid, codes, params).dequantize(), weight.dequantize())
 
     def test_scales_are_stored_exactly(self, grid: Grid) -> None:
-        scale = rounded(grid, weights()).params.scale
-        assert torch.equal(scale, scale.half().float())
+        weight = rounded(grid, weights())
+        if weight.pack()["scales"].dtype == torch.float16:
+            assert torch.equal(weight.params.scale, weight.params.scale.half().float())
+        again = QuantizedWeight(weight.grid, *grid.unpack(weight.pack(), (12, 192))).pack()
+        assert all(torch.equal(array, again[part]) for part, array in weight.pack().items())
 
     def test_decoded_weights_are_their_own_nearest_codes(self, grid: Grid) -> None:
         weight = rounded(grid, weights())
@@ -50,9 +77,9 @@ class TestContract:
 
     def test_encoding_takes_the_nearest_number(self, grid: Grid) -> None:
         values = weights(3, grid.group_of(192)).view(3, 1, -1)
-        params = grid.fit(values)
+        params = grid.bind(values).fit(values)
         every = grid.decode(torch.arange(2**grid.bits, dtype=torch.uint8).view(1, 1, -1), params)
-        nearest = (values[..., None] - every[..., None, :]).abs().amin(-1)
+        nearest = (values[..., None] - every[..., None, :]).abs().nan_to_num(torch.inf).amin(-1)
         taken = (values - grid.decode(grid.encode(values, params), params)).abs()
         assert torch.allclose(taken, nearest, atol=1e-6)
 
@@ -61,14 +88,54 @@ class TestContract:
 
     def test_true_bits_are_what_lies_in_the_file(self, grid: Grid) -> None:
         arrays = rounded(grid, weights(64)).pack()
-        size = grid.group_of(192)
-        overhead = 16 + (0 if getattr(grid, "symmetric", False) else grid.bits)
-        assert stored_bits(arrays) / (64 * 192) == pytest.approx(grid.bits + overhead / size, abs=1e-9)
+        expected = grid.bits + grid.group_bits / grid.group_of(192) + (32 / (64 * 192) if "global" in arrays else 0)
+        assert stored_bits(arrays) / (64 * 192) == pytest.approx(expected, abs=1e-9)
 
+    def test_binding_twice_is_binding_once(self, grid: Grid) -> None:
+        bound = grid.bind(weights())
+        assert bound.bind(100 * weights()) is bound
+        assert bound.model_dump() == grid.model_dump()
 
-@pytest.mark.parametrize("grid", [g for g in GRIDS if not (g.symmetric and g.bits == 1)], ids=str)
-def test_groups_of_zeros_stay_zero(grid: Grid) -> None:
-    assert rounded(grid, torch.zeros(2, 192)).dequantize().abs().max() == 0
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_fake_is_fitted_encoded_and_decoded(self, grid: Grid, dtype: torch.dtype) -> None:
+        x = (30 * weights(10, 192)).to(dtype).view(2, 5, 192)
+        before = x.clone()
+        # Every row by itself: tokens know nothing of each other.
+        alone = torch.stack([rounded(grid, row[None].float()).dequantize()[0].to(dtype) for row in x.view(10, 192)])
+        assert torch.equal(grid.fake(x), alone.view(2, 5, 192))
+        assert grid.fake(x).dtype == dtype
+        assert torch.equal(x, before)
+        turned = x.transpose(0, 1)
+        assert torch.equal(grid.fake(turned), grid.fake(x).transpose(0, 1))
+
+    def test_a_bound_grid_fakes_with_the_scale_it_knows(self, grid: Grid) -> None:
+        weight = weights()
+        assert torch.equal(grid.bind(weight).fake(weight), rounded(grid, weight).dequantize())
+
+    def test_groups_of_zeros_stay_zero(self, grid: Grid) -> None:
+        if getattr(grid, "symmetric", False) and grid.bits == 1:
+            pytest.skip("one symmetric bit has no zero")
+        assert rounded(grid, torch.zeros(2, 192)).dequantize().abs().max() == 0
+        some = torch.cat([weights(2), torch.zeros(2, 192)])
+        assert rounded(grid, some).dequantize()[2:].abs().max() == 0
+
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+    def test_numbers_that_are_not_finite_are_refused(self, grid: Grid, value: float) -> None:
+        weight = weights()
+        weight[3, 7] = value
+        with pytest.raises(InputError, match="not finite"):
+            rounded(grid, weight)
+        with pytest.raises(InputError, match="not finite"):
+            grid.fake(weight)
+
+    def test_arrays_that_do_not_fit_are_refused(self, grid: Grid) -> None:
+        arrays = rounded(grid, weights(2, 64)).pack()
+        with pytest.raises(InputError, match="cannot hold"):
+            grid.unpack(arrays | {"codes": arrays["codes"][:-1]}, (2, 64))
+        with pytest.raises(InputError, match="scales of shape"):
+            grid.unpack(arrays, (3, 64))
+        with pytest.raises(InputError, match="array of scales of a rounded weight is missing"):
+            grid.unpack({"codes": arrays["codes"]}, (2, 64))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -127,23 +194,48 @@ def test_lsb_first_layout() -> None:
     assert pack(torch.tensor([1, 2, 3, 0], dtype=torch.uint8), 2).tolist() == [0b00111001]
 
 
-def test_a_stream_of_the_wrong_length_is_refused() -> None:
-    grid = IntegerGrid(bits=3, group_size=16)
-    arrays = rounded(grid, weights(2, 32)).pack()
-    with pytest.raises(InputError, match="cannot hold"):
-        grid.unpack(arrays | {"codes": arrays["codes"][:-1]}, (2, 32))
-    with pytest.raises(InputError, match="scales of shape"):
-        grid.unpack(arrays, (2, 48))
-
-
 def test_a_group_that_does_not_fit_names_those_that_do() -> None:
     with pytest.raises(RecipeError, match=r"128 does not divide the 576 inputs of q_proj; use 16, 32, 64 or -1"):
         IntegerGrid(bits=4, group_size=128).group_of(576, "q_proj")
 
 
-def test_weights_beyond_fp16_are_refused() -> None:
+@pytest.mark.parametrize("grid", [IntegerGrid(bits=4, group_size=16), Fp4Grid(), Fp8Grid()], ids=str)
+def test_weights_beyond_fp16_are_refused(grid: Grid) -> None:
     with pytest.raises(InputError, match="too large"):
-        IntegerGrid(bits=4, group_size=16).fit(torch.full((1, 16), 1e7))
+        grid.fit(torch.full((1, 16), 1e8))
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_clipped_ranges_are_shorter_at_both_ends(symmetric: bool) -> None:
+    weight = weights() + 0.05
+    whole, clipped = (
+        rounded(IntegerGrid(bits=8, group_size=64, symmetric=symmetric, scale="minmax", clip=clip), weight)
+        for clip in (1.0, 0.75)
+    )
+    assert torch.allclose(clipped.params.scale, 0.75 * whole.params.scale, rtol=1e-3)
+    assert (clipped.params.zero - whole.params.zero).abs().max() <= 1
+    groups, values = weight.view(12, 3, 64), clipped.dequantize().view(12, 3, 64)
+    low, high = (end(groups, -1, keepdim=True) * 0.75 for end in (torch.amin, torch.amax))
+    inside = groups.clamp(low, high)
+    if symmetric:
+        assert (values.abs().amax(-1) <= 0.751 * groups.abs().amax(-1)).all()
+    else:
+        assert ((values - inside).abs() <= 1.01 * clipped.params.scale).all()
+
+
+def test_searching_and_clipping_contradict_each_other() -> None:
+    with pytest.raises(ValueError, match="clip needs scale: minmax"):
+        IntegerGrid(bits=4, group_size=16, clip=0.9)
+
+
+@pytest.mark.parametrize(("grid", "bits"), [(Mxfp4Grid(), 4.25), (Nvfp4Grid(), 4.5 + 32 / (64 * 192))])
+def test_true_bits_of_microscaling(grid: Grid, bits: float) -> None:
+    assert stored_bits(rounded(grid, weights(64)).pack()) / (64 * 192) == pytest.approx(bits, abs=1e-12)
+
+
+@pytest.mark.parametrize(("grid", "bits"), [(Fp4Grid(), 4 + 16 / 192), (Fp8Grid(group_size=64), 8.25)])
+def test_true_bits_of_floats(grid: Grid, bits: float) -> None:
+    assert stored_bits(rounded(grid, weights(64)).pack()) / (64 * 192) == pytest.approx(bits, abs=1e-12)
 
 
 def test_unknown_grids_are_refused() -> None:

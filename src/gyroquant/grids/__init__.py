@@ -1,6 +1,19 @@
 """Number grids: which numbers can be stored, how they are fitted, packed, and what they really cost."""
 
 from gyroquant.grids.base import Grid, GroupParams, QuantizedWeight, grid_from, stored_bits
+from gyroquant.grids.floating import Fp4Grid, Fp8Grid
 from gyroquant.grids.integer import IntegerGrid
+from gyroquant.grids.microscaling import Mxfp4Grid, Nvfp4Grid
 
-__all__ = ["Grid", "GroupParams", "IntegerGrid", "QuantizedWeight", "grid_from", "stored_bits"]
+__all__ = [
+    "Fp4Grid",
+    "Fp8Grid",
+    "Grid",
+    "GroupParams",
+    "IntegerGrid",
+    "Mxfp4Grid",
+    "Nvfp4Grid",
+    "QuantizedWeight",
+    "grid_from",
+    "stored_bits",
+]

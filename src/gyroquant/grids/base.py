@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal, get_origin
 
-from pydantic import BaseModel, ConfigDict
+import torch
+from pydantic import AfterValidator, BaseModel, ConfigDict
 from torch import Tensor
 
 from gyroquant.errors import InputError, RecipeError
+
+_TINY = 2.0**-24  # the smallest positive fp16 number
+
+
+def _group_size(value: int) -> int:
+    if value == -1 or 16 <= value <= 256:
+        return value
+    raise ValueError("group_size is -1 (one group a row) or between 16 and 256")
+
+
+GroupSize = Annotated[int, AfterValidator(_group_size)]
 
 
 @dataclass(frozen=True)
 class GroupParams:
     """The scales of some groups, exactly as they will be stored.
 
-    `scale` and `zero` have the shape of the groups' weights with the last dimension 1; fp32 values that the stored type
-    holds exactly. `zero` is a code, in units of one step.
+    `scale` and `zero` have the shape of the groups' weights with the last dimension 1; fp32 values that come back from
+    what is stored exactly. `zero` is a code, in units of one step; 0 for grids that have none.
     """
 
     scale: Tensor
@@ -39,21 +52,46 @@ class Grid(BaseModel, ABC):
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        Grid.kinds[cls.model_fields["grid"].default] = cls
+        name = cls.model_fields["grid"].default
+        if isinstance(name, str):
+            Grid.kinds[name] = cls
+
+    @property
+    @abstractmethod
+    def group_bits(self) -> int:
+        """The bits stored for each group besides its codes."""
 
     def group_of(self, columns: int, name: str = "a weight") -> int:
         """The group size for rows of this many weights. Raises RecipeError when it does not divide them."""
         if self.group_size == -1:
             return columns
         if columns % self.group_size:
-            fits = [g for g in (16, 32, 64, 128, 256) if columns % g == 0]
-            advice = f"use {', '.join(map(str, fits))} or -1 (one group a row)" if fits else "use -1 (one group a row)"
-            raise RecipeError(f"group_size {self.group_size} does not divide the {columns} inputs of {name}; {advice}")
+            raise RecipeError(
+                f"group_size {self.group_size} does not divide the {columns} inputs of {name}; {self._advice(columns)}"
+            )
         return self.group_size
+
+    def _advice(self, columns: int) -> str:
+        if get_origin(type(self).model_fields["group_size"].annotation) is Literal:
+            return f"{self.grid} has no other; choose another grid, or put such layers into weights.ignore"
+        fits = [g for g in (16, 32, 64, 128, 256) if columns % g == 0]
+        return f"use {', '.join(map(str, fits))} or -1 (one group a row)" if fits else "use -1 (one group a row)"
+
+    def bind(self, weight: Tensor) -> Grid:
+        """This grid for one weight (or several that are rounded together, of any shape): itself, or for grids with a
+        scale of the whole weight a copy that knows it. A bound grid stays as it is.
+        """
+        return self
 
     @abstractmethod
     def fit(self, groups: Tensor) -> GroupParams:
-        """Scales for groups of weights, shape (..., group), fp32."""
+        """Scales for groups of weights, shape (..., group), fp32. Raises InputError for NaN, infinity and what the
+        stored scale cannot hold.
+        """
+
+    def _fit_rows(self, groups: Tensor) -> GroupParams:
+        """As `fit`, for groups of shape (..., groups of a row, group) whose rows know nothing of each other."""
+        return self.fit(groups)
 
     @abstractmethod
     def encode(self, weights: Tensor, params: GroupParams) -> Tensor:
@@ -63,11 +101,33 @@ class Grid(BaseModel, ABC):
     def decode(self, codes: Tensor, params: GroupParams) -> Tensor:
         """The numbers that codes stand for, fp32."""
 
+    def nearest(self, weights: Tensor, params: GroupParams) -> Tensor:
+        """What `decode` makes of `encode`; grids that can do without the codes are faster at it."""
+        return self.decode(self.encode(weights, params), params)
+
     def fake(self, x: Tensor) -> Tensor:
-        """`x`, shape (..., n), as the grid would hold it, with scales found for each group of its last dimension."""
+        """Numbers of shape (..., n) rounded by scales fitted to them, group by group of the last dimension.
+
+        Computed in fp32, returned in the dtype of `x`. Raises RecipeError when the groups do not divide n, InputError
+        as `fit` does.
+        """
         groups = x.float().unflatten(-1, (-1, self.group_of(x.shape[-1], "an activation")))
-        params = self.fit(groups)
-        return self.decode(self.encode(groups, params), params).flatten(-2).to(x.dtype)
+        return self.nearest(groups, self._fit_rows(groups)).reshape(x.shape).to(x.dtype)
+
+    def least_squares(self, groups: Tensor, candidates: Iterable[GroupParams]) -> GroupParams:
+        """For each group the candidate of least squared error, the first of equals."""
+        best, error = None, torch.empty(0)
+        for tried in candidates:
+            tried_error = (self.nearest(groups, tried) - groups).square_().sum(-1, keepdim=True)
+            if best is None:
+                best, error = tried, tried_error
+                continue
+            better = tried_error < error
+            error = torch.where(better, tried_error, error)
+            best = GroupParams(torch.where(better, tried.scale, best.scale), torch.where(better, tried.zero, best.zero))
+        if best is None:
+            raise ValueError("there are no candidates to choose from")
+        return best
 
     @abstractmethod
     def pack(self, codes: Tensor, params: GroupParams) -> dict[str, Tensor]:
@@ -94,6 +154,23 @@ class QuantizedWeight:
 
     def pack(self) -> dict[str, Tensor]:
         return self.grid.pack(self.codes, self.params)
+
+
+def half_scale(scale: Tensor) -> Tensor:
+    """Scales as fp16 holds them, as fp32, none of them 0. Raises InputError for NaN and for what fp16 cannot hold."""
+    scale = scale.half().float()
+    if not bool(scale.isfinite().all()):
+        raise InputError("a group of numbers is not finite or too large for an fp16 scale (above 65504)")
+    return torch.where(scale.abs() < _TINY, _TINY, scale)
+
+
+def stored(arrays: dict[str, Tensor], part: str, shape: tuple[int, ...]) -> Tensor:
+    """One of the arrays of a weight. Raises InputError when it is missing or has another shape than this."""
+    if part not in arrays:
+        raise InputError(f"the array of {part} of a rounded weight is missing")
+    if tuple(arrays[part].shape) != shape:
+        raise InputError(f"{part} of shape {tuple(arrays[part].shape)} where {shape} is expected")
+    return arrays[part]
 
 
 def stored_bits(arrays: dict[str, Tensor]) -> int:

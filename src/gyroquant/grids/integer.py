@@ -5,21 +5,13 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 import torch
-from pydantic import AfterValidator, Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from gyroquant.errors import InputError
-from gyroquant.grids.base import Grid, GroupParams
+from gyroquant.grids.base import Grid, GroupParams, GroupSize, half_scale, stored
 from gyroquant.grids.bitpack import pack, unpack
 
-_TINY = 2.0**-24  # the smallest positive fp16 number
 _SHRINK = tuple(1.0 - 0.02 * i for i in range(41))  # clipping factors that the MSE search tries
-
-
-def _group_size(value: int) -> int:
-    if value == -1 or 16 <= value <= 256:
-        return value
-    raise ValueError("group_size is -1 (one group a row) or between 16 and 256")
 
 
 class IntegerGrid(Grid):
@@ -28,15 +20,26 @@ class IntegerGrid(Grid):
     Asymmetric grids span the smallest to the largest weight of a group, always holding 0, with an integer zero point
     of `bits` bits. Symmetric grids use their full range as llama.cpp and auto-round do: the weight of largest
     magnitude becomes code 0, i.e. -2^(bits-1) steps, by a scale that may be negative, and no zero point is stored. One
-    symmetric bit is +-scale/2 with the scale that fits best. `scale` chooses between the range of the group (`minmax`)
-    and the clipped range with the least squared error (`mse`).
+    symmetric bit is +-scale/2 with the scale that fits best. `scale` chooses between the range of the group (`minmax`),
+    both ends of it times `clip`, and the clipped range with the least squared error (`mse`).
     """
 
     grid: Literal["integer"] = "integer"
     bits: Annotated[int, Field(ge=1, le=8)] = 4
-    group_size: Annotated[int, AfterValidator(_group_size)] = 128
+    group_size: GroupSize = 128
     symmetric: bool = False
     scale: Literal["minmax", "mse"] = "mse"
+    clip: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> IntegerGrid:
+        if self.scale == "mse" and self.clip != 1:
+            raise ValueError("scale: mse searches for the clipping itself; clip needs scale: minmax")
+        return self
+
+    @property
+    def group_bits(self) -> int:
+        return 16 if self.symmetric else 16 + self.bits
 
     @property
     def _levels(self) -> int:
@@ -58,41 +61,27 @@ class IntegerGrid(Grid):
 
     def _params(self, low: Tensor, high: Tensor) -> GroupParams:
         if self.symmetric:
-            zero = torch.full_like(low, self._middle)
-            scale = -low / self._middle
-        else:
-            zero = torch.zeros_like(low)
-            scale = (high - low) / self._levels
-        scale = scale.half().float()
-        if not bool(scale.isfinite().all()):
-            raise InputError("a group of weights is too large for an fp16 scale (above 65504)")
-        scale = torch.where(scale.abs() < _TINY, torch.full_like(scale, _TINY), scale)
-        if not self.symmetric:
-            zero = torch.round(-low / scale).clamp(0, self._levels)
-        return GroupParams(scale, zero)
+            return GroupParams(half_scale(-low / self._middle), torch.full_like(low, self._middle))
+        scale = half_scale((high - low) / self._levels)
+        return GroupParams(scale, torch.round(-low / scale).clamp(0, self._levels))
 
     def fit(self, groups: Tensor) -> GroupParams:
         low, high = self._range(groups)
-        best = self._params(low, high)
         if self.scale == "minmax":
-            return best
-        error = self._error(groups, best)
-        for factor in _SHRINK[1:]:
-            tried = self._params(low * factor, high * factor)
-            tried_error = self._error(groups, tried)
-            better = tried_error < error
-            error = torch.where(better, tried_error, error)
-            best = GroupParams(torch.where(better, tried.scale, best.scale), torch.where(better, tried.zero, best.zero))
-        return best
+            return self._params(low * self.clip, high * self.clip)
+        return self.least_squares(groups, (self._params(low * factor, high * factor) for factor in _SHRINK))
 
-    def _error(self, groups: Tensor, params: GroupParams) -> Tensor:
-        return (self.decode(self.encode(groups, params), params) - groups).square().sum(-1, keepdim=True)
+    def _steps(self, weights: Tensor, params: GroupParams) -> Tensor:
+        return (weights / params.scale).add_(params.zero).round_().clamp_(0, self._levels)
 
     def encode(self, weights: Tensor, params: GroupParams) -> Tensor:
-        return torch.round(weights / params.scale + params.zero).clamp(0, self._levels).to(torch.uint8)
+        return self._steps(weights, params).to(torch.uint8)
 
     def decode(self, codes: Tensor, params: GroupParams) -> Tensor:
         return (codes.float() - params.zero) * params.scale
+
+    def nearest(self, weights: Tensor, params: GroupParams) -> Tensor:
+        return self._steps(weights, params).sub_(params.zero).mul_(params.scale)
 
     def pack(self, codes: Tensor, params: GroupParams) -> dict[str, Tensor]:
         arrays = {"codes": pack(codes, self.bits), "scales": params.scale.squeeze(-1).half()}
@@ -103,10 +92,8 @@ class IntegerGrid(Grid):
     def unpack(self, arrays: dict[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, GroupParams]:
         rows, columns = shape
         groups = columns // self.group_of(columns)
-        if tuple(arrays["scales"].shape) != (rows, groups):
-            raise InputError(f"scales of shape {tuple(arrays['scales'].shape)} where ({rows}, {groups}) is expected")
+        scale = stored(arrays, "scales", (rows, groups)).float().unsqueeze(-1)
         codes = unpack(arrays["codes"], self.bits, shape)
-        scale = arrays["scales"].float().unsqueeze(-1)
         if self.symmetric:
             return codes, GroupParams(scale, torch.full_like(scale, self._middle))
         zero = unpack(arrays["zeros"], self.bits, (rows, groups, 1)).float()

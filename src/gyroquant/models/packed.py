@@ -1,8 +1,9 @@
 """Our own saved format: packed codes and scales in safetensors, described by `quantization_config` in config.json.
 
-A parameter P that was rounded is stored as P_codes, P_scales and, for asymmetric grids, P_zeros. What runs with the
-model (maps, rounding of activations and of the KV cache) is described in the configuration too; its tensors lie among
-the weights under names that start with `gyroquant_map.`.
+A parameter P that was rounded is stored as P_codes, P_scales and, where its grid has them, P_zeros (zero points) and
+P_global (the scale of the whole parameter). What runs with the model (maps, rounding of activations and of the KV
+cache) is described in the configuration too; its tensors lie among the weights under names that start with
+`gyroquant_map.`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from gyroquant.models.store import CheckpointStore, LazyTensor, safetensors_inde
 
 METHOD = "gyroquant"
 FORMAT_VERSION = 1
-PARTS = ("codes", "scales", "zeros")
+PARTS = ("codes", "scales", "zeros", "global")
 MAPS = "gyroquant_map."
 _STORED_BITS = {"U8": 8, "I8": 8, "F16": 16, "BF16": 16, "I32": 32, "F32": 32, "I64": 64, "F64": 64}
 
@@ -55,7 +56,7 @@ class Description:
     """The `quantization_config` of a saved model, built tensor by tensor."""
 
     def __init__(self) -> None:
-        self._grids: list[Grid] = []
+        self._grids: list[dict[str, Any]] = []
         self._tensors: dict[str, dict[str, Any]] = {}
         self._maps: list[Map] = []
         self._online: list[dict[str, Any]] = []
@@ -63,9 +64,10 @@ class Description:
         self._cache: list[dict[str, Any]] = []
 
     def _grid(self, grid: Grid) -> int:
-        if grid not in self._grids:
-            self._grids.append(grid)
-        return self._grids.index(grid)
+        spec = grid.model_dump(mode="json")  # without what a grid may know of one weight, which is in its arrays
+        if spec not in self._grids:
+            self._grids.append(spec)
+        return self._grids.index(spec)
 
     def add_tensor(self, op: LinearOp, weight: QuantizedWeight) -> dict[str, Tensor]:
         """Notes a rounded parameter; returns the arrays to store for it."""
@@ -101,7 +103,7 @@ class Description:
         return {
             "quant_method": METHOD,
             "format_version": FORMAT_VERSION,
-            "grids": [grid.model_dump(mode="json") for grid in self._grids],
+            "grids": list(self._grids),
             "tensors": self._tensors,
             "maps": [dump(m, {}, f"{MAPS}{i}") for i, m in enumerate(self._maps)],
             "online": self._online,

@@ -41,7 +41,9 @@ class Solver(BaseModel, ABC):
     def solve(
         self, weight: Tensor, grid: Grid, statistics: InputStatistics | None, warn: Warn = lambda text: None
     ) -> QuantizedWeight:
-        """Rounds a matrix of shape (out, in), fp32. Rows are independent of each other given the statistics."""
+        """Rounds a matrix of shape (out, in), fp32, to a grid that is bound to it. Rows are independent of each other
+        given grid and statistics.
+        """
 
 
 def weight_error(weight: Tensor, rounded: Tensor) -> float:

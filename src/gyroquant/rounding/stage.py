@@ -121,7 +121,9 @@ def _round_together(
     statistics = _statistics(observed.get((key, None)))
     matrices = [as_matrix(tensors[op.weight].float(), op) for op in ops]
     names = ", ".join(op.module for op in ops)
-    solved = solver.solve(torch.cat(matrices), grid, statistics, partial(_named, warn, names))
+    together = torch.cat(matrices)
+    grid = grid.bind(together)
+    solved = solver.solve(together, grid, statistics, partial(_named, warn, names))
     sizes = [len(matrix) for matrix in matrices]
     parts = zip(
         solved.codes.split(sizes), solved.params.scale.split(sizes), solved.params.zero.split(sizes), strict=True
@@ -143,6 +145,7 @@ def _round_experts(
     warn: Warn,
 ) -> list[Piece]:
     nearest = Solver.kinds["rtn"](name="rtn")
+    grid = grid.bind(tensors[op.weight])
     weights: list[QuantizedWeight] = []
     reports: list[LayerReport] = []
     for expert, stored in enumerate(tensors[op.weight].float()):

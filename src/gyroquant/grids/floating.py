@@ -1,0 +1,136 @@
+"""Floating-point grids: elements of 4 or 8 bits with an fp16 scale for each group, and no zero point."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gyroquant.errors import InputError
+from gyroquant.grids.base import Grid, GroupParams, GroupSize, half_scale, stored
+from gyroquant.grids.bitpack import pack, unpack
+
+E2M1_MAX = 6.0
+_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_E2M1 = torch.tensor([*_MAGNITUDES, *(-value for value in _MAGNITUDES)], dtype=torch.float32)  # by code
+_EXPONENT = 0x7F800000  # where fp32 keeps it
+# Factors that the search for the least squared error tries. They go above 1 too: the steps of E2M1 are uneven, and many
+# a group fits better when its largest weight becomes 4 and not 6 ("Four Over Six").
+SCALINGS = tuple(1.0 - 0.02 * i for i in range(-25, 26))
+
+
+def nearest_e2m1(weights: Tensor, scale: Tensor) -> Tensor:
+    """The nearest to each of ``weights / scale`` among 0, .5, 1, 1.5, 2, 3, 4, 6 and their negatives, fp32; ties go to
+    the even mantissa.
+
+    Exact for every fp32 quotient: one step is half the number's power of two, at least half of 1, and adding and taking
+    off 1.5 * 2^23 steps leaves a multiple of a step, rounded as the addition itself rounds. Zero is never negative.
+    """
+    x = (weights / scale).clamp_(-E2M1_MAX, E2M1_MAX)
+    steps = (x.view(torch.int32) & _EXPONENT).view(torch.float32).clamp_(min=1).mul_(1.5 * 2**22)
+    return x.add_(steps).sub_(steps)
+
+
+def largest(groups: Tensor) -> Tensor:
+    """The largest magnitude of each group, shape (..., 1). Raises InputError when one is NaN or infinite."""
+    found = torch.maximum(groups.amax(-1, keepdim=True), -groups.amin(-1, keepdim=True))
+    if not bool(found.isfinite().all()):
+        raise InputError("a group of numbers is not finite (NaN or infinite)")
+    return found
+
+
+class FloatGrid(Grid):
+    """What floating-point grids share: `scale` times an element, stored as codes and scales; `zero` is always 0."""
+
+    @property
+    def group_bits(self) -> int:
+        return 16
+
+    def scaled(self, scale: Tensor) -> GroupParams:
+        """Parameters of these scales."""
+        return GroupParams(scale, torch.zeros_like(scale))
+
+    def pack(self, codes: Tensor, params: GroupParams) -> dict[str, Tensor]:
+        return {"codes": pack(codes, self.bits)} | self._stored(params.scale.squeeze(-1))
+
+    def unpack(self, arrays: dict[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, GroupParams]:
+        rows, columns = shape
+        scale = self._restored(arrays, (rows, columns // self.group_of(columns)))
+        return unpack(arrays["codes"], self.bits, shape), self.scaled(scale.unsqueeze(-1))
+
+    def _stored(self, scale: Tensor) -> dict[str, Tensor]:
+        return {"scales": scale.half()}
+
+    def _restored(self, arrays: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
+        return stored(arrays, "scales", shape).float()
+
+
+class E2M1Grid(FloatGrid):
+    """Elements of sign, two bits of exponent and one of mantissa, as the OCP Microscaling specification has them."""
+
+    bits: Literal[4] = 4
+
+    def encode(self, weights: Tensor, params: GroupParams) -> Tensor:
+        element = nearest_e2m1(weights, params.scale)
+        size = element.abs()
+        # Codes of magnitudes rise by 2, 1 and 1/2 a unit up to 2, 4 and 6, so the lowest of three lines is the code.
+        code = torch.minimum(torch.minimum(2 * size, size + 2), size / 2 + 4)
+        return (code + 8 * (element < 0)).to(torch.uint8)
+
+    def decode(self, codes: Tensor, params: GroupParams) -> Tensor:
+        return _E2M1.to(codes.device)[codes.int()] * params.scale
+
+    def nearest(self, weights: Tensor, params: GroupParams) -> Tensor:
+        return nearest_e2m1(weights, params.scale).mul_(params.scale)
+
+
+class Fp4Grid(E2M1Grid):
+    """E2M1 elements with an fp16 scale for each group or row.
+
+    `scale` chooses between the largest weight of a group becoming 6 (`minmax`) and the scale of least squared error
+    from half to one and a half times that (`mse`).
+    """
+
+    grid: Literal["fp4"] = "fp4"
+    group_size: GroupSize = -1
+    scale: Literal["minmax", "mse"] = "mse"
+
+    def fit(self, groups: Tensor) -> GroupParams:
+        wide = largest(groups) / E2M1_MAX
+        if self.scale == "minmax":
+            return self.scaled(half_scale(wide))
+        return self.least_squares(groups, (self.scaled(half_scale(wide * factor)) for factor in SCALINGS))
+
+
+_FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+
+
+class Fp8Grid(FloatGrid):
+    """Elements of 8 bits, `format` e4m3 (the finite one, up to 448) or e5m2 (up to 57344), with an fp16 scale for each
+    group or row. Codes are the bit patterns; the largest weight of a group becomes the largest element.
+    """
+
+    grid: Literal["fp8"] = "fp8"
+    bits: Literal[8] = 8
+    group_size: GroupSize = -1
+    format: Literal["e4m3", "e5m2"] = "e4m3"
+
+    def fit(self, groups: Tensor) -> GroupParams:
+        return self.scaled(half_scale(largest(groups) / self._max))
+
+    @property
+    def _max(self) -> float:
+        return float(torch.finfo(_FP8[self.format]).max)
+
+    def _elements(self, weights: Tensor, params: GroupParams) -> Tensor:
+        return (weights / params.scale).clamp_(-self._max, self._max).to(_FP8[self.format])
+
+    def encode(self, weights: Tensor, params: GroupParams) -> Tensor:
+        return self._elements(weights, params).view(torch.uint8)
+
+    def decode(self, codes: Tensor, params: GroupParams) -> Tensor:
+        return codes.view(_FP8[self.format]).float() * params.scale
+
+    def nearest(self, weights: Tensor, params: GroupParams) -> Tensor:
+        return self._elements(weights, params).float().mul_(params.scale)

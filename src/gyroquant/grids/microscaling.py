@@ -1,0 +1,124 @@
+"""Microscaling grids: E2M1 elements in small groups whose scales take 8 bits each."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import PrivateAttr
+from torch import Tensor
+
+from gyroquant.errors import InputError
+from gyroquant.grids.base import GroupParams, stored
+from gyroquant.grids.floating import E2M1_MAX, SCALINGS, E2M1Grid, largest
+
+# What is added to the bits of an fp32 number before its exponent is read: 1.75 and above go up, or all above 1.5.
+_CARRY = {"floor": 0, "round": 1 << 21, "ceil": (1 << 22) - 1}
+
+
+class Mxfp4Grid(E2M1Grid):
+    """MXFP4 (OCP Microscaling Formats 1.0): groups of 32 and a power of two for each, stored as its exponent plus 127.
+
+    `scale_rounding` says which power of two. With the largest magnitude ``m = 1.f * 2^e`` of a group: `floor` is
+    ``2^(e - 2)``, as the specification has it, and clips what lies above 6 of up to 8 steps; `round` takes the exponent
+    that m has once it is rounded to one bit of mantissa, so that 7 steps and more become 4 of twice the size; `ceil` is
+    the smallest power of two that clips nothing; `mse` is whichever of ``2^(e - 3)`` to ``2^(e - 1)`` has the least
+    squared error.
+    """
+
+    grid: Literal["mxfp4"] = "mxfp4"
+    group_size: Literal[32] = 32
+    scale_rounding: Literal["floor", "round", "ceil", "mse"] = "floor"
+
+    @property
+    def group_bits(self) -> int:
+        return 8
+
+    def fit(self, groups: Tensor) -> GroupParams:
+        extreme = largest(groups).view(torch.int32)
+        if self.scale_rounding != "mse":
+            return self._params(extreme + _CARRY[self.scale_rounding], 0)
+        return self.least_squares(groups, (self._params(extreme, shift) for shift in (0, 1, -1)))
+
+    def _params(self, extreme: Tensor, shift: int) -> GroupParams:
+        # Two binades lie between 1 and the 4 that the largest becomes. 0 would be a number that fp32 holds as a
+        # subnormal only, 255 is NaN.
+        exponents = ((extreme >> 23) - 2 + shift).clamp(1, 254)
+        return self.scaled((exponents << 23).view(torch.float32))
+
+    def _stored(self, scale: Tensor) -> dict[str, Tensor]:
+        return {"scales": (scale.view(torch.int32) >> 23).to(torch.uint8)}
+
+    def _restored(self, arrays: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
+        return stored(arrays, "scales", shape).view(torch.float8_e8m0fnu).float()
+
+
+_E4M3 = torch.float8_e4m3fn
+_E4M3_MAX = 448.0
+_E4M3_TINY = 2.0**-9
+_LEAST = 2.0**-100  # of tensor scales, so that no scale is an fp32 subnormal
+
+
+def _whole_scale(extreme: Tensor) -> Tensor:
+    """The scale of a whole tensor: its largest weight becomes the largest element of a group with the largest scale."""
+    return (extreme / (E2M1_MAX * _E4M3_MAX)).clamp(min=_LEAST)
+
+
+class Nvfp4Grid(E2M1Grid):
+    """NVFP4: groups of 16, each with an E4M3 scale, times one fp32 scale of the whole weight.
+
+    A grid must be bound to a weight before it can fit or pack. `fake` of one that is not bound gives each row a tensor
+    scale of its own, so that tokens do not depend on each other. `scale` is as for fp4; the group scales in
+    `GroupParams` are the products, as the codes are multiplied with them.
+    """
+
+    grid: Literal["nvfp4"] = "nvfp4"
+    group_size: Literal[16] = 16
+    scale: Literal["minmax", "mse"] = "mse"
+    _tensor_scale: float | None = PrivateAttr(default=None)
+
+    @property
+    def group_bits(self) -> int:
+        return 8
+
+    @property
+    def tensor_scale(self) -> float:
+        """The scale of the whole weight, an fp32 number. Raises InputError for a grid that is not bound."""
+        if self._tensor_scale is None:
+            raise InputError("an nvfp4 grid has to know the whole weight before its groups: bind(weight) it first")
+        return self._tensor_scale
+
+    def _as_tensor(self, device: torch.device) -> Tensor:
+        return torch.tensor([self.tensor_scale], dtype=torch.float32, device=device)
+
+    def bind(self, weight: Tensor) -> Nvfp4Grid:
+        if self._tensor_scale is not None:
+            return self
+        bound = self.model_copy()
+        bound._tensor_scale = float(_whole_scale(largest(weight.float().reshape(1, -1))))
+        return bound
+
+    def fit(self, groups: Tensor) -> GroupParams:
+        return self._fit(groups, largest(groups), self._as_tensor(groups.device))
+
+    def _fit_rows(self, groups: Tensor) -> GroupParams:
+        if self._tensor_scale is not None:
+            return self.fit(groups)
+        extreme = largest(groups)
+        return self._fit(groups, extreme, _whole_scale(extreme.amax(-2, keepdim=True)))
+
+    def _fit(self, groups: Tensor, extreme: Tensor, tensor_scale: Tensor) -> GroupParams:
+        wide = extreme / E2M1_MAX / tensor_scale
+        if self.scale == "minmax":
+            return self._params(wide, tensor_scale)
+        return self.least_squares(groups, (self._params(wide * factor, tensor_scale) for factor in SCALINGS))
+
+    def _params(self, wanted: Tensor, tensor_scale: Tensor) -> GroupParams:
+        return self.scaled(wanted.clamp(_E4M3_TINY, _E4M3_MAX).to(_E4M3).float() * tensor_scale)
+
+    def _stored(self, scale: Tensor) -> dict[str, Tensor]:
+        tensor_scale = self._as_tensor(scale.device)
+        return {"scales": (scale / tensor_scale).to(_E4M3).view(torch.uint8), "global": tensor_scale}
+
+    def _restored(self, arrays: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
+        return stored(arrays, "scales", shape).view(_E4M3).float() * stored(arrays, "global", (1,))

@@ -25,6 +25,7 @@ ROOMS = [
     "export",
     "planning",
     "recipe",
+    "learning",
     "rounding",
     "methods",
     "calibration",

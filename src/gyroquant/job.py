@@ -16,6 +16,8 @@ from gyroquant.environment import native_bfloat16
 from gyroquant.errors import InputError, UnsupportedModelError
 from gyroquant.export.folder import check_destination, check_room
 from gyroquant.export.writer import saved_dtype
+from gyroquant.learning.learn import Setting
+from gyroquant.learning.live import learnable
 from gyroquant.models.fold import FoldPlan
 from gyroquant.models.graph import LinearOp, ModelGraph
 from gyroquant.models.online import Attachment
@@ -69,6 +71,22 @@ class Job:
     def needs_stream(self) -> bool:
         """Whether the model has to be run on the calibration text."""
         return self.recipe.weights.solver.needs_statistics or self.centers_keys
+
+    @property
+    def learning_setting(self) -> Setting:
+        """What rotations are learned for."""
+        weights, learn = self.recipe.weights, self.recipe.learn
+        rounded = learn is not None and learn.round_weights
+        if learn is not None and learn.round_weights is None:
+            rounded = not weights.solver.needs_statistics
+        return Setting(
+            tokens=self.tokens,
+            targets=self.targets,
+            grid=weights.grid if rounded else None,
+            attachments=self.quantizers,
+            dtype=self.compute_dtype,
+            seed=self.recipe.seed,
+        )
 
     @property
     def measures(self) -> bool:
@@ -128,6 +146,8 @@ def prepare(
     plan = plan_folds(store.graph, recipe)
     targets = find_targets(store.graph, recipe.weights.grid, recipe.weights.ignore)
     quantizers = plan_quantizers(store.graph, recipe)
+    if recipe.learn is not None:
+        learnable(plan, recipe.learn.sites)
     _check_forms(store, plan, targets, quantizers, dense)
     source = calibration if calibration is not None else recipe.calibration.text
     text = load_text(source) if source is not None else None
@@ -190,7 +210,7 @@ def _tokens(job: Job) -> Tensor | None:
     """The windows of text to calibrate on, shape (samples, length), or None for a recipe that needs none."""
     settings = job.recipe.calibration
     if job.text is None:
-        if job.needs_stream or job.measures or job.plan.edits or job.plan.online:
+        if job.needs_stream or job.measures or job.recipe.learn or job.plan.edits or job.plan.online:
             need = "calibrates" if job.needs_stream or job.measures else "is proved"
             raise InputError(f"this recipe {need} on text: give --text FILE (or a dataset's name)")
         return None

@@ -23,6 +23,7 @@ from gyroquant.export.hf import keep_online
 from gyroquant.export.writer import DenseWriter, PackedWriter
 from gyroquant.grids import QuantizedWeight
 from gyroquant.job import Job
+from gyroquant.learning import learn
 from gyroquant.maps import dump
 from gyroquant.models.fold import FoldPlan, fold
 from gyroquant.models.graph import Group, LinearOp
@@ -171,6 +172,7 @@ def run(job: Job, progress: Stages | None = None) -> dict[str, Any]:
             job.plan = _measured_plan(
                 job.store, job.recipe, tokens, dtype, job.output.device, progress, job.output.offload
             )
+        learned = _learn(job, progress)
         proof = _prove(job.store, job.plan, proof_sample(job), job.recipe, progress)
         with OutputFolder(job.output.folder, job.output.overwrite) as folder:
             writer = (DenseWriter if job.output.dense else PackedWriter)(folder, job.store, job.output.dtype)
@@ -181,11 +183,28 @@ def run(job: Job, progress: Stages | None = None) -> dict[str, Any]:
             manifest["seconds"] = round(time.perf_counter() - started, 3)
             manifest["peak_memory_bytes"] = peak_memory_bytes()
             writer.finish(job.tokenizer, manifest["untied"])
+            manifest["learned"] = learned
             folder.json("gyroquant.json", manifest)
             folder.commit()
+    _checkpoint(job).unlink(missing_ok=True)
     for text in warnings:
         progress.warn(text)
     return manifest
+
+
+def _checkpoint(job: Job) -> Path:
+    """Where the state of learned rotations is kept until the result is there."""
+    return job.output.folder.with_name(f".{job.output.folder.name}.rotations.safetensors")
+
+
+def _learn(job: Job, progress: Stages) -> dict[str, Any] | None:
+    """Learns the rotations that the recipe asks for, puts them into the plan and says how it went."""
+    if job.recipe.learn is None:
+        return None
+    started = time.perf_counter()
+    result = learn(job.store, job.plan, job.recipe.learn, job.learning_setting, progress, _checkpoint(job))
+    job.plan = result.plan
+    return {"losses": result.losses, "drift": result.drift, "seconds": round(time.perf_counter() - started, 3)}
 
 
 def proof_sample(job: Job) -> Tensor:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationErr
 
 from gyroquant.errors import RecipeError
 from gyroquant.grids import Grid
+from gyroquant.learning import Learn
 from gyroquant.methods import Method
 from gyroquant.models.sites import SITE_NAMES
 from gyroquant.rounding import Activations, Ignore, KvCache, Solver
@@ -69,6 +70,7 @@ class Recipe(BaseModel):
     description: str = ""
     seed: int = 0
     transform: dict[str, tuple[Step, ...]] = Field(default_factory=dict)
+    learn: Learn | None = None
     weights: Weights
     activations: Activations | None = None
     kv_cache: KvCache | None = None
@@ -202,7 +204,7 @@ def parse(data: Any) -> Recipe:
     for section, dynamic in (("activations", Activations), ("kv_cache", KvCache)):
         if data.get(section) is not None:
             built[section] = _dynamic(data[section], dynamic, section)
-    for section, kind in (("calibration", Calibration), ("proof", ProofSettings)):
+    for section, kind in (("calibration", Calibration), ("proof", ProofSettings), ("learn", Learn)):
         if data.get(section) is not None:
             values = data[section] if isinstance(data[section], dict) else {}
             for key in values:

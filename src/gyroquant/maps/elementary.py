@@ -168,7 +168,7 @@ class Dense(Map):
 
     @cached_property
     def _gram_error(self) -> float:
-        m = self.matrix.double()
+        m = self.matrix.detach().double()
         return float((m @ m.T - torch.eye(self.n, dtype=m.dtype, device=m.device)).abs().max())
 
     @property
@@ -177,7 +177,7 @@ class Dense(Map):
 
     @cached_property
     def diagonal(self) -> bool:
-        return torch.equal(self.matrix, torch.diag(self.matrix.diagonal()))
+        return torch.equal(self.matrix.detach(), torch.diag(self.matrix.detach().diagonal()))
 
     def _apply(self, x: Tensor) -> Tensor:
         return x @ self.matrix.to(x)

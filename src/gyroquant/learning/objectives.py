@@ -1,0 +1,186 @@
+"""What learned rotations are to make small. Each gives the gradient of its loss by every learned matrix."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from gyroquant.calibration.measure import Want, measure
+from gyroquant.calibration.stream import Stream
+from gyroquant.learning.live import LiveFold, as_map, with_maps
+from gyroquant.models.fold import FoldPlan
+from gyroquant.models.online import Attachment, attached, fake
+from gyroquant.models.packed import as_matrix, from_matrix
+from gyroquant.models.runner import BlockRunner
+from gyroquant.models.store import WeightStore
+
+Matrices = Mapping[str, Tensor]
+_UNIFORM = 1.8  # kurtosis of a uniform distribution
+
+
+class Loss(ABC):
+    """A loss of the learned matrices, by label, each of shape (blocks, n, n)."""
+
+    def __init__(self, store: WeightStore, plan: FoldPlan, places: Mapping[str, int]):
+        self.store, self.plan, self.places = store, plan, places
+
+    @abstractmethod
+    def gradients(self, matrices: Matrices, batch: Tensor) -> tuple[float, dict[str, Tensor]]:
+        """The loss on token ids of shape (sequences, length), and its gradients."""
+
+    def _live(self, matrices: Matrices) -> tuple[dict[str, Tensor], FoldPlan]:
+        leaves = {label: matrix.detach().requires_grad_() for label, matrix in matrices.items()}
+        return leaves, with_maps(self.plan, self.places, {label: as_map(leaf) for label, leaf in leaves.items()})
+
+
+def _collected(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {label: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for label, leaf in leaves.items()}
+
+
+class EndToEnd(Loss):
+    """Cross-entropy on the text, or KL from the original, of the whole model with everything rounded that is asked for.
+
+    The parameters are folded once a step and the sequences run one by one, so that memory holds one of them.
+    """
+
+    def __init__(
+        self,
+        store: WeightStore,
+        plan: FoldPlan,
+        places: Mapping[str, int],
+        attachments: Sequence[Attachment],
+        rounding: Mapping[str, Any],
+        dtype: torch.dtype,
+        kl: bool,
+    ):
+        super().__init__(store, plan, places)
+        graph = store.graph
+        self._names = (*graph.outer_params(), *(n for i in range(len(graph.blocks)) for n in graph.block_params(i)))
+        tensors = store.read(self._names)
+        self._names = (*self._names, *plan.unties(tensors))
+        self._fold = LiveFold(plan, places, tensors, self._names)
+        self._original = {name: t.to(dtype) for name, t in tensors.items()} if kl else None
+        self._attachments, self._rounding, self._dtype = attachments, rounding, dtype
+
+    def _logits(self, weights: Mapping[str, Tensor], ids: Tensor) -> Tensor:
+        tied = {alias: weights[name] for alias, name in self.store.graph.tied.items()}
+        arguments = {"input_ids": ids, "use_cache": False}
+        return functional_call(self.store.skeleton(), tied | dict(weights), (), arguments, tie_weights=False).logits
+
+    def _rounded(self, name: str, value: Tensor) -> Tensor:
+        if name not in self._rounding:
+            return value
+        op, grid = self._rounding[name]
+        return from_matrix(fake(grid, as_matrix(value, op)), op.shape, op.entry.transposed)
+
+    def gradients(self, matrices: Matrices, batch: Tensor) -> tuple[float, dict[str, Tensor]]:
+        leaves, plan = self._live(matrices)
+        folded = {name: self._rounded(name, value) for name, value in self._fold(plan).items()}
+        weights = {name: value.detach().to(self._dtype).requires_grad_() for name, value in folded.items()}
+        total = 0.0
+        for ids in batch.split(1):
+            wanted = None
+            if self._original is not None:
+                with torch.no_grad():
+                    wanted = self._logits(self._original, ids).float().log_softmax(-1)
+            with attached(self.store.skeleton(), self._attachments):
+                logs = self._logits(weights, ids).float().log_softmax(-1)
+            if wanted is None:
+                loss = -logs[:, :-1].gather(-1, ids[:, 1:, None]).mean()
+            else:
+                loss = (wanted.exp() * (wanted - logs)).sum(-1).mean()
+            (loss / len(batch)).backward()
+            total += float(loss.detach()) / len(batch)
+        moved = [name for name, value in folded.items() if value.requires_grad and weights[name].grad is not None]
+        torch.autograd.backward([folded[n] for n in moved], [weights[n].grad.float() for n in moved])  # type: ignore[union-attr]
+        return total, _collected(leaves)
+
+
+class FourthPowers(Loss):
+    """OptRot (arXiv 2512.24124): the mean fourth power of the rotated weights, each matrix scaled to unit variance.
+
+    Weights without outliers round better; no text is needed. One block at a time is in memory.
+    """
+
+    def __init__(self, store: WeightStore, plan: FoldPlan, places: Mapping[str, int], targets: Sequence[str]):
+        super().__init__(store, plan, places)
+        self._targets = frozenset(targets)
+
+    def gradients(self, matrices: Matrices, batch: Tensor) -> tuple[float, dict[str, Tensor]]:
+        leaves, plan = self._live(matrices)
+        graph, total = self.store.graph, 0.0
+        for i in range(len(graph.blocks)):
+            tensors = self.store.read(graph.block_params(i))
+            names = [name for name in tensors if name in self._targets]
+            folded = LiveFold(self.plan, self.places, tensors, names)(plan)
+            losses = [(w / w.detach().square().mean().sqrt()).pow(4).mean() for w in folded.values() if w.requires_grad]
+            if losses:
+                loss = torch.stack(losses).sum() / (len(losses) * len(graph.blocks))
+                loss.backward()
+                total += float(loss.detach())
+        return total, _collected(leaves)
+
+
+class Sample:
+    """A random sample of at most `rows` of the vectors that it is shown, each as likely as any other."""
+
+    rows = 4096
+
+    def __init__(self, n: int):
+        self.value = torch.empty(0, n)
+        self._order = torch.empty(0)
+        self._generator = torch.Generator().manual_seed(n)
+
+    def __call__(self, x: Tensor) -> None:
+        order = torch.cat([self._order, torch.rand(len(x), generator=self._generator)])
+        kept = order.topk(min(self.rows, len(order))).indices
+        self.value = torch.cat([self.value, x.float().cpu()])[kept]
+        self._order = order[kept]
+
+
+class Kurtosis(Loss):
+    """KurTail (arXiv 2503.01483): the kurtosis of what enters the layers, towards that of a uniform distribution.
+
+    A sample of the vectors at each site is taken once, from the original model.
+    """
+
+    def __init__(
+        self,
+        store: WeightStore,
+        plan: FoldPlan,
+        places: Mapping[str, int],
+        tokens: Tensor,
+        dtype: torch.dtype,
+        advance: Callable[[], None],
+    ):
+        super().__init__(store, plan, places)
+        before = FoldPlan(plan.graph)  # what lies in front of the learned maps, and changes what they act on
+        for site, m, online in plan.folded[: max(places.values())]:
+            if site.label in places and plan.folded[places[site.label]][1] is not m:
+                before.add(site, m, online)
+        wants = [Want(plan.folded[i][0], (Sample,)) for i in places.values()]
+        outer = store.read(store.graph.outer_params())
+        stream = Stream(BlockRunner(store.skeleton(), store.graph), tokens, outer, dtype)
+        stream.free_outer()
+        measure(store, before, wants, stream, outer, advance)
+        self._samples = {label: want.seen[Sample].value for label, want in zip(places, wants, strict=True)}
+
+    def gradients(self, matrices: Matrices, batch: Tensor) -> tuple[float, dict[str, Tensor]]:
+        leaves, total = {label: matrix.detach().requires_grad_() for label, matrix in matrices.items()}, 0.0
+        for label, leaf in leaves.items():
+            z = as_map(leaf).apply(self._samples[label])
+            loss = (kurtosis(z) - _UNIFORM).abs() / len(leaves)
+            loss.backward()
+            total += float(loss.detach())
+        return total, _collected(leaves)
+
+
+def kurtosis(x: Tensor) -> Tensor:
+    """Mean over vectors of the kurtosis of their entries, each divided by its own rms; x has shape (vectors, n)."""
+    scaled = x / x.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
+    return scaled.pow(4).mean()

@@ -1,0 +1,216 @@
+"""Learned rotations: they stay rotations, every objective falls, a stopped run goes on to the same end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from test_pipeline import run
+
+import gyroquant as gq
+from gyroquant.job import plan_quantizers
+from gyroquant.learning.learn import Setting, learn
+from gyroquant.learning.live import LiveFold, as_map, learnable, start_matrix, with_maps
+from gyroquant.learning.objectives import Kurtosis, Loss, Sample, kurtosis
+from gyroquant.learning.stiefel import CayleySGD, drift, mended, scheduled
+from gyroquant.maps import BlockDiagonal, Dense
+from gyroquant.models.fold import fold
+from gyroquant.models.prove import prove
+from gyroquant.models.runner import BlockRunner
+from gyroquant.models.source import open_model
+from gyroquant.planning import plan_folds
+from gyroquant.progress import Stages
+from gyroquant.rounding.stage import find_targets
+
+OBJECTIVES = ("cross_entropy", "kl", "kurtosis", "weights")
+BASE = ["weights.group_size=16", "transform.R1={method: hadamard, random_signs: true}", "transform.R2=hadamard"]
+
+
+def setting(model: Any, recipe: gq.Recipe, rounded: bool) -> Setting:
+    graph = open_model(model).graph
+    targets = find_targets(graph, recipe.weights.grid, recipe.weights.ignore)
+    quantizers = plan_quantizers(graph, recipe)
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(3, 96, (6, 24), generator=generator)
+    return Setting(tokens, targets, recipe.weights.grid if rounded else None, quantizers, torch.float32, 0)
+
+
+def learned(name: str, objective: str, *changes: str, rounded: bool = False, checkpoint: Path | None = None) -> Any:
+    model = tiny.build(name)
+    recipe = gq.load_recipe(
+        "rtn", [*BASE, f"learn.objective={objective}", "learn.steps=6", "learn.batch_size=2", *changes]
+    )
+    store = open_model(model)
+    plan = plan_folds(store.graph, recipe)
+    result = learn(store, plan, recipe.learn, setting(model, recipe, rounded), Stages(), checkpoint)
+    return model, store, plan, result
+
+
+def test_steps_stay_on_the_manifold_and_go_down() -> None:
+    generator = torch.Generator().manual_seed(0)
+    goal = mended(torch.linalg.qr(torch.randn(3, 16, 16, generator=generator, dtype=torch.float64))[0])
+    r = mended(torch.linalg.qr(goal + 0.1 * torch.randn(3, 16, 16, generator=generator, dtype=torch.float64))[0])
+    signs = torch.sign((r * goal).sum((1,), keepdim=True))
+    r = mended(r * signs)
+    optimizer = CayleySGD(momentum=0.5)
+    distances = [float((r - goal).norm())]
+    for _ in range(60):
+        r = optimizer.step("r", r, r - goal, 0.3)
+        distances.append(float((r - goal).norm()))
+        assert drift(r) < 1e-12
+    assert distances[-1] < 1e-2 * distances[0]
+
+
+def test_schedules_begin_at_lr_and_end_near_nothing() -> None:
+    assert scheduled(1.5, 0, 100, "cosine") == 1.5
+    assert scheduled(1.5, 50, 100, "cosine") == pytest.approx(0.75)
+    assert scheduled(1.5, 99, 100, "linear") == pytest.approx(0.015)
+    assert scheduled(1.5, 99, 100, "constant") == 1.5
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "qwen2", "qwen3_moe", "phi3"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_objective_falls_and_the_model_stays_the_same_function(name: str, objective: str) -> None:
+    changes = ["learn.steps=12", "learn.lr=0.3", "activations.bits=3", "learn.batch_size=6"]
+    model, store, plan, result = learned(name, objective, *changes)
+    assert min(result.losses[-3:]) < result.losses[0]
+    assert result.drift < 1e-12
+    proof = prove(store, result.plan, BlockRunner(model, store.graph), tiny.tokens(model), 5e-6)
+    assert proof.worst_block_error < 5e-6
+    first = next(m for site, m, _ in plan.folded if site.name == "R1")
+    last = next(m for site, m, _ in result.plan.folded if site.name == "R1")
+    assert float((first.dense() - last.dense()).norm()) > 1e-3
+
+
+def test_the_gradient_is_that_of_the_loss() -> None:
+    """Along a curve of rotations, the loss changes as the gradient says (nothing is rounded here)."""
+    model = tiny.build("llama_tied")
+    recipe = gq.load_recipe("rtn", [*BASE, "learn.objective=weights", "activations=null"])
+    store = open_model(model)
+    plan = plan_folds(store.graph, recipe)
+    places = learnable(plan, ("R1", "R2"))
+    matrices = {label: start_matrix(plan.folded[i][1]) for label, i in places.items()}
+    plan = with_maps(plan, places, {label: as_map(m) for label, m in matrices.items()})
+    from gyroquant.learning.objectives import FourthPowers
+
+    loss = FourthPowers(store, plan, places, list(setting(model, recipe, False).targets))
+    _, gradients = loss.gradients(matrices, torch.zeros(0))
+    skew = torch.randn(64, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    skew = 1e-3 * (skew - skew.T)
+    values = []
+    for sign in (1, -1):
+        turned = matrices | {"R1": (matrices["R1"][0] @ torch.linalg.matrix_exp(sign * skew))[None]}
+        values.append(loss.gradients(turned, torch.zeros(0))[0])
+    slope = float((gradients["R1"][0] * (matrices["R1"][0] @ skew)).sum())
+    assert (values[0] - values[1]) / 2 == pytest.approx(slope, rel=2e-2)
+
+
+def test_a_live_fold_is_the_fold() -> None:
+    model = tiny.build("qwen2")
+    recipe = gq.load_recipe("rtn", [*BASE, "transform.R4=hadamard"])
+    store = open_model(model)
+    plan = plan_folds(store.graph, recipe)
+    places = learnable(plan, ("R1", "R2"))
+    plan = with_maps(plan, places, {label: as_map(start_matrix(plan.folded[i][1])) for label, i in places.items()})
+    tensors = store.read(store.graph.block_params(0))
+    live = LiveFold(plan, places, tensors, tensors)(plan)
+    for name, value in fold(plan, tensors).items():
+        assert torch.allclose(live[name], value, atol=1e-6)
+
+
+@pytest.mark.parametrize("start", ["{method: walsh, block: 16}", "{method: hadamard, block: 16}"])
+def test_blocks_stay_blocks_and_part_ways(start: str) -> None:
+    _, _, _, result = learned("llama", "weights", f"transform.R1={start}", "learn.lr=0.3")
+    m = next(m for site, m, _ in result.plan.folded if site.name == "R1")
+    assert isinstance(m, BlockDiagonal)
+    assert len(m.parts) == 4
+    assert all(isinstance(part, Dense) for part in m.parts)
+    assert not torch.allclose(m.parts[0].dense(), m.parts[1].dense(), atol=1e-3)
+
+
+def test_rounded_weights_are_looked_at_when_they_are_rounded_to_nearest(
+    folders: dict[str, Path], corpus: Path, tmp_path: Path
+) -> None:
+    from gyroquant.job import prepare
+
+    changes = [*BASE, "learn.objective=kl", "calibration.nsamples=4", "calibration.seqlen=32"]
+    for recipe, rounded in (("rtn", True), ("gptq", False)):
+        job = prepare(
+            folders["llama"], tmp_path / "out", gq.load_recipe(recipe, changes), corpus, tokenizer=tiny.tokenizer()
+        )
+        assert (job.learning_setting.grid is not None) == rounded
+
+
+def test_a_stopped_run_goes_on_to_the_same_end(tmp_path: Path) -> None:
+    options = ("learn.momentum=0.3", "learn.checkpoint_every=2", "learn.lr=0.3")
+    _, _, _, whole = learned("llama", "kl", *options)
+    original = Loss.__subclasses__()[0].gradients
+    calls = []
+
+    def stopping(self: Loss, matrices: Any, batch: torch.Tensor) -> Any:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return original(self, matrices, batch)
+
+    from gyroquant.learning.objectives import EndToEnd
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EndToEnd, "gradients", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            learned("llama", "kl", *options, checkpoint=tmp_path / "state.safetensors")
+        calls.clear()
+        calls.extend([1] * 10)
+        _, _, _, again = learned("llama", "kl", *options, checkpoint=tmp_path / "state.safetensors")
+        assert len(calls) == 10 + 4
+    assert again.losses == whole.losses
+    ours, theirs = ([m.dense() for _, m, _ in r.plan.folded] for r in (again, whole))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    _, _, _, other = learned("llama", "kl", *options, "seed=5", checkpoint=tmp_path / "state.safetensors")
+    assert other.losses != whole.losses
+
+
+def test_a_sample_is_drawn_from_everything() -> None:
+    sample = Sample(2)
+    for part in range(40):
+        sample(torch.full((1000, 2), float(part)))
+    assert len(sample.value) == Sample.rows
+    counts = torch.bincount(sample.value[:, 0].long(), minlength=40)
+    assert int(counts.min()) > 60
+    assert int(counts.max()) < 150
+
+
+def test_kurtosis_of_known_distributions() -> None:
+    generator = torch.Generator().manual_seed(0)
+    assert float(kurtosis(torch.randn(100, 4096, generator=generator))) == pytest.approx(3, abs=0.05)
+    assert float(kurtosis(torch.rand(100, 4096, generator=generator) - 0.5)) == pytest.approx(1.8, abs=0.02)
+    assert Kurtosis.__bases__ == (Loss,)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["transform.R1=null"], "learn.sites has R1, but the recipe puts no map there"),
+        (["learn.objective=speed"], "objective"),
+        (["learn.step=3"], "did you mean 'steps'"),
+        (["transform.R1.online=true"], "R1.*runs online"),
+    ],
+)
+def test_what_cannot_be_learned_is_refused_before_any_work(
+    changes: list[str], message: str, folders: dict[str, Path], corpus: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(gq.GyroquantError, match=message):
+        run(folders["llama"], tmp_path / "out", "rtn", corpus, *BASE, "learn.steps=2", *changes)
+    with pytest.raises(gq.UnsupportedModelError, match="LayerNorms"):
+        run(folders["gpt2"], tmp_path / "out", "rtn", corpus, *BASE, "learn.steps=2")
+
+
+def test_a_whole_run_learns_proves_and_rounds(folders: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+    changes = [*BASE, "learn.steps=3", "learn.batch_size=2", "activations.bits=4", "kv_cache.bits=4", "weights.bits=4"]
+    manifest = run(folders["llama_tied"], tmp_path / "out", "rtn", corpus, *changes)
+    assert len(manifest["learned"]["losses"]) == 3
+    assert manifest["proof"]["relative_logit_error"] < 5e-6
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]

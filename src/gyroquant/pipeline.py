@@ -24,6 +24,7 @@ from gyroquant.export.writer import DenseWriter, PackedWriter
 from gyroquant.grids import QuantizedWeight
 from gyroquant.job import Job
 from gyroquant.learning import learn
+from gyroquant.learning.rotations import FILE_NAME, rotations_of, write_rotations
 from gyroquant.maps import dump
 from gyroquant.models.fold import FoldPlan, fold
 from gyroquant.models.graph import Group, LinearOp
@@ -184,6 +185,8 @@ def run(job: Job, progress: Stages | None = None) -> dict[str, Any]:
             manifest["peak_memory_bytes"] = peak_memory_bytes()
             writer.finish(job.tokenizer, manifest["untied"])
             manifest["learned"] = learned
+            if job.recipe.learn is not None:
+                write_rotations(folder.partial / FILE_NAME, rotations_of(job.plan, job.recipe.learn.sites))
             folder.json("gyroquant.json", manifest)
             folder.commit()
     _checkpoint(job).unlink(missing_ok=True)

@@ -264,6 +264,14 @@ SITE_NAMES = tuple(_BUILDERS)
 """Every site name, in the order in which maps are folded."""
 
 
+def site_key(site: Site) -> str:
+    """A name for what is put at a site, the same for every recipe: `R1`, `model.layers.0.self_attn.R2`."""
+    if site.block is None:
+        return site.name
+    module = site.readers[0].param.rpartition(".")[0].rpartition(".")[0] if site.readers else site.insertions[0].module
+    return f"{module}.{site.name}"
+
+
 def find_sites(graph: ModelGraph, name: str, online: bool = False, structure: Structure = "orthogonal") -> list[Site]:
     """The sites of that name in a model, for maps of a structure. Raises UnsupportedModelError when there are none."""
     if name not in _BUILDERS:

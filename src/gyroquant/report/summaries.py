@@ -129,3 +129,9 @@ def outliers(rows: list[Outliers]) -> Table:
         cells,
         right=(1, 2, 3),
     )
+
+
+def rotations(rows: Iterable[Mapping[str, Any]]) -> Table:
+    """What a file of rotations holds."""
+    lines = [(r["site"], str(r["n"]), f"{r['drift']:.1e}", f"{r['from_identity']:.3f}") for r in rows]
+    return table("", ("site", "order", "from orthogonal", "from the identity"), lines, right=(1, 2, 3))

@@ -1,0 +1,48 @@
+"""Rotations from a file, such as those that another run has learned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from gyroquant.errors import InputError, RecipeError
+from gyroquant.maps import Dense, Map
+from gyroquant.maps.elementary import ORTHOGONALITY
+from gyroquant.methods.base import Context, Method
+from gyroquant.models.sites import Site, site_key
+
+
+class Stored(Method):
+    """The matrix that `file` holds for a site; see `gyroquant rotations`."""
+
+    method: Literal["stored"] = "stored"
+    file: str
+
+    def choose(self, site: Site, context: Context) -> Map:
+        rotations, key = read_rotations(Path(self.file)), site_key(site)
+        if key not in rotations:
+            raise RecipeError(f"{self.file} holds no rotation for {key}; it has {', '.join(list(rotations)[:4])} ...")
+        matrix = rotations[key]
+        if tuple(matrix.shape) != (site.n, site.n):
+            raise RecipeError(f"{self.file}: {key} has shape {tuple(matrix.shape)}, {site.label} needs {site.n}")
+        m = Dense(matrix)
+        if not m.orthogonal:
+            raise RecipeError(f"{self.file}: {key} is not orthogonal to {ORTHOGONALITY:g}, so it is no rotation")
+        return m
+
+
+def read_rotations(path: Path) -> dict[str, Tensor]:
+    """The matrices of a file of rotations, fp64. Raises InputError for a file that is none."""
+    try:
+        found = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} cannot be read as rotations in safetensors: {error}") from error
+    for key, matrix in found.items():
+        if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.is_floating_point():
+            raise InputError(f"{path}: {key} is no square matrix but has shape {tuple(matrix.shape)}")
+    return {key: matrix.to(torch.float64) for key, matrix in found.items()}

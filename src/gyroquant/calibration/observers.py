@@ -109,7 +109,8 @@ def observing(
         elif (key, None) not in observers:
             observers[key, None] = make(op.in_features)
             hook = _hook(observers[key, None])
-            undo.append(model.get_submodule(op.module).register_forward_pre_hook(hook).remove)
+            first = next(other for other in group.linears if input_key(other, own) == key)  # a router sees every token
+            undo.append(model.get_submodule(first.module).register_forward_pre_hook(hook).remove)
     try:
         yield observers
     finally:

@@ -128,9 +128,10 @@ def test_indefinite_moments_raise_the_damping_with_a_warning() -> None:
     assert "damping raised to 0.1" in warnings[0]
 
 
-def test_moments_that_are_not_finite_are_an_error() -> None:
+@pytest.mark.parametrize("broken", [torch.inf, torch.nan])
+def test_moments_that_are_not_finite_are_an_error(broken: float) -> None:
     with pytest.raises(InputError, match="not finite"):
-        inverse_factor(torch.full((4, 4), torch.inf), 0.01)
+        inverse_factor(torch.full((4, 4), broken), 0.01)
 
 
 def test_gptq_without_text_is_an_error() -> None:

@@ -24,7 +24,7 @@ def inverse_factor(gram: Tensor, damp_percent: float, warn: Warn = lambda text: 
     h = gram.double()
     diagonal = h.diagonal()
     mean = float(diagonal.mean())
-    if not mean > 0:
+    if mean <= 0:
         return torch.eye(h.shape[0], dtype=h.dtype, device=h.device)
     dead = torch.where(diagonal == 0, mean, 0.0)
     damp = damp_percent
@@ -35,7 +35,7 @@ def inverse_factor(gram: Tensor, damp_percent: float, warn: Warn = lambda text: 
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not failed and bool(upper.isfinite().all()):
                 return upper
-        if damp > 100:
+        if not damp <= 100:
             raise InputError("the second moments of a layer's input are not finite; is a weight or an activation NaN?")
         damp = max(10 * damp, 1e-4)
         warn(f"second moments are not positive definite, damping raised to {damp:g} of the mean diagonal")

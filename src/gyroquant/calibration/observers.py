@@ -23,6 +23,8 @@ _STRIPES = 4
 class Gram:
     """Sum of ``x^T x`` over tokens, shape (n, n), fp32."""
 
+    drift: Tensor | None = None
+
     def __init__(self, n: int):
         self.lower = torch.zeros(n, n)
         self.count = 0
@@ -40,6 +42,53 @@ class Gram:
     def gram(self) -> Tensor:
         lower = self.lower.tril()
         return lower + self.lower.tril(-1).T
+
+
+class Pairing:
+    """Brings together what two models give for the same tokens, the original first, batch by batch.
+
+    `tokens` is the size of the batch, `original` says whose turn it is, `waiting` holds inputs of the original until
+    their partners come.
+    """
+
+    def __init__(self) -> None:
+        self.tokens, self.original = 0, False
+        self.waiting: dict[CrossGram, Tensor] = {}
+
+    def turns(self, original: Tensor, other: Tensor, tokens: int) -> Iterator[Tensor]:
+        """The hidden states to run, one after the other, for a batch of this many tokens."""
+        self.tokens, self.original = tokens, True
+        yield original
+        self.original = False
+        yield other
+        self.waiting.clear()
+
+
+class CrossGram(Gram):
+    """`Gram` of the inputs x of one model, and `drift`, the sum of ``(x0 - x)^T x`` with x0 those of the original.
+
+    Tokens are paired by their place in the batch, so only batches that reach the layer whole in both models count; the
+    others leave the drift as it is. Those of experts are like that: the two routers send different tokens, and an x0
+    of the same token need not exist. None when nothing could be paired.
+    """
+
+    def __init__(self, n: int, pairing: Pairing):
+        super().__init__(n)
+        self.pairing = pairing
+
+    def __call__(self, x: Tensor) -> None:
+        whole = x.shape[0] == self.pairing.tokens
+        if self.pairing.original:
+            if whole:
+                self.pairing.waiting[self] = x.clone()  # x may be a view of hidden states that are about to move on
+            return
+        super().__call__(x)
+        partner = self.pairing.waiting.pop(self, None)
+        if partner is not None and whole:
+            x = x.float()
+            if self.drift is None:
+                self.drift = torch.zeros(x.shape[1], x.shape[1], device=x.device)
+            self.drift.addmm_((partner.float() - x).T, x)
 
 
 class Moments:

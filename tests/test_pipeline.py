@@ -65,7 +65,7 @@ def test_every_architecture_is_rounded_saved_and_loaded(
 
 
 @pytest.mark.parametrize("name", ["llama_tied", "qwen2_moe", "gpt2"])
-@pytest.mark.parametrize("recipe", ["rtn", "gptq", "gsr", "gh"])
+@pytest.mark.parametrize("recipe", ["rtn", "gptq", "qronos", "gsr", "gh"])
 def test_what_is_loaded_is_what_was_rounded(
     name: str, recipe: str, folders: dict[str, Path], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,7 +120,7 @@ def test_floating_point_models_come_back_bit_for_bit(
     assert description["grids"][0].keys() == set(Grid.kinds[grid].model_fields)
 
 
-@pytest.mark.parametrize("solver", ["rtn", "gptq"])
+@pytest.mark.parametrize("solver", ["rtn", "gptq", "qronos"])
 @pytest.mark.parametrize("name", ["llama_tied", "gpt_neox"])
 def test_identity_rotations_give_the_unrotated_codes(
     name: str, solver: str, folders: dict[str, Path], corpus: Path, tmp_path: Path
@@ -268,7 +268,7 @@ def test_ignored_layers_stay_as_they_are(folders: dict[str, Path], corpus: Path,
     assert "model.layers.1.mlp.down_proj.weight_codes" in stored
 
 
-@pytest.mark.parametrize("recipe", ["rtn", "gptq", "gh"])
+@pytest.mark.parametrize("recipe", ["rtn", "gptq", "qronos", "gh"])
 def test_the_head_can_be_rounded_too(recipe: str, folders: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     manifest = run(folders["llama"], out, recipe, corpus, "weights.ignore=[]", "weights.bits=8")

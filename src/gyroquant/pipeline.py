@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gyroquant.calibration.measure import Want, measure
-from gyroquant.calibration.observers import Gram, observing
+from gyroquant.calibration.observers import observing
 from gyroquant.calibration.stream import Stream
 from gyroquant.calibration.text import load_text, sample, tokenize
 from gyroquant.environment import peak_memory_bytes, versions
@@ -227,7 +227,8 @@ def _round(job: Job, writer: Any, progress: Stages, warnings: list[str]) -> list
     stream = None
     if job.needs_stream:
         assert job.tokens is not None
-        stream = Stream(runner, job.tokens, outer, job.compute_dtype, job.output.offload, job.output.device)
+        paired = job.recipe.weights.solver.needs_original
+        stream = Stream(runner, job.tokens, outer, job.compute_dtype, job.output.offload, job.output.device, paired)
         stream.free_outer()
     head = {name: op for name, op in job.targets.items() if op in graph.outer.linears}
     if not head:
@@ -265,8 +266,8 @@ def round_block(
         _center_keys(job, index, tensors, stream, advance)
     online, observed = job.running_in(index), {}
     if stream:
-        with attached(model, online), observing(model, group, online, Gram) as observed:
-            stream.run(index, tensors, keep=False, progress=advance)
+        with attached(model, online), observing(model, group, online, stream.observer) as observed:
+            stream.observe(index, tensors, advance)
     weights = job.recipe.weights
     rounded, reports = round_group(
         group, job.targets, tensors, observed, online, weights.solver, weights.grid, warnings.append
@@ -304,9 +305,9 @@ def _round_head(
     model, group, weights = job.store.skeleton(), job.graph.outer, job.recipe.weights
     observed: dict[Any, Any] = {}
     if stream:
-        with attached(model, job.running_around()), observing(model, group, [], Gram) as observed:
-            for _ in stream.logits(outer):  # only the input of the head is of interest
-                pass
+        online = job.running_around()
+        with attached(model, online), observing(model, group, [], stream.observer) as observed:
+            stream.observe_head(outer)
     rounded, reports = round_group(
         group, job.targets, outer, observed, [], weights.solver, weights.grid, warnings.append
     )

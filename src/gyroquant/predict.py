@@ -69,7 +69,8 @@ def _short_stream(job: Job, runner: BlockRunner, outer: dict[str, torch.Tensor])
         return None
     assert job.tokens is not None
     batch = max(1, 4096 // job.tokens.shape[1])
-    stream = Stream(runner, job.tokens[: _BATCHES * batch], outer, job.compute_dtype, None, job.output.device)
+    paired = job.recipe.weights.solver.needs_original
+    stream = Stream(runner, job.tokens[: _BATCHES * batch], outer, job.compute_dtype, None, job.output.device, paired)
     stream.free_outer()
     return stream
 
@@ -83,7 +84,8 @@ def _missing_hidden(job: Job, stream: Stream | None) -> int:
     if stream is None or stream.hidden is None or job.tokens is None or job.output.offload:
         return 0
     rows = len(job.tokens) - len(stream.input_ids)
-    return rows * stream.hidden[0].numel() * stream.hidden.element_size()
+    copies = 1 if stream.original is None else 2
+    return copies * rows * stream.hidden[0].numel() * stream.hidden.element_size()
 
 
 __all__ = ["Prediction", "predict"]

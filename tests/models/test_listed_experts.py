@@ -1,10 +1,12 @@
-"""Experts as a list of modules fold like stacked ones; the model is a real one with its experts taken apart."""
+"""Experts as a list of modules fold like stacked ones, and are observed where all tokens pass."""
 
+import listed
 import tiny
 import torch
-from torch import nn
 
 from gyroquant import maps
+from gyroquant.calibration.observers import Gram, observing
+from gyroquant.calibration.stream import Stream
 from gyroquant.models.fold import FoldPlan
 from gyroquant.models.prove import prove
 from gyroquant.models.runner import BlockRunner
@@ -12,39 +14,10 @@ from gyroquant.models.sites import find_sites
 from gyroquant.models.source import open_model
 
 
-class _Expert(nn.Module):
-    def __init__(self, gate_up: torch.Tensor, down: torch.Tensor, act: nn.Module):
-        super().__init__()
-        gate, up = gate_up.chunk(2)
-        for name, weight in (("gate_proj", gate), ("up_proj", up), ("down_proj", down)):
-            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-            linear.weight = nn.Parameter(weight.clone())
-            setattr(self, name, linear)
-        self.act = act
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
-
-
-class _Experts(nn.ModuleList):
-    def forward(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        out = torch.zeros_like(hidden)
-        for number, expert in enumerate(self):
-            token, position = torch.where(index == number)
-            out.index_add_(0, token, expert(hidden[token]) * weights[token, position, None])
-        return out
-
-
 def test_listed_experts_fold_exactly() -> None:
-    model = tiny.build("qwen3_moe")
+    model = listed.build("qwen3_moe")
     ids = tiny.tokens(model)
-    before = model(ids).logits
-    for layer in model.model.layers:
-        old = layer.mlp.experts
-        layer.mlp.experts = _Experts(
-            _Expert(old.gate_up_proj[e].data, old.down_proj[e].data, old.act_fn) for e in range(4)
-        )
-    assert torch.allclose(model(ids).logits, before, atol=1e-5)
+    assert torch.allclose(model(ids).logits, tiny.build("qwen3_moe")(ids).logits, atol=1e-5)
     store = open_model(model)
     plan = FoldPlan(store.graph)
     for name in ("R1", "R2", "R4"):
@@ -52,3 +25,14 @@ def test_listed_experts_fold_exactly() -> None:
             plan.add(site, maps.hadamard(site.n))
     assert len(plan.online) == 8
     prove(store, plan, BlockRunner(model, store.graph), ids, 5e-6)
+
+
+def test_what_all_experts_read_is_observed_on_every_token() -> None:
+    """Not on those that the router sends to one of them."""
+    model = listed.build("qwen3_moe")
+    store, ids = open_model(model), tiny.tokens(model)
+    stream = Stream(BlockRunner(model, store.graph), ids, store.read(store.graph.outer_params()))
+    with observing(model, store.graph.blocks[0], [], Gram) as observed:
+        stream.run(0, store.read(store.graph.block_params(0)), keep=False)
+    assert observed["mlp_in", None].count == ids.numel()
+    assert sum(observed[f"expert{e}.act", None].count for e in range(4)) == 2 * ids.numel()

@@ -216,3 +216,25 @@ def test_names_say_what_is_rounded() -> None:
     assert weights_only.activations is None
     assert weights_only.kv_cache is None
     assert gq.load_recipe(recipe.to_dict()) == recipe
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_qronos_compares_rounded_inputs_with_exact_ones(rounded: bool) -> None:
+    """In the first block both models see the same hidden states, so all drift is that of the rounded activations."""
+    from gyroquant.calibration.observers import observing
+    from gyroquant.calibration.stream import Stream
+    from gyroquant.models.runner import BlockRunner
+
+    model = tiny.build("llama")
+    store = ModuleStore(model)
+    online = quantizers(model, "activations.bits=4") if rounded else []
+    online = [one for one in online if one.module.startswith("model.layers.0.")]
+    stream = Stream(
+        BlockRunner(model, store.graph), tiny.tokens(model), store.read(store.graph.outer_params()), paired=True
+    )
+    group = store.graph.blocks[0]
+    with attached(model, online), observing(model, group, online, stream.observer) as observed:
+        stream.observe(0, store.read(store.graph.block_params(0)))
+    gram = observed["attn_in", None]
+    assert gram.count == tiny.tokens(model).numel()
+    assert bool(gram.drift.any()) == rounded

@@ -8,6 +8,7 @@ from gyroquant.grids import Fp4Grid, Fp8Grid, Grid, IntegerGrid, Mxfp4Grid, Nvfp
 from gyroquant.recipe import load_recipe
 from gyroquant.rounding import InputStatistics, Solver, output_error, weight_error
 from gyroquant.rounding.gptq import Gptq, inverse_factor
+from gyroquant.rounding.qronos import Qronos
 from gyroquant.rounding.rtn import RoundToNearest
 
 SOLVERS: dict[str, Solver] = {
@@ -15,6 +16,8 @@ SOLVERS: dict[str, Solver] = {
     "gptq": Gptq(),
     "gptq act_order": Gptq(act_order=True),
     "gptq static": Gptq(static_groups=True),
+    "qronos": Qronos(alpha=1e-3),  # nothing drifts here, and these inputs are nearly dependent: 1e-6 hardly damps them
+    "qronos act_order": Qronos(alpha=1e-3, act_order=True),
 }
 GRIDS: list[Grid] = [
     IntegerGrid(bits=2, group_size=64),
@@ -143,16 +146,21 @@ def test_indefinite_moments_raise_the_damping_with_a_warning() -> None:
     assert "damping raised to 0.1" in warnings[0]
 
 
-def test_moments_that_are_not_finite_are_an_error() -> None:
+@pytest.mark.parametrize("broken", [torch.inf, torch.nan])
+def test_moments_that_are_not_finite_are_an_error(broken: float) -> None:
     with pytest.raises(InputError, match="not finite"):
-        inverse_factor(torch.full((4, 4), torch.inf), 0.01)
+        inverse_factor(torch.full((4, 4), broken), 0.01)
+    with pytest.raises(InputError, match="not finite"):
+        Qronos().solve(torch.ones(2, 64), GRIDS[0], InputStatistics(torch.full((64, 64), broken), 1))
 
 
-def test_gptq_without_text_is_an_error() -> None:
+@pytest.mark.parametrize("solver", [Gptq(), Qronos()], ids=["gptq", "qronos"])
+def test_calibrated_solvers_without_text_are_an_error(solver: Solver) -> None:
     with pytest.raises(InputError, match="needs calibration text"):
-        Gptq().solve(problem()[0], GRIDS[0], None)
+        solver.solve(problem()[0], GRIDS[0], None)
 
 
-def test_act_order_needs_static_groups() -> None:
+@pytest.mark.parametrize("name", ["gptq", "qronos"])
+def test_act_order_needs_static_groups(name: str) -> None:
     with pytest.raises(RecipeError, match="static_groups"):
-        load_recipe("gptq", ["weights.solver.act_order=true", "weights.solver.static_groups=false"])
+        load_recipe(name, ["weights.solver.act_order=true", "weights.solver.static_groups=false"])

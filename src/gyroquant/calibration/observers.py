@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gyroquant.models.graph import Group, LinearOp
-from gyroquant.models.online import Attachment, OnlineMap, route_experts
+from gyroquant.models.online import Attachment, OnlineMap, route_experts, unrounded
 
 Key = tuple[str, int | None]
 """An input that is observed: its name, and the expert for stacked experts."""
@@ -22,6 +22,8 @@ _STRIPES = 4
 
 class Gram:
     """Sum of ``x^T x`` over tokens, shape (n, n), fp32."""
+
+    drift: Tensor | None = None
 
     def __init__(self, n: int):
         self.lower = torch.zeros(n, n)
@@ -66,6 +68,54 @@ class AbsMax:
 
     def __call__(self, x: Tensor) -> None:
         self.value = torch.maximum(self.value, x.abs().amax(0).float().cpu())
+
+
+class Pairing:
+    """Brings together what two models give for the same tokens, the original first, batch by batch.
+
+    `tokens` is the size of the batch, `original` says whose turn it is, `waiting` holds inputs of the original until
+    their partners come.
+    """
+
+    def __init__(self) -> None:
+        self.tokens, self.original = 0, False
+        self.waiting: dict[CrossGram, Tensor] = {}
+
+    def turns(self, original: Tensor, other: Tensor, tokens: int) -> Iterator[Tensor]:
+        """The hidden states to run, one after the other, for a batch of this many tokens."""
+        self.tokens, self.original = tokens, True
+        with unrounded():
+            yield original
+        self.original = False
+        yield other
+        self.waiting.clear()
+
+
+class CrossGram(Gram):
+    """`Gram` of the inputs x of one model, and `drift`, the sum of ``(x0 - x)^T x`` with x0 those of the original.
+
+    Tokens are paired by their place in the batch, so only batches that reach the layer whole in both models count; the
+    others leave the drift as it is. Those of experts are like that: the two routers send different tokens, and an x0
+    of the same token need not exist. None when nothing could be paired.
+    """
+
+    def __init__(self, n: int, pairing: Pairing):
+        super().__init__(n)
+        self.pairing = pairing
+
+    def __call__(self, x: Tensor) -> None:
+        whole = x.shape[0] == self.pairing.tokens
+        if self.pairing.original:
+            if whole:
+                self.pairing.waiting[self] = x.clone()  # x may be a view of hidden states that are about to move on
+            return
+        super().__call__(x)
+        partner = self.pairing.waiting.pop(self, None)
+        if partner is not None and whole:
+            x = x.float()
+            if self.drift is None:
+                self.drift = torch.zeros(x.shape[1], x.shape[1], device=x.device)
+            self.drift.addmm_((partner.float() - x).T, x)
 
 
 class Moments:
@@ -141,7 +191,8 @@ def observing(
         key = input_key(op, own)
         if op.entry.quantize and key not in watched:
             watched.add(key)
-            undo += watch(model, op, see(op, key))
+            first = op if op.entry.stacked else next(other for other in group.linears if input_key(other, own) == key)
+            undo += watch(model, first, see(op, key))  # of experts and their router, the router sees every token
             if not op.entry.stacked:
                 observers[key, None] = make(op.in_features)
     try:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gyroquant.calibration.observers import CrossGram, Gram, Pairing
 from gyroquant.models.runner import BlockRunner, Call
 from gyroquant.progress import Advance
 
@@ -22,6 +23,8 @@ class Stream:
     """The hidden states of `input_ids`, shape (sequences, length), on their way through a model.
 
     `dtype` is what blocks compute in. With `offload`, a folder, the hidden states lie in a file there, memory-mapped.
+    With `paired`, those of the original model go along in `original`: `observe` moves them on, with the weights that it
+    is given, and `run` does not.
     """
 
     def __init__(
@@ -32,6 +35,7 @@ class Stream:
         dtype: torch.dtype = torch.float32,
         offload: Path | None = None,
         device: torch.device | str = "cpu",
+        paired: bool = False,
     ):
         self.runner, self.input_ids, self.dtype, self.device = runner, input_ids, dtype, torch.device(device)
         self.batch = max(1, _TOKENS // input_ids.shape[1])
@@ -44,13 +48,17 @@ class Stream:
             if self.hidden is None:
                 self.hidden = self._room((len(input_ids), *first.shape[1:]), offload)
             self.hidden[start : start + len(ids)] = first
+        self.pairing = Pairing() if paired else None
+        self.original: Tensor | None = None
+        if paired and self.hidden is not None:
+            self.original = self._room(tuple(self.hidden.shape), offload, "original_").copy_(self.hidden)
 
-    def _room(self, shape: tuple[int, ...], offload: Path | None) -> Tensor:
+    def _room(self, shape: tuple[int, ...], offload: Path | None, label: str = "") -> Tensor:
         if offload is None:
             return torch.empty(shape, dtype=self.dtype)
         offload.mkdir(parents=True, exist_ok=True)
         size = int(torch.Size(shape).numel())
-        path = offload / "hidden_states.bin"
+        path = offload / f"{label}hidden_states.bin"
         return torch.from_file(str(path), shared=True, size=size, dtype=self.dtype).view(shape)
 
     def _batches(self) -> list[tuple[int, Tensor]]:
@@ -73,22 +81,59 @@ class Stream:
     ) -> None:
         """Runs block `index` on every sequence. With `keep`, its output replaces its input."""
         assert self.hidden is not None
-        local = {name: tensor.to(device=self.device, dtype=self.dtype) for name, tensor in tensors.items()}
+        local = self._local(tensors)
         for start, ids in self._batches():
-            stop = start + len(ids)
-            hidden = self.hidden[start:stop].to(self.device)
-            out = self.runner.run(index, local, hidden, self._calls[len(ids)][index])
-            if keep:
-                self.hidden[start:stop] = out
+            self._run(index, local, self.hidden[start : start + len(ids)], keep)
             progress()
+
+    def observer(self, n: int) -> Gram:
+        """What `observe` feeds for an input of n features: with `paired` it has a drift."""
+        return Gram(n) if self.pairing is None else CrossGram(n, self.pairing)
+
+    def observe(self, index: int, tensors: Mapping[str, Tensor], progress: Advance = lambda: None) -> None:
+        """Runs block `index` for the sake of observers: the hidden states stay, those of the original move on."""
+        local = self._local(tensors)
+        for start, ids in self._batches():
+            for hidden in self._turns(ids.numel()):
+                self._run(index, local, hidden[start : start + len(ids)], keep=hidden is self.original)
+            progress()
+
+    def observe_head(self, outer: Mapping[str, Tensor]) -> None:
+        """Runs the head for the sake of observers of its input."""
+        local = self._local(outer)
+        for number, start, stop in self._pieces():
+            for hidden in self._turns(stop - start):
+                self._finish(local, hidden[number, start:stop])
+
+    def _turns(self, tokens: int) -> Iterator[Tensor]:
+        """The hidden states that run one after the other for each batch."""
+        assert self.hidden is not None
+        if self.pairing is None or self.original is None:
+            return iter([self.hidden])
+        return self.pairing.turns(self.original, self.hidden, tokens)
+
+    def _local(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.to(device=self.device, dtype=self.dtype) for name, tensor in tensors.items()}
+
+    def _run(self, index: int, local: Mapping[str, Tensor], hidden: Tensor, keep: bool) -> None:
+        out = self.runner.run(index, local, hidden.to(self.device), self._calls[len(hidden)][index])
+        if keep:
+            hidden.copy_(out)
+
+    def _pieces(self) -> Iterator[tuple[int, int, int]]:
+        count, length = self.input_ids.shape
+        for number in range(count):
+            for start in range(0, length, _HEAD_TOKENS):
+                yield number, start, min(start + _HEAD_TOKENS, length)
+
+    def _finish(self, local: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
+        return self.runner.finish(hidden[None].to(self.device), local)[0]
 
     def logits(self, outer: Mapping[str, Tensor]) -> Iterator[tuple[int, int, Tensor]]:
         """The logits of every sequence, piece by piece: (sequence, first position, logits of shape (positions,
         words)).
         """
         assert self.hidden is not None
-        local = {name: tensor.to(device=self.device, dtype=self.dtype) for name, tensor in outer.items()}
-        for number, sequence in enumerate(self.hidden):
-            for start in range(0, len(sequence), _HEAD_TOKENS):
-                piece = sequence[None, start : start + _HEAD_TOKENS].to(self.device)
-                yield number, start, self.runner.finish(piece, local)[0]
+        local = self._local(outer)
+        for number, start, stop in self._pieces():
+            yield number, start, self._finish(local, self.hidden[number, start:stop])

@@ -83,8 +83,24 @@ def run_map(m: Map, x: Tensor) -> Tensor:
     return m.apply(x.float()).to(x.dtype) if x.dtype in (torch.float16, torch.bfloat16) else m.apply(x)
 
 
+class _Switch:
+    rounding = True
+
+
+@contextmanager
+def unrounded() -> Iterator[None]:
+    """Nothing that flows is rounded for the duration of a with block, whatever is attached."""
+    before, _Switch.rounding = _Switch.rounding, False
+    try:
+        yield
+    finally:
+        _Switch.rounding = before
+
+
 def fake(grid: Grid, x: Tensor) -> Tensor:
     """`x` as the grid would hold it; gradients pass straight through."""
+    if not _Switch.rounding:
+        return x
     if x.requires_grad:
         return x + (grid.fake(x.detach()) - x.detach())
     return grid.fake(x)
@@ -200,6 +216,8 @@ class _Memory:
     result: Tensor | None = None
 
     def rounded(self, grid: Grid, x: Tensor) -> Tensor:
+        if not _Switch.rounding:
+            return x
         version = -1 if x.is_inference() else x._version  # inference tensors do not count their changes
         if self.seen() is not x or self.version != version or self.grid != grid or self.result is None:
             self.seen, self.version, self.grid, self.result = weakref.ref(x), version, grid, fake(grid, x)

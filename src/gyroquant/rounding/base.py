@@ -17,10 +17,22 @@ Warn = Callable[[str], None]
 
 @dataclass
 class InputStatistics:
-    """Second moments of a layer's input: `gram` is the sum of ``x^T x`` over `count` tokens, shape (in, in), fp32."""
+    """Second moments of a layer's input: `gram` is the sum of ``x^T x`` over `count` tokens, shape (in, in), fp32.
+
+    With x0 the input that the unrounded model would have for the same token, `drift` is the sum of ``(x0 - x)^T x``
+    (rows are features of x0 - x, columns features of x), fp32; None where it was not asked for or where x0 is not
+    known, which solvers take as no drift. The difference is what is summed, because ``x0^T x`` and `gram` agree in
+    most of their digits and the solvers need what is left of them, times an inverse.
+    """
 
     gram: Tensor
     count: int
+    drift: Tensor | None = None
+
+    @property
+    def cross(self) -> Tensor:
+        """The sum of ``x0^T x``: rows are features of x0, columns features of x."""
+        return self.gram if self.drift is None else self.gram + self.drift
 
 
 class Solver(BaseModel, ABC):
@@ -30,6 +42,8 @@ class Solver(BaseModel, ABC):
     kinds: ClassVar[dict[str, type[Solver]]] = {}
     needs_statistics: ClassVar[bool] = False
     """Whether the model must be run on calibration text to use this solver."""
+    needs_original: ClassVar[bool] = False
+    """Whether the solver wants the inputs that the unrounded model would have (`InputStatistics.drift`)."""
 
     name: str
 

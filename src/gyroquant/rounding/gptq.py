@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
 from gyroquant.errors import InputError
@@ -24,7 +24,7 @@ def inverse_factor(gram: Tensor, damp_percent: float, warn: Warn = lambda text: 
     h = gram.double()
     diagonal = h.diagonal()
     mean = float(diagonal.mean())
-    if not mean > 0:
+    if mean <= 0:
         return torch.eye(h.shape[0], dtype=h.dtype, device=h.device)
     dead = torch.where(diagonal == 0, mean, 0.0)
     damp = damp_percent
@@ -35,46 +35,56 @@ def inverse_factor(gram: Tensor, damp_percent: float, warn: Warn = lambda text: 
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not failed and bool(upper.isfinite().all()):
                 return upper
-        if damp > 100:
+        if not damp <= 100:
             raise InputError("the second moments of a layer's input are not finite; is a weight or an activation NaN?")
         damp = max(10 * damp, 1e-4)
         warn(f"second moments are not positive definite, damping raised to {damp:g} of the mean diagonal")
 
 
-class Gptq(Solver):
-    """GPTQ with lazy updates.
+class ColumnOptions(BaseModel):
+    """The options of solvers that take columns in turn.
 
     Scales are fitted when a group's turn comes, on weights that already carry the errors of earlier columns, or before
     (`static_groups`). `act_order` takes columns by falling second moment; it needs static groups, since the stored
-    groups stay in place, and turns them on. Columns that no calibration token reaches are rounded to nearest.
+    groups stay in place, and turns them on.
     """
 
-    name: Literal["gptq"] = "gptq"
-    needs_statistics = True
     act_order: bool = False
     static_groups: bool | None = None
-    damp_percent: Annotated[float, Field(ge=0, le=1)] = 0.01
 
     @model_validator(mode="after")
-    def _consistent(self) -> Gptq:
+    def _consistent(self) -> ColumnOptions:
         if self.act_order and self.static_groups is False:
             raise ValueError("act_order needs static_groups: true, since the stored groups stay in place")
         return self
+
+    @property
+    def fits_before(self) -> bool:
+        """Whether the scales of every group are fitted before any column is rounded."""
+        return bool(self.static_groups or self.act_order)
+
+    def order(self, gram: Tensor) -> Tensor:
+        """The columns in the order in which they are rounded, for second moments of shape (columns, columns)."""
+        if self.act_order:
+            return torch.argsort(gram.diagonal(), descending=True, stable=True)
+        return torch.arange(gram.shape[0], device=gram.device)
+
+
+class Gptq(ColumnOptions, Solver):
+    """GPTQ with lazy updates. Columns that no calibration token reaches are rounded to nearest."""
+
+    name: Literal["gptq"] = "gptq"
+    needs_statistics = True
+    damp_percent: Annotated[float, Field(ge=0, le=1)] = 0.01
 
     def solve(
         self, weight: Tensor, grid: Grid, statistics: InputStatistics | None, warn: Warn = lambda text: None
     ) -> QuantizedWeight:
         if statistics is None:
             raise InputError("GPTQ needs calibration text: give --text, or use the solver rtn")
-        columns = weight.shape[1]
-        order = torch.arange(columns, device=weight.device)
-        if self.act_order:
-            order = torch.argsort(statistics.gram.diagonal(), descending=True, stable=True)
-        factor = inverse_factor(statistics.gram[order][:, order], self.damp_percent, warn).float()
-        sweep = _Sweep(weight, grid, order, bool(self.static_groups or self.act_order))
-        for start in range(0, columns, sweep.step):
-            sweep.block(start, min(columns, start + sweep.step), factor)
-        return sweep.result()
+        order = self.order(statistics.gram)
+        factor = inverse_factor(statistics.gram[order][:, order], self.damp_percent, warn)
+        return _Sweep(weight, grid, order, self.fits_before).run(factor.float())
 
 
 class _Sweep:
@@ -112,5 +122,9 @@ class _Sweep:
             errors[i - start] = error
         self.free[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
 
-    def result(self) -> QuantizedWeight:
+    def run(self, factor: Tensor) -> QuantizedWeight:
+        """Rounds every column, given the factor of the inverse second moments in the sweep's order, fp32."""
+        columns = len(self.order)
+        for start in range(0, columns, self.step):
+            self.block(start, min(columns, start + self.step), factor)
         return QuantizedWeight(self.grid, self.codes.T.contiguous(), self.params)

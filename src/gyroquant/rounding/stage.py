@@ -106,7 +106,7 @@ def _named(warn: Warn, name: str, text: str) -> None:
 
 
 def _statistics(gram: Gram | None) -> InputStatistics | None:
-    return None if gram is None else InputStatistics(gram.gram, gram.count)
+    return None if gram is None else InputStatistics(gram.gram, gram.count, gram.drift)
 
 
 def _round_together(

@@ -1,0 +1,85 @@
+"""Whole runs with a solver that looks at the unrounded model too."""
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+import gyroquant as gq
+from gyroquant import pipeline, predict
+from gyroquant.grids import QuantizedWeight
+from gyroquant.job import Job, prepare
+from gyroquant.rounding import InputStatistics
+from gyroquant.rounding.gptq import Gptq
+from gyroquant.rounding.qronos import Qronos
+
+SMALL = ["weights.group_size=16", "calibration.nsamples=32", "calibration.seqlen=32", "calibration.dtype=float32"]
+
+
+def job(model: object, out: Path, corpus: Path, *changes: str, **options: object) -> Job:
+    loaded = gq.load_recipe("qronos", [*SMALL, *changes])
+    return prepare(model, out, loaded, corpus, tokenizer=tiny.tokenizer(), **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "qwen2_moe"])
+@pytest.mark.parametrize("changes", [[], ["weights.solver.act_order=true", "transform.R1.method=hadamard"]])
+def test_the_same_run_gives_the_same_bytes(
+    name: str, changes: list[str], folders: dict[str, Path], corpus: Path, tmp_path: Path
+) -> None:
+    """Also with the hidden states of both models in files."""
+    for out, options in (("one", {}), ("two", {"offload": tmp_path / "scratch"})):
+        manifest = pipeline.run(job(folders[name], tmp_path / out, corpus, "weights.bits=3", *changes, **options))
+        assert not manifest["warnings"]
+        assert all(0 < layer["output_error"] < 1 for layer in manifest["layers"])
+    one, two = ((tmp_path / out / "model.safetensors").read_bytes() for out in ("one", "two"))
+    assert one == two
+
+
+def test_only_what_comes_behind_the_first_block_is_corrected(
+    folders: dict[str, Path], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline.run(job(folders["llama"], tmp_path / "paired", corpus, "weights.bits=2"))
+    monkeypatch.setattr(Qronos, "needs_original", False)
+    pipeline.run(job(folders["llama"], tmp_path / "alone", corpus, "weights.bits=2"))
+    paired, alone = (load_file(tmp_path / out / "model.safetensors") for out in ("paired", "alone"))
+    for key in paired:
+        if key.endswith("_codes"):
+            assert torch.equal(paired[key], alone[key]) == ("layers.0." in key), key
+
+
+def test_layers_come_nearer_to_what_they_gave_before(
+    folders: dict[str, Path], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``|X W^T - Y Q^T|^2`` on the inputs of every layer behind the first block, against GPTQ with the same damping."""
+    gains: list[float] = []
+    solve = Qronos.solve
+
+    def compared(self: Qronos, weight: torch.Tensor, grid: object, seen: InputStatistics, *args: object) -> object:
+        def error(rounded: QuantizedWeight) -> float:
+            """Without what no choice of Q changes."""
+            change = (rounded.dequantize() - weight).double()
+            return float((change * (change @ seen.gram.double() - 2 * weight.double() @ seen.drift.double())).sum())
+
+        result = solve(self, weight, grid, seen, *args)
+        if seen.drift.any():
+            gptq = Gptq(damp_percent=self.damp_percent(seen.gram)).solve(weight, grid, seen)
+            gains.append((error(gptq) - error(result)) / float(((weight @ seen.gram) * weight).sum()))
+        return result
+
+    monkeypatch.setattr(Qronos, "solve", compared)
+    pipeline.run(job(folders["llama"], tmp_path / "out", corpus, "weights.bits=2"))
+    assert len(gains) == 4
+    assert min(gains) > 0.01
+
+
+def test_both_streams_are_predicted(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(predict, "peak_memory_bytes", lambda: 0)
+    monkeypatch.setattr(predict, "_BATCHES", 1)  # of 128 samples
+    bytes_of = {}
+    for solver in ("gptq", "qronos"):
+        changes = [f"weights.solver={solver}", "calibration.nsamples=180"]
+        made = job(tiny.build("llama"), tmp_path / "out", corpus, *changes)
+        bytes_of[solver] = predict.predict(made).peak_memory_bytes
+    assert bytes_of["qronos"] == 2 * bytes_of["gptq"] > 0

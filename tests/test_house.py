@@ -16,6 +16,7 @@ ROOMS = [
     "cli",
     "__init__",
     "report",
+    "fuzz",
     "inspection",
     "predict",
     "api",

@@ -211,6 +211,37 @@ def _fail(text: str, status: int) -> None:
     raise SystemExit(status)
 
 
+@app.command()
+def fuzz(
+    target: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="A model type, a class name, or a folder with a config.json.")
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Every causal language model that transformers has.")] = False,
+    methods: Annotated[list[str] | None, typer.Option("--method", help="Only these methods.")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Build a tiny random model of an architecture and prove every site with every method."""
+    from gyroquant.errors import InputError
+    from gyroquant.fuzz import Report, causal_model_types
+    from gyroquant.fuzz import fuzz as run
+    from gyroquant.report import console, summaries
+
+    if every == (target is not None):
+        raise InputError("give one MODEL, such as qwen3, or --all")
+    reports = []
+    for name in causal_model_types() if every else [target]:
+        try:
+            reports.append(run(str(name), methods, console.ConsoleStages()))
+        except InputError as error:
+            if not every:
+                raise
+            reports.append(Report(str(name), problem=str(error), known=False))
+    _print_json([one.to_dict() for one in reports]) if as_json else console.show(*summaries.fuzzed(reports))
+    if any(one.wrong for one in reports):
+        raise typer.Exit(1)
+
+
 rotations = typer.Typer(no_args_is_help=True, help="Rotations as files: take them out of a run, change, use again.")
 app.add_typer(rotations, name="rotations")
 Rotations = Annotated[Path, typer.Argument(help="A file of rotations, or a folder written with learned ones.")]

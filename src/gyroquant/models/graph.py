@@ -249,13 +249,18 @@ class _Resolver:
         return Group(label, tuple(ops))
 
 
-def build_graph(config: Any, shapes: Mapping[str, Shape], tied: Mapping[str, str] | None = None) -> ModelGraph:
-    """Resolves the description of ``config.model_type`` against a model's parameters.
+def build_graph(
+    config: Any,
+    shapes: Mapping[str, Shape],
+    tied: Mapping[str, str] | None = None,
+    architecture: Architecture | None = None,
+) -> ModelGraph:
+    """Resolves the description of ``config.model_type``, or another `architecture`, against a model's parameters.
 
     `shapes` maps every stored parameter to its shape; `tied` maps the name of a tied parameter to the stored one.
     Raises UnsupportedModelError for an unknown architecture, a missing parameter, or one that no entry claims.
     """
-    architecture = architecture_of(config)
+    architecture = architecture or architecture_of(config)
     tied = dict(tied or {})
     resolver = _Resolver(architecture, config, shapes, tied)
     pattern = re.compile(re.escape(architecture.blocks) + r"\.(\d+)\.")

@@ -94,6 +94,11 @@ def model_types() -> tuple[str, ...]:
     return tuple(sorted(_REGISTRY))
 
 
+def architectures() -> tuple[Architecture, ...]:
+    """Every description, once."""
+    return tuple(dict.fromkeys(_REGISTRY.values()))
+
+
 def architecture_of(config: Any) -> Architecture:
     """The description for a transformers configuration. Raises UnsupportedModelError when there is none."""
     found = _REGISTRY.get(config.model_type)

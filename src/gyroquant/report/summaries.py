@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 
 from gyroquant.evaluation.outliers import Outliers
+from gyroquant.fuzz import Finding, Report
 from gyroquant.inspection import Inspection
 from gyroquant.maps import factors
 from gyroquant.report.console import duration, size, table
@@ -135,3 +136,34 @@ def rotations(rows: Iterable[Mapping[str, Any]]) -> Table:
     """What a file of rotations holds."""
     lines = [(r["site"], str(r["n"]), f"{r['drift']:.1e}", f"{r['from_identity']:.3f}") for r in rows]
     return table("", ("site", "order", "from orthogonal", "from the identity"), lines, right=(1, 2, 3))
+
+
+def fuzzed(reports: Sequence[Report]) -> list[Any]:
+    """What fuzzing found: site by method for one architecture, a line each for many."""
+    if len(reports) > 1:
+        lines = []
+        for one in reports:
+            worst = "-" if one.worst is None else f"{one.worst:.1e}"
+            state = one.problem or (f"{len(one.wrong)} wrong" if one.wrong else "exact")
+            lines.append((one.model_type, one.described_by + ("" if one.known else " (fits)"), worst, state[:90]))
+        return [table("", ("architecture", "description", "worst error", ""), lines, right=(2,))]
+    (one,) = reports
+    if one.problem:
+        return [f"{one.model_type}: {one.problem}"]
+    sites = list(dict.fromkeys(f.site for f in one.findings))
+    found = {(f.site, f.method): f for f in one.findings}
+    rows = []
+    for method in dict.fromkeys(f.method for f in one.findings):
+        cells = [found.get((site, method)) for site in sites]
+        rows.append((method, *(_fuzz_cell(cell) for cell in cells)))
+    title = f"{one.model_type}, described by {one.described_by}" + ("" if one.known else " (not its own)")
+    reasons = dict.fromkeys(f"{f.site}: {f.fault or f.refused}" for f in one.findings if f.fault or f.refused)
+    return [table(title, ("method", *sites), rows, right=tuple(range(1, len(sites) + 1))), *reasons]
+
+
+def _fuzz_cell(finding: Finding | None) -> str:
+    if finding is None:
+        return ""
+    if finding.fault:
+        return "WRONG"
+    return "refused" if finding.error is None else f"{finding.error:.0e}"

@@ -62,7 +62,7 @@ def test_every_architecture_is_rounded_saved_and_loaded(
 
 
 @pytest.mark.parametrize("name", ["llama_tied", "qwen2_moe", "gpt2"])
-@pytest.mark.parametrize("recipe", ["rtn", "gptq", "gsr", "gh"])
+@pytest.mark.parametrize("recipe", ["rtn", "gptq", "gsr", "gh", "bbt-absorbed", "pair-pca"])
 def test_what_is_loaded_is_what_was_rounded(
     name: str, recipe: str, folders: dict[str, Path], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -109,7 +109,8 @@ class FoldPlan:
             self.folded.append((site, m, False))
             return
         problem = site.fused_problem(m)
-        run_online = online if online is not None else bool(problem) and site.name in _ONLINE_SITES
+        by_itself = bool(problem) and site.name in _ONLINE_SITES and bool(site.insertions)
+        run_online = by_itself if online is None else online
         if run_online:
             self._add_online(site, m)
         elif problem:

@@ -16,8 +16,8 @@ from gyroquant.models.runner import BlockRunner
 from gyroquant.models.sites import Site, find_sites
 from gyroquant.models.source import open_model
 
-COLUMNS = ("R1 fused", "R1 online", "R2", "R3", "R4", "attn_in", "mlp_in", "R1 to R4")
-REASONS = {"cannot pass it": "post-norm", "no site": "none"}
+COLUMNS = ("R1 fused", "R1 online", "R2", "qk fused", "qk online", "R3", "R4", "attn_in", "mlp_in", "R1 to R4")
+REASONS = {"cannot pass it": "post-norm", "no site": "none", "stand between": "q/k norms"}
 TITLES = {
     "llama": "Llama",
     "llama_tied": "Llama, tied head",
@@ -46,15 +46,17 @@ Made by `python tests/architecture_table.py > docs/architectures.md`; a test mak
 
 Each cell is the proof on a tiny random model of the family, built from its own transformers configuration, with random
 norm gains and biases: the larger of the relative logit error and the worst block's error, in fp32, after folding random
-Hadamards (R1 to R4) or random scalings (attn_in, mlp_in). Where a cell says why not, the fold is refused before
-anything is touched:
+Hadamards (R1 to R4, qk online), random rotations of the pairs that RoPE turns (qk fused) or random scalings (attn_in,
+mlp_in). Where a cell says why not, the fold is refused before anything is touched:
 
 - *post-norm*: a norm behind attention or feed-forward multiplies what is added to the residual stream by a gain, which
   a rotation of the stream cannot pass. `transform.R1.online=true` rotates the inputs of the linear layers instead.
+- *q/k norms*: norms stand between the projections and RoPE, and a map cannot pass their gains.
+  `transform.qk.online=true` turns queries and keys back in front of the norms.
 - *none*: the architecture has no norm in front of those layers, so there is no such site.
 
-R3 and R4 run online. LayerNorm models (Cohere-2, OPT, GPT-NeoX, GPT-2) get rotations that keep the mean, see
-[sites](sites.md).
+R3 and R4 run online. OPT and GPT-2 have no RoPE, so that qk takes any map. LayerNorm models (Cohere-2, OPT,
+GPT-NeoX, GPT-2) get rotations that keep the mean, see [sites](sites.md).
 
 """
 
@@ -62,6 +64,8 @@ R3 and R4 run online. LayerNorm models (Cohere-2, OPT, GPT-NeoX, GPT-2) get rota
 def _map(site: Site, column: str, generator: torch.Generator) -> maps.Map:
     if column in ("attn_in", "mlp_in"):
         return maps.Diagonal(torch.rand(site.n, generator=generator, dtype=torch.float64) + 0.5)
+    if column == "qk fused" and site.rope is not None:
+        return maps.PairRotation(site.n, 3 * torch.randn(site.rope.pairs, generator=generator), site.rope.interleaved)
     return maps.random_signs(site.n, generator) @ maps.hadamard(site.n)
 
 
@@ -75,7 +79,7 @@ def cell(name: str, column: str) -> str:
     wanted = ("R1", "R2", "R3", "R4") if column == "R1 to R4" else (column.split()[0],)
     try:
         for site_name in wanted:
-            online = True if site_name == "R1" and (column == "R1 online" or post_norm) else None
+            online = True if column.endswith(" online") or (site_name == "R1" and post_norm) else None
             for site in find_sites(store.graph, site_name, online=bool(online)):
                 plan.add(site, _map(site, column, generator), online)
         proof = prove(store, plan, BlockRunner(model, store.graph), tiny.tokens(model), 5e-6)

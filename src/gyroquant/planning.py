@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from gyroquant.calibration.measure import Want
-from gyroquant.maps import Diagonal, Householder, Map, Permutation
+from gyroquant.maps import Diagonal, Householder, Map, PairRotation, Permutation
 from gyroquant.methods import Context, Method
 from gyroquant.models.fold import FoldPlan
 from gyroquant.models.graph import ModelGraph
@@ -74,12 +74,15 @@ def _choose(method: Method, site: Site, recipe: Recipe, want: Want | None) -> Ma
         return method.choose(site, context)
     if want is None:
         method.check(site, context)
-        return _stand_in(site.n, method.structure)
+        return _stand_in(site, method.structure)
     return method.choose(site, replace(context, statistics=want.seen))
 
 
-def _stand_in(n: int, structure: Structure) -> Map:
+def _stand_in(site: Site, structure: Structure) -> Map:
     """A map with the structure of the one to come, for checking."""
+    n = site.n
+    if structure == "pairs" and site.rope is not None:
+        return PairRotation(n, torch.ones(site.rope.pairs, dtype=torch.float64), site.rope.interleaved)
     if structure == "permutation":
         return Permutation(torch.arange(n))
     one = torch.ones(n, dtype=torch.float64)

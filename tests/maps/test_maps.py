@@ -20,6 +20,8 @@ MAPS: dict[str, Callable[[], maps.Map]] = {
     "diagonal": lambda: maps.Diagonal(torch.rand(24, generator=GENERATOR) + 0.5),
     "permutation": lambda: maps.Permutation(torch.randperm(24, generator=GENERATOR)),
     "householder": lambda: maps.Householder(torch.randn(24, generator=GENERATOR)),
+    "pairs": lambda: maps.PairRotation(24, 3 * torch.randn(12, generator=GENERATOR)),
+    "interleaved pairs of some": lambda: maps.PairRotation(24, torch.randn(5, generator=GENERATOR), interleaved=True),
     "orthogonal": lambda: maps.random_orthogonal(24, GENERATOR),
     "dense": lambda: maps.Dense(torch.randn(24, 24, generator=GENERATOR, dtype=torch.float64) + 4 * torch.eye(24)),
     "blocks": lambda: maps.blocks(maps.walsh(8), 24),
@@ -101,6 +103,18 @@ def test_a_wrong_size_is_refused(m: maps.Map) -> None:
         m.apply(torch.zeros(2, 23))
 
 
+def test_pairs_are_those_of_their_layout_and_turn_one_way() -> None:
+    angles = torch.tensor([0.3, -1.2], dtype=torch.float64)
+    for interleaved, pairs in ((False, ((0, 2), (1, 3))), (True, ((0, 1), (2, 3)))):
+        dense = maps.PairRotation(5, angles, interleaved).dense()
+        wanted = torch.eye(5, dtype=torch.float64)
+        for angle, (a, b) in zip(angles, pairs, strict=True):
+            c, s = angle.cos(), angle.sin()
+            wanted[a, a], wanted[a, b], wanted[b, a], wanted[b, b] = c, s, -s, c
+        assert close(dense, wanted)
+        assert float(torch.linalg.det(dense)) == pytest.approx(1)
+
+
 def test_fixing_ones_fixes_the_ones() -> None:
     ones = torch.ones(24, dtype=torch.float64)
     for name in ("fixing ones", "fixing ones in blocks"):
@@ -134,6 +148,7 @@ def test_rows_beyond_one_piece() -> None:
         (lambda: maps.Permutation(torch.tensor([0, 0, 1])), "missing or doubled"),
         (lambda: maps.Dense(torch.zeros(2, 3)), "square"),
         (lambda: maps.product(maps.Identity(2), maps.hadamard(4)), "one order"),
+        (lambda: maps.PairRotation(6, torch.zeros(4)), "4 pairs do not fit into 6"),
         (lambda: maps.blocks(maps.hadamard(8), 20), "do not divide"),
         (lambda: maps.load({"kind": "mystery"}, {}), "unknown kind"),
         (lambda: maps.load({"kind": "signs", "values": {"array": "gone"}}, {}), "missing"),

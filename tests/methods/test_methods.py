@@ -26,9 +26,15 @@ METHODS: dict[str, dict[str, object]] = {
     "zigzag": {"method": "zigzag", "block": 16},
     "absmax": {"method": "absmax", "block": 16},
     "random permutation": {"method": "random_permutation", "block": 16},
+    "pair pca": {"method": "pair_pca"},
+    "head pca": {"method": "head_pca"},
+    "spectral scale": {"method": "spectral_scale"},
+    "spectral scale of the paper": {"method": "spectral_scale", "energy": "paper", "alpha": 0.25},
 }
 CONTEXT = Context(seed=7, group_size=32)
-SITES = ("R1", "R2", "R3", "R4", "attn_in", "mlp_in")
+SITES = ("R1", "R2", "qk", "R3", "R4", "attn_in", "mlp_in")
+MEANT_FOR = {"pair pca": {"qk"}, "head pca": {"R2", "qk"}}
+"""The sites of the methods that refuse all others."""
 
 
 def method(name: str) -> Method:
@@ -59,6 +65,10 @@ class TestContract:
     def test_maps_fit_their_sites_and_are_what_they_say(self, name: str, site: str) -> None:
         chosen = method(name)
         for place in sites("llama", site, chosen.structure):
+            if site not in MEANT_FOR.get(name, SITES):
+                with pytest.raises(gq.GyroquantError, match=chosen.method):
+                    choose(chosen, place)
+                continue
             m = choose(chosen, place)
             assert m.n == place.n
             assert m.orthogonal or chosen.structure in ("any", "diagonal")
@@ -68,7 +78,7 @@ class TestContract:
             assert torch.allclose(m.dense() @ m.inverse().dense(), eye, atol=1e-9)
 
     def test_the_same_seed_gives_the_same_map(self, name: str) -> None:
-        site = sites("llama", "R1")[0]
+        site = sites("llama", "qk" if name in MEANT_FOR else "R1")[0]
         one, again = (choose(method(name), site).dense() for _ in range(2))
         assert torch.equal(one, again)
 
@@ -76,7 +86,7 @@ class TestContract:
     def test_folding_it_wherever_it_fits_is_exact(self, name: str, model: str) -> None:
         """What is measured is measured on the model itself, and what a site cannot take it refuses."""
         used = []
-        for site in SITES:
+        for site in MEANT_FOR.get(name, SITES):
             changes = [f"transform.{site}={METHODS[name]}", "weights.group_size=16"]
             try:
                 transformed = tiny.build(model)
@@ -86,7 +96,11 @@ class TestContract:
             used.append(site)
             assert proof.relative_logit_error < 5e-6
             assert proof.worst_block_error < 1e-5
-        assert {"R1", "R4"} <= set(used) or method(name).structure == "diagonal"
+        expected = {"R1", "R4"} if method(name).structure != "diagonal" else {"attn_in", "mlp_in"}
+        if name in MEANT_FOR:
+            assert bool(used) == (name != "pair pca" or model != "gpt2")  # GPT-2 has no pairs
+        else:
+            assert expected <= set(used)
 
 
 def test_other_seeds_and_other_sites_give_other_signs() -> None:

@@ -45,6 +45,17 @@ def scaling(site: Site) -> maps.Map:
     return maps.Diagonal(torch.rand(site.n, generator=generator(), dtype=torch.float64) + 0.5)
 
 
+def turns(site: Site) -> maps.Map:
+    """Any map that commutes with RoPE: a rotation and a factor for each pair; any at all without RoPE."""
+    if site.rope is None:
+        return invertible(site)
+    pairs = site.rope.pairs
+    turn = maps.PairRotation(site.n, 3 * torch.randn(pairs, generator=generator()), site.rope.interleaved)
+    factors = torch.rand(pairs, generator=generator(), dtype=torch.float64) + 0.5
+    both = factors.repeat_interleave(2) if site.rope.interleaved else factors.repeat(2)
+    return turn @ maps.Diagonal(torch.cat([both, torch.full((site.n - 2 * pairs,), 0.7, dtype=torch.float64)]))
+
+
 def permutation(site: Site) -> maps.Map:
     return maps.Permutation(torch.randperm(site.n, generator=generator()))
 
@@ -57,6 +68,8 @@ CASES: dict[str, tuple[str, Choose, bool | None]] = {
     "R1 online": ("R1", rotation, True),
     "R2 rotation": ("R2", rotation, None),
     "R2 invertible": ("R2", invertible, None),
+    "qk": ("qk", turns, None),
+    "qk online": ("qk", invertible, True),
     "R3": ("R3", rotation, None),
     "R4 rotation": ("R4", rotation, None),
     "R4 permutation": ("R4", permutation, None),
@@ -72,6 +85,7 @@ REFUSED = {
     **{(name, case): POST_NORM for name in ("gemma2", "gemma3", "olmo2") for case in CASES if case.startswith("R1 ")},
     **{("olmo2", case): "no site" for case in ("attn_in scaling", "mlp_in scaling", "attn_in online")},
     ("cohere2", "mlp_in scaling"): "no site",
+    **{(name, "qk"): "k_norm stand between" for name in ("qwen3", "qwen3_moe", "gemma3", "olmo2")},
 }
 for _name in ("gemma2", "gemma3", "olmo2"):
     del REFUSED[_name, "R1 online"]
@@ -102,7 +116,9 @@ def test_every_fold_is_exact_or_refused(name: str, case: str) -> None:
 @pytest.mark.parametrize("name", tiny.CONFIGS)
 def test_all_sites_at_once(name: str) -> None:
     online = True if (name, "R1 rotation") in REFUSED else None
-    folded(name, ("R1", rotation, online), ("R2", invertible, None), ("R3", rotation, None), ("R4", rotation, None))
+    queries = ("qk", invertible, True) if (name, "qk") in REFUSED else ("qk", turns, None)
+    others = (("R2", invertible, None), queries, ("R3", rotation, None), ("R4", rotation, None))
+    folded(name, ("R1", rotation, online), *others)
 
 
 def test_several_maps_at_one_site() -> None:
@@ -141,6 +157,7 @@ def test_layer_norm_models_get_maps_that_keep_the_mean() -> None:
         ("R1", scaling, None, "orthogonal"),
         ("attn_in", rotation, None, "diagonal"),
         ("R3", invertible, True, "orthogonal"),
+        ("qk", rotation, None, "do not commute with RoPE.*set transform.qk.online=true"),
         ("R2", rotation, True, "no place"),
         ("R1", lambda site: maps.hadamard(32), None, "32"),
     ],

@@ -109,7 +109,9 @@ def _taps(graph: ModelGraph, plan: FoldPlan, want: Want) -> list[_Tap]:
     found: list[_Tap] = []
     heard = set()
     for port in want.site.readers:
-        op = by_weight[port.param]
+        op = by_weight.get(port.param)
+        if op is None:  # a bias: what it adds is heard with what leaves its layer
+            continue
         inner = port.axis == op.in_axis
         block = op.module.removeprefix(graph.architecture.blocks + ".").partition(".")[0]
         key = (block, input_key(op, frozenset()), port.expert) if inner else (op.weight, id(port))
@@ -126,7 +128,7 @@ def _edits(plan: FoldPlan, site: Site, port: Port, inner: bool) -> tuple[AbsorbG
     planned = [
         edit
         for edit in plan.edits.get(port.param, ())
-        if edit.port.axis == port.axis and edit.port.expert in (None, port.expert)
+        if edit.port.axis == port.axis and edit.port.expert in (None, port.expert) and _meet(edit.port, port)
     ]
     if not inner and planned:
         raise UnsupportedModelError(f"{site.label} cannot be measured behind another map at the same place")
@@ -134,6 +136,11 @@ def _edits(plan: FoldPlan, site: Site, port: Port, inner: bool) -> tuple[AbsorbG
     absorbed = [edit.norm.module for edit in planned if isinstance(edit, AbsorbGain)]
     coming = [AbsorbGain(port, norm) for norm in norms if norm.module not in absorbed]
     return tuple(edit for edit in (*planned, *coming) if isinstance(edit, AbsorbGain | ApplyMap))
+
+
+def _meet(one: Port, other: Port) -> bool:
+    """Whether two ports of one axis have rows in common."""
+    return one.rows is None or other.rows is None or bool(torch.isin(one.rows, other.rows).any())
 
 
 def _change(edit: AbsorbGain | ApplyMap, tensors: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gyroquant.maps import hadamard
 from gyroquant.models.graph import Group, LinearOp
 from gyroquant.models.online import Attachment, OnlineMap, route_experts, unrounded
 
@@ -116,6 +117,41 @@ class CrossGram(Gram):
             if self.drift is None:
                 self.drift = torch.zeros(x.shape[1], x.shape[1], device=x.device)
             self.drift.addmm_((partner.float() - x).T, x)
+
+
+class Energy:
+    """Mean square of every channel, shape (n,)."""
+
+    def __init__(self, n: int):
+        self._sum = torch.zeros(n, dtype=torch.float64)
+        self.count = 0
+
+    def __call__(self, x: Tensor) -> None:
+        self._sum += x.square().sum(0, dtype=torch.float64).cpu()
+        self.count += x.shape[0]
+
+    @property
+    def value(self) -> Tensor:
+        return self._sum / max(1, self.count)
+
+
+class PaddedSpectrum:
+    """Mean square of every Walsh-Hadamard coefficient, shape (D,): D is n or the next power of two, with zeros behind.
+
+    Coefficients are in natural (Sylvester's) order, of the orthonormal transform: section 3 of arXiv 2605.25203.
+    """
+
+    def __init__(self, n: int):
+        self.pad = (1 << (n - 1).bit_length()) - n
+        self._transform = hadamard(n + self.pad)
+        self._energy = Energy(n + self.pad)
+
+    def __call__(self, x: Tensor) -> None:
+        self._energy(self._transform.apply(nn.functional.pad(x, (0, self.pad))))
+
+    @property
+    def value(self) -> Tensor:
+        return self._energy.value
 
 
 class Moments:

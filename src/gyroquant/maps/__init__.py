@@ -14,6 +14,7 @@ from gyroquant.maps.elementary import (
     random_signs,
 )
 from gyroquant.maps.hadamard import Hadamard, Walsh, hadamard, sequency_order, walsh
+from gyroquant.maps.rotary import PairRotation
 
 __all__ = [
     "BlockDiagonal",
@@ -23,6 +24,7 @@ __all__ = [
     "Householder",
     "Identity",
     "Map",
+    "PairRotation",
     "Permutation",
     "Product",
     "Signs",

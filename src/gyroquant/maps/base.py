@@ -104,7 +104,7 @@ def dump(m: Map, arrays: dict[str, Tensor], prefix: str = "map") -> dict[str, An
     for field in dataclasses.fields(m):  # type: ignore[arg-type]
         value, key = getattr(m, field.name), f"{prefix}.{field.name}"
         if isinstance(value, Tensor):
-            arrays[key] = value.contiguous()
+            arrays[key] = value.clone(memory_format=torch.contiguous_format)  # files share no memory
             spec[field.name] = {"array": key}
         elif isinstance(value, Map):
             spec[field.name] = dump(value, arrays, key)

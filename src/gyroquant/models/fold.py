@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from gyroquant.errors import UnsupportedModelError
-from gyroquant.maps import Identity, Map, blocks, fixing_ones
+from gyroquant.maps import BlockDiagonal, Identity, Map, blocks, fixing_ones, product
 from gyroquant.models.graph import ModelGraph, NormOp, Port
 from gyroquant.models.online import OnlineMap
-from gyroquant.models.sites import Site
+from gyroquant.models.sites import Insertion, Site, Span
 
 # A parameter whose rows can be edited apart from each other is folded in pieces of about this many entries.
 _CHUNK = 1 << 24
@@ -96,6 +96,7 @@ class FoldPlan:
     online: list[OnlineMap] = field(default_factory=list)
     folded: list[tuple[Site, Map, bool]] = field(default_factory=list)
     _absorbed: set[str] = field(default_factory=set)
+    _behind: dict[Insertion, dict[int, tuple[Span, Map]]] = field(default_factory=lambda: defaultdict(dict))
 
     def add(self, site: Site, m: Map, online: bool | None = None) -> None:
         """Plans the fold of a map into a site: fused, or online where `online` says so or the site knows no other way.
@@ -108,7 +109,8 @@ class FoldPlan:
             self.folded.append((site, m, False))
             return
         problem = site.fused_problem(m)
-        run_online = online if online is not None else bool(problem) and site.name in _ONLINE_SITES
+        by_itself = bool(problem) and site.name in _ONLINE_SITES and bool(site.insertions)
+        run_online = by_itself if online is None else online
         if run_online:
             self._add_online(site, m)
         elif problem:
@@ -119,12 +121,36 @@ class FoldPlan:
         self.folded.append((site, m, run_online))
 
     def _add_online(self, site: Site, m: Map) -> None:
+        if site.behind:
+            self._apply((*site.writers, *site.readers), m)
+            for insertion, span in site.behind:
+                self._undo(insertion, span, m.inverse())
+            return
         if not site.insertions:
             raise UnsupportedModelError(f"{site.label} has no place where a map could run online; fuse it instead")
         if site.admits_online == "orthogonal" and not m.orthogonal:
             raise UnsupportedModelError(f"{site.label} can only take an orthogonal map")
         self._apply(site.readers, m.contragredient())
         self.online += [OnlineMap(insertion, m) for insertion in site.insertions]
+
+    def _undo(self, insertion: Insertion, span: Span, m: Map) -> None:
+        """Lets a map run on some coordinates of an output, in one online map with all others there."""
+        spans = self._behind[insertion]
+        m = blocks(m, span.stop - span.start)
+        before = spans.get(span.start)
+        spans[span.start] = (span, m if before is None else product(m, before[1]))
+        parts: list[Map] = []
+        end = 0
+        for start, (one, part) in sorted(spans.items()):
+            parts += [Identity(start - end)] * (start > end) + [part]
+            end = one.stop
+        parts += [Identity(span.size - end)] * (span.size > end)
+        whole = parts[0] if len(parts) == 1 else BlockDiagonal(tuple(parts))
+        places = [number for number, one in enumerate(self.online) if one.insertion == insertion]
+        if places:
+            self.online[places[0]] = OnlineMap(insertion, whole)
+        else:
+            self.online.append(OnlineMap(insertion, whole))
 
     def _add_fused(self, site: Site, m: Map) -> Map:
         if site.keeps_mean:

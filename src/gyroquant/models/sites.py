@@ -1,8 +1,8 @@
 """The places of a model whose basis may change, and what may be folded there.
 
 R1 to R4 are numbered as SpinQuant (arXiv 2405.16406) and QuaRot number them: R1 the residual stream, R2 the value
-heads, R3 queries and keys after RoPE, R4 the input of down_proj. `attn_in` and `mlp_in` are the outputs of the norms,
-`linear` the input of every single linear layer.
+heads, R3 queries and keys after RoPE, R4 the input of down_proj. `qk` are queries and keys as their projections write
+them, `attn_in` and `mlp_in` the outputs of the norms, `linear` the input of every single linear layer.
 """
 
 from __future__ import annotations
@@ -11,13 +11,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
+
 from gyroquant.errors import RecipeError, UnsupportedModelError
 from gyroquant.maps import Map
 from gyroquant.models.graph import Group, LinearOp, ModelGraph, NormOp, Port
+from gyroquant.models.rope import Rope, rope_of
 
 Point = Literal["input", "output", "qk", "experts_in", "experts_act"]
-Structure = Literal["any", "orthogonal", "diagonal", "permutation"]
-"""What is known of a map before it is chosen."""
+Structure = Literal["any", "orthogonal", "diagonal", "permutation", "pairs"]
+"""What is known of a map before it is chosen; `pairs`: a rotation of each pair that RoPE turns."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +36,21 @@ class Insertion:
 
 
 @dataclass(frozen=True)
+class Span:
+    """The coordinates from `start` up to `stop` of a vector of `size`."""
+
+    start: int
+    stop: int
+    size: int
+
+
+@dataclass(frozen=True)
 class Site:
     """One place of one model: the ports that write and read its basis, and what a map there must satisfy.
 
-    A port longer than `n` takes the map block by block, as heads do.
+    A port longer than `n` takes the map block by block, as heads do. `rope` is what queries and keys pass behind the
+    site. `behind` are the places, and the coordinates there, where the inverse of an online map runs when it is the
+    output of layers that is changed: readers are then multiplied with the map itself.
     """
 
     name: str
@@ -47,17 +61,25 @@ class Site:
     readers: tuple[Port, ...] = ()
     absorbs: tuple[tuple[NormOp, tuple[Port, ...]], ...] = ()
     insertions: tuple[Insertion, ...] = ()
-    admits: Literal["any", "orthogonal", "diagonal", "permutation", "nothing"] = "any"
+    behind: tuple[tuple[Insertion, Span], ...] = ()
+    admits: Literal["any", "orthogonal", "diagonal", "permutation", "rope", "nothing"] = "any"
     admits_online: Literal["any", "orthogonal"] = "any"
     keeps_mean: bool = False
     blocked: str = ""
+    rope: Rope | None = None
 
     def fused_problem(self, m: Map) -> str:
         """Why this map cannot be fused here; empty when it can."""
         if self.blocked:
             return self.blocked
+        if self.admits == "rope" and self.rope is not None and not self.rope.commutes(m):
+            return (
+                f"{self.label} lies in front of RoPE, which this map does not commute with: it may only turn each pair "
+                "that RoPE turns (reflections and mixings of pairs do not commute with RoPE)"
+            )
         fits = {
             "any": True,
+            "rope": True,
             "orthogonal": m.orthogonal,
             "diagonal": m.diagonal,
             "permutation": m.permuting,
@@ -115,6 +137,55 @@ def _r2(graph: ModelGraph) -> Iterator[Site]:
             writers=group.writers("v"),
             readers=tuple(op.read_port() for op in group.readers("attn_out")),
         )
+
+
+def _qk(graph: ModelGraph) -> Iterator[Site]:
+    """The queries and keys of every kv head as they enter RoPE: the query heads of its group write, the key head reads.
+
+    A score is the product of a query and a key, so what one takes the other takes contragrediently. Maps must commute
+    with RoPE, and no norm may stand in between.
+    """
+    rope = rope_of(graph)
+    for i, group in enumerate(graph.blocks):
+        norms = [norm.module for norm in group.norms if norm.entry.writes in ("q", "k")]
+        why = f"{' and '.join(norms)} stand between the projections and RoPE, and a map cannot pass their gains"
+        for head in range(graph.kv_heads):
+            yield _qk_site(graph, i, head, rope, why if norms else "")
+
+
+def _qk_online(graph: ModelGraph) -> Iterator[Site]:
+    """The same, with the inverse of the map right behind the projections: any map, whatever stands in between."""
+    for site in _qk(graph):
+        assert site.block is not None
+        group = graph.blocks[site.block]
+        behind = []
+        for port in (*site.writers, *site.readers):
+            op = next((op for op in group.linears if op.weight == port.param), None)
+            if op is not None and port.rows is not None:
+                rows = port.rows
+                behind.append((Insertion("output", op.module), Span(int(rows[0]), int(rows[-1]) + 1, op.out_features)))
+        yield replace(site, behind=tuple(behind), admits="any", blocked="")
+
+
+def _qk_site(graph: ModelGraph, block: int, head: int, rope: Rope | None, blocked: str) -> Site:
+    group, shared = graph.blocks[block], graph.heads // graph.kv_heads
+    return Site(
+        name="qk",
+        block=block,
+        label=f"qk of {group.label}, kv head {head}",
+        n=graph.head_dim,
+        writers=_heads(group.writers("q"), range(head * shared, (head + 1) * shared), graph.head_dim),
+        readers=_heads(group.writers("k"), range(head, head + 1), graph.head_dim),
+        admits="rope",
+        blocked=blocked,
+        rope=rope,
+    )
+
+
+def _heads(ports: tuple[Port, ...], heads: range, size: int) -> tuple[Port, ...]:
+    """The ports, restricted to the rows of some heads."""
+    chosen = torch.arange(heads.start * size, heads.stop * size)
+    return tuple(replace(port, rows=chosen if port.rows is None else port.rows[chosen]) for port in ports)
 
 
 def attention_module(group: Group) -> str:
@@ -253,6 +324,7 @@ def _r1_online(graph: ModelGraph) -> Iterator[Site]:
 _BUILDERS: dict[str, Callable[[ModelGraph], Iterator[Site]]] = {
     "R1": _r1,
     "R2": _r2,
+    "qk": _qk,
     "R3": _r3,
     "attn_in": _behind_norm("attn_in"),
     "mlp_in": _behind_norm("mlp_in"),
@@ -278,6 +350,8 @@ def find_sites(graph: ModelGraph, name: str, online: bool = False, structure: St
         raise RecipeError(f"unknown site {name!r}; sites are {', '.join(SITE_NAMES)}")
     if name == "R1" and online:
         found = list(_r1_online(graph))
+    elif name == "qk" and online:
+        found = list(_qk_online(graph))
     elif name == "R4" and not online and structure in ("permutation", "diagonal"):
         found = list(_r4_fused(graph, structure))
     else:

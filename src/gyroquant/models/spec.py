@@ -66,13 +66,18 @@ Part = Entry | tuple[tuple[Entry, ...], ...]  # a tuple of groups: alternatives,
 
 @dataclass(frozen=True)
 class Architecture:
-    """One family of decoders: where its blocks lie, what is in them and around them."""
+    """One family of decoders: where its blocks lie, what is in them and around them.
+
+    `rope` says which coordinates of a head RoPE turns together: those half a head apart, neighbours, or none because
+    positions are learned.
+    """
 
     name: str
     model_types: tuple[str, ...]
     blocks: str
     block: tuple[Part, ...]
     outer: tuple[Part, ...]
+    rope: Literal["half", "interleaved", "none"]
     refuse: Callable[[Any], str | None] = lambda config: None
     """Given a configuration, the reason why this variant of the architecture is not supported, or None."""
 

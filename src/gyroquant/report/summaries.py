@@ -107,9 +107,10 @@ def _hadamards(orders: Iterable[int]) -> str:
 
 def _how(row: Mapping[str, Any]) -> str:
     if row["blocked"]:
-        online = "online only" if row["online"] else "not fused (online: true puts it in front of every reader)"
+        online = "online only" if row["online"] else "not fused (online: true runs it with the model)"
         return f"{online}: {row['blocked']}"
-    fused = {"any": "any map", "orthogonal": "any rotation"}.get(row["admits"], f"a {row['admits']} map")
+    known = {"any": "any map", "orthogonal": "any rotation", "rope": "a map that commutes with RoPE"}
+    fused = known.get(row["admits"], f"a {row['admits']} map")
     return f"fused: {fused}" + ("; online: any map" if row["online"] else "")
 
 

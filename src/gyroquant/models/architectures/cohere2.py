@@ -22,5 +22,6 @@ register(
             Norm("model.norm", "residual", "final", kind="layer"),
             Linear("lm_head", "final", "logits"),
         ),
+        rope="interleaved",
     )
 )

@@ -32,5 +32,6 @@ register(
             Norm("model.norm", "residual", "final", offset=1.0),
             Linear("lm_head", "final", "logits"),
         ),
+        rope="half",
     )
 )

@@ -28,6 +28,7 @@ register(
             Norm("transformer.ln_f", "residual", "final", kind="layer"),
             Linear("lm_head", "final", "logits"),
         ),
+        rope="none",
         refuse=_refuse,
     )
 )

@@ -20,5 +20,6 @@ register(
             Norm("gpt_neox.final_layer_norm", "residual", "final", kind="layer"),
             Linear("lm_head", "final", "logits"),
         ),
+        rope="half",
     )
 )

@@ -33,5 +33,6 @@ register(
         blocks="model.layers",
         block=(*ATTENTION, *MLP_NORM, *MLP),
         outer=OUTER,
+        rope="half",
     )
 )

@@ -40,5 +40,6 @@ register(
             ),
         ),
         outer=OUTER,
+        rope="half",
     )
 )

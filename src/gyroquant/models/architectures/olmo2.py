@@ -25,5 +25,6 @@ register(
             Norm("post_feedforward_layernorm", "mlp_post", "residual"),
         ),
         outer=OUTER,
+        rope="half",
     )
 )

@@ -36,6 +36,7 @@ register(
             Norm("model.decoder.final_layer_norm", "residual", "final", kind="layer"),
             Linear("lm_head", "final", "logits"),
         ),
+        rope="none",
         refuse=_refuse,
     )
 )

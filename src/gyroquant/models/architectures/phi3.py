@@ -17,5 +17,6 @@ register(
             Linear("mlp.down_proj", "act", "residual"),
         ),
         outer=OUTER,
+        rope="half",
     )
 )

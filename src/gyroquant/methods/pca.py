@@ -1,0 +1,43 @@
+"""Principal axes of heads: what the matrix gain of BBT (arXiv 2605.25203) turns queries and keys into."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from gyroquant.calibration.observers import Gram
+from gyroquant.errors import RecipeError
+from gyroquant.maps import Dense, Identity, Map
+from gyroquant.methods.base import Context, Method
+from gyroquant.models.sites import Site
+
+_HEADS = ("R2", "qk")
+
+
+class HeadPCA(Method):
+    """The eigenvectors of the second moments of a head, not centred, by falling eigenvalue.
+
+    On `qk` it runs online: behind the projections the head is turned back, so that norms and RoPE see what they always
+    did. In front of a norm over heads this is its matrix gain ``diag(gamma) U``, since a rotation keeps the norm.
+    """
+
+    method: Literal["head_pca"] = "head_pca"
+    statistics: ClassVar[tuple[Any, ...]] = (Gram,)
+
+    def check(self, site: Site, context: Context) -> None:
+        if site.name not in _HEADS:
+            raise RecipeError(f"head_pca measures n x n second moments: it goes to {' and '.join(_HEADS)}")
+
+    def choose(self, site: Site, context: Context) -> Map:
+        self.check(site, context)
+        observer = context.statistics[Gram]
+        return Dense(principal_axes(observer.gram.double().cpu())) if observer.count else Identity(site.n)
+
+
+def principal_axes(gram: Tensor) -> Tensor:
+    """Eigenvectors as columns, largest eigenvalue first, the largest entry of each positive; shape (n, n)."""
+    axes = torch.linalg.eigh(gram).eigenvectors.flip(1)
+    largest = axes.gather(0, axes.abs().argmax(0, keepdim=True))
+    return axes * torch.where(largest < 0, -1.0, 1.0)

@@ -1,0 +1,57 @@
+"""Rotations of queries and keys in front of RoPE that line the rows of their projections up with what they write.
+
+The pair-PCA of BBT (arXiv 2605.25203), section by section in docs/methods/bbt.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from gyroquant.calibration.observers import Gram
+from gyroquant.errors import UnsupportedModelError
+from gyroquant.maps import Map, PairRotation
+from gyroquant.methods.base import Context, Method
+from gyroquant.models.rope import Rope
+from gyroquant.models.sites import Site, Structure
+
+
+class PairPCA(Method):
+    """One rotation for each pair that RoPE turns: the principal axes of the pair's second moments, not centred.
+
+    Query heads take the rotation of the key head that they share, whose outputs are what is measured. Coordinates that
+    RoPE leaves alone stay as they are.
+    """
+
+    method: Literal["pair_pca"] = "pair_pca"
+    structure: ClassVar[Structure] = "pairs"
+    statistics: ClassVar[tuple[Any, ...]] = (Gram,)
+
+    def check(self, site: Site, context: Context) -> None:
+        _pairs_of(site)
+
+    def choose(self, site: Site, context: Context) -> Map:
+        rope = _pairs_of(site)
+        gram = context.statistics[Gram].gram.double().cpu()
+        return PairRotation(site.n, principal_angles(gram, rope), rope.interleaved)
+
+
+def _pairs_of(site: Site) -> Rope:
+    if site.rope is None:
+        what = "no RoPE behind it" if site.name == "qk" else "no pairs that RoPE turns"
+        raise UnsupportedModelError(f"{site.label} has {what}: pair_pca is for qk of models with rotary positions")
+    return site.rope
+
+
+def principal_angles(gram: Tensor, rope: Rope) -> Tensor:
+    """The angles that make the second moments of every pair diagonal, the larger one first, within half a turn.
+
+    `gram` has shape (n, n); the result has shape (pairs,). The rotation is proper (determinant +1) by construction: an
+    eigenvector basis with determinant -1 is one of these with an axis turned round.
+    """
+    index = torch.arange(gram.shape[0])
+    first, second = PairRotation(gram.shape[0], torch.zeros(rope.pairs), rope.interleaved).split(index)
+    cross, difference = gram[first, second], gram[first, first] - gram[second, second]
+    return -0.5 * torch.atan2(2 * cross, difference)

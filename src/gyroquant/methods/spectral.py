@@ -1,0 +1,44 @@
+"""Scales that make channels of high energy larger in the weights and smaller in the activations, absorbed in norms.
+
+The `no_rotation` mode of BBT (arXiv 2605.25203): ``s = (1 + n rho)^alpha`` with rho the share of the energy.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from gyroquant.calibration.observers import Energy, PaddedSpectrum
+from gyroquant.maps import Diagonal, Identity, Map
+from gyroquant.methods.base import Context, Method
+from gyroquant.models.sites import Site, Structure
+
+
+class SpectralScale(Method):
+    """Divides channels by ``(1 + n rho)^alpha`` and multiplies the columns that read them.
+
+    `energy` says what rho is the share of: ``corrected`` the channel's own mean square; ``paper`` that of the
+    Walsh-Hadamard coefficient with the channel's number, among the first n, as the authors' code has it. The index of a
+    coefficient says nothing of the channel with that number: ``paper`` is there to be compared with.
+    """
+
+    method: Literal["spectral_scale"] = "spectral_scale"
+    structure: ClassVar[Structure] = "diagonal"
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
+    energy: Literal["corrected", "paper"] = "corrected"
+
+    @property
+    def statistics(self) -> tuple[Any, ...]:  # type: ignore[override]
+        return (Energy if self.energy == "corrected" else PaddedSpectrum,)
+
+    def choose(self, site: Site, context: Context) -> Map:
+        energy = context.statistics[self.statistics[0]].value[: site.n]
+        return Diagonal(1 / scales(energy, self.alpha)) if float(energy.sum()) > 0 else Identity(site.n)
+
+
+def scales(energy: Tensor, alpha: float) -> Tensor:
+    """``(1 + n rho)^alpha``, shape (n,): sqrt(2) everywhere for a flat spectrum and alpha one half."""
+    rho = energy.double() / energy.double().sum()
+    return (1 + energy.numel() * rho) ** alpha

@@ -1,5 +1,6 @@
 """What every method must satisfy. A new method adds one line to METHODS."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -26,6 +27,7 @@ METHODS: dict[str, dict[str, object]] = {
     "zigzag": {"method": "zigzag", "block": 16},
     "absmax": {"method": "absmax", "block": 16},
     "random permutation": {"method": "random_permutation", "block": 16},
+    "smooth": {"method": "smooth"},
 }
 CONTEXT = Context(seed=7, group_size=32)
 SITES = ("R1", "R2", "R3", "R4", "attn_in", "mlp_in")
@@ -45,8 +47,13 @@ def choose(chosen: Method, site: Site, context: Context = CONTEXT) -> Map:
     generator = torch.Generator().manual_seed(site.n)
     want = Want(site, chosen.statistics)
     want(torch.randn(200, site.n, generator=generator) * torch.rand(site.n, generator=generator).exp())
+
+    def weights() -> Iterator[torch.Tensor]:
+        again = torch.Generator().manual_seed(site.n)
+        yield from (torch.randn(24, width * site.n, generator=again) for width in (1, 2))
+
     chosen.check(site, context)
-    return chosen.choose(site, replace(context, statistics=want.seen))
+    return chosen.choose(site, replace(context, statistics=want.seen, weights=weights))
 
 
 def test_every_method_has_a_row() -> None:

@@ -23,6 +23,7 @@ METHODS: dict[str, dict[str, object]] = {
     "walsh": {"method": "walsh"},
     "gsr": {"method": "walsh", "block": "group"},
     "orthogonal": {"method": "orthogonal", "block": 8},
+    "butterfly": {"method": "butterfly", "block": 16},
     "massdiff": {"method": "massdiff", "block": 16},
     "zigzag": {"method": "zigzag", "block": 16},
     "absmax": {"method": "absmax", "block": 16},

@@ -10,6 +10,7 @@ import torch
 import gyroquant as gq
 from gyroquant.calibration.measure import Want
 from gyroquant.errors import RecipeError
+from gyroquant.grids import IntegerGrid
 from gyroquant.maps import BlockDiagonal, Hadamard, Map, Walsh
 from gyroquant.methods import Context, Method
 from gyroquant.models.sites import Site, find_sites
@@ -29,8 +30,9 @@ METHODS: dict[str, dict[str, object]] = {
     "absmax": {"method": "absmax", "block": 16},
     "random permutation": {"method": "random_permutation", "block": 16},
     "smooth": {"method": "smooth"},
+    "awq": {"method": "awq", "steps": 4},
 }
-CONTEXT = Context(seed=7, group_size=32)
+CONTEXT = Context(seed=7, group_size=32, grid=IntegerGrid(group_size=32))
 SITES = ("R1", "R2", "R3", "R4", "attn_in", "mlp_in")
 
 
@@ -51,7 +53,7 @@ def choose(chosen: Method, site: Site, context: Context = CONTEXT) -> Map:
 
     def weights() -> Iterator[torch.Tensor]:
         again = torch.Generator().manual_seed(site.n)
-        yield from (torch.randn(24, width * site.n, generator=again) for width in (1, 2))
+        yield from (torch.randn(24, width * site.n, generator=again) for width in (2, 4))
 
     chosen.check(site, context)
     return chosen.choose(site, replace(context, statistics=want.seen, weights=weights))

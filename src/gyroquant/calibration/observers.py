@@ -58,6 +58,22 @@ class MeanAbs:
         return self._sum / max(1, self.count)
 
 
+class MeanSquare:
+    """Mean square of every channel, shape (n,): the diagonal of the second moments."""
+
+    def __init__(self, n: int):
+        self._sum = torch.zeros(n, dtype=torch.float64)
+        self.count = 0
+
+    def __call__(self, x: Tensor) -> None:
+        self._sum += x.float().square().sum(0, dtype=torch.float64).cpu()
+        self.count += x.shape[0]
+
+    @property
+    def value(self) -> Tensor:
+        return self._sum / max(1, self.count)
+
+
 class AbsMax:
     """Largest magnitude of every channel, shape (n,)."""
 

@@ -29,6 +29,7 @@ METHODS: dict[str, dict[str, object]] = {
     "zigzag": {"method": "zigzag", "block": 16},
     "absmax": {"method": "absmax", "block": 16},
     "random permutation": {"method": "random_permutation", "block": 16},
+    "duquant": {"method": "duquant", "block": 16, "steps": 20},
     "smooth": {"method": "smooth"},
     "awq": {"method": "awq", "steps": 4},
 }

@@ -18,6 +18,7 @@ Key = tuple[str, int | None]
 """An input that is observed: its name, and the expert for stacked experts."""
 
 _STRIPES = 4
+_SAMPLE = 512
 
 
 class Gram:
@@ -82,6 +83,34 @@ class AbsMax:
 
     def __call__(self, x: Tensor) -> None:
         self.value = torch.maximum(self.value, x.abs().amax(0).float().cpu())
+
+
+class TokenSample:
+    """At most 512 of the vectors: half are those with the largest entries, half come at even intervals.
+
+    Kept in bfloat16, at most 1024 n bytes.
+    """
+
+    def __init__(self, n: int):
+        self._peaks = self._even = torch.zeros(0, n, dtype=torch.bfloat16)
+        self._stride, self._count = 1, 0
+
+    def __call__(self, x: Tensor) -> None:
+        top = torch.cat([self._peaks, self._strongest(x).bfloat16().cpu()])
+        self._peaks = self._strongest(top)
+        self._even = torch.cat([self._even, x[-self._count % self._stride :: self._stride].bfloat16().cpu()])
+        self._count += x.shape[0]
+        while len(self._even) > _SAMPLE // 2:
+            self._even, self._stride = self._even[::2].clone(), 2 * self._stride
+
+    @staticmethod
+    def _strongest(x: Tensor) -> Tensor:
+        return x[x.abs().amax(1).topk(min(len(x), _SAMPLE // 2)).indices]
+
+    @property
+    def value(self) -> Tensor:
+        """Shape (tokens, n), fp32."""
+        return torch.cat([self._peaks, self._even]).float()
 
 
 class Moments:

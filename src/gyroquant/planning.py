@@ -69,13 +69,14 @@ def _sites(graph: ModelGraph, one: _Pending) -> list[Site]:
 
 
 def _choose(method: Method, site: Site, recipe: Recipe, want: Want | None) -> Map:
-    context = Context(seed=recipe.seed, group_size=recipe.weights.grid.group_size)
+    grid = recipe.weights.grid
+    context = Context(seed=recipe.seed, group_size=grid.group_size, grid=grid)
     if not method.statistics:
         return method.choose(site, context)
     if want is None:
         method.check(site, context)
         return _stand_in(site, method.structure)
-    return method.choose(site, replace(context, statistics=want.seen))
+    return method.choose(site, replace(context, statistics=want.seen, weights=want.weights))
 
 
 def _stand_in(site: Site, structure: Structure) -> Map:

@@ -1,5 +1,6 @@
 """What every method must satisfy. A new method adds one line to METHODS."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import gyroquant as gq
 from gyroquant.calibration.measure import Want
 from gyroquant.errors import RecipeError
+from gyroquant.grids import IntegerGrid
 from gyroquant.maps import BlockDiagonal, Hadamard, Map, Walsh
 from gyroquant.methods import Context, Method
 from gyroquant.models.sites import Site, find_sites
@@ -22,6 +24,7 @@ METHODS: dict[str, dict[str, object]] = {
     "walsh": {"method": "walsh"},
     "gsr": {"method": "walsh", "block": "group"},
     "orthogonal": {"method": "orthogonal", "block": 8},
+    "butterfly": {"method": "butterfly", "block": 16},
     "massdiff": {"method": "massdiff", "block": 16},
     "zigzag": {"method": "zigzag", "block": 16},
     "absmax": {"method": "absmax", "block": 16},
@@ -30,8 +33,11 @@ METHODS: dict[str, dict[str, object]] = {
     "head pca": {"method": "head_pca"},
     "spectral scale": {"method": "spectral_scale"},
     "spectral scale of the paper": {"method": "spectral_scale", "energy": "paper", "alpha": 0.25},
+    "duquant": {"method": "duquant", "block": 16, "steps": 20},
+    "smooth": {"method": "smooth"},
+    "awq": {"method": "awq", "steps": 4},
 }
-CONTEXT = Context(seed=7, group_size=32)
+CONTEXT = Context(seed=7, group_size=32, grid=IntegerGrid(group_size=32))
 SITES = ("R1", "R2", "qk", "R3", "R4", "attn_in", "mlp_in")
 MEANT_FOR = {"pair pca": {"qk"}, "head pca": {"R2", "qk"}}
 """The sites of the methods that refuse all others."""
@@ -51,12 +57,18 @@ def choose(chosen: Method, site: Site, context: Context = CONTEXT) -> Map:
     generator = torch.Generator().manual_seed(site.n)
     want = Want(site, chosen.statistics)
     want(torch.randn(200, site.n, generator=generator) * torch.rand(site.n, generator=generator).exp())
+
+    def weights() -> Iterator[torch.Tensor]:
+        again = torch.Generator().manual_seed(site.n)
+        yield from (torch.randn(24, width * site.n, generator=again) for width in (2, 4))
+
     chosen.check(site, context)
-    return chosen.choose(site, replace(context, statistics=want.seen))
+    return chosen.choose(site, replace(context, statistics=want.seen, weights=weights))
 
 
 def test_every_method_has_a_row() -> None:
-    assert {str(options["method"]) for options in METHODS.values()} == set(Method.kinds)
+    from_files = {"stored"}  # tests/learning/test_rotations.py
+    assert {str(options["method"]) for options in METHODS.values()} == set(Method.kinds) - from_files
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -13,7 +13,7 @@ from hypothesis.extra.numpy import arrays
 
 import gyroquant as gq
 from gyroquant import maps
-from gyroquant.calibration.observers import Energy, PaddedSpectrum
+from gyroquant.calibration.observers import MeanSquare, PaddedSpectrum
 from gyroquant.errors import ProofError, UnsupportedModelError
 from gyroquant.methods.rope_pairs import principal_angles
 from gyroquant.methods.spectral import scales
@@ -66,7 +66,7 @@ def test_the_spectrum_is_that_of_sylvesters_matrix_on_padded_vectors(values: obj
     matrix = torch.ones(1, 1)
     while len(matrix) < 16:
         matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), matrix)
-    observer, plain = PaddedSpectrum(12), Energy(12)
+    observer, plain = PaddedSpectrum(12), MeanSquare(12)
     for part in (x[:2], x[2:]):
         observer(part)
         plain(part)

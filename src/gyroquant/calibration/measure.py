@@ -6,8 +6,9 @@ map will act on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +16,11 @@ from torch import Tensor
 
 from gyroquant.calibration.observers import See, input_key, watch, watch_output
 from gyroquant.calibration.stream import Stream
+from gyroquant.calibration.weights import Reader, coming_gains, reader_weights
 from gyroquant.errors import UnsupportedModelError
 from gyroquant.maps import blocks
 from gyroquant.models.fold import AbsorbGain, ApplyMap, FoldPlan
-from gyroquant.models.graph import LinearOp, ModelGraph, NormOp, Port
+from gyroquant.models.graph import LinearOp, ModelGraph, Port
 from gyroquant.models.sites import Site
 from gyroquant.models.store import WeightStore
 from gyroquant.progress import Advance
@@ -26,11 +28,15 @@ from gyroquant.progress import Advance
 
 @dataclass
 class Want:
-    """A site and the kinds of observers that are to see its vectors; `seen` holds them afterwards."""
+    """A site and the kinds of observers that are to see its vectors; `seen` holds them afterwards.
+
+    `weights` then gives the weights that read the site, see `reader_weights`; they are read when asked for.
+    """
 
     site: Site
     kinds: tuple[Callable[[int], Any], ...]
     seen: dict[Any, Any] = field(default_factory=dict)
+    weights: Callable[[], Iterator[Tensor]] = lambda: iter(())
 
     def __post_init__(self) -> None:
         self.seen = {kind: kind(self.site.n) for kind in self.kinds}
@@ -53,7 +59,10 @@ def measure(
 
     Raises UnsupportedModelError for a site where nothing can be measured.
     """
-    graph, model = store.graph, store.skeleton()
+    graph, model, wants = store.graph, store.skeleton(), list(wants)
+    read = Reader(store)
+    for want in wants:
+        want.weights = partial(reader_weights, read, plan, want.site)
     taps = [tap for want in wants for tap in _taps(graph, plan, want)]
     for i in range(len(graph.blocks)):
         tensors = store.read(graph.block_params(i))
@@ -132,10 +141,8 @@ def _edits(plan: FoldPlan, site: Site, port: Port, inner: bool) -> tuple[AbsorbG
     ]
     if not inner and planned:
         raise UnsupportedModelError(f"{site.label} cannot be measured behind another map at the same place")
-    norms: list[NormOp] = [norm for norm, readers in site.absorbs if any(r.param == port.param for r in readers)]
-    absorbed = [edit.norm.module for edit in planned if isinstance(edit, AbsorbGain)]
-    coming = [AbsorbGain(port, norm) for norm in norms if norm.module not in absorbed]
-    return tuple(edit for edit in (*planned, *coming) if isinstance(edit, AbsorbGain | ApplyMap))
+    edits = (*planned, *coming_gains(plan, site, port))
+    return tuple(edit for edit in edits if isinstance(edit, AbsorbGain | ApplyMap))
 
 
 def _meet(one: Port, other: Port) -> bool:

@@ -19,6 +19,7 @@ Key = tuple[str, int | None]
 """An input that is observed: its name, and the expert for stacked experts."""
 
 _STRIPES = 4
+_SAMPLE = 512
 
 
 class Gram:
@@ -54,6 +55,22 @@ class MeanAbs:
 
     def __call__(self, x: Tensor) -> None:
         self._sum += x.abs().sum(0, dtype=torch.float64).cpu()
+        self.count += x.shape[0]
+
+    @property
+    def value(self) -> Tensor:
+        return self._sum / max(1, self.count)
+
+
+class MeanSquare:
+    """Mean square of every channel, shape (n,): the diagonal of the second moments."""
+
+    def __init__(self, n: int):
+        self._sum = torch.zeros(n, dtype=torch.float64)
+        self.count = 0
+
+    def __call__(self, x: Tensor) -> None:
+        self._sum += x.float().square().sum(0, dtype=torch.float64).cpu()
         self.count += x.shape[0]
 
     @property
@@ -119,22 +136,6 @@ class CrossGram(Gram):
             self.drift.addmm_((partner.float() - x).T, x)
 
 
-class Energy:
-    """Mean square of every channel, shape (n,)."""
-
-    def __init__(self, n: int):
-        self._sum = torch.zeros(n, dtype=torch.float64)
-        self.count = 0
-
-    def __call__(self, x: Tensor) -> None:
-        self._sum += x.square().sum(0, dtype=torch.float64).cpu()
-        self.count += x.shape[0]
-
-    @property
-    def value(self) -> Tensor:
-        return self._sum / max(1, self.count)
-
-
 class PaddedSpectrum:
     """Mean square of every Walsh-Hadamard coefficient, shape (D,): D is n or the next power of two, with zeros behind.
 
@@ -144,7 +145,7 @@ class PaddedSpectrum:
     def __init__(self, n: int):
         self.pad = (1 << (n - 1).bit_length()) - n
         self._transform = hadamard(n + self.pad)
-        self._energy = Energy(n + self.pad)
+        self._energy = MeanSquare(n + self.pad)
 
     def __call__(self, x: Tensor) -> None:
         self._energy(self._transform.apply(nn.functional.pad(x, (0, self.pad))))
@@ -152,6 +153,34 @@ class PaddedSpectrum:
     @property
     def value(self) -> Tensor:
         return self._energy.value
+
+
+class TokenSample:
+    """At most 512 of the vectors: half are those with the largest entries, half come at even intervals.
+
+    Kept in bfloat16, at most 1024 n bytes.
+    """
+
+    def __init__(self, n: int):
+        self._peaks = self._even = torch.zeros(0, n, dtype=torch.bfloat16)
+        self._stride, self._count = 1, 0
+
+    def __call__(self, x: Tensor) -> None:
+        top = torch.cat([self._peaks, self._strongest(x).bfloat16().cpu()])
+        self._peaks = self._strongest(top)
+        self._even = torch.cat([self._even, x[-self._count % self._stride :: self._stride].bfloat16().cpu()])
+        self._count += x.shape[0]
+        while len(self._even) > _SAMPLE // 2:
+            self._even, self._stride = self._even[::2].clone(), 2 * self._stride
+
+    @staticmethod
+    def _strongest(x: Tensor) -> Tensor:
+        return x[x.abs().amax(1).topk(min(len(x), _SAMPLE // 2)).indices]
+
+    @property
+    def value(self) -> Tensor:
+        """Shape (tokens, n), fp32."""
+        return torch.cat([self._peaks, self._even]).float()
 
 
 class Moments:

@@ -1,6 +1,7 @@
 """Invertible linear maps with structure: what a basis is changed by. They know no model."""
 
 from gyroquant.maps.base import Map, dump, load
+from gyroquant.maps.butterfly import Butterfly, butterfly
 from gyroquant.maps.compose import BlockDiagonal, Product, blocks, fixing_ones, product
 from gyroquant.maps.construct import factors, largest_constructible
 from gyroquant.maps.elementary import (
@@ -18,6 +19,7 @@ from gyroquant.maps.rotary import PairRotation
 
 __all__ = [
     "BlockDiagonal",
+    "Butterfly",
     "Dense",
     "Diagonal",
     "Hadamard",
@@ -30,6 +32,7 @@ __all__ = [
     "Signs",
     "Walsh",
     "blocks",
+    "butterfly",
     "dump",
     "factors",
     "fixing_ones",

@@ -4,28 +4,34 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from torch import Tensor
 
 from gyroquant.errors import MapError, RecipeError
+from gyroquant.grids import Grid, IntegerGrid
 from gyroquant.maps import Map, blocks
 from gyroquant.models.sites import Site, Structure
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a method may know besides its site: the seed and the group size of the weights (-1: one a row).
+    """What a method may know besides its site: the seed, the group size of the weights (-1: one a row), their grid.
 
-    `statistics` holds what was measured of the vectors at the site, by kind; see `Method.statistics`.
+    `statistics` holds what was measured of the vectors at the site, by kind; see `Method.statistics`. For methods that
+    have any, `weights` gives the weights that read the site and will be rounded, one matrix after another, shape (rows,
+    k n) with the site's basis k times along a row, in the basis that the vectors were measured in.
     """
 
     seed: int
     group_size: int
     statistics: Mapping[type[Any], Any] = field(default_factory=dict)
+    weights: Callable[[], Iterator[Tensor]] = lambda: iter(())
+    grid: Grid = field(default_factory=IntegerGrid)
 
     def generator(self, site: Site) -> torch.Generator:
         """A random generator of this site's own, the same in every run with the same seed."""

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from gyroquant.calibration.observers import Energy, PaddedSpectrum
+from gyroquant.calibration.observers import MeanSquare, PaddedSpectrum
 from gyroquant.maps import Diagonal, Identity, Map
 from gyroquant.methods.base import Context, Method
 from gyroquant.models.sites import Site, Structure
@@ -31,7 +31,7 @@ class SpectralScale(Method):
 
     @property
     def statistics(self) -> tuple[Any, ...]:  # type: ignore[override]
-        return (Energy if self.energy == "corrected" else PaddedSpectrum,)
+        return (MeanSquare if self.energy == "corrected" else PaddedSpectrum,)
 
     def choose(self, site: Site, context: Context) -> Map:
         energy = context.statistics[self.statistics[0]].value[: site.n]

@@ -7,7 +7,7 @@ that whatever cannot be folded is refused with the model as it was. Edits are ma
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -209,11 +209,15 @@ def fold(plan: FoldPlan, tensors: Mapping[str, Tensor], names: Iterable[str] | N
     out: dict[str, Tensor] = {}
     for name in tensors if names is None else names:
         value = tensors[name if name in tensors else plan.graph.tied[name]]
-        out[name] = _edited(value, plan.edits.get(name, []), tensors)
+        out[name] = edited(value, plan.edits.get(name, []), tensors)
     return out
 
 
-def _edited(value: Tensor, edits: list[Edit], tensors: Mapping[str, Tensor]) -> Tensor:
+def edited(value: Tensor, edits: Sequence[Edit], tensors: Mapping[str, Tensor], first: int = 0) -> Tensor:
+    """A parameter after some edits, in fp32; `tensors` hold the gains that they need.
+
+    Of stacked experts `value` may be some only, the `first` of them of that number.
+    """
     if not edits:
         return value
     splittable = value.dim() > 1 and all(edit.port.axis % value.dim() != 0 for edit in edits)
@@ -224,7 +228,7 @@ def _edited(value: Tensor, edits: list[Edit], tensors: Mapping[str, Tensor]) -> 
     for start in range(0, value.shape[0], step):
         piece = value[start : start + step].double()
         for edit in edits:
-            if edit.port.expert in (None, start):
+            if edit.port.expert in (None, first + start):
                 piece = edit(piece, tensors)
         out[start : start + step] = piece
     return out

@@ -163,7 +163,7 @@ def test_interrupting_leaves_nothing(folders: dict[str, Path], corpus: Path, tmp
     if process.returncode == 0:  # it was already finished
         assert (tmp_path / "out" / "gyroquant.json").exists()
     else:
-        assert process.returncode == 130
+        assert process.returncode == 130, messages
         assert "interrupted" in messages
         assert not list(tmp_path.iterdir())
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import threading
 import traceback
 from pathlib import Path
 from typing import Annotated, Any
@@ -286,6 +288,15 @@ def main() -> None:
     """Runs the command line; exit status 0 only on success, errors on stderr without a traceback unless --debug."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     debug = "--debug" in sys.argv
+    stopped = False
+
+    def stop(number: int, frame: object) -> None:
+        nonlocal stopped
+        stopped = True
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, stop)
     try:
         app(prog_name="gyroquant")
     except SystemExit as done:
@@ -295,6 +306,8 @@ def main() -> None:
     except Exception as error:
         if debug:
             traceback.print_exc()
+        if stopped:  # compiled code may put an error of its own in place of the interruption
+            _fail("interrupted; nothing was left behind", _INTERRUPTED)
         _fail(_message(error), 1)
 
 

@@ -1,0 +1,99 @@
+"""MixQuant's bound on real activations: the largest entry of the rotated input of down_proj, and what bounds it.
+
+    python benchmarks/paper_tables/mixquant_bound.py MODEL --text FILE [--json FILE]
+
+For each block size and permutation, means over blocks of the model: bound max_j |x_Bj|_1 / sqrt(b) and the actual
+largest entry, each over the rms of x, averaged over tokens. 8 windows of 512 tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+
+from gyroquant.calibration.measure import Want, measure
+from gyroquant.calibration.observers import AbsMax, MeanAbs
+from gyroquant.calibration.stream import Stream
+from gyroquant.calibration.text import load_text, sample, tokenize
+from gyroquant.maps import Identity, Permutation, blocks, hadamard
+from gyroquant.methods.permutations import massdiff, zigzag
+from gyroquant.models.fold import FoldPlan
+from gyroquant.models.runner import BlockRunner
+from gyroquant.models.sites import find_sites
+from gyroquant.models.source import open_model
+
+SIZES = (16, 32, 64, 128, 256, 512)
+
+
+class Peaks:
+    """Bound and largest entry, over each token's rms, for every block size and permutation that it is given."""
+
+    def __init__(self, maps):
+        self.maps = maps
+        self.sums = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
+        self.count = 0
+
+    def __call__(self, x):
+        rms = x.square().mean(1).sqrt().clamp_min(1e-12)
+        self.count += len(x)
+        for key, (m, size) in self.maps.items():
+            y = m.apply(x)
+            bound = y.abs().view(len(x), -1, size).sum(-1).amax(1) / size**0.5
+            largest = blocks(hadamard(size), x.shape[1]).apply(y).abs().amax(1)
+            self.sums[key] += torch.stack([(bound / rms).sum(), (largest / rms).sum()]).double()
+
+
+def measured(store, ids, wants):
+    """Shows the wants what the model does with the tokens."""
+    outer = store.read(store.graph.outer_params())
+    stream = Stream(BlockRunner(store.skeleton(), store.graph), ids, outer)
+    stream.free_outer()
+    measure(store, FoldPlan(store.graph), wants, stream, outer)
+
+
+def main() -> None:
+    """Measures and prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--text", required=True)
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    store = open_model(given.model)
+    ids = sample(tokenize(load_text(given.text), store.tokenizer(), store.config.vocab_size), 8, 512, 0, given.text)
+    sites = find_sites(store.graph, "R4")
+    first = [Want(site, (MeanAbs, AbsMax)) for site in sites]
+    measured(store, ids, first)
+    second = []
+    for want in first:
+        n, maps = want.site.n, {}
+        mass, magnitude = want.seen[MeanAbs].value, want.seen[AbsMax].value
+        for size in SIZES:
+            orders = {
+                "none": Identity(n),
+                "random": Permutation(torch.randperm(n, generator=torch.Generator().manual_seed(0))),
+                "zigzag": Permutation(zigzag(magnitude, size)),
+                "absmax": Permutation(torch.argsort(magnitude, descending=True)),
+                "MassDiff": Permutation(massdiff(mass, size)),
+            }
+            maps |= {(size, name): (m, size) for name, m in orders.items()}
+        second.append(Want(want.site, (lambda n, maps=maps: Peaks(maps),)))
+    measured(store, ids, second)
+    rows = []
+    for size in SIZES:
+        for name in ("none", "random", "zigzag", "absmax", "MassDiff"):
+            seen = [next(iter(want.seen.values())) for want in second]
+            bound, largest = (sum(float(s.sums[size, name][k]) / s.count for s in seen) / len(seen) for k in (0, 1))
+            rows.append({"block": size, "permutation": name, "bound": bound, "largest": largest})
+    print("| block | permutation | bound / rms | largest / rms |\n|--:|---|--:|--:|")
+    for row in rows:
+        print(f"| {row['block']} | {row['permutation']} | {row['bound']:.2f} | {row['largest']:.2f} |")
+    if given.json:
+        given.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""SpinQuant's table: what rotations do for W4A8, W4A4 and W4A4KV4, random ones over many seeds, learned ones beside them.
+"""SpinQuant's table: W4A8, W4A4 and W4A4KV4 without rotations, with random ones over many seeds, and with learned ones.
 
     python benchmarks/paper_tables/spinquant.py MODEL --calibration FILE --test FILE --out FOLDER
 

@@ -73,22 +73,6 @@ class Job:
         return self.recipe.weights.solver.needs_statistics or self.centers_keys
 
     @property
-    def learning_setting(self) -> Setting:
-        """What rotations are learned for."""
-        weights, learn = self.recipe.weights, self.recipe.learn
-        rounded = learn is not None and learn.round_weights
-        if learn is not None and learn.round_weights is None:
-            rounded = not weights.solver.needs_statistics
-        return Setting(
-            tokens=self.tokens,
-            targets=self.targets,
-            grid=weights.grid if rounded else None,
-            attachments=self.quantizers,
-            dtype=self.compute_dtype,
-            seed=self.recipe.seed,
-        )
-
-    @property
     def measures(self) -> bool:
         """Whether maps are chosen by what is measured; until then `plan` holds stand-ins for them."""
         return needs_measuring(self.recipe)
@@ -163,6 +147,28 @@ def prepare(
     job.tokens = _tokens(job)
     check_room(out, expected_bytes(job) * 2)  # pieces and the files they are put together in
     return job
+
+
+def learning_setting(
+    recipe: Recipe,
+    tokens: Tensor | None,
+    targets: Mapping[str, LinearOp],
+    quantizers: Sequence[Attachment],
+    dtype: torch.dtype,
+) -> Setting:
+    """What the rotations of a recipe are learned for."""
+    weights, learn = recipe.weights, recipe.learn
+    rounded = learn is not None and learn.round_weights
+    if learn is not None and learn.round_weights is None:
+        rounded = not weights.solver.needs_statistics
+    return Setting(
+        tokens=tokens,
+        targets=targets,
+        grid=weights.grid if rounded else None,
+        attachments=quantizers,
+        dtype=dtype,
+        seed=recipe.seed,
+    )
 
 
 def plan_quantizers(graph: ModelGraph, recipe: Recipe) -> list[Attachment]:

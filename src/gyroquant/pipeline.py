@@ -22,7 +22,7 @@ from gyroquant.export.folder import OutputFolder
 from gyroquant.export.hf import keep_online
 from gyroquant.export.writer import DenseWriter, PackedWriter
 from gyroquant.grids import QuantizedWeight
-from gyroquant.job import Job
+from gyroquant.job import Job, learning_setting, plan_quantizers
 from gyroquant.learning import learn
 from gyroquant.learning.rotations import FILE_NAME, rotations_of, write_rotations
 from gyroquant.maps import dump
@@ -38,7 +38,7 @@ from gyroquant.planning import needs_measuring, plan_folds
 from gyroquant.progress import Stages
 from gyroquant.recipe import Recipe, load_recipe
 from gyroquant.rounding.activations import KeyMean
-from gyroquant.rounding.stage import LayerReport, round_group
+from gyroquant.rounding.stage import LayerReport, find_targets, round_group
 
 Calibration = str | Path | Sequence[str] | Tensor
 
@@ -86,6 +86,7 @@ def transform(
 ) -> Proof:
     """Folds a recipe's maps into a model in memory, after proving on tokens that it stays the same function.
 
+    Maps are measured and learned as the recipe says; nothing is rounded.
     `calibration` is a text, with `tokenizer`, or token ids of shape (batch, length); without it the proof is made on
     random tokens. Raises UnsupportedModelError (of which ProofError is one) with the model untouched when it cannot be
     exact. Weights keep their dtype; the proof is made in fp32.
@@ -97,6 +98,12 @@ def transform(
         if needs_measuring(recipe):
             tokens = _tokens_in_memory(model, recipe, calibration, tokenizer)
             plan = _measured_plan(store, recipe, tokens, torch.float32, model.device, progress)
+        if recipe.learn is not None:
+            text = None if calibration is None else _tokens_in_memory(model, recipe, calibration, tokenizer)
+            targets = find_targets(store.graph, recipe.weights.grid, recipe.weights.ignore)
+            quantizers = plan_quantizers(store.graph, recipe)
+            setting = learning_setting(recipe, text, targets, quantizers, torch.float32)
+            plan = learn(store, plan, recipe.learn, setting, progress).plan
         proof = _prove(store, plan, _proof_tokens(model, recipe, calibration, tokenizer), recipe, progress)
     _commit(model, plan)
     return proof
@@ -205,7 +212,8 @@ def _learn(job: Job, progress: Stages) -> dict[str, Any] | None:
     if job.recipe.learn is None:
         return None
     started = time.perf_counter()
-    result = learn(job.store, job.plan, job.recipe.learn, job.learning_setting, progress, _checkpoint(job))
+    setting = learning_setting(job.recipe, job.tokens, job.targets, job.quantizers, job.compute_dtype)
+    result = learn(job.store, job.plan, job.recipe.learn, setting, progress, _checkpoint(job))
     job.plan = result.plan
     return {"losses": result.losses, "drift": result.drift, "seconds": round(time.perf_counter() - started, 3)}
 

@@ -134,14 +134,26 @@ def test_blocks_stay_blocks_and_part_ways(start: str) -> None:
 def test_rounded_weights_are_looked_at_when_they_are_rounded_to_nearest(
     folders: dict[str, Path], corpus: Path, tmp_path: Path
 ) -> None:
-    from gyroquant.job import prepare
+    from gyroquant.job import learning_setting, prepare
 
     changes = [*BASE, "learn.objective=kl", "calibration.nsamples=4", "calibration.seqlen=32"]
-    for recipe, rounded in (("rtn", True), ("gptq", False)):
-        job = prepare(
-            folders["llama"], tmp_path / "out", gq.load_recipe(recipe, changes), corpus, tokenizer=tiny.tokenizer()
-        )
-        assert (job.learning_setting.grid is not None) == rounded
+    for name, rounded in (("rtn", True), ("gptq", False)):
+        recipe = gq.load_recipe(name, changes)
+        job = prepare(folders["llama"], tmp_path / "out", recipe, corpus, tokenizer=tiny.tokenizer())
+        setting = learning_setting(recipe, job.tokens, job.targets, job.quantizers, job.compute_dtype)
+        assert (setting.grid is not None) == rounded
+
+
+def test_a_model_in_memory_gets_learned_rotations() -> None:
+    model = tiny.build("llama")
+    recipe = gq.load_recipe("rtn", [*BASE, "learn.objective=weights", "learn.steps=2", "learn.lr=0.5"])
+    plain = tiny.build("llama")
+    gq.transform(plain, gq.load_recipe("rtn", BASE))
+    proof = gq.transform(model, recipe)
+    assert proof.relative_logit_error < 5e-6
+    assert not torch.allclose(model.model.embed_tokens.weight, plain.model.embed_tokens.weight, atol=1e-3)
+    with pytest.raises(gq.InputError, match="needs text"):
+        gq.transform(tiny.build("llama"), gq.load_recipe("rtn", [*BASE, "learn.objective=kl", "learn.steps=2"]))
 
 
 def test_a_stopped_run_goes_on_to_the_same_end(tmp_path: Path) -> None:

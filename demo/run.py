@@ -25,7 +25,7 @@ from rich.console import Console
 import gyroquant as gq
 from gyroquant import pipeline
 from gyroquant.job import prepare
-from gyroquant.report.console import ConsoleStages, duration, show, size, table
+from gyroquant.report.console import ConsoleStages, duration, show, table
 
 RECIPES = {"RTN": "rtn-w2g64", "GPTQ": "gptq-w2g64", "GSR + GPTQ": "gsr-w2g64"}
 CALIBRATION = ("calibration.nsamples=64", "calibration.seqlen=512")
@@ -61,11 +61,14 @@ def main() -> None:
         measured = gq.evaluate(place, validation, original, preset="bbt", progress=stages)
         rows.append({"name": name, "manifest": manifest, "measured": measured, "writes": write(place)})
     reference = gq.evaluate(original, validation, preset="bbt", progress=stages)
-    sentence = write(original.parent, gguf_file=original.name)
-    cells = [("original", "", "16 (stored 5.7)", f"{reference['perplexity']:.2f}", "", "", "", "", sentence)]
+    cells = [("original", "", "16", f"{reference['perplexity']:.2f}", "", "", "")]
     cells += [_cells(row) for row in rows]
-    header = ("2 bits, groups of 64", "proof", "true bits", "perplexity", "95 %", "KL", "time", "memory", PROMPT + " …")
-    show(table("SmolLM2-135M-Instruct on 8 windows of 1,024 tokens of Wikipedia", header, cells, right=(1, 2, 3, 4, 5)))
+    header = ("W2 g64", "proof", "true bits", "perplexity", "95 %", "KL", "time")
+    title = "SmolLM2-135M-Instruct, 8 windows of 1,024 tokens of Wikipedia"
+    show(table(title, header, cells, right=(1, 2, 3, 4, 5, 6)))
+    sentences = {"original": write(original.parent, gguf_file=original.name)} | {r["name"]: r["writes"] for r in rows}
+    for name, sentence in sentences.items():
+        show(f"{name:>10}: {PROMPT} {sentence}")
     show(
         "proof: relative logit error of the folded model before rounding (fp32). true bits: everything stored for a "
         "rounded weight. At 2 bits a model of this size is far from its original, whatever the method (docs/results)."
@@ -80,14 +83,12 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     low, high = measured["perplexity_interval"]
     return (
         row["name"],
-        f"{proof['relative_logit_error']:.1e}" if proof["tokens"] else "nothing folded",
+        f"{proof['relative_logit_error']:.1e}" if proof["tokens"] else "-",
         f"{manifest['bits']['per_weight']:.3f}",
-        f"{measured['perplexity']:,.1f}",
+        f"{measured['perplexity']:,.0f}",
         f"{low:,.0f} to {high:,.0f}",
         f"{measured['kl']:.2f}",
         duration(manifest["seconds"]),
-        size(manifest["peak_memory_bytes"]),
-        row["writes"],
     )
 
 

@@ -8,12 +8,9 @@ not run again.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-from pathlib import Path
 
-from cells import Table, markdown, short
+from cells import Table, arguments, short, write
 
 CALIBRATION = ["calibration.nsamples=64", "calibration.seqlen=512"]
 PAPER = [f"transform.{site}.energy=paper" for site in ("attn_in", "mlp_in", "R4")]
@@ -38,11 +35,7 @@ EVALUATIONS = {"bbt": {"preset": "bbt"}}
 
 def main() -> None:
     """Runs what is missing and writes table.md and table.json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--test", required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = arguments(__doc__)
     given = parser.parse_args()
     table = Table(given.out / "cells", given.model, given.calibration, given.test, EVALUATIONS)
     base = table.original()["evaluations"]["bbt"]["perplexity"]
@@ -55,9 +48,7 @@ def main() -> None:
         rows.append((name, f"{proof:.1e}", short(value), f"{math.log(value / base):.3f}", f"{bits:.3f}"))
         data.append({"cell": name, "perplexity": value, "bits": bits, "proof": proof})
     header = ("SmolLM2-135M-Instruct", "proof", "ppl bbt", "ln gap", "true bits")
-    (given.out / "table.md").write_text(markdown(header, rows))
-    (given.out / "table.json").write_text(json.dumps({"original": base, "cells": data}, indent=1) + "\n")
-    print((given.out / "table.md").read_text())
+    write(given.out, header, rows, base, data)
 
 
 if __name__ == "__main__":

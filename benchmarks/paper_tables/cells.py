@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import sys
@@ -63,6 +64,23 @@ class Table:
             temporary.replace(path)
             print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
         return json.loads(path.read_text())
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """The arguments that every table takes."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--test", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    return parser
+
+
+def write(out: Path, header: Sequence[str], rows: Sequence[Sequence[Any]], base: Any, data: Any) -> None:
+    """Writes table.md and table.json and prints the former."""
+    (out / "table.md").write_text(markdown(header, rows))
+    (out / "table.json").write_text(json.dumps({"original": base, "cells": data}, indent=1) + "\n")
+    print((out / "table.md").read_text())
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -7,12 +7,9 @@ Calibration is 128 windows of 512 tokens. Cells that are there already are not r
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-from pathlib import Path
 
-from cells import Table, markdown, short
+from cells import Table, arguments, short, write
 
 ROTATIONS = {
     "none": "gptq",
@@ -28,11 +25,7 @@ EVALUATIONS = {"bbt": {"preset": "bbt"}, "standard": {"preset": "standard", "max
 
 def main() -> None:
     """Runs what is missing and writes table.md and table.json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--test", required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = arguments(__doc__)
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3])
     given = parser.parse_args()
     table = Table(given.out / "cells", given.model, given.calibration, given.test, EVALUATIONS)
@@ -53,10 +46,7 @@ def main() -> None:
                 rows.append((label, proof, *_scores(cell["evaluations"], base), f"{true_bits:.3f}"))
                 data.append({"cell": label, "bits": true_bits, "proof": error} | cell["evaluations"])
     header = ("SmolLM2-135M-Instruct", "proof", "ppl bbt", "ln gap", "ppl standard, 40 windows", "ln gap", "true bits")
-    given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "table.md").write_text(markdown(header, rows))
-    (given.out / "table.json").write_text(json.dumps({"original": base, "cells": data}, indent=1) + "\n")
-    print((given.out / "table.md").read_text())
+    write(given.out, header, rows, base, data)
 
 
 def _scores(found: dict, base: dict) -> list[str]:

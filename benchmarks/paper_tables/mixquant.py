@@ -9,12 +9,10 @@ ones that decide. Cells that are there already are not run again.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-from pathlib import Path
 
-from cells import Table, markdown, short
+from cells import Table, arguments, short, write
 
 BLOCKS = (16, 32, 64, 128, 256, 512, "full")
 PERMUTATIONS = {
@@ -42,11 +40,7 @@ def rotation(block: int | str, permutation: str | None) -> str:
 
 def main() -> None:
     """Runs what is missing and writes table.md and table.json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--test", required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = arguments(__doc__)
     parser.add_argument("--solvers", nargs="+", default=["rtn", "gptq", "qronos"])
     given = parser.parse_args()
     table = Table(given.out / "cells", given.model, given.calibration, given.test, EVALUATIONS)
@@ -79,9 +73,7 @@ def main() -> None:
         data.append(dict(zip(("format", "solver", "block", "permutation"), label, strict=True)))
         data[-1] |= {"perplexity": value, "bits": bits, "proof": proof}
     header = ("format", "solver", "block", "permutation", "ppl bbt", "ln gap", "of the full rotation's", "true bits")
-    (given.out / "table.md").write_text(markdown(header, rows))
-    (given.out / "table.json").write_text(json.dumps({"original": base, "cells": data}, indent=1) + "\n")
-    print((given.out / "table.md").read_text())
+    write(given.out, header, rows, base, data)
 
 
 if __name__ == "__main__":

@@ -17,12 +17,10 @@ import torch
 
 from gyroquant.calibration.measure import Want, measure
 from gyroquant.calibration.observers import AbsMax, MeanAbs
-from gyroquant.calibration.stream import Stream
 from gyroquant.calibration.text import load_text, sample, tokenize
 from gyroquant.maps import Identity, Permutation, blocks, hadamard
 from gyroquant.methods.permutations import massdiff, zigzag
 from gyroquant.models.fold import FoldPlan
-from gyroquant.models.runner import BlockRunner
 from gyroquant.models.sites import find_sites
 from gyroquant.models.source import open_model
 
@@ -49,10 +47,7 @@ class Peaks:
 
 def measured(store, ids, wants):
     """Shows the wants what the model does with the tokens."""
-    outer = store.read(store.graph.outer_params())
-    stream = Stream(BlockRunner(store.skeleton(), store.graph), ids, outer)
-    stream.free_outer()
-    measure(store, FoldPlan(store.graph), wants, stream, outer)
+    measure(store, FoldPlan(store.graph), wants, ids)
 
 
 def main() -> None:

@@ -9,13 +9,10 @@ nearest. Cells that are there already are not run again.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import statistics
-from pathlib import Path
 
-from cells import Table, markdown, short
+from cells import Table, arguments, short, write
 
 SETTINGS = {
     "W4A8": ["activations.bits=8", "kv_cache=null"],
@@ -40,11 +37,7 @@ EVALUATIONS = {"bbt": {"preset": "bbt"}}
 
 def main() -> None:
     """Runs what is missing and writes table.md and table.json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--test", required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = arguments(__doc__)
     parser.add_argument("--seeds", type=int, default=10)
     given = parser.parse_args()
     table = Table(given.out / "cells", given.model, given.calibration, given.test, EVALUATIONS)
@@ -67,9 +60,7 @@ def main() -> None:
                 gap = f"{math.log(middle / base):.3f}"
                 rows.append((setting, solver.upper(), name, short(middle), spread, gap, f"{true_bits:.3f}"))
     header = ("setting", "solver", "rotation", "ppl bbt (median)", "over seeds", "ln gap", "true bits")
-    (given.out / "table.md").write_text(markdown(header, rows))
-    (given.out / "table.json").write_text(json.dumps({"original": base, "cells": data}, indent=1) + "\n")
-    print((given.out / "table.md").read_text())
+    write(given.out, header, rows, base, data)
 
 
 if __name__ == "__main__":

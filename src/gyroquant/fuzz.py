@@ -19,7 +19,6 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from gyroquant.calibration.measure import Want, measure
-from gyroquant.calibration.stream import Stream
 from gyroquant.errors import GyroquantError, InputError, ProofError, UnsupportedModelError
 from gyroquant.methods import Method
 from gyroquant.models.fold import FoldPlan
@@ -214,7 +213,6 @@ def _try(store: ModuleStore, site: str, name: str, online: bool | None, ids: Ten
 
 def _measurer(store: ModuleStore, ids: Tensor) -> Callable[[FoldPlan, list[Want]], None]:
     def look(plan: FoldPlan, wants: list[Want]) -> None:
-        outer = store.read(store.graph.outer_params())
-        measure(store, plan, wants, Stream(BlockRunner(store.skeleton(), store.graph), ids, outer), outer)
+        measure(store, plan, wants, ids)
 
     return look

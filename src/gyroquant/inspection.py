@@ -13,15 +13,13 @@ import torch
 from gyroquant.calibration.text import load_text, sample, tokenize
 from gyroquant.errors import GyroquantError
 from gyroquant.evaluation.outliers import Outliers, measure_outliers
-from gyroquant.job import prepare
+from gyroquant.job import plan_all, prepare
 from gyroquant.models.sites import SITE_NAMES, find_sites
 from gyroquant.models.source import open_model
 from gyroquant.models.store import WeightStore
-from gyroquant.planning import plan_folds
 from gyroquant.predict import Prediction, predict
 from gyroquant.progress import Stages
 from gyroquant.recipe import load_recipe, preset_names
-from gyroquant.rounding.stage import find_targets
 
 _SAMPLES, _LENGTH = 8, 512  # text that outliers are measured on
 
@@ -100,8 +98,7 @@ def inspect_model(
     for name in preset_names():
         try:
             made = load_recipe(name, changes)
-            plan_folds(result.store.graph, made)
-            find_targets(result.store.graph, made.weights.grid, made.weights.ignore)
+            plan_all(result.store.graph, made)
             result.fits[name] = ""
         except GyroquantError as error:
             result.fits[name] = str(error)

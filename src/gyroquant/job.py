@@ -26,7 +26,8 @@ from gyroquant.models.source import open_model
 from gyroquant.models.store import WeightStore
 from gyroquant.planning import needs_measuring, plan_folds
 from gyroquant.recipe import Recipe, load_recipe
-from gyroquant.rounding.stage import find_targets
+from gyroquant.rounding.base import Warn
+from gyroquant.rounding.stage import Rounding, find_targets
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,12 @@ class Job:
     @property
     def needs_stream(self) -> bool:
         """Whether the model has to be run on the calibration text."""
-        return self.recipe.weights.solver.needs_statistics or self.centers_keys
+        return self.recipe.weights.needs_statistics or self.centers_keys
+
+    def rounding(self, warn: Warn) -> Rounding:
+        """How the layers are rounded."""
+        weights = self.recipe.weights
+        return Rounding(weights.solver, weights.grid, weights.basis, warn)
 
     @property
     def measures(self) -> bool:
@@ -127,11 +133,7 @@ def prepare(
     store = open_model(model)
     if isinstance(store, PackedStore):
         raise InputError(f"{store.label} is already quantized; start from the model in full precision")
-    plan = plan_folds(store.graph, recipe)
-    targets = find_targets(store.graph, recipe.weights.grid, recipe.weights.ignore)
-    quantizers = plan_quantizers(store.graph, recipe)
-    if recipe.learn is not None:
-        learnable(plan, recipe.learn.sites)
+    plan, targets, quantizers = plan_all(store.graph, recipe)
     _check_forms(store, plan, targets, quantizers, dense)
     source = calibration if calibration is not None else recipe.calibration.text
     text = load_text(source) if source is not None else None
@@ -160,7 +162,7 @@ def learning_setting(
     weights, learn = recipe.weights, recipe.learn
     rounded = learn is not None and learn.round_weights
     if learn is not None and learn.round_weights is None:
-        rounded = not weights.solver.needs_statistics
+        rounded = not weights.needs_statistics and weights.basis is None
     return Setting(
         tokens=tokens,
         targets=targets,
@@ -169,6 +171,19 @@ def learning_setting(
         dtype=dtype,
         seed=recipe.seed,
     )
+
+
+def plan_all(graph: ModelGraph, recipe: Recipe) -> tuple[FoldPlan, dict[str, LinearOp], list[Attachment]]:
+    """What a recipe does to a model: its folds (stand-ins for maps that are measured or learned), the layers that it
+    rounds, and what it rounds while the model runs.
+
+    Raises UnsupportedModelError or RecipeError, with the reason, for whatever does not fit; nothing is touched.
+    """
+    plan = plan_folds(graph, recipe)
+    targets = find_targets(graph, recipe.weights.grid, recipe.weights.ignore, recipe.weights.basis)
+    if recipe.learn is not None:
+        learnable(plan, recipe.learn.sites)
+    return plan, targets, plan_quantizers(graph, recipe)
 
 
 def plan_quantizers(graph: ModelGraph, recipe: Recipe) -> list[Attachment]:

@@ -16,13 +16,13 @@ from gyroquant.calibration.measure import Want, measure
 from gyroquant.calibration.observers import observing
 from gyroquant.calibration.stream import Stream
 from gyroquant.calibration.text import load_text, sample, tokenize
-from gyroquant.environment import peak_memory_bytes, versions
+from gyroquant.environment import peak_memory_bytes, steady_memory, versions
 from gyroquant.errors import InputError
 from gyroquant.export.folder import OutputFolder
 from gyroquant.export.hf import keep_online
 from gyroquant.export.writer import DenseWriter, PackedWriter
 from gyroquant.grids import QuantizedWeight
-from gyroquant.job import Job, learning_setting, plan_quantizers
+from gyroquant.job import Job, learning_setting, plan_all
 from gyroquant.learning import learn
 from gyroquant.learning.rotations import FILE_NAME, rotations_of, write_rotations
 from gyroquant.maps import dump
@@ -38,7 +38,7 @@ from gyroquant.planning import needs_measuring, plan_folds
 from gyroquant.progress import Stages
 from gyroquant.recipe import Recipe, load_recipe
 from gyroquant.rounding.activations import KeyMean
-from gyroquant.rounding.stage import LayerReport, find_targets, round_group
+from gyroquant.rounding.stage import LayerReport, round_group
 
 Calibration = str | Path | Sequence[str] | Tensor
 
@@ -68,11 +68,7 @@ def _measured_plan(
     """The maps that a recipe chooses by what the original model does with `tokens`, shape (samples, length)."""
 
     def look(plan: FoldPlan, wants: list[Want]) -> None:
-        outer = store.read(store.graph.outer_params())
-        stream = Stream(BlockRunner(store.skeleton(), store.graph), tokens, outer, dtype, offload, device)
-        stream.free_outer()
-        with progress.stage("observe", len(store.graph.blocks) * stream.steps) as advance:
-            measure(store, plan, wants, stream, outer, advance)
+        measure(store, plan, wants, tokens, progress, dtype, device, offload)
 
     return plan_folds(store.graph, recipe, look)
 
@@ -86,7 +82,8 @@ def transform(
 ) -> Proof:
     """Folds a recipe's maps into a model in memory, after proving on tokens that it stays the same function.
 
-    Maps are measured and learned as the recipe says; nothing is rounded.
+    Maps are measured and learned as the recipe says; nothing is rounded, weights, activations and cache stay exact.
+
     `calibration` is a text, with `tokenizer`, or token ids of shape (batch, length); without it the proof is made on
     random tokens. Raises UnsupportedModelError (of which ProofError is one) with the model untouched when it cannot be
     exact. Weights keep their dtype; the proof is made in fp32.
@@ -94,14 +91,14 @@ def transform(
     recipe, progress = load_recipe(recipe), progress or Stages()
     store = ModuleStore(model)
     plan = plan_folds(store.graph, recipe)
+    if recipe.learn is not None:  # only then does it matter what would be rounded
+        plan, targets, quantizers = plan_all(store.graph, recipe)
     with evaluating(model):
         if needs_measuring(recipe):
             tokens = _tokens_in_memory(model, recipe, calibration, tokenizer)
             plan = _measured_plan(store, recipe, tokens, torch.float32, model.device, progress)
         if recipe.learn is not None:
             text = None if calibration is None else _tokens_in_memory(model, recipe, calibration, tokenizer)
-            targets = find_targets(store.graph, recipe.weights.grid, recipe.weights.ignore)
-            quantizers = plan_quantizers(store.graph, recipe)
             setting = learning_setting(recipe, text, targets, quantizers, torch.float32)
             plan = learn(store, plan, recipe.learn, setting, progress).plan
         proof = _prove(store, plan, _proof_tokens(model, recipe, calibration, tokenizer), recipe, progress)
@@ -172,6 +169,7 @@ def run(job: Job, progress: Stages | None = None) -> dict[str, Any]:
     """
     progress = progress or Stages()
     started = time.perf_counter()
+    steady_memory()
     warnings: list[str] = []
     with evaluating(job.store.skeleton()):
         if job.measures:
@@ -276,10 +274,7 @@ def round_block(
     if stream:
         with attached(model, online), observing(model, group, online, stream.observer) as observed:
             stream.observe(index, tensors, advance)
-    weights = job.recipe.weights
-    rounded, reports = round_group(
-        group, job.targets, tensors, observed, online, weights.solver, weights.grid, warnings.append
-    )
+    rounded, reports = round_group(group, job.targets, tensors, observed, online, job.rounding(warnings.append))
     deployed = {name: tensor.to(job.output.dtype) for name, tensor in tensors.items() if name not in rounded}
     return rounded, reports, deployed | _decoded(job, rounded)
 
@@ -310,15 +305,13 @@ def _round_head(
     job: Job, outer: dict[str, Tensor], stream: Stream | None, writer: Any, warnings: list[str]
 ) -> list[LayerReport]:
     """Rounds the head, which reads what leaves the last norm."""
-    model, group, weights = job.store.skeleton(), job.graph.outer, job.recipe.weights
+    model, group = job.store.skeleton(), job.graph.outer
     observed: dict[Any, Any] = {}
     if stream:
         online = job.running_around()
         with attached(model, online), observing(model, group, [], stream.observer) as observed:
             stream.observe_head(outer)
-    rounded, reports = round_group(
-        group, job.targets, outer, observed, [], weights.solver, weights.grid, warnings.append
-    )
+    rounded, reports = round_group(group, job.targets, outer, observed, [], job.rounding(warnings.append))
     writer.add(_saved(outer, job.output.dtype, rounded), _by_op(job, rounded))
     return reports
 

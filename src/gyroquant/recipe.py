@@ -10,14 +10,23 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_serializer, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 from gyroquant.errors import RecipeError
 from gyroquant.grids import Grid
 from gyroquant.learning import Learn
 from gyroquant.methods import Method
 from gyroquant.models.sites import SITE_NAMES
-from gyroquant.rounding import Activations, Ignore, KvCache, Solver
+from gyroquant.rounding import Activations, Ignore, KvCache, Solver, WeightBasis
 
 _STRICT = ConfigDict(extra="forbid", frozen=True)
 
@@ -31,7 +40,7 @@ class Step(BaseModel):
 
 
 class Weights(BaseModel):
-    """How weights are rounded: the grid, the solver, and the layers to leave alone.
+    """How weights are rounded: the grid, the solver, the basis, and the layers to leave alone.
 
     `ignore` holds module names, whole or from a dot on, and regular expressions behind ``re:``.
     """
@@ -40,6 +49,12 @@ class Weights(BaseModel):
     grid: SerializeAsAny[Grid]
     solver: SerializeAsAny[Solver]
     ignore: Ignore = ("lm_head",)
+    basis: WeightBasis | None = None
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether the model must be run on calibration text to round it so."""
+        return self.solver.needs_statistics or (self.basis is not None and self.basis.needs_statistics)
 
 
 class Calibration(BaseModel):
@@ -76,6 +91,12 @@ class Recipe(BaseModel):
     kv_cache: KvCache | None = None
     calibration: Calibration = Field(default_factory=Calibration)
     proof: ProofSettings = Field(default_factory=ProofSettings)
+
+    @model_validator(mode="after")
+    def _learned_as_rounded(self) -> Recipe:
+        if self.learn is not None and self.learn.round_weights and self.weights.basis is not None:
+            raise ValueError("learn.round_weights rounds weights as they are, not in weights.basis: set it to false")
+        return self
 
     @field_validator("transform")
     @classmethod
@@ -158,7 +179,10 @@ def _weights(spec: Any) -> Weights:
     spec = dict(spec)
     solver = _build(Solver.kinds, "name", spec.pop("solver", "rtn"), "weights.solver")
     rest = {"ignore": spec.pop("ignore")} if "ignore" in spec else {}
-    grid = _grid(spec, {}, "weights", ["solver", "ignore"])
+    if spec.get("basis") is not None:
+        rest["basis"] = _section(WeightBasis, spec["basis"], "weights.basis")
+    spec.pop("basis", None)
+    grid = _grid(spec, {}, "weights", ["solver", "ignore", "basis"])
     return _validated(lambda: Weights(grid=grid, solver=solver, **rest), "weights")
 
 
@@ -186,6 +210,13 @@ def _dynamic(spec: Any, kind: type[Activations] | type[KvCache], where: str) -> 
     return _validated(lambda: kind(grid=grid, **rest), where)
 
 
+def _section(kind: type[BaseModel], spec: Any, where: str) -> Any:
+    values = spec if isinstance(spec, dict) else {}
+    for key in values:
+        _require_known(str(key), kind.model_fields, where)
+    return _validated(lambda: kind(**values), where)
+
+
 def parse(data: Any) -> Recipe:
     """A recipe from plain data, as YAML gives it. Raises RecipeError naming the key and the nearest valid one."""
     if not isinstance(data, dict):
@@ -206,10 +237,7 @@ def parse(data: Any) -> Recipe:
             built[section] = _dynamic(data[section], dynamic, section)
     for section, kind in (("calibration", Calibration), ("proof", ProofSettings), ("learn", Learn)):
         if data.get(section) is not None:
-            values = data[section] if isinstance(data[section], dict) else {}
-            for key in values:
-                _require_known(str(key), kind.model_fields, section)
-            built[section] = _validated(lambda kind=kind, values=values: kind(**values), section)
+            built[section] = _section(kind, data[section], section)
     return _validated(lambda: Recipe(**built), "")
 
 

@@ -11,10 +11,8 @@ import torch
 import gyroquant as gq
 from gyroquant.calibration.measure import Want, measure
 from gyroquant.calibration.observers import AbsMax
-from gyroquant.calibration.stream import Stream
 from gyroquant.maps import Diagonal, Map, hadamard
 from gyroquant.models.fold import FoldPlan, fold
-from gyroquant.models.runner import BlockRunner
 from gyroquant.models.sites import find_sites
 from gyroquant.models.source import open_model
 from gyroquant.models.store import WeightStore
@@ -23,8 +21,7 @@ from gyroquant.recipe import Recipe
 
 
 def observe(store: WeightStore, plan: FoldPlan, wants: list[Want], ids: torch.Tensor) -> None:
-    outer = store.read(store.graph.outer_params())
-    measure(store, plan, wants, Stream(BlockRunner(store.skeleton(), store.graph), ids, outer), outer)
+    measure(store, plan, wants, ids)
 
 
 def planned(model: torch.nn.Module, recipe: Recipe, ids: torch.Tensor) -> tuple[FoldPlan, dict[str, Map]]:

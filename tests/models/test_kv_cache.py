@@ -10,6 +10,8 @@ import torch
 from test_pipeline import run
 
 import gyroquant as gq
+from gyroquant.grids import IntegerGrid
+from gyroquant.models.kv_cache import _Rows
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gpt_neox", "cohere2"])
@@ -56,6 +58,17 @@ def test_beams_and_batches_move_with_it(folders: dict[str, Path], tmp_path: Path
     assert cache.nbytes == before * 4 // 6
     cache.reset()
     assert cache.get_seq_length() == 0
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+def test_rows_come_back_as_the_grid_rounds_them(bits: int, symmetric: bool) -> None:
+    grid = IntegerGrid(bits=bits, group_size=16, symmetric=symmetric, scale="minmax")
+    x = torch.randn(2, 3, 5, 32, generator=torch.Generator().manual_seed(0))
+    rows = _Rows(grid, 32)
+    rows.append(x[:, :, :4])
+    rows.append(x[:, :, 4:])
+    assert torch.equal(rows.decode(torch.float32), grid.fake(x))
 
 
 def test_a_model_that_does_not_round_its_cache_is_refused() -> None:

@@ -170,7 +170,7 @@ def test_the_mean_of_keys_is_that_of_all_tokens() -> None:
     assert torch.allclose(mean.result().float(), keys.mean((0, 2)), atol=1e-3)
 
 
-def test_centring_helps_keys_with_an_offset(folders: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+def test_centring_helps_keys_with_an_offset() -> None:
     from gyroquant.models.online import CacheQuantizer
 
     grid = IntegerGrid(bits=2, group_size=16, scale="minmax", symmetric=True)
@@ -238,3 +238,20 @@ def test_qronos_compares_rounded_inputs_with_exact_ones(rounded: bool) -> None:
     gram = observed["attn_in", None]
     assert gram.count == tiny.tokens(model).numel()
     assert bool(gram.drift.any()) == rounded
+
+
+def test_what_a_router_sees_is_rounded_for_the_layers_beside_it() -> None:
+    """Routers read the input unrounded and see every token, so the others' statistics are taken there, but rounded."""
+    from gyroquant.calibration.observers import Gram, observing
+
+    model = tiny.build("qwen2_moe")
+    store = ModuleStore(model)
+    online = quantizers(model, "activations.bits=4")
+    seen: list[torch.Tensor] = []
+    with attached(model, online), observing(model, store.graph.blocks[0], online, Gram) as observed:
+        module = model.get_submodule("model.layers.0.mlp.shared_expert.gate_proj")
+        handle = module.register_forward_pre_hook(lambda m, args: seen.append(args[0].reshape(-1, 64)))
+        with torch.no_grad():
+            model(tiny.tokens(model))
+        handle.remove()
+    assert torch.allclose(observed["mlp_in", None].gram, seen[0].T @ seen[0], rtol=1e-4, atol=1e-3)

@@ -7,8 +7,10 @@ map will act on.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,9 +23,10 @@ from gyroquant.errors import UnsupportedModelError
 from gyroquant.maps import blocks
 from gyroquant.models.fold import AbsorbGain, ApplyMap, FoldPlan
 from gyroquant.models.graph import LinearOp, ModelGraph, Port
+from gyroquant.models.runner import BlockRunner
 from gyroquant.models.sites import Site
 from gyroquant.models.store import WeightStore
-from gyroquant.progress import Advance
+from gyroquant.progress import Stages
 
 
 @dataclass
@@ -51,11 +54,13 @@ def measure(
     store: WeightStore,
     plan: FoldPlan,
     wants: Iterable[Want],
-    stream: Stream,
-    outer: Mapping[str, Tensor],
-    advance: Advance = lambda: None,
+    tokens: Tensor,
+    progress: Stages | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    offload: Path | None = None,
 ) -> None:
-    """Shows every want the vectors of its site while `stream` passes through the original model.
+    """Shows every want the vectors of its site while `tokens`, (samples, length), pass through the original model.
 
     Raises UnsupportedModelError for a site where nothing can be measured.
     """
@@ -64,19 +69,18 @@ def measure(
     for want in wants:
         want.weights = partial(reader_weights, read, plan, want.site)
     taps = [tap for want in wants for tap in _taps(graph, plan, want)]
-    for i in range(len(graph.blocks)):
-        tensors = store.read(graph.block_params(i))
-        undo = _open(model, [tap for tap in taps if tap.op.weight in tensors], tensors)
-        stream.run(i, tensors, progress=advance)
-        for step in reversed(undo):
-            step()
+    outer = store.read(graph.outer_params())
+    stream = Stream(BlockRunner(model, graph), tokens, outer, dtype, offload, device)
+    stream.free_outer()
+    with (progress or Stages()).stage("observe", len(graph.blocks) * stream.steps) as advance:
+        for i in range(len(graph.blocks)):
+            tensors = store.read(graph.block_params(i))
+            with _listening(model, [tap for tap in taps if tap.op.weight in tensors], tensors):
+                stream.run(i, tensors, progress=advance)
     last = [tap for tap in taps if tap.op in graph.outer.linears]
     if last:
-        undo = _open(model, last, outer)
-        for _ in stream.logits(outer):
-            pass
-        for step in reversed(undo):
-            step()
+        with _listening(model, last, outer):
+            stream.observe_head(outer)
 
 
 @dataclass(frozen=True)
@@ -104,12 +108,17 @@ class _Tap:
         return note
 
 
-def _open(model: Any, taps: list[_Tap], tensors: Mapping[str, Tensor]) -> list[Callable[[], Any]]:
+@contextmanager
+def _listening(model: Any, taps: list[_Tap], tensors: Mapping[str, Tensor]) -> Iterator[None]:
     undo: list[Callable[[], Any]] = []
-    for tap in taps:
-        listen = watch if tap.port.axis == tap.op.in_axis else watch_output
-        undo += listen(model, tap.op, tap.see(tensors))
-    return undo
+    try:
+        for tap in taps:
+            listen = watch if tap.port.axis == tap.op.in_axis else watch_output
+            undo += listen(model, tap.op, tap.see(tensors))
+        yield
+    finally:
+        for step in reversed(undo):
+            step()
 
 
 def _taps(graph: ModelGraph, plan: FoldPlan, want: Want) -> list[_Tap]:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from gyroquant.maps import hadamard
 from gyroquant.models.graph import Group, LinearOp
-from gyroquant.models.online import Attachment, OnlineMap, route_experts, unrounded
+from gyroquant.models.online import Attachment, InputQuantizer, OnlineMap, fake, route_experts, unrounded
+from gyroquant.models.sites import insertion
 
 Key = tuple[str, int | None]
 """An input that is observed: its name, and the expert for stacked experts."""
@@ -54,28 +55,22 @@ class MeanAbs:
         self.count = 0
 
     def __call__(self, x: Tensor) -> None:
-        self._sum += x.abs().sum(0, dtype=torch.float64).cpu()
+        self._sum += self._of(x.float()).sum(0, dtype=torch.float64).cpu()
         self.count += x.shape[0]
+
+    def _of(self, x: Tensor) -> Tensor:
+        return x.abs()
 
     @property
     def value(self) -> Tensor:
         return self._sum / max(1, self.count)
 
 
-class MeanSquare:
+class MeanSquare(MeanAbs):
     """Mean square of every channel, shape (n,): the diagonal of the second moments."""
 
-    def __init__(self, n: int):
-        self._sum = torch.zeros(n, dtype=torch.float64)
-        self.count = 0
-
-    def __call__(self, x: Tensor) -> None:
-        self._sum += x.float().square().sum(0, dtype=torch.float64).cpu()
-        self.count += x.shape[0]
-
-    @property
-    def value(self) -> Tensor:
-        return self._sum / max(1, self.count)
+    def _of(self, x: Tensor) -> Tensor:
+        return x.square()
 
 
 class AbsMax:
@@ -243,11 +238,16 @@ def observing(
     undo: list[Callable[[], Any]] = []
     own = modules_with_own_map(online)
 
-    def see(op: LinearOp, key: str) -> See:
+    rounding = {one.insertion: one.grid for one in online if isinstance(one, InputQuantizer)}
+
+    def see(op: LinearOp, key: str, first: LinearOp) -> See:
+        # a router's input is not rounded, so what is seen there is rounded here as the layer itself will round it
+        missing = None if first is op else rounding.get(insertion(op))
+
         def note(expert: int | None, x: Tensor) -> None:
             if (key, expert) not in observers:
                 observers[key, expert] = make(op.in_features)
-            observers[key, expert](x)
+            observers[key, expert](x if missing is None else fake(missing, x))
 
         return note
 
@@ -257,7 +257,7 @@ def observing(
         if op.entry.quantize and key not in watched:
             watched.add(key)
             first = op if op.entry.stacked else next(other for other in group.linears if input_key(other, own) == key)
-            undo += watch(model, first, see(op, key))  # of experts and their router, the router sees every token
+            undo += watch(model, first, see(op, key, first))  # of experts and their router, the router sees every token
             if not op.entry.stacked:
                 observers[key, None] = make(op.in_features)
     try:

@@ -1,11 +1,13 @@
 """Number grids: which numbers can be stored, how they are fitted, packed, and what they really cost."""
 
 from gyroquant.grids.base import Grid, GroupParams, QuantizedWeight, grid_from, stored_bits
+from gyroquant.grids.basis import Basis
 from gyroquant.grids.floating import Fp4Grid, Fp8Grid
 from gyroquant.grids.integer import IntegerGrid
 from gyroquant.grids.microscaling import Mxfp4Grid, Nvfp4Grid
 
 __all__ = [
+    "Basis",
     "Fp4Grid",
     "Fp8Grid",
     "Grid",

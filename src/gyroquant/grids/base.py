@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict
 from torch import Tensor
 
 from gyroquant.errors import InputError, RecipeError
+from gyroquant.grids.basis import Basis
 
 _TINY = 2.0**-24  # the smallest positive fp16 number
 
@@ -77,9 +78,9 @@ class Grid(BaseModel, ABC):
         fits = [g for g in (16, 32, 64, 128, 256) if columns % g == 0]
         return f"use {', '.join(map(str, fits))} or -1 (one group a row)" if fits else "use -1 (one group a row)"
 
-    def bind(self, weight: Tensor) -> Grid:
-        """This grid for one weight (or several that are rounded together, of any shape): itself, or for grids with a
-        scale of the whole weight a copy that knows it. A bound grid stays as it is.
+    def bind(self, *weights: Tensor) -> Grid:
+        """This grid for one weight, of any shape, or several that are stored as one: itself, or for grids with a scale
+        of the whole weight a copy that knows it. A bound grid stays as it is.
         """
         return self
 
@@ -140,20 +141,25 @@ class Grid(BaseModel, ABC):
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A rounded weight matrix: codes of shape (rows, columns), uint8, and scales of shape (rows, groups, 1)."""
+    """A rounded weight matrix: codes of shape (rows, columns), uint8, and scales of shape (rows, groups, 1).
+
+    With a `basis` these are of the weight as it is there, with as many columns as the basis has.
+    """
 
     grid: Grid
     codes: Tensor
     params: GroupParams
+    basis: Basis | None = None
 
     def dequantize(self) -> Tensor:
         """The matrix that the codes stand for, shape (rows, columns), fp32."""
         rows, columns = self.codes.shape
         groups = self.codes.view(rows, self.params.scale.shape[1], -1)
-        return self.grid.decode(groups, self.params).view(rows, columns)
+        numbers = self.grid.decode(groups, self.params).view(rows, columns)
+        return numbers if self.basis is None else self.basis.decode(numbers)
 
     def pack(self) -> dict[str, Tensor]:
-        return self.grid.pack(self.codes, self.params)
+        return self.grid.pack(self.codes, self.params) | ({} if self.basis is None else self.basis.pack())
 
 
 def half_scale(scale: Tensor) -> Tensor:

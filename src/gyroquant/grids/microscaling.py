@@ -91,11 +91,11 @@ class Nvfp4Grid(E2M1Grid):
     def _as_tensor(self, device: torch.device) -> Tensor:
         return torch.tensor([self.tensor_scale], dtype=torch.float32, device=device)
 
-    def bind(self, weight: Tensor) -> Nvfp4Grid:
+    def bind(self, *weights: Tensor) -> Nvfp4Grid:
         if self._tensor_scale is not None:
             return self
         bound = self.model_copy()
-        bound._tensor_scale = float(_whole_scale(largest(weight.float().reshape(1, -1))))
+        bound._tensor_scale = max(float(_whole_scale(largest(weight.float().reshape(1, -1)))) for weight in weights)
         return bound
 
     def fit(self, groups: Tensor) -> GroupParams:

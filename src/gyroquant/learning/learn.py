@@ -100,8 +100,7 @@ def _loss(
         return FourthPowers(store, plan, places, list(setting.targets))
     assert setting.tokens is not None
     if settings.objective == "kurtosis":
-        with progress.stage("observe", 0) as advance:
-            return Kurtosis(store, plan, places, setting.tokens, setting.dtype, advance)
+        return Kurtosis(store, plan, places, setting.tokens, setting.dtype, progress)
     rounding = {} if setting.grid is None else {name: (op, setting.grid) for name, op in setting.targets.items()}
     kl = settings.objective == "kl"
     attachments = [*plan.online, *setting.attachments]

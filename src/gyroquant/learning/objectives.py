@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,13 +11,12 @@ from torch import Tensor
 from torch.func import functional_call
 
 from gyroquant.calibration.measure import Want, measure
-from gyroquant.calibration.stream import Stream
 from gyroquant.learning.live import LiveFold, as_map, with_maps
 from gyroquant.models.fold import FoldPlan
 from gyroquant.models.online import Attachment, attached, fake
 from gyroquant.models.packed import as_matrix, from_matrix
-from gyroquant.models.runner import BlockRunner
 from gyroquant.models.store import WeightStore
+from gyroquant.progress import Stages
 
 Matrices = Mapping[str, Tensor]
 _UNIFORM = 1.8  # kurtosis of a uniform distribution
@@ -156,7 +155,7 @@ class Kurtosis(Loss):
         places: Mapping[str, int],
         tokens: Tensor,
         dtype: torch.dtype,
-        advance: Callable[[], None],
+        progress: Stages,
     ):
         super().__init__(store, plan, places)
         before = FoldPlan(plan.graph)  # what lies in front of the learned maps, and changes what they act on
@@ -164,10 +163,7 @@ class Kurtosis(Loss):
             if site.label in places and plan.folded[places[site.label]][1] is not m:
                 before.add(site, m, online)
         wants = [Want(plan.folded[i][0], (Sample,)) for i in places.values()]
-        outer = store.read(store.graph.outer_params())
-        stream = Stream(BlockRunner(store.skeleton(), store.graph), tokens, outer, dtype)
-        stream.free_outer()
-        measure(store, before, wants, stream, outer, advance)
+        measure(store, before, wants, tokens, progress, dtype)
         self._samples = {label: want.seen[Sample].value for label, want in zip(places, wants, strict=True)}
 
     def gradients(self, matrices: Matrices, batch: Tensor) -> tuple[float, dict[str, Tensor]]:

@@ -24,6 +24,7 @@ class _Rows:
     codes: Tensor | None = None
     scale: Tensor | None = None
     zero: Tensor | None = None
+    middle: float = 0.0  # the zero point of grids that store none
 
     def append(self, x: Tensor) -> None:
         groups = x.float().unflatten(-1, (-1, self.grid.group_of(self.n)))
@@ -32,6 +33,8 @@ class _Rows:
         new = {"codes": codes, "scale": params.scale.squeeze(-1).half()}
         if not getattr(self.grid, "symmetric", True):
             new["zero"] = params.zero.squeeze(-1).to(torch.uint8)
+        else:
+            self.middle = float(params.zero.flatten()[0])
         for name, value in new.items():
             old = getattr(self, name)
             setattr(self, name, value if old is None else torch.cat([old, value], dim=2))
@@ -42,8 +45,7 @@ class _Rows:
         shape = (*self.codes.shape[:-1], self.scale.shape[-1], self.n // self.scale.shape[-1])
         codes = unpack(self.codes.reshape(-1), self.grid.bits, shape).to(self.codes.device)
         scale = self.scale.float().unsqueeze(-1)
-        middle = 2.0 ** (self.grid.bits - 1)
-        zero = torch.full_like(scale, middle) if self.zero is None else self.zero.float().unsqueeze(-1)
+        zero = torch.full_like(scale, self.middle) if self.zero is None else self.zero.float().unsqueeze(-1)
         return self.grid.decode(codes, GroupParams(scale, zero)).flatten(-2).to(dtype)
 
     def change(self, function: Any) -> None:

@@ -30,11 +30,8 @@ _EXPERTS = "gyroquant"
 
 
 @dataclass(frozen=True)
-class OnlineMap:
-    """A map and the place where it runs."""
-
+class _Inserted:
     insertion: Insertion
-    map: Map
 
     @property
     def module(self) -> str:
@@ -42,15 +39,17 @@ class OnlineMap:
 
 
 @dataclass(frozen=True)
-class InputQuantizer:
+class OnlineMap(_Inserted):
+    """A map and the place where it runs."""
+
+    map: Map
+
+
+@dataclass(frozen=True)
+class InputQuantizer(_Inserted):
     """Rounds what enters a linear layer, with scales found anew for every token: dynamic activation quantization."""
 
-    insertion: Insertion
     grid: Grid
-
-    @property
-    def module(self) -> str:
-        return self.insertion.module
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """Our own saved format: packed codes and scales in safetensors, described by `quantization_config` in config.json.
 
-A parameter P that was rounded is stored as P_codes, P_scales and, where its grid has them, P_zeros (zero points) and
-P_global (the scale of the whole parameter). What runs with the model (maps, rounding of activations and of the KV
-cache) is described in the configuration too; its tensors lie among the weights under names that start with
-`gyroquant_map.`.
+A parameter P that was rounded is stored as P_codes, P_scales and, where there are such, P_zeros (zero points), P_global
+(the scale of the whole parameter) and P_basis (the scales of the basis in which it was rounded). What runs with the
+model (maps, rounding of activations and of the KV cache) is described in the configuration too; its tensors lie among
+the weights under names that start with `gyroquant_map.`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from gyroquant.errors import InputError
-from gyroquant.grids import Grid, QuantizedWeight, grid_from
+from gyroquant.grids import Basis, Grid, QuantizedWeight, grid_from
 from gyroquant.maps import Map, dump, load
 from gyroquant.models.graph import LinearOp, Shape
 from gyroquant.models.online import Attachment, CacheQuantizer, InputQuantizer, OnlineMap
@@ -27,7 +27,7 @@ from gyroquant.models.store import CheckpointStore, LazyTensor, safetensors_inde
 
 METHOD = "gyroquant"
 FORMAT_VERSION = 1
-PARTS = ("codes", "scales", "zeros", "global")
+PARTS = ("codes", "scales", "zeros", "global", "basis")
 MAPS = "gyroquant_map."
 _STORED_BITS = {"U8": 8, "I8": 8, "F16": 16, "BF16": 16, "I32": 32, "F32": 32, "I64": 64, "F64": 64}
 
@@ -72,7 +72,11 @@ class Description:
     def add_tensor(self, op: LinearOp, weight: QuantizedWeight) -> dict[str, Tensor]:
         """Notes a rounded parameter; returns the arrays to store for it."""
         entry: dict[str, Any] = {"grid": self._grid(weight.grid)}
-        self._tensors[op.weight] = entry | ({"transposed": True} if op.entry.transposed else {})
+        if op.entry.transposed:
+            entry["transposed"] = True
+        if weight.basis is not None:
+            entry["basis"] = weight.basis.describe()
+        self._tensors[op.weight] = entry
         return {f"{op.weight}_{part}": array for part, array in weight.pack().items()}
 
     def add_online(self, one: Attachment) -> dict[str, Tensor]:
@@ -131,8 +135,12 @@ def decode(description: Mapping[str, Any], name: str, arrays: dict[str, Tensor],
     """A stored parameter as numbers, in its own shape, fp32."""
     entry = description["tensors"][name]
     grid, transposed = grid_from(description["grids"][entry["grid"]]), bool(entry.get("transposed"))
-    codes, params = grid.unpack(arrays, matrix_shape(shape, transposed))
-    return from_matrix(QuantizedWeight(grid, codes, params).dequantize(), shape, transposed)
+    (rows, columns), basis = matrix_shape(shape, transposed), None
+    if "basis" in entry:
+        basis = Basis.unpack(entry["basis"], arrays, columns)
+        columns = basis.order
+    codes, params = grid.unpack(arrays, (rows, columns))
+    return from_matrix(QuantizedWeight(grid, codes, params, basis).dequantize(), shape, transposed)
 
 
 def attachments(description: Mapping[str, Any], files: Sequence[Path]) -> tuple[Attachment, ...]:

@@ -5,8 +5,18 @@ from pkgutil import iter_modules
 
 from gyroquant.rounding.activations import Activations, Ignore, KvCache
 from gyroquant.rounding.base import InputStatistics, Solver, output_error, weight_error
+from gyroquant.rounding.basis import WeightBasis
 
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["Activations", "Ignore", "InputStatistics", "KvCache", "Solver", "output_error", "weight_error"]
+__all__ = [
+    "Activations",
+    "Ignore",
+    "InputStatistics",
+    "KvCache",
+    "Solver",
+    "WeightBasis",
+    "output_error",
+    "weight_error",
+]

@@ -29,6 +29,10 @@ class InputStatistics:
     count: int
     drift: Tensor | None = None
 
+    def moved(self, change: Callable[[Tensor], Tensor]) -> InputStatistics:
+        """The statistics in another basis, into which `change` brings second moments of shape (in, in)."""
+        return InputStatistics(change(self.gram), self.count, None if self.drift is None else change(self.drift))
+
     @property
     def cross(self) -> Tensor:
         """The sum of ``x0^T x``: rows are features of x0, columns features of x."""

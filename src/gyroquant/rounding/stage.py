@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -13,11 +13,48 @@ from torch import Tensor
 
 from gyroquant.calibration.observers import Gram, Key, input_key, modules_with_own_map
 from gyroquant.errors import RecipeError
-from gyroquant.grids import Grid, GroupParams, QuantizedWeight
+from gyroquant.grids import Basis, Grid, GroupParams, QuantizedWeight
 from gyroquant.models.graph import Group, LinearOp, ModelGraph
 from gyroquant.models.online import Attachment
 from gyroquant.models.packed import as_matrix
 from gyroquant.rounding.base import InputStatistics, Solver, Warn, output_error, weight_error
+from gyroquant.rounding.basis import WeightBasis
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A matrix in the basis in which it is rounded, with the second moments of its input there."""
+
+    name: str
+    matrix: Tensor
+    statistics: InputStatistics | None
+    basis: Basis | None
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How layers are rounded: `solver` to the `grid`, in a `basis` of their inputs or as they are."""
+
+    solver: Solver
+    grid: Grid
+    basis: WeightBasis | None
+    warn: Warn
+
+    def place(self, name: str, matrix: Tensor, statistics: InputStatistics | None) -> Placed:
+        """A matrix of shape (out, in), fp32, as it will be rounded."""
+        if self.basis is None:
+            return Placed(name, matrix, statistics, None)
+        basis = self.basis.fit(matrix.shape[1], None if statistics is None else statistics.gram)
+        there = None if statistics is None else statistics.moved(basis.second_moments)
+        return Placed(name, basis.encode(matrix), there, basis)
+
+    def solve(self, placed: Placed, grid: Grid) -> QuantizedWeight:
+        """Rounds to a grid that is made for the matrix; without statistics, to nearest."""
+        solver, warn = self.solver, partial(_named, self.warn, placed.name)
+        if placed.statistics is None and solver.needs_statistics:
+            warn("no calibration token reached this expert; it is rounded to nearest")
+            solver = Solver.kinds["rtn"](name="rtn")
+        return replace(solver.solve(placed.matrix, grid, placed.statistics, warn), basis=placed.basis)
 
 
 @dataclass(frozen=True)
@@ -43,7 +80,9 @@ def is_ignored(module: str, patterns: Iterable[str]) -> bool:
     return False
 
 
-def find_targets(graph: ModelGraph, grid: Grid, ignore: tuple[str, ...]) -> dict[str, LinearOp]:
+def find_targets(
+    graph: ModelGraph, grid: Grid, ignore: tuple[str, ...], basis: WeightBasis | None = None
+) -> dict[str, LinearOp]:
     """The layers to round, by the name of their weight.
 
     Raises RecipeError for a pattern that is not a regular expression or matches nothing, a group size that does not
@@ -61,7 +100,8 @@ def find_targets(graph: ModelGraph, grid: Grid, ignore: tuple[str, ...]) -> dict
     if not targets:
         raise RecipeError("weights.ignore leaves no layer to round")
     for op in targets.values():
-        grid.group_of(op.in_features, _name(op))
+        name, columns = _name(op), op.in_features
+        grid.group_of(columns if basis is None else basis.order(columns, name), name)
     return targets
 
 
@@ -75,9 +115,7 @@ def round_group(
     tensors: Mapping[str, Tensor],
     observed: Mapping[Key, Gram],
     online: Sequence[Attachment],
-    solver: Solver,
-    grid: Grid,
-    warn: Warn,
+    how: Rounding,
 ) -> tuple[dict[str, QuantizedWeight], list[LayerReport]]:
     """Rounds the targets of one group, whose folded weights are `tensors`; returns them by name, with their errors."""
     together: dict[str, list[LinearOp]] = defaultdict(list)
@@ -89,9 +127,9 @@ def round_group(
     reports: list[LayerReport] = []
     for key, ops in together.items():
         if ops[0].entry.stacked:
-            pieces = _round_experts(ops[0], key, tensors, observed, solver, grid, warn)
+            pieces = _round_experts(ops[0], key, tensors, observed, how)
         else:
-            pieces = _round_together(ops, key, tensors, observed, solver, grid, warn)
+            pieces = _round_together(ops, key, tensors, observed, how)
         for op, (weight, report) in zip(ops, pieces, strict=True):
             done[op.weight] = weight
             reports.append(report)
@@ -110,54 +148,35 @@ def _statistics(gram: Gram | None) -> InputStatistics | None:
 
 
 def _round_together(
-    ops: list[LinearOp],
-    key: str,
-    tensors: Mapping[str, Tensor],
-    observed: Mapping[Key, Gram],
-    solver: Solver,
-    grid: Grid,
-    warn: Warn,
+    ops: list[LinearOp], key: str, tensors: Mapping[str, Tensor], observed: Mapping[Key, Gram], how: Rounding
 ) -> list[Piece]:
     statistics = _statistics(observed.get((key, None)))
     matrices = [as_matrix(tensors[op.weight].float(), op) for op in ops]
     names = ", ".join(op.module for op in ops)
-    together = torch.cat(matrices)
-    grid = grid.bind(together)
-    solved = solver.solve(together, grid, statistics, partial(_named, warn, names))
+    placed = how.place(names, torch.cat(matrices), statistics)
+    solved = how.solve(placed, how.grid.bind(placed.matrix))
     sizes = [len(matrix) for matrix in matrices]
     parts = zip(
         solved.codes.split(sizes), solved.params.scale.split(sizes), solved.params.zero.split(sizes), strict=True
     )
     pieces = []
     for op, matrix, (codes, scale, zero) in zip(ops, matrices, parts, strict=True):
-        weight = QuantizedWeight(grid, codes.contiguous(), GroupParams(scale.contiguous(), zero.contiguous()))
+        params = GroupParams(scale.contiguous(), zero.contiguous())
+        weight = QuantizedWeight(solved.grid, codes.contiguous(), params, solved.basis)
         pieces.append((weight, _report(_name(op), matrix, weight, statistics)))
     return pieces
 
 
 def _round_experts(
-    op: LinearOp,
-    key: str,
-    tensors: Mapping[str, Tensor],
-    observed: Mapping[Key, Gram],
-    solver: Solver,
-    grid: Grid,
-    warn: Warn,
+    op: LinearOp, key: str, tensors: Mapping[str, Tensor], observed: Mapping[Key, Gram], how: Rounding
 ) -> list[Piece]:
-    nearest = Solver.kinds["rtn"](name="rtn")
-    grid = grid.bind(tensors[op.weight])
-    weights: list[QuantizedWeight] = []
-    reports: list[LayerReport] = []
-    for expert, stored in enumerate(tensors[op.weight].float()):
-        matrix = as_matrix(stored, op)
-        statistics = _statistics(observed.get((key, expert)))
-        name = f"{op.weight}[{expert}]"
-        chosen = solver
-        if statistics is None and solver.needs_statistics:
-            warn(f"{name}: no calibration token reached this expert; it is rounded to nearest")
-            chosen = nearest
-        weights.append(chosen.solve(matrix, grid, statistics, partial(_named, warn, name)))
-        reports.append(_report(name, matrix, weights[-1], statistics))
+    matrices = [as_matrix(stored, op) for stored in tensors[op.weight].float()]
+    statistics = [_statistics(observed.get((key, expert))) for expert in range(len(matrices))]
+    names = [f"{op.weight}[{expert}]" for expert in range(len(matrices))]
+    placed = [how.place(*one) for one in zip(names, matrices, statistics, strict=True)]
+    grid = how.grid.bind(*(one.matrix for one in placed))
+    weights = [how.solve(one, grid) for one in placed]
+    reports = [_report(*one) for one in zip(names, matrices, weights, statistics, strict=True)]
     params = GroupParams(torch.cat([w.params.scale for w in weights]), torch.cat([w.params.zero for w in weights]))
     errors = [r.output_error for r in reports if r.output_error is not None]
     mean = LayerReport(
@@ -165,7 +184,14 @@ def _round_experts(
         sum(r.weight_error for r in reports) / len(reports),
         sum(errors) / len(errors) if errors else None,
     )
-    return [(QuantizedWeight(grid, torch.cat([w.codes for w in weights]), params), mean)]
+    return [(QuantizedWeight(grid, torch.cat([w.codes for w in weights]), params, _stacked(weights)), mean)]
+
+
+def _stacked(weights: Sequence[QuantizedWeight]) -> Basis | None:
+    """The bases of several matrices as that of the matrix of all their rows."""
+    bases = [weight.basis for weight in weights if weight.basis is not None]
+    scales = [basis.scale for basis in bases if basis.scale is not None]
+    return replace(bases[0], scale=torch.cat(scales) if scales else None) if bases else None
 
 
 def _report(name: str, matrix: Tensor, weight: QuantizedWeight, statistics: InputStatistics | None) -> LayerReport:

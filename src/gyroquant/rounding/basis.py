@@ -1,0 +1,56 @@
+"""The weight-basis form of BBT (arXiv 2605.25203): weights rounded in the basis of a Walsh-Hadamard transform of their
+inputs, scaled by the energy there, and turned back when they are decoded.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from gyroquant.errors import MapError, RecipeError
+from gyroquant.grids.basis import Basis, spectrum
+
+
+class WeightBasis(BaseModel):
+    """Rounds ``pad(W) H diag(s)`` in place of W, with ``s = (1 + D rho)^alpha`` and rho the share of the input's energy
+    that each of the D coefficients of its transform has; alpha 0 is the transform alone and needs no calibration.
+
+    `padding`: ``exact`` takes the Hadamard matrix of the layer's own order, ``pad`` adds zeros up to a power of two as
+    the paper does, which stores more codes than the weight has numbers. `energy`: ``all`` coefficients as in the
+    paper's text; ``kept`` as in the authors' code, the first d of them, with s = 1 behind (the same unless padded).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    padding: Literal["exact", "pad"] = "exact"
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
+    energy: Literal["all", "kept"] = "all"
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether the model must be run on calibration text."""
+        return self.alpha > 0
+
+    def order(self, columns: int, name: str = "a weight") -> int:
+        """The columns that are rounded for a weight of this many. Raises RecipeError when there is no such matrix."""
+        order = columns if self.padding == "exact" else 1 << (columns - 1).bit_length()
+        try:
+            Basis(columns, order).encode(torch.zeros(1, columns))
+        except MapError as error:
+            raise RecipeError(f"weights.basis: {error} ({name}); use weights.basis.padding=pad") from error
+        return order
+
+    def fit(self, columns: int, gram: Tensor | None) -> Basis:
+        """The basis for an input with these second moments; without them (an expert no token reached) unscaled."""
+        order = self.order(columns)
+        if gram is None or self.alpha == 0:
+            return Basis(columns, order, None if self.alpha == 0 else torch.ones(1, order))
+        energy = spectrum(gram.double(), order).diagonal().clamp_min(0)
+        kept = columns if self.energy == "kept" else order
+        scale = torch.ones(1, order, dtype=torch.float64)
+        if float(energy[:kept].sum()) > 0:
+            scale[0, :kept] = (1 + kept * energy[:kept] / energy[:kept].sum()) ** self.alpha
+        return Basis(columns, order, scale.half().float())

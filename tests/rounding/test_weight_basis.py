@@ -1,0 +1,144 @@
+"""The weight-basis form of BBT: which basis is chosen, and rounding in it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import transformers
+
+import gyroquant as gq
+from gyroquant import pipeline
+from gyroquant.errors import RecipeError
+from gyroquant.grids import IntegerGrid
+from gyroquant.grids.basis import spectrum
+from gyroquant.job import prepare
+from gyroquant.maps import hadamard
+from gyroquant.recipe import load_recipe
+from gyroquant.rounding import InputStatistics, WeightBasis, output_error
+from gyroquant.rounding.gptq import Gptq
+from gyroquant.rounding.rtn import RoundToNearest
+from gyroquant.rounding.stage import Rounding
+
+SMALL = ["weights.group_size=16", "calibration.nsamples=8", "calibration.seqlen=32", "calibration.dtype=float32"]
+
+
+def inputs(columns: int = 96, tokens: int = 500) -> torch.Tensor:
+    """Inputs with energy in a few coefficients of their transform."""
+    generator = torch.Generator().manual_seed(2)
+    return (
+        hadamard(columns)
+        .inverse()
+        .apply(torch.randn(tokens, columns, generator=generator) * torch.logspace(1, -1, columns))
+    )
+
+
+@pytest.mark.parametrize("padding", ["exact", "pad"])
+def test_scales_are_those_of_the_paper(padding: str) -> None:
+    x = inputs()
+    section = WeightBasis(padding=padding)  # type: ignore[arg-type]
+    basis = section.fit(96, x.T @ x)
+    assert basis.order == {"exact": 96, "pad": 128}[padding]
+    assert basis.scale is not None
+    h = hadamard(basis.order).apply(torch.nn.functional.pad(x, (0, basis.order - 96)).double())
+    energy = h.square().mean(0)
+    expected = (1 + basis.order * energy / energy.sum()).sqrt()
+    assert torch.allclose(basis.scale[0].double(), expected, rtol=1e-3)
+
+
+def test_the_authors_code_leaves_the_tail_unscaled() -> None:
+    x = inputs()
+    basis = WeightBasis(padding="pad", energy="kept").fit(96, x.T @ x)
+    assert basis.scale is not None
+    energy = spectrum(x.T @ x, 128).diagonal()[:96]
+    assert torch.allclose(basis.scale[0, :96], (1 + 96 * energy / energy.sum()).sqrt(), rtol=1e-3)
+    assert torch.equal(basis.scale[0, 96:], torch.ones(32))
+
+
+def test_alpha_zero_is_the_plain_transform_and_needs_no_text() -> None:
+    section = WeightBasis(alpha=0)
+    assert not section.needs_statistics
+    assert WeightBasis().needs_statistics
+    assert section.fit(96, None).scale is None
+
+
+def test_gptq_in_a_basis_is_gptq_on_the_moved_layer() -> None:
+    x, weight = inputs(), torch.randn(24, 96)
+    basis = WeightBasis().fit(96, x.T @ x)
+    assert basis.scale is not None
+    grid, how = IntegerGrid(bits=2, group_size=32), Rounding(Gptq(), IntegerGrid(), WeightBasis(), print)
+    statistics = InputStatistics(x.T @ x, len(x), 0.1 * x.T @ x)
+    placed = how.place("layer", weight, statistics)
+    found = how.solve(placed, grid)
+    moved = hadamard(96).apply(x) / basis.scale
+    alone = Gptq().solve(basis.encode(weight), grid, InputStatistics(moved.T @ moved, len(x)))
+    assert (found.codes == alone.codes).float().mean() > 0.98  # the sums are taken in another order
+    assert placed.statistics is not None
+    assert placed.statistics.drift is not None
+    assert torch.allclose(placed.statistics.drift, 0.1 * placed.statistics.gram, rtol=1e-4, atol=1e-3)
+    nearest = Rounding(RoundToNearest(), grid, WeightBasis(), print).solve(placed, grid)
+    errors = [output_error(weight, one.dequantize(), statistics) for one in (found, nearest)]
+    assert errors[0] < errors[1]
+
+
+def typical_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The median over tokens, which a router that sends one of them elsewhere does not move."""
+    return float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).median())
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "qwen2_moe", "gpt2"])
+@pytest.mark.parametrize(
+    "changes",
+    [(), ("weights.basis.padding=pad",), ("weights.basis.alpha=0", "weights.solver=rtn"), ("weights.solver=rtn",)],
+    ids=["exact", "pad", "no text", "rtn"],
+)
+def test_what_is_loaded_is_what_was_rounded(
+    name: str, changes: tuple[str, ...], folders: dict[str, Path], corpus: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    text = None if "weights.basis.alpha=0" in changes else corpus
+    recipe = load_recipe("bbt-spectral", ["weights.bits=8", *SMALL, *changes])
+    manifest = pipeline.run(prepare(folders[name], out, recipe, text, tokenizer=tiny.tokenizer()))
+    ids, original = tiny.tokens(tiny.build(name)), tiny.build(name)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    with torch.no_grad():
+        before, after = original(ids).logits, loaded(ids).logits
+    assert typical_error(after, before) < 0.05
+    stored = json.loads((out / "config.json").read_text())["quantization_config"]["tensors"]
+    assert all("basis" in entry for entry in stored.values())
+    assert manifest["bits"]["per_weight"] == pytest.approx(gq.models.source.open_model(out).bits_per_weight())
+    assert ("basis" in manifest["bits"]["stored_bits"]) == (text is not None)
+    dense = tmp_path / "dense"
+    pipeline.run(
+        prepare(folders[name], dense, recipe, text, tokenizer=tiny.tokenizer(), dense=True, save_dtype="float32")
+    )
+    plain = transformers.AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
+    with torch.no_grad():
+        assert typical_error(plain(ids).logits, after) < 0.01  # norms are float32 here and float16 there
+
+
+def test_padding_is_counted(folders: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+    bits = {}
+    for padding in ("exact", "pad"):
+        recipe = load_recipe("bbt-spectral", [*SMALL, f"weights.basis.padding={padding}"])
+        job = prepare(folders["llama"], tmp_path / padding, recipe, corpus, tokenizer=tiny.tokenizer())
+        bits[padding] = pipeline.run(job)["bits"]["stored_bits"]["codes"]
+    down = 2 * 2 * 64 * (128 - 96)  # two blocks, two bits, 64 rows, 96 columns become 128
+    assert bits["pad"] - bits["exact"] == down
+
+
+def test_orders_without_a_matrix_name_the_remedy(tmp_path: Path, corpus: Path) -> None:
+    model = tiny.build("llama", intermediate_size=92)
+    changes = ["weights.group_size=-1", *SMALL[1:]]
+    with pytest.raises(RecipeError, match=r"down_proj.*weights.basis.padding=pad"):
+        prepare(model, tmp_path / "out", load_recipe("bbt-spectral", changes), corpus, tokenizer=tiny.tokenizer())
+    padded = load_recipe("bbt-spectral", [*changes, "weights.basis.padding=pad"])
+    prepare(model, tmp_path / "out", padded, corpus, tokenizer=tiny.tokenizer())
+
+
+def test_unknown_settings_are_refused() -> None:
+    with pytest.raises(RecipeError, match="did you mean 'padding'"):
+        load_recipe("gptq", ["weights.basis.pading=pad"])
+    with pytest.raises(RecipeError, match="round_weights"):
+        load_recipe("spinquant", ["weights.basis.alpha=0", "learn.round_weights=true"])

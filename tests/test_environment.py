@@ -1,0 +1,26 @@
+"""What the process does to its own memory."""
+
+import platform
+from pathlib import Path
+
+import pytest
+import torch
+
+from gyroquant.environment import steady_memory
+
+
+def resident_mb() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator has this setting")
+def test_freed_blocks_go_back_to_the_system() -> None:
+    assert steady_memory()
+    before = resident_mb()
+    blocks = [torch.ones(5 << 18) for _ in range(20)]  # 5 MB each
+    held = resident_mb()
+    kept = blocks[-1]
+    del blocks
+    assert held - before > 80
+    assert resident_mb() - before < 30
+    assert kept.sum() == 5 << 18

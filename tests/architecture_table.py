@@ -16,7 +16,19 @@ from gyroquant.models.runner import BlockRunner
 from gyroquant.models.sites import Site, find_sites
 from gyroquant.models.source import open_model
 
-COLUMNS = ("R1 fused", "R1 online", "R2", "qk fused", "qk online", "R3", "R4", "attn_in", "mlp_in", "R1 to R4")
+COLUMNS = (
+    "R1 fused",
+    "R1 online",
+    "R2",
+    "attn_out",
+    "qk fused",
+    "qk online",
+    "R3",
+    "R4",
+    "attn_in",
+    "mlp_in",
+    "R1 to R4",
+)
 REASONS = {"cannot pass it": "post-norm", "no site": "none", "stand between": "q/k norms"}
 TITLES = {
     "llama": "Llama",

@@ -13,23 +13,32 @@ import math
 from cells import Table, arguments, short, write
 
 CALIBRATION = ["calibration.nsamples=64", "calibration.seqlen=512"]
-PAPER = [f"transform.{site}.energy=paper" for site in ("attn_in", "mlp_in", "R4")]
+SITES = ("attn_in", "mlp_in", "R4")
+PAPER = [f"transform.{site}.energy=paper" for site in SITES]
+PAD, CODE = "weights.basis.padding=pad", "weights.basis.energy=kept"
 ROWS: dict[str, tuple[str, list[str]]] = {
     "vanilla, W2 g64": ("gptq-w2g64", []),
     "vanilla, W2 g32": ("gptq-w2g32", []),
+    "vanilla, W2 g16": ("gptq-w2g16", []),
     "vanilla, W3 g64": ("gptq-w3g64", []),
+    "spectral basis, W2 g64": ("bbt-spectral", []),
+    "spectral basis, padded, W2 g64": ("bbt-spectral", [PAD]),
+    "spectral basis, padded, tail unscaled, W2 g64": ("bbt-spectral", [PAD, CODE]),
     "absorbed scales, W2 g64": ("bbt-absorbed", []),
     "absorbed scales as published, W2 g64": ("bbt-absorbed", PAPER),
     "pair-PCA, W2 g64": ("pair-pca", []),
     "vanilla, W4 g64": ("gptq-w4g64", []),
+    "spectral basis, W4 g64": ("bbt-spectral", ["weights.bits=4"]),
+    "spectral basis, padded, W4 g64": ("bbt-spectral", [PAD, "weights.bits=4"]),
     "pair-PCA, W4 g64": ("pair-pca", ["weights.bits=4"]),
-} | {
-    f"absorbed scales, alpha {alpha}, W2 g64": (
-        "bbt-absorbed",
-        [f"transform.{site}.alpha={alpha}" for site in ("attn_in", "mlp_in", "R4")],
-    )
-    for alpha in (0.25, 1.0)
 }
+for _alpha in (0, 0.25, 1.0):
+    ROWS[f"spectral basis, alpha {_alpha}, W2 g64"] = ("bbt-spectral", [f"weights.basis.alpha={_alpha}"])
+for _alpha in (0.25, 1.0):
+    ROWS[f"absorbed scales, alpha {_alpha}, W2 g64"] = (
+        "bbt-absorbed",
+        [f"transform.{site}.alpha={_alpha}" for site in SITES],
+    )
 EVALUATIONS = {"bbt": {"preset": "bbt"}}
 
 

@@ -30,8 +30,8 @@ class _Pending:
 
     def behind(self, other: _Pending) -> bool:
         """Whether this step lies in a basis that `other` changes."""
-        inside_r1 = self.site in ("attn_in", "mlp_in") and other.site == "R1"
-        return self.site in (other.site, "linear") or inside_r1
+        inside = {"attn_in": "R1", "mlp_in": "R1", "attn_out": "R2"}
+        return self.site in (other.site, "linear") or inside.get(self.site) == other.site
 
 
 def plan_folds(graph: ModelGraph, recipe: Recipe, measure: Measure | None = None) -> FoldPlan:

@@ -28,6 +28,8 @@ MAPS: dict[str, Callable[[], maps.Map]] = {
     "butterfly": lambda: maps.blocks(maps.Butterfly(torch.randn(3, 4, generator=GENERATOR)), 24),
     "butterfly inverted": lambda: maps.blocks(maps.Butterfly(torch.randn(3, 4, generator=GENERATOR)).inverse(), 24),
     "unequal blocks": lambda: maps.BlockDiagonal((maps.hadamard(8), maps.random_orthogonal(4, GENERATOR)), 2),
+    "across": lambda: maps.Across(maps.hadamard(4), 6),
+    "across, of blocks": lambda: maps.Across(maps.BlockDiagonal((maps.random_orthogonal(3, GENERATOR),), 2), 4),
     "product": lambda: maps.random_signs(24, GENERATOR) @ maps.hadamard(24) @ maps.Diagonal(torch.arange(1.0, 25.0)),
     "fixing ones": lambda: maps.fixing_ones(maps.random_signs(24, GENERATOR) @ maps.hadamard(24)),
     "fixing ones in blocks": lambda: maps.fixing_ones(maps.blocks(maps.walsh(8), 24)),
@@ -50,6 +52,16 @@ def close(a: torch.Tensor, b: torch.Tensor) -> bool:
 def test_apply_is_the_product_with_the_matrix(m: maps.Map) -> None:
     x = torch.randn(2, 3, 24, dtype=torch.float64)
     assert close(m.apply(x), x @ m.dense())
+
+
+def test_in_fp32_it_does_the_same_to_fp32_vectors(m: maps.Map) -> None:
+    x, single = torch.randn(5, 24), m.in_fp32()
+    assert torch.allclose(single.apply(x), m.apply(x), rtol=1e-5, atol=1e-5)
+    assert single.storage_bits() <= m.storage_bits()
+    assert single.orthogonal == m.orthogonal
+    arrays: dict[str, torch.Tensor] = {}
+    maps.dump(single, arrays)
+    assert all(array.dtype != torch.float64 for array in arrays.values())
 
 
 def test_apply_along_any_dimension(m: maps.Map) -> None:

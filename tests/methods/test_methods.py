@@ -8,6 +8,7 @@ import tiny
 import torch
 
 import gyroquant as gq
+from gyroquant import maps
 from gyroquant.calibration.measure import Want
 from gyroquant.errors import RecipeError
 from gyroquant.grids import IntegerGrid
@@ -33,13 +34,14 @@ METHODS: dict[str, dict[str, object]] = {
     "head pca": {"method": "head_pca"},
     "spectral scale": {"method": "spectral_scale"},
     "spectral scale of the paper": {"method": "spectral_scale", "energy": "paper", "alpha": 0.25},
+    "across heads": {"method": "across_heads"},
     "duquant": {"method": "duquant", "block": 16, "steps": 20},
     "smooth": {"method": "smooth"},
     "awq": {"method": "awq", "steps": 4},
 }
 CONTEXT = Context(seed=7, group_size=32, grid=IntegerGrid(group_size=32))
-SITES = ("R1", "R2", "qk", "R3", "R4", "attn_in", "mlp_in")
-MEANT_FOR = {"pair pca": {"qk"}, "head pca": {"R2", "qk"}}
+SITES = ("R1", "R2", "attn_out", "qk", "R3", "R4", "attn_in", "mlp_in")
+MEANT_FOR = {"pair pca": {"qk"}, "head pca": {"R2", "qk"}, "across heads": {"attn_out"}}
 """The sites of the methods that refuse all others."""
 
 
@@ -90,7 +92,7 @@ class TestContract:
             assert torch.allclose(m.dense() @ m.inverse().dense(), eye, atol=1e-9)
 
     def test_the_same_seed_gives_the_same_map(self, name: str) -> None:
-        site = sites("llama", "qk" if name in MEANT_FOR else "R1")[0]
+        site = sites("llama", max(MEANT_FOR.get(name, {"R1"})))[0]
         one, again = (choose(method(name), site).dense() for _ in range(2))
         assert torch.equal(one, again)
 
@@ -130,6 +132,19 @@ def test_gsr_has_walsh_blocks_of_the_group_size() -> None:
     assert (m.parts[0].n, m.repeat) == (32, 2)
     whole = method("gsr").choose(sites("llama", "R1")[0], Context(seed=0, group_size=-1))
     assert isinstance(whole, Walsh)
+
+
+def test_quarots_hadamards_in_and_across_heads_are_one_over_all_of_them() -> None:
+    place = sites("llama", "attn_out")[0]
+    inside = maps.blocks(maps.hadamard(16), 64)
+    together = (inside @ method("across heads").choose(place, CONTEXT)).dense()
+    assert torch.allclose(together, maps.hadamard(64).dense(), atol=1e-12)
+
+
+def test_heads_without_a_matrix_name_the_remedy() -> None:
+    place = replace(sites("llama", "attn_out")[0], heads=9, n=9 * 16)
+    with pytest.raises(RecipeError, match=r"order 9, the number of heads.*attn_out.method=hadamard"):
+        method("across heads").check(place, CONTEXT)
 
 
 def test_lh_has_the_columns_of_gsr_in_another_order() -> None:

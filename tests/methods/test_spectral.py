@@ -219,7 +219,7 @@ def test_one_map_runs_behind_each_projection() -> None:
     assert queries.n == 4 * 32
     inverse = torch.block_diag(*[(maps.hadamard(32) @ maps.Diagonal(torch.arange(1.0, 33.0))).inverse().dense()] * 4)
     assert torch.allclose(queries.dense(), inverse)
-    assert queries.storage_bits() == 2 * 32 * 64
+    assert queries.storage_bits() == 2 * 32 * 32
     prove(store, plan, BlockRunner(store.skeleton(), store.graph), tiny.tokens(tiny.build("qwen3")), EXACT)
 
 

@@ -68,6 +68,7 @@ CASES: dict[str, tuple[str, Choose, bool | None]] = {
     "R1 online": ("R1", rotation, True),
     "R2 rotation": ("R2", rotation, None),
     "R2 invertible": ("R2", invertible, None),
+    "attn_out": ("attn_out", invertible, None),
     "qk": ("qk", turns, None),
     "qk online": ("qk", invertible, True),
     "R3": ("R3", rotation, None),
@@ -117,7 +118,8 @@ def test_every_fold_is_exact_or_refused(name: str, case: str) -> None:
 def test_all_sites_at_once(name: str) -> None:
     online = True if (name, "R1 rotation") in REFUSED else None
     queries = ("qk", invertible, True) if (name, "qk") in REFUSED else ("qk", turns, None)
-    others = (("R2", invertible, None), queries, ("R3", rotation, None), ("R4", rotation, None))
+    heads = ("attn_out", rotation, None)
+    others = (("R2", invertible, None), heads, queries, ("R3", rotation, None), ("R4", rotation, None))
     folded(name, ("R1", rotation, online), *others)
 
 

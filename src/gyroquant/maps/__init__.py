@@ -2,7 +2,7 @@
 
 from gyroquant.maps.base import Map, dump, load
 from gyroquant.maps.butterfly import Butterfly, butterfly
-from gyroquant.maps.compose import BlockDiagonal, Product, blocks, fixing_ones, product
+from gyroquant.maps.compose import Across, BlockDiagonal, Product, blocks, fixing_ones, product
 from gyroquant.maps.construct import factors, largest_constructible
 from gyroquant.maps.elementary import (
     Dense,
@@ -18,6 +18,7 @@ from gyroquant.maps.hadamard import Hadamard, Walsh, hadamard, sequency_order, w
 from gyroquant.maps.rotary import PairRotation
 
 __all__ = [
+    "Across",
     "BlockDiagonal",
     "Butterfly",
     "Dense",

@@ -1,4 +1,4 @@
-"""Maps made of maps: products and block-diagonal maps."""
+"""Maps made of maps: products, block-diagonal maps, and maps across blocks."""
 
 from __future__ import annotations
 
@@ -108,6 +108,47 @@ class BlockDiagonal(Map):
 
     def transpose(self) -> BlockDiagonal:
         return BlockDiagonal(tuple(part.transpose() for part in self.parts), self.repeat)
+
+
+@dataclass(frozen=True, eq=False)
+class Across(Map):
+    """Mixes blocks of `inner` coordinates with each other: coordinate j of every block goes through `map`.
+
+    Its matrix is the Kronecker product of that of `map` and the identity.
+    """
+
+    map: Map
+    inner: int
+
+    @property
+    def n(self) -> int:  # type: ignore[override]
+        return self.map.n * self.inner
+
+    @property
+    def cost(self) -> int:
+        return self.inner * self.map.cost
+
+    @property
+    def orthogonal(self) -> bool:
+        return self.map.orthogonal
+
+    @property
+    def diagonal(self) -> bool:
+        return self.map.diagonal
+
+    @property
+    def permuting(self) -> bool:
+        return self.map.permuting
+
+    def _apply(self, x: Tensor) -> Tensor:
+        parts = x.reshape(*x.shape[:-1], self.map.n, self.inner).transpose(-1, -2)
+        return self.map._apply(parts.contiguous()).transpose(-1, -2).reshape(x.shape)
+
+    def inverse(self) -> Across:
+        return Across(self.map.inverse(), self.inner)
+
+    def transpose(self) -> Across:
+        return Across(self.map.transpose(), self.inner)
 
 
 def blocks(part: Map, n: int) -> Map:

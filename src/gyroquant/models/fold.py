@@ -22,7 +22,7 @@ from gyroquant.models.sites import Insertion, Site, Span
 # A parameter whose rows can be edited apart from each other is folded in pieces of about this many entries.
 _CHUNK = 1 << 24
 # Sites that no parameter writes linearly: maps there run online without being asked to.
-_ONLINE_SITES = frozenset({"R3", "R4", "linear"})
+_ONLINE_SITES = frozenset({"attn_out", "R3", "R4", "linear"})
 
 
 @dataclass(frozen=True)
@@ -121,10 +121,11 @@ class FoldPlan:
         self.folded.append((site, m, run_online))
 
     def _add_online(self, site: Site, m: Map) -> None:
+        m = m.in_fp32()  # what runs, and is stored; the weights take the inverse of exactly that
         if site.behind:
             self._apply((*site.writers, *site.readers), m)
             for insertion, span in site.behind:
-                self._undo(insertion, span, m.inverse())
+                self._undo(insertion, span, m.inverse().in_fp32())
             return
         if not site.insertions:
             raise UnsupportedModelError(f"{site.label} has no place where a map could run online; fuse it instead")

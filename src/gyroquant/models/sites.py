@@ -1,8 +1,9 @@
 """The places of a model whose basis may change, and what may be folded there.
 
 R1 to R4 are numbered as SpinQuant (arXiv 2405.16406) and QuaRot number them: R1 the residual stream, R2 the value
-heads, R3 queries and keys after RoPE, R4 the input of down_proj. `qk` are queries and keys as their projections write
-them, `attn_in` and `mlp_in` the outputs of the norms, `linear` the input of every single linear layer.
+heads, R3 queries and keys after RoPE, R4 the input of down_proj. `attn_out` is the input of o_proj with all its heads,
+`qk` are queries and keys as their projections write them, `attn_in` and `mlp_in` the outputs of the norms, `linear` the
+input of every single linear layer.
 """
 
 from __future__ import annotations
@@ -48,9 +49,10 @@ class Span:
 class Site:
     """One place of one model: the ports that write and read its basis, and what a map there must satisfy.
 
-    A port longer than `n` takes the map block by block, as heads do. `rope` is what queries and keys pass behind the
-    site. `behind` are the places, and the coordinates there, where the inverse of an online map runs when it is the
-    output of layers that is changed: readers are then multiplied with the map itself.
+    A port longer than `n` takes the map block by block, as heads do. `heads` is how many of them make a vector of
+    the site. `rope` is what queries and keys pass behind the site. `behind` are the places, and the coordinates there,
+    where the inverse of an online map runs when it is the output of layers that is changed: readers are then multiplied
+    with the map itself.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Site:
     admits: Literal["any", "orthogonal", "diagonal", "permutation", "rope", "nothing"] = "any"
     admits_online: Literal["any", "orthogonal"] = "any"
     keeps_mean: bool = False
+    heads: int = 1
     blocked: str = ""
     rope: Rope | None = None
 
@@ -137,6 +140,23 @@ def _r2(graph: ModelGraph) -> Iterator[Site]:
             writers=group.writers("v"),
             readers=tuple(op.read_port() for op in group.readers("attn_out")),
         )
+
+
+def _attn_out(graph: ModelGraph) -> Iterator[Site]:
+    for i, group in enumerate(graph.blocks):
+        for op in group.readers("attn_out"):
+            yield Site(
+                name="attn_out",
+                block=i,
+                label=f"the heads' values in {group.label}",
+                n=op.in_features,
+                readers=(op.read_port(),),
+                insertions=(insertion(op),),
+                admits="nothing",
+                heads=graph.heads,
+                blocked="attention stands between the heads and what writes them, so a map across heads only exists "
+                "online",
+            )
 
 
 def _qk(graph: ModelGraph) -> Iterator[Site]:
@@ -324,6 +344,7 @@ def _r1_online(graph: ModelGraph) -> Iterator[Site]:
 _BUILDERS: dict[str, Callable[[ModelGraph], Iterator[Site]]] = {
     "R1": _r1,
     "R2": _r2,
+    "attn_out": _attn_out,
     "qk": _qk,
     "R3": _r3,
     "attn_in": _behind_norm("attn_in"),

@@ -37,16 +37,28 @@ TITLES = {
     "mistral": "Mistral",
     "smollm3": "SmolLM3",
     "granite": "Granite (multipliers)",
+    "seed_oss": "Seed-OSS (biases)",
+    "ernie4_5": "ERNIE 4.5 (interleaved RoPE)",
+    "helium": "Helium (interleaved RoPE)",
+    "arcee": "Arcee (no gate)",
     "qwen2": "Qwen2 (q, k, v biases)",
     "qwen3": "Qwen3 (q/k norms, head_dim)",
     "qwen2_moe": "Qwen2-MoE (shared expert)",
     "qwen3_moe": "Qwen3-MoE",
     "mixtral": "Mixtral",
+    "olmoe": "OLMoE",
     "phi3": "Phi-3 (fused weights)",
+    "glm": "GLM-4 (partial interleaved RoPE)",
+    "glm4": "GLM-4-0414",
     "gemma2": "Gemma 2",
     "gemma3": "Gemma 3 (text)",
     "olmo2": "OLMo-2",
+    "olmo3": "OLMo-3",
+    "exaone4": "EXAONE 4",
+    "cohere": "Cohere (parallel, LayerNorm)",
     "cohere2": "Cohere-2 (parallel, LayerNorm)",
+    "starcoder2": "StarCoder2 (LayerNorm)",
+    "nemotron": "Nemotron (LayerNorm, gain - 1)",
     "opt": "OPT (LayerNorm, positions)",
     "gpt_neox": "GPT-NeoX, parallel",
     "gpt_neox_serial": "GPT-NeoX, serial",
@@ -67,8 +79,8 @@ mlp_in). Where a cell says why not, the fold is refused before anything is touch
   `transform.qk.online=true` turns queries and keys back in front of the norms.
 - *none*: the architecture has no norm in front of those layers, so there is no such site.
 
-R3 and R4 run online. OPT and GPT-2 have no RoPE, so that qk takes any map. LayerNorm models (Cohere-2, OPT,
-GPT-NeoX, GPT-2) get rotations that keep the mean, see [sites](sites.md).
+R3 and R4 run online. OPT and GPT-2 have no RoPE, so that qk takes any map. LayerNorm models (Cohere, StarCoder2,
+Nemotron, OPT, GPT-NeoX, GPT-2) get rotations that keep the mean, see [sites](sites.md).
 
 """
 

@@ -15,7 +15,6 @@ from gyroquant.models.fold import FoldPlan
 
 FULL = {"transform": {"R1": {"method": "hadamard", "random_signs": True}, "R2": "hadamard"}, "weights": {"bits": 4}}
 ONLINE = {"transform": {**FULL["transform"], "R3": "hadamard", "R4": "hadamard"}, "weights": {"bits": 4}}
-POST_NORM = ("gemma2", "gemma3", "olmo2")
 
 
 def logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
@@ -30,7 +29,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 def recipe_for(name: str, recipe: dict[str, object]) -> dict[str, object]:
     """The recipe, with R1 online where the architecture cannot fuse it."""
     changed = copy.deepcopy(recipe)
-    if name in POST_NORM:
+    if name in tiny.POST_NORM:
         changed["transform"]["R1"]["online"] = True  # type: ignore[index]
     return changed
 
@@ -107,7 +106,7 @@ def untouched(model: torch.nn.Module, recipe: dict[str, object], match: str) -> 
     assert model.config._attn_implementation == config._attn_implementation
 
 
-@pytest.mark.parametrize("name", POST_NORM)
+@pytest.mark.parametrize("name", tiny.POST_NORM)
 def test_post_norms_refuse_a_fused_r1_with_the_reason_and_the_remedy(name: str) -> None:
     untouched(tiny.build(name), FULL, r"by a gain.*set transform.R1.online=true")
 

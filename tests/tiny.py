@@ -48,6 +48,10 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         attention_multiplier=0.2,
         tie_word_embeddings=True,
     ),
+    "seed_oss": _config("SeedOssConfig", head_dim=16, attention_bias=True, attention_out_bias=True),
+    "ernie4_5": _config("Ernie4_5Config", head_dim=16, use_bias=True),
+    "helium": _config("HeliumConfig", head_dim=16),
+    "arcee": _config("ArceeConfig", mlp_bias=True),
     "qwen2": _config("Qwen2Config"),
     "qwen3": _config("Qwen3Config", head_dim=32),
     "qwen2_moe": _config(
@@ -60,7 +64,10 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     ),
     "qwen3_moe": _config("Qwen3MoeConfig", head_dim=32, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48),
     "mixtral": _config("MixtralConfig", num_local_experts=4, num_experts_per_tok=2),
+    "olmoe": _config("OlmoeConfig", num_experts=4, num_experts_per_tok=2),
     "phi3": _config("Phi3Config"),
+    "glm": _config("GlmConfig", head_dim=16),
+    "glm4": _config("Glm4Config", head_dim=16),
     "gemma2": _config(
         "Gemma2Config", head_dim=32, query_pre_attn_scalar=32, sliding_window=8, tie_word_embeddings=True
     ),
@@ -68,7 +75,12 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         "Gemma3TextConfig", head_dim=32, query_pre_attn_scalar=32, sliding_window=8, tie_word_embeddings=True
     ),
     "olmo2": _config("Olmo2Config"),
+    "olmo3": _config("Olmo3Config", sliding_window=8, num_hidden_layers=4),
+    "exaone4": _config("Exaone4Config", head_dim=16, sliding_window=8, num_hidden_layers=4),
+    "cohere": _config("CohereConfig", tie_word_embeddings=True),
     "cohere2": _config("Cohere2Config", sliding_window=8, tie_word_embeddings=True, num_hidden_layers=4),
+    "starcoder2": _config("Starcoder2Config", tie_word_embeddings=True),
+    "nemotron": _config("NemotronConfig", head_dim=16),
     "opt": _config(
         "OPTConfig",
         drop=("intermediate_size", "num_key_value_heads"),
@@ -82,6 +94,14 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 }
 
 
+# What some of them have in common; tests expect refusals by it.
+POST_NORM = ("gemma2", "gemma3", "olmo2", "olmo3", "exaone4", "glm4")
+QK_NORM = ("qwen3", "qwen3_moe", "olmoe", "gemma3", "olmo2", "olmo3", "exaone4")
+NO_NORM_IN_FRONT = ("olmo2", "olmo3", "exaone4")
+ONE_NORM = ("cohere", "cohere2")
+NO_GATE = ("arcee", "starcoder2", "nemotron", "opt", "gpt2", "gpt_neox", "gpt_neox_serial")
+
+
 @torch.no_grad()
 def randomise(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     """Gives every weight a sensible random size, every norm a random gain and every bias a random value."""
@@ -90,9 +110,9 @@ def randomise(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
         noise = torch.randn(parameter.shape, generator=generator)
         if name.endswith("bias"):
             parameter.copy_(0.3 * noise)
-        elif parameter.dim() == 1:  # the gain of a norm; Gemma stores gain - 1
+        elif parameter.dim() == 1:  # the gain of a norm; Gemma and Nemotron store gain - 1
             gain = (1 + 0.4 * noise).abs() + 0.2
-            parameter.copy_(gain - 1 if "gemma" in model.config.model_type else gain)
+            parameter.copy_(gain - 1 if model.config.model_type.startswith(("gemma", "nemotron")) else gain)
         elif "emb" in name or "wte" in name or "wpe" in name:
             parameter.copy_(0.5 * noise)
         else:

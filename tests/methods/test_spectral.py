@@ -26,7 +26,6 @@ from gyroquant.models.sites import Insertion, find_sites
 from gyroquant.models.source import open_model
 
 EXACT = 5e-6
-NORMED = ("qwen3", "qwen3_moe", "gemma3", "olmo2")
 
 
 def transformed(name: str, *changes: str) -> tuple[torch.nn.Module, Proof]:
@@ -161,12 +160,11 @@ KEYS = {
 
 # What of the recipe `pair-pca` an architecture has no place for, and why.
 REFUSED = {
-    **{(name, "qk"): r"q_norm and .*k_norm stand between" for name in NORMED},
+    **{(name, "qk"): r"q_norm and .*k_norm stand between" for name in tiny.QK_NORM},
     **{(name, "qk"): "no RoPE behind it" for name in ("opt", "gpt2")},
-    **{(name, "R4"): "there is no gate" for name in ("opt", "gpt2", "gpt_neox", "gpt_neox_serial")},
-    ("olmo2", "attn_in"): "no site",
-    ("olmo2", "mlp_in"): "no site",
-    ("cohere2", "mlp_in"): "no site",
+    **{(name, "R4"): "there is no gate" for name in tiny.NO_GATE},
+    **{(name, "attn_in"): "no site" for name in tiny.NO_NORM_IN_FRONT},
+    **{(name, "mlp_in"): "no site" for name in (*tiny.NO_NORM_IN_FRONT, *tiny.ONE_NORM)},
 }
 
 
@@ -198,7 +196,7 @@ def test_principal_axes_of_heads_are_exact_online(name: str) -> None:
     """The matrix gain where there are norms; rows come out as principal axes, largest first."""
     model, proof = transformed(name, "transform.qk={method: head_pca, online: true}", "transform.R2=head_pca")
     assert max(proof.relative_logit_error, proof.worst_block_error) < EXACT
-    if name in NORMED:
+    if name in tiny.QK_NORM:
         size = open_model(model).graph.head_dim
         heads = outputs(model, "model.layers.0.self_attn.k_proj", tiny.tokens(model)).unflatten(-1, (-1, size))
         gram = torch.einsum("thi,thj->hij", heads, heads) / len(heads)

@@ -81,14 +81,18 @@ CASES: dict[str, tuple[str, Choose, bool | None]] = {
     "linear": ("linear", rotation, None),
 }
 # Why a case cannot be fused in an architecture; everything that is not listed must be exact.
-POST_NORM = "cannot pass it"
+BEHIND = "cannot pass it"
 REFUSED = {
-    **{(name, case): POST_NORM for name in ("gemma2", "gemma3", "olmo2") for case in CASES if case.startswith("R1 ")},
-    **{("olmo2", case): "no site" for case in ("attn_in scaling", "mlp_in scaling", "attn_in online")},
-    ("cohere2", "mlp_in scaling"): "no site",
-    **{(name, "qk"): "k_norm stand between" for name in ("qwen3", "qwen3_moe", "gemma3", "olmo2")},
+    **{(name, case): BEHIND for name in tiny.POST_NORM for case in CASES if case.startswith("R1 ")},
+    **{
+        (name, case): "no site"
+        for name in tiny.NO_NORM_IN_FRONT
+        for case in ("attn_in scaling", "mlp_in scaling", "attn_in online")
+    },
+    **{(name, "mlp_in scaling"): "no site" for name in tiny.ONE_NORM},
+    **{(name, "qk"): "k_norm stand between" for name in tiny.QK_NORM},
 }
-for _name in ("gemma2", "gemma3", "olmo2"):
+for _name in tiny.POST_NORM:
     del REFUSED[_name, "R1 online"]
 
 

@@ -46,7 +46,7 @@ def test_a_missing_block_is_an_error() -> None:
 
 def test_an_unknown_architecture_is_an_error_that_lists_the_known() -> None:
     config = transformers.MambaConfig(hidden_size=32, num_hidden_layers=1)
-    with pytest.raises(UnsupportedModelError, match=r"'mamba' is not described; described are cohere2, "):
+    with pytest.raises(UnsupportedModelError, match=r"'mamba' is not described; described are arcee, cohere, "):
         architecture_of(config)
 
 

@@ -1,11 +1,20 @@
-"""Cohere-2: attention and feed-forward in parallel behind one LayerNorm without bias; the head is tied."""
+"""Cohere and Cohere-2: attention and feed-forward in parallel behind one LayerNorm without bias; the head is tied."""
+
+from typing import Any
 
 from gyroquant.models.spec import Architecture, Embedding, Linear, Norm, register
+
+
+def _refuse(config: Any) -> str | None:
+    if getattr(config, "use_qk_norm", False):
+        return "its query and key norms have a gain for every head (use_qk_norm)"
+    return None
+
 
 register(
     Architecture(
         name="cohere2",
-        model_types=("cohere2",),
+        model_types=("cohere", "cohere2"),
         blocks="model.layers",
         block=(
             Norm("input_layernorm", "residual", "attn_in", kind="layer"),
@@ -23,5 +32,6 @@ register(
             Linear("lm_head", "final", "logits"),
         ),
         rope="interleaved",
+        refuse=_refuse,
     )
 )

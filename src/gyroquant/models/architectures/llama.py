@@ -1,4 +1,5 @@
-"""Llama and the families that share its layout: Mistral, SmolLM3, Granite, Qwen2 (biases), Qwen3 (query and key norms).
+"""Llama and the families that share its layout: Mistral, SmolLM3, Granite, Seed-OSS, Qwen2 (biases), Qwen3 (query and
+key norms); ERNIE 4.5 and Helium, whose RoPE turns neighbours; Arcee, without a gate.
 
 Granite's multipliers are scalars on whole vectors, which commute with every linear map, so they need no mention.
 """
@@ -20,6 +21,10 @@ MLP = (
     Linear("mlp.up_proj", "mlp_in", "up"),
     Linear("mlp.down_proj", "act", "residual"),
 )
+UNGATED_MLP = (
+    Linear("mlp.up_proj", "mlp_in", "up"),
+    Linear("mlp.down_proj", "act", "residual"),
+)
 OUTER = (
     Embedding("model.embed_tokens"),
     Norm("model.norm", "residual", "final"),
@@ -29,9 +34,29 @@ OUTER = (
 register(
     Architecture(
         name="llama",
-        model_types=("llama", "mistral", "smollm3", "granite", "qwen2", "qwen3"),
+        model_types=("llama", "mistral", "smollm3", "granite", "qwen2", "qwen3", "seed_oss"),
         blocks="model.layers",
         block=(*ATTENTION, *MLP_NORM, *MLP),
+        outer=OUTER,
+        rope="half",
+    )
+)
+register(
+    Architecture(
+        name="llama_interleaved",
+        model_types=("ernie4_5", "helium"),
+        blocks="model.layers",
+        block=(*ATTENTION, *MLP_NORM, *MLP),
+        outer=OUTER,
+        rope="interleaved",
+    )
+)
+register(
+    Architecture(
+        name="arcee",
+        model_types=("arcee",),
+        blocks="model.layers",
+        block=(*ATTENTION, *MLP_NORM, *UNGATED_MLP),
         outer=OUTER,
         rope="half",
     )

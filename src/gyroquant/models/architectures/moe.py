@@ -1,4 +1,4 @@
-"""Mixtures of experts on Llama's layout: Mixtral, Qwen2-MoE (shared expert and its gate), Qwen3-MoE.
+"""Mixtures of experts on Llama's layout: Mixtral, Qwen2-MoE (shared expert and its gate), Qwen3-MoE, OLMoE.
 
 Experts are stacked in 3-D parameters or listed as modules; some layers of the Qwen families are dense.
 """
@@ -26,7 +26,7 @@ _SHARED = (
 register(
     Architecture(
         name="moe",
-        model_types=("mixtral", "qwen2_moe", "qwen3_moe"),
+        model_types=("mixtral", "qwen2_moe", "qwen3_moe", "olmoe"),
         blocks="model.layers",
         block=(
             *ATTENTION,

@@ -1,6 +1,6 @@
-"""OLMo-2: linear layers read the residual stream as it is, norms stand behind attention and feed-forward.
+"""OLMo-2, OLMo-3, EXAONE 4: linear layers read the residual stream as it is, norms stand behind attention and MLP.
 
-Its query and key norms run over all heads at once.
+Query and key norms run over all heads at once (OLMo) or over each head (EXAONE).
 """
 
 from gyroquant.models.architectures.llama import OUTER
@@ -9,7 +9,7 @@ from gyroquant.models.spec import Architecture, Linear, Norm, register
 register(
     Architecture(
         name="olmo2",
-        model_types=("olmo2",),
+        model_types=("olmo2", "olmo3", "exaone4"),
         blocks="model.layers",
         block=(
             Linear("self_attn.q_proj", "residual", "q"),

@@ -14,11 +14,12 @@ import gyroquant as gq
 from gyroquant.inspection import inspect_model
 from gyroquant.job import plan_quantizers
 from gyroquant.learning.learn import Setting, learn
-from gyroquant.learning.live import LiveFold, as_map, learnable, start_matrix, with_maps
-from gyroquant.learning.objectives import Loss, Sample, kurtosis
+from gyroquant.learning.live import LiveFold, learnable, with_values
+from gyroquant.learning.objectives import Loss, Sample, divergence, kurtosis
+from gyroquant.learning.parameters import Place
 from gyroquant.learning.stiefel import CayleySGD, drift, mended, scheduled
-from gyroquant.maps import BlockDiagonal, Dense
-from gyroquant.models.fold import fold
+from gyroquant.maps import BlockDiagonal, Butterfly, Dense, Diagonal
+from gyroquant.models.fold import FoldPlan, fold
 from gyroquant.models.prove import prove
 from gyroquant.models.runner import BlockRunner
 from gyroquant.models.source import open_model
@@ -86,6 +87,57 @@ def test_every_objective_falls_and_the_model_stays_the_same_function(name: str, 
     assert float((first.dense() - last.dense()).norm()) > 1e-3
 
 
+def started(plan: FoldPlan, places: dict[str, Place]) -> dict[str, torch.Tensor]:
+    return {label: place.parameter.start(plan.folded[place.index][1]) for label, place in places.items()}
+
+
+SCALED = [f"transform.{site}=unit_scale" for site in ("attn_in", "mlp_in", "R4")]
+SCALES = [*SCALED, "learn.sites=[R1, R2, attn_in, mlp_in, R4]", "learn.adam_lr=0.05"]
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "qwen2", "phi3"])
+@pytest.mark.parametrize("objective", ["kl", "weights"])
+def test_scales_are_learned_beside_rotations(name: str, objective: str) -> None:
+    changes = [
+        *SCALES,
+        "learn.steps=12",
+        "learn.lr=0.1",
+        "learn.adam_lr=0.02",
+        "activations.bits=3",
+        "learn.batch_size=6",
+    ]
+    model, store, _, result = learned(name, objective, *changes, rounded=True)
+    assert min(result.losses[-3:]) < result.losses[0]
+    proof = prove(store, result.plan, BlockRunner(model, store.graph), tiny.tokens(model), 5e-6)
+    assert proof.worst_block_error < 5e-6
+    for site in ("attn_in", "mlp_in", "R4"):
+        last = next(m for there, m, _ in result.plan.folded if there.name == site)
+        assert isinstance(last, Diagonal)
+        assert float((last.values - 1).abs().max()) > 0.02
+
+
+def test_butterflies_stay_butterflies() -> None:
+    changes = ["transform.R1={method: butterfly, block: 16}", "learn.adam_lr=0.05", "learn.steps=12"]
+    model, store, _, result = learned("llama", "weights", *changes)
+    assert min(result.losses[-3:]) < result.losses[0]
+    m = next(m for site, m, _ in result.plan.folded if site.name == "R1")
+    assert isinstance(m, BlockDiagonal)
+    assert all(isinstance(part, Butterfly) for part in m.parts)
+    assert not torch.allclose(m.parts[0].angles, m.parts[1].angles, atol=1e-3)  # type: ignore[attr-defined]
+    prove(store, result.plan, BlockRunner(model, store.graph), tiny.tokens(model), 5e-6)
+
+
+def test_divergence_among_the_likeliest() -> None:
+    logits = torch.randn(2, 5, 30, generator=torch.Generator().manual_seed(0))
+    wanted, found = logits.log_softmax(-1), (1.2 * logits).log_softmax(-1)
+    expected = torch.nn.functional.kl_div(found, wanted, log_target=True, reduction="sum") / 10
+    assert float(divergence(wanted, found, None)) == pytest.approx(float(expected), rel=1e-5)
+    assert float(divergence(wanted, found, 30)) == pytest.approx(float(expected), rel=1e-5)
+    unlikely = found.clone().scatter_(-1, wanted.argmin(-1, keepdim=True), -50.0)
+    assert float(divergence(wanted, unlikely, 10)) == pytest.approx(float(divergence(wanted, found, 10)), rel=1e-5)
+    assert float(divergence(wanted, unlikely, None)) > float(expected)
+
+
 def test_the_gradient_is_that_of_the_loss() -> None:
     """Along a curve of rotations, the loss changes as the gradient says (nothing is rounded here)."""
     model = tiny.build("llama_tied")
@@ -93,8 +145,8 @@ def test_the_gradient_is_that_of_the_loss() -> None:
     store = open_model(model)
     plan = plan_folds(store.graph, recipe)
     places = learnable(plan, ("R1", "R2"))
-    matrices = {label: start_matrix(plan.folded[i][1]) for label, i in places.items()}
-    plan = with_maps(plan, places, {label: as_map(m) for label, m in matrices.items()})
+    matrices = started(plan, places)
+    plan = with_values(plan, places, matrices)
     from gyroquant.learning.objectives import FourthPowers
 
     loss = FourthPowers(store, plan, places, list(setting(model, recipe, False).targets))
@@ -115,7 +167,7 @@ def test_a_live_fold_is_the_fold() -> None:
     store = open_model(model)
     plan = plan_folds(store.graph, recipe)
     places = learnable(plan, ("R1", "R2"))
-    plan = with_maps(plan, places, {label: as_map(start_matrix(plan.folded[i][1])) for label, i in places.items()})
+    plan = with_values(plan, places, started(plan, places))
     tensors = store.read(store.graph.block_params(0))
     live = LiveFold(plan, places, tensors, tensors)(plan)
     for name, value in fold(plan, tensors).items():
@@ -157,8 +209,9 @@ def test_a_model_in_memory_gets_learned_rotations() -> None:
         gq.transform(tiny.build("llama"), gq.load_recipe("rtn", [*BASE, "learn.objective=kl", "learn.steps=2"]))
 
 
-def test_a_stopped_run_goes_on_to_the_same_end(tmp_path: Path) -> None:
-    options = ("learn.momentum=0.3", "learn.checkpoint_every=2", "learn.lr=0.3")
+@pytest.mark.parametrize("more", [[], SCALES], ids=["rotations", "scales"])
+def test_a_stopped_run_goes_on_to_the_same_end(more: list[str], tmp_path: Path) -> None:
+    options = ("learn.momentum=0.3", "learn.checkpoint_every=2", "learn.lr=0.3", *more)
     _, _, _, whole = learned("llama", "kl", *options)
     original = Loss.__subclasses__()[0].gradients
     calls = []
@@ -209,6 +262,8 @@ def test_kurtosis_of_known_distributions() -> None:
         (["learn.objective=speed"], "objective"),
         (["learn.step=3"], "did you mean 'steps'"),
         (["transform.R1.online=true"], "R1.*runs online"),
+        ([*SCALES, "learn.objective=kurtosis"], "kurtosis is measured at R1 and R2, not at attn_in"),
+        (["learn.top=5"], "top is an option of the objective kl"),
     ],
 )
 def test_what_cannot_be_learned_is_refused_before_any_work(
@@ -218,6 +273,8 @@ def test_what_cannot_be_learned_is_refused_before_any_work(
         run(folders["llama"], tmp_path / "out", "rtn", corpus, *BASE, "learn.steps=2", *changes)
     with pytest.raises(gq.UnsupportedModelError, match="LayerNorms"):
         run(folders["gpt2"], tmp_path / "out", "rtn", corpus, *BASE, "learn.steps=2")
+    with pytest.raises(gq.UnsupportedModelError, match="single expert"):
+        run(folders["qwen3_moe"], tmp_path / "out", "rtn", corpus, *BASE, *SCALES, "learn.steps=2")
     assert "LayerNorms" in inspect_model(tiny.build("gpt2"), changes=["weights.group_size=16"]).fits["optrot"]
 
 

@@ -34,6 +34,7 @@ METHODS: dict[str, dict[str, object]] = {
     "head pca": {"method": "head_pca"},
     "spectral scale": {"method": "spectral_scale"},
     "spectral scale of the paper": {"method": "spectral_scale", "energy": "paper", "alpha": 0.25},
+    "unit scale": {"method": "unit_scale"},
     "across heads": {"method": "across_heads"},
     "duquant": {"method": "duquant", "block": 16, "steps": 20},
     "smooth": {"method": "smooth"},

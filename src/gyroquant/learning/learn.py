@@ -1,4 +1,4 @@
-"""The loop: gradient of the objective, a step on the manifold of rotations, a checkpoint now and then."""
+"""The loop: gradient of the objective, a step of every learned tensor, a checkpoint now and then."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from torch import Tensor
 
 from gyroquant.errors import InputError
 from gyroquant.grids import Grid
-from gyroquant.learning.live import as_map, learnable, start_matrix, with_maps
+from gyroquant.learning.live import learnable, with_values
 from gyroquant.learning.objectives import EndToEnd, FourthPowers, Kurtosis, Loss
+from gyroquant.learning.parameters import Place, Steps, largest_drift
 from gyroquant.learning.settings import Learn
-from gyroquant.learning.stiefel import CayleySGD, drift, mended, scheduled
 from gyroquant.models.fold import FoldPlan
 from gyroquant.models.graph import LinearOp
 from gyroquant.models.online import Attachment
@@ -69,29 +69,28 @@ def learn(
     places = learnable(plan, settings.sites)
     if setting.tokens is None and settings.objective != "weights":
         raise InputError(f"learning rotations by {settings.objective} needs text: give --text FILE")
-    matrices = {label: mended(start_matrix(plan.folded[i][1])) for label, i in places.items()}
-    plan = with_maps(plan, places, {label: as_map(matrix) for label, matrix in matrices.items()})
+    values = {label: at.parameter.start(plan.folded[at.index][1]) for label, at in places.items()}
+    plan = with_values(plan, places, values)
     loss = _loss(store, plan, places, settings, setting, progress)
-    state = _State(matrices, CayleySGD(settings.momentum), [])
-    mark = _mark(store, settings, setting, matrices)
+    state = _State(places, values, Steps(settings), [])
+    mark = _mark(store, settings, setting, values)
     if checkpoint is not None:
         state.resume(checkpoint, mark)
     with progress.stage("learn rotations", settings.steps) as advance:
         for _ in range(len(state.losses)):
             advance()
         while len(state.losses) < settings.steps:
-            state.step(loss, _batch(setting, settings, len(state.losses)), settings)
+            state.step(loss, _batch(setting, settings, len(state.losses)))
             advance()
             if checkpoint is not None and len(state.losses) % settings.checkpoint_every == 0:
                 state.save(checkpoint, mark)
-    maps = {label: as_map(matrix) for label, matrix in state.matrices.items()}
-    return Learned(with_maps(plan, places, maps), state.losses, max(drift(m) for m in state.matrices.values()))
+    return Learned(with_values(plan, places, state.values), state.losses, largest_drift(places, state.values))
 
 
 def _loss(
     store: WeightStore,
     plan: FoldPlan,
-    places: Mapping[str, int],
+    places: Mapping[str, Place],
     settings: Learn,
     setting: Setting,
     progress: Stages,
@@ -102,9 +101,8 @@ def _loss(
     if settings.objective == "kurtosis":
         return Kurtosis(store, plan, places, setting.tokens, setting.dtype, progress)
     rounding = {} if setting.grid is None else {name: (op, setting.grid) for name, op in setting.targets.items()}
-    kl = settings.objective == "kl"
     attachments = [*plan.online, *setting.attachments]
-    return EndToEnd(store, plan, places, attachments, rounding, setting.dtype, kl)
+    return EndToEnd(store, plan, places, attachments, rounding, setting.dtype, settings)
 
 
 def _batch(setting: Setting, settings: Learn, step: int) -> Tensor:
@@ -121,22 +119,26 @@ def _batch(setting: Setting, settings: Learn, step: int) -> Tensor:
 
 @dataclass
 class _State:
-    matrices: dict[str, Tensor]
-    optimizer: CayleySGD
+    places: dict[str, Place]
+    values: dict[str, Tensor]
+    steps: Steps
     losses: list[float]
 
-    def step(self, loss: Loss, batch: Tensor, settings: Learn) -> None:
-        value, gradients = loss.gradients(self.matrices, batch)
+    def step(self, loss: Loss, batch: Tensor) -> None:
+        value, gradients = loss.gradients(self.values, batch)
         if not all(bool(g.isfinite().all()) for g in gradients.values()):
-            raise InputError(f"the gradient of the rotations is not finite at step {len(self.losses)}; lower learn.lr")
-        lr = scheduled(settings.lr, len(self.losses), settings.steps, settings.schedule)
-        for label, matrix in self.matrices.items():
-            self.matrices[label] = self.optimizer.step(label, matrix, gradients[label], lr)
+            raise InputError(
+                f"the gradient of what is learned is not finite at step {len(self.losses)}; lower learn.lr"
+            )
+        for label, place in self.places.items():
+            old = self.values[label]
+            self.values[label] = self.steps.take(place, label, old, gradients[label], len(self.losses))
         self.losses.append(value)
 
     def save(self, path: Path, mark: str) -> None:
-        tensors = {f"matrix.{label}": m for label, m in self.matrices.items()}
-        tensors |= {f"velocity.{label}": v.contiguous() for label, v in self.optimizer.velocity.items()}
+        tensors = {f"value.{label}": value for label, value in self.values.items()}
+        for kind, kept in self.steps.kept():
+            tensors |= {f"{kind}.{label}": one.contiguous() for label, one in kept.items()}
         temporary = path.with_suffix(".tmp")
         save_file(tensors, temporary, metadata={"mark": mark, "losses": json.dumps(self.losses)})
         temporary.replace(path)
@@ -147,15 +149,16 @@ class _State:
             metadata = file.metadata() or {}
             if metadata.get("mark") != mark:
                 return
-            for label in self.matrices:
-                self.matrices[label] = file.get_tensor(f"matrix.{label}").clone()
-                if f"velocity.{label}" in file.keys():
-                    self.optimizer.velocity[label] = file.get_tensor(f"velocity.{label}").clone()
+            for label in self.values:
+                self.values[label] = file.get_tensor(f"value.{label}").clone()
+                for kind, kept in self.steps.kept():
+                    if f"{kind}.{label}" in file.keys():
+                        kept[label] = file.get_tensor(f"{kind}.{label}").clone()
             self.losses = json.loads(metadata["losses"])
 
 
-def _mark(store: WeightStore, settings: Learn, setting: Setting, matrices: Mapping[str, Tensor]) -> str:
-    """A digest of everything that the learned matrices depend on."""
+def _mark(store: WeightStore, settings: Learn, setting: Setting, values: Mapping[str, Tensor]) -> str:
+    """A digest of everything that the learned tensors depend on."""
     digest = hashlib.sha256()
     described: list[Any] = [store.label, settings.model_dump(), str(setting.dtype), setting.seed]
     described += [None if setting.grid is None else setting.grid.model_dump(), sorted(setting.targets)]
@@ -163,6 +166,6 @@ def _mark(store: WeightStore, settings: Learn, setting: Setting, matrices: Mappi
     digest.update(json.dumps(described).encode())
     if setting.tokens is not None:
         digest.update(setting.tokens.cpu().numpy().tobytes())
-    for matrix in matrices.values():
-        digest.update(matrix.numpy().tobytes())
+    for value in values.values():
+        digest.update(value.numpy().tobytes())
     return digest.hexdigest()

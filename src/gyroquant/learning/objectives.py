@@ -1,4 +1,4 @@
-"""What learned rotations are to make small. Each gives the gradient of its loss by every learned matrix."""
+"""What learned maps are to make small. Each gives the gradient of its loss by every learned tensor."""
 
 from __future__ import annotations
 
@@ -11,30 +11,32 @@ from torch import Tensor
 from torch.func import functional_call
 
 from gyroquant.calibration.measure import Want, measure
-from gyroquant.learning.live import LiveFold, as_map, with_maps
+from gyroquant.learning.live import LiveFold, with_values
+from gyroquant.learning.parameters import Place
+from gyroquant.learning.settings import Learn
 from gyroquant.models.fold import FoldPlan
 from gyroquant.models.online import Attachment, attached, fake
 from gyroquant.models.packed import as_matrix, from_matrix
 from gyroquant.models.store import WeightStore
 from gyroquant.progress import Stages
 
-Matrices = Mapping[str, Tensor]
+Values = Mapping[str, Tensor]
 _UNIFORM = 1.8  # kurtosis of a uniform distribution
 
 
 class Loss(ABC):
-    """A loss of the learned matrices, by label, each of shape (blocks, n, n)."""
+    """A loss of the learned tensors, by label."""
 
-    def __init__(self, store: WeightStore, plan: FoldPlan, places: Mapping[str, int]):
+    def __init__(self, store: WeightStore, plan: FoldPlan, places: Mapping[str, Place]):
         self.store, self.plan, self.places = store, plan, places
 
     @abstractmethod
-    def gradients(self, matrices: Matrices, batch: Tensor) -> tuple[float, dict[str, Tensor]]:
+    def gradients(self, values: Values, batch: Tensor) -> tuple[float, dict[str, Tensor]]:
         """The loss on token ids of shape (sequences, length), and its gradients."""
 
-    def _live(self, matrices: Matrices) -> tuple[dict[str, Tensor], FoldPlan]:
-        leaves = {label: matrix.detach().requires_grad_() for label, matrix in matrices.items()}
-        return leaves, with_maps(self.plan, self.places, {label: as_map(leaf) for label, leaf in leaves.items()})
+    def _live(self, values: Values) -> tuple[dict[str, Tensor], FoldPlan]:
+        leaves = {label: value.detach().requires_grad_() for label, value in values.items()}
+        return leaves, with_values(self.plan, self.places, leaves)
 
 
 def _collected(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -51,11 +53,11 @@ class EndToEnd(Loss):
         self,
         store: WeightStore,
         plan: FoldPlan,
-        places: Mapping[str, int],
+        places: Mapping[str, Place],
         attachments: Sequence[Attachment],
         rounding: Mapping[str, Any],
         dtype: torch.dtype,
-        kl: bool,
+        settings: Learn,
     ):
         super().__init__(store, plan, places)
         graph = store.graph
@@ -63,7 +65,8 @@ class EndToEnd(Loss):
         tensors = store.read(self._names)
         self._names = (*self._names, *plan.unties(tensors))
         self._fold = LiveFold(plan, places, tensors, self._names)
-        self._original = {name: t.to(dtype) for name, t in tensors.items()} if kl else None
+        self._original = {name: t.to(dtype) for name, t in tensors.items()} if settings.objective == "kl" else None
+        self._top = settings.top
         self._attachments, self._rounding, self._dtype = attachments, rounding, dtype
 
     def _logits(self, weights: Mapping[str, Tensor], ids: Tensor) -> Tensor:
@@ -77,8 +80,8 @@ class EndToEnd(Loss):
         op, grid = self._rounding[name]
         return from_matrix(fake(grid, as_matrix(value, op)), op.shape, op.entry.transposed)
 
-    def gradients(self, matrices: Matrices, batch: Tensor) -> tuple[float, dict[str, Tensor]]:
-        leaves, plan = self._live(matrices)
+    def gradients(self, values: Values, batch: Tensor) -> tuple[float, dict[str, Tensor]]:
+        leaves, plan = self._live(values)
         folded = {name: self._rounded(name, value) for name, value in self._fold(plan).items()}
         weights = {name: value.detach().to(self._dtype).requires_grad_() for name, value in folded.items()}
         total = 0.0
@@ -92,12 +95,23 @@ class EndToEnd(Loss):
             if wanted is None:
                 loss = -logs[:, :-1].gather(-1, ids[:, 1:, None]).mean()
             else:
-                loss = (wanted.exp() * (wanted - logs)).sum(-1).mean()
+                loss = divergence(wanted, logs, self._top)
             (loss / len(batch)).backward()
             total += float(loss.detach()) / len(batch)
         moved = [name for name, value in folded.items() if value.requires_grad and weights[name].grad is not None]
         torch.autograd.backward([folded[n] for n in moved], [weights[n].grad.float() for n in moved])  # type: ignore[union-attr]
         return total, _collected(leaves)
+
+
+def divergence(wanted: Tensor, found: Tensor, top: int | None) -> Tensor:
+    """The mean KL divergence of log-probabilities `found` from `wanted`, shape (..., vocabulary).
+
+    With `top`, of the distributions among as many of the likeliest tokens of `wanted` (OSTQuant's KL-Top).
+    """
+    if top is not None and top < wanted.shape[-1]:
+        best = wanted.topk(top, dim=-1).indices
+        wanted, found = (x.gather(-1, best).log_softmax(-1) for x in (wanted, found))
+    return (wanted.exp() * (wanted - found)).sum(-1).mean()
 
 
 class FourthPowers(Loss):
@@ -106,12 +120,12 @@ class FourthPowers(Loss):
     Weights without outliers round better; no text is needed. One block at a time is in memory.
     """
 
-    def __init__(self, store: WeightStore, plan: FoldPlan, places: Mapping[str, int], targets: Sequence[str]):
+    def __init__(self, store: WeightStore, plan: FoldPlan, places: Mapping[str, Place], targets: Sequence[str]):
         super().__init__(store, plan, places)
         self._targets = frozenset(targets)
 
-    def gradients(self, matrices: Matrices, batch: Tensor) -> tuple[float, dict[str, Tensor]]:
-        leaves, plan = self._live(matrices)
+    def gradients(self, values: Values, batch: Tensor) -> tuple[float, dict[str, Tensor]]:
+        leaves, plan = self._live(values)
         graph, total = self.store.graph, 0.0
         for i in range(len(graph.blocks)):
             tensors = self.store.read(graph.block_params(i))
@@ -152,24 +166,24 @@ class Kurtosis(Loss):
         self,
         store: WeightStore,
         plan: FoldPlan,
-        places: Mapping[str, int],
+        places: Mapping[str, Place],
         tokens: Tensor,
         dtype: torch.dtype,
         progress: Stages,
     ):
         super().__init__(store, plan, places)
         before = FoldPlan(plan.graph)  # what lies in front of the learned maps, and changes what they act on
-        for site, m, online in plan.folded[: max(places.values())]:
-            if site.label in places and plan.folded[places[site.label]][1] is not m:
+        for site, m, online in plan.folded[: max(place.index for place in places.values())]:
+            if site.label in places and plan.folded[places[site.label].index][1] is not m:
                 before.add(site, m, online)
-        wants = [Want(plan.folded[i][0], (Sample,)) for i in places.values()]
+        wants = [Want(plan.folded[place.index][0], (Sample,)) for place in places.values()]
         measure(store, before, wants, tokens, progress, dtype)
         self._samples = {label: want.seen[Sample].value for label, want in zip(places, wants, strict=True)}
 
-    def gradients(self, matrices: Matrices, batch: Tensor) -> tuple[float, dict[str, Tensor]]:
-        leaves, total = {label: matrix.detach().requires_grad_() for label, matrix in matrices.items()}, 0.0
+    def gradients(self, values: Values, batch: Tensor) -> tuple[float, dict[str, Tensor]]:
+        leaves, total = {label: value.detach().requires_grad_() for label, value in values.items()}, 0.0
         for label, leaf in leaves.items():
-            z = as_map(leaf).apply(self._samples[label])
+            z = self.places[label].parameter.map(leaf).apply(self._samples[label])
             loss = (kurtosis(z) - _UNIFORM).abs() / len(leaves)
             loss.backward()
             total += float(loss.detach())

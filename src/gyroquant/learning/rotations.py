@@ -6,7 +6,7 @@ A file is safetensors with one matrix a site, under the names that SpinQuant's c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -21,11 +21,12 @@ from gyroquant.models.sites import site_key
 FILE_NAME = "rotations.safetensors"
 
 
-def rotations_of(plan: FoldPlan, names: tuple[str, ...]) -> dict[str, Tensor]:
-    """All that a plan does at the sites of these names, as one matrix each, fp64."""
+def rotations_of(plan: FoldPlan, sites: Iterable[str]) -> dict[str, Tensor]:
+    """All that a plan does at R1 and R2, those of them that are among `sites`, as one matrix each, fp64."""
+    wanted = {"R1", "R2"}.intersection(sites)
     found: dict[str, Tensor] = {}
-    for site, m, _ in plan.folded:
-        if site.name in names:
+    for site, m, online in plan.folded:
+        if site.name in wanted and not online:
             key = site_key(site)
             found[key] = m.dense() if key not in found else m.apply(found[key])
     return found

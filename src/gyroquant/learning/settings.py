@@ -4,30 +4,48 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+Site = Literal["R1", "R2", "attn_in", "mlp_in", "R4"]
 Objective = Literal["cross_entropy", "kl", "kurtosis", "weights"]
 
 
 class Learn(BaseModel):
-    """Learns the last map of each of `sites`, starting from the one that the recipe puts there.
+    """Learns the last fused map of each of `sites`, starting from the one that the recipe puts there.
 
-    A block-diagonal start stays block-diagonal, with blocks that part ways; any other becomes a full matrix.
-    Objectives: `cross_entropy` of the rounded model on the text (SpinQuant, arXiv 2405.16406), `kl` of it from the
-    original, `kurtosis` of what enters the layers, towards a uniform distribution's (KurTail, arXiv 2503.01483),
-    `weights`, the fourth powers of the rotated weights (OptRot, arXiv 2512.24124; needs no text). The first two hold
-    the whole model in memory, the others a block. `lr` is the length of a step where the gradient's own scale does not
-    limit it further. `round_weights` is whether the model that is looked at has rounded weights; by default only when
-    the recipe rounds to nearest, since a solver that comes later repairs much of what would be learned to be avoided.
+    A rotation that starts block-diagonal stays so, with blocks that part ways; any other becomes a full matrix.
+    Butterflies stay butterflies, with their angles learned (ButterflyQuant, arXiv 2509.09679). A diagonal start is a
+    set of scales (OSTQuant, arXiv 2501.13987), in front of layers (`attn_in`, `mlp_in`, `R4`) or on R2. Objectives:
+    `cross_entropy` of the rounded model on the text (SpinQuant, arXiv 2405.16406), `kl` of it from the original (with
+    `top`, among that many of the original's likeliest tokens), `kurtosis` of what enters the layers, towards a uniform
+    distribution's (KurTail, arXiv 2503.01483), `weights`, the fourth powers of the rotated weights (OptRot, arXiv
+    2512.24124; needs no text). The first two hold the whole model in memory, the others a block. `lr` is the length of
+    a rotation's step where the gradient's own scale does not limit it further, `adam_lr` that of angles and of the
+    logarithms of scales. `round_weights` is whether the model that is looked at has rounded weights; by default only
+    when the recipe rounds to nearest, since a solver that comes later repairs much of what would be learned to be
+    avoided.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    sites: tuple[Literal["R1", "R2"], ...] = ("R1", "R2")
+    sites: tuple[Site, ...] = ("R1", "R2")
     objective: Objective = "cross_entropy"
     steps: Annotated[int, Field(gt=0)] = 100
     lr: Annotated[float, Field(gt=0)] = 1.5
+    adam_lr: Annotated[float, Field(gt=0)] = 0.01
+    top: Annotated[int, Field(gt=1)] | None = None
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     batch_size: Annotated[int, Field(gt=0)] = 8
     round_weights: bool | None = None
     checkpoint_every: Annotated[int, Field(gt=0)] = 5
+
+    @model_validator(mode="after")
+    def _measurable(self) -> Learn:
+        others = [site for site in self.sites if site not in ("R1", "R2")]
+        if self.objective == "kurtosis" and others:
+            raise ValueError(
+                f"kurtosis is measured at R1 and R2, not at {', '.join(others)}: choose kl or cross_entropy"
+            )
+        if self.top is not None and self.objective != "kl":
+            raise ValueError("top is an option of the objective kl")
+        return self

@@ -27,10 +27,14 @@ _ONLINE_SITES = frozenset({"attn_out", "R3", "R4", "linear"})
 
 @dataclass(frozen=True)
 class ApplyMap:
-    """Multiplies a port by a map, block by block where the port is longer than the map."""
+    """Multiplies a port by a map, block by block where the port is longer than the map.
+
+    `step` is the place in `FoldPlan.folded` of the map that this is part of.
+    """
 
     port: Port
     map: Map
+    step: int
 
     def __call__(self, value: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         axis, rows = self.port.axis, self.port.rows
@@ -175,7 +179,7 @@ class FoldPlan:
 
     def _apply(self, ports: tuple[Port, ...], m: Map) -> None:
         for port in ports:
-            self.edits[port.param].append(ApplyMap(port, m))
+            self.edits[port.param].append(ApplyMap(port, m, len(self.folded)))
 
     def online_in(self, block: int) -> list[OnlineMap]:
         """The online maps of one block."""

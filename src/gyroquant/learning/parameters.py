@@ -1,0 +1,135 @@
+"""What can be learned at a site: a rotation, the angles of a butterfly, or scales; each a tensor with its own steps."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from gyroquant.learning.settings import Learn
+from gyroquant.learning.stiefel import CayleySGD, drift, mended, scheduled
+from gyroquant.maps import BlockDiagonal, Butterfly, Dense, Diagonal, Map
+
+
+class Parameter(ABC):
+    """A way to write maps as tensors, so that gradients reach them."""
+
+    @abstractmethod
+    def start(self, m: Map) -> Tensor:
+        """The tensor of a map, fp64."""
+
+    @abstractmethod
+    def map(self, value: Tensor) -> Map:
+        """The map of a tensor, differentiable in it."""
+
+
+class Rotation(Parameter):
+    """Orthogonal blocks, shape (blocks, n, n): the map's own blocks, or one that is all of it."""
+
+    def start(self, m: Map) -> Tensor:
+        return mended(torch.stack([part.dense() for part in equal_blocks(m)]))
+
+    def map(self, value: Tensor) -> Map:
+        return _side_by_side([Dense(block) for block in value])
+
+
+class Angles(Parameter):
+    """The angles of butterflies, shape (blocks, stages, n / 2), as ButterflyQuant (arXiv 2509.09679) has them."""
+
+    def start(self, m: Map) -> Tensor:
+        return torch.stack([part.angles.double() for part in equal_blocks(m) if isinstance(part, Butterfly)])
+
+    def map(self, value: Tensor) -> Map:
+        return _side_by_side([Butterfly(angles) for angles in value])
+
+
+class Scales(Parameter):
+    """Logarithms of positive factors, shape (n,), as OSTQuant (arXiv 2501.13987) learns beside rotations."""
+
+    def start(self, m: Map) -> Tensor:
+        return m.apply(torch.ones(m.n, dtype=torch.float64)).log()
+
+    def map(self, value: Tensor) -> Map:
+        return Diagonal(value.exp())
+
+
+def parameter_of(m: Map) -> Parameter:
+    """How a map that learning starts from is written as a tensor."""
+    if m.diagonal:
+        return Scales()
+    if all(isinstance(part, Butterfly) and not part.transposed for part in equal_blocks(m)):
+        return Angles()
+    return Rotation()
+
+
+def equal_blocks(m: Map) -> list[Map]:
+    """The blocks of a block-diagonal map, if they are of one size; else the map alone."""
+    if isinstance(m, BlockDiagonal) and len({part.n for part in m.parts}) == 1:
+        return list(m.parts) * m.repeat
+    return [m]
+
+
+def _side_by_side(parts: list[Map]) -> Map:
+    return parts[0] if len(parts) == 1 else BlockDiagonal(tuple(parts))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a learned map is: its place in ``FoldPlan.folded``, and how it is written as a tensor."""
+
+    index: int
+    parameter: Parameter
+
+
+@dataclass
+class Adam:
+    """Adam (arXiv 1412.6980) with its usual constants, for tensors without constraints."""
+
+    moments: dict[str, Tensor] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def step(self, name: str, value: Tensor, gradient: Tensor, lr: float, number: int) -> Tensor:
+        """The tensor after step `number`, counted from 0."""
+        before = self.moments.get(name)
+        first, second = torch.zeros_like(value).expand(2, *value.shape) if before is None else before
+        first = 0.9 * first + 0.1 * gradient
+        second = 0.999 * second + 0.001 * gradient.square()
+        self.moments[name] = torch.stack([first, second])
+        first, second = first / (1 - 0.9 ** (number + 1)), second / (1 - 0.999 ** (number + 1))
+        return value - lr * first / (second.sqrt() + 1e-12)
+
+
+@dataclass
+class Steps:
+    """Takes steps: Cayley SGD for rotations, Adam for scales and angles. Both keep something between steps."""
+
+    settings: Learn
+    cayley: CayleySGD = field(init=False)
+    adam: Adam = field(default_factory=Adam)
+
+    def __post_init__(self) -> None:
+        self.cayley = CayleySGD(self.settings.momentum)
+
+    def take(self, place: Place, name: str, value: Tensor, gradient: Tensor, number: int) -> Tensor:
+        """A learned tensor after step `number`, counted from 0."""
+        settings = self.settings
+
+        def length(lr: float) -> float:
+            return scheduled(lr, number, settings.steps, settings.schedule)
+
+        if isinstance(place.parameter, Rotation):
+            return self.cayley.step(name, value, gradient, length(settings.lr))
+        return self.adam.step(name, value, gradient, length(settings.adam_lr), number)
+
+    def kept(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """What is kept between steps, under names, to be saved and filled again."""
+        yield "velocity", self.cayley.velocity
+        yield "moments", self.adam.moments
+
+
+def largest_drift(places: dict[str, Place], values: dict[str, Tensor]) -> float:
+    """How far the learned rotations are from orthogonal."""
+    return max((drift(values[name]) for name, at in places.items() if isinstance(at.parameter, Rotation)), default=0.0)

@@ -1,0 +1,21 @@
+"""Scales of one: they change nothing, and are where learned scales start (OSTQuant, arXiv 2501.13987)."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+
+from gyroquant.maps import Diagonal, Map
+from gyroquant.methods.base import Context, Method
+from gyroquant.models.sites import Site, Structure
+
+
+class UnitScale(Method):
+    """A factor of one for every coordinate."""
+
+    method: Literal["unit_scale"] = "unit_scale"
+    structure: ClassVar[Structure] = "diagonal"
+
+    def choose(self, site: Site, context: Context) -> Map:
+        return Diagonal(torch.ones(site.n, dtype=torch.float64))

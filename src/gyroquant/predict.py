@@ -1,4 +1,4 @@
-"""How long a quantization will take and how much memory it will need, measured on its first block."""
+"""How long a quantization will take and how much memory it will need, measured on its first block and first steps."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import torch
 
 from gyroquant.calibration.stream import Stream
 from gyroquant.environment import peak_memory_bytes
-from gyroquant.job import Job, expected_bytes
+from gyroquant.job import Job, expected_bytes, learning_setting
+from gyroquant.learning.learn import begin
 from gyroquant.models.fold import fold
 from gyroquant.models.online import attached
 from gyroquant.models.prove import folded_outer, prove
 from gyroquant.models.runner import BlockRunner, evaluating
 from gyroquant.pipeline import proof_sample, round_block
+from gyroquant.progress import Stages
 
 _BATCHES = 2  # batches of calibration text that the first block is measured on
 
@@ -30,42 +32,67 @@ class Prediction:
 
 @torch.no_grad()
 def predict(job: Job) -> Prediction:
-    """Runs the stations on one block and some of the text, and scales up what grows with blocks and tokens."""
-    model, graph = job.store.skeleton(), job.graph
-    blocks = len(graph.blocks)
-    with evaluating(model):
-        proving = 0.0
-        if job.plan.edits or job.plan.online:
+    """Runs the stations on one block and some of the text, and scales up what grows with blocks, tokens and steps."""
+    with evaluating(job.store.skeleton()):
+        seconds = _proving(job) + _learning(job)
+        outer = folded_outer(job.plan, job.store.read(job.graph.outer_params()))
+        stream = _short_stream(job, BlockRunner(job.store.skeleton(), job.graph), outer)
+        seconds += len(job.graph.blocks) * _rounding(job, stream)
+    return Prediction(seconds, peak_memory_bytes() + _missing_hidden(job, stream), expected_bytes(job))
+
+
+def _proving(job: Job) -> float:
+    """Seconds that the proof takes."""
+    if not (job.plan.edits or job.plan.online):
+        return 0.0
+    sample, started = proof_sample(job), time.perf_counter()
+    prove(job.store, job.plan, BlockRunner(job.store.skeleton(), job.graph), sample[:1], threshold=float("inf"))
+    return (time.perf_counter() - started) * len(sample)
+
+
+def _learning(job: Job) -> float:
+    """Seconds that learning takes: steps on one sequence and on two tell what a step and what a sequence costs."""
+    learn = job.recipe.learn
+    if learn is None:
+        return 0.0
+    tokens = None if job.tokens is None else job.tokens[:2]
+    setting = learning_setting(job.recipe, tokens, job.targets, job.quantizers, job.compute_dtype)
+    times = []
+    with torch.enable_grad():
+        _, _, values, loss = begin(job.store, job.plan, learn, setting, Stages())
+        for count in (1, 2):
+            batch = torch.zeros(0, 0, dtype=torch.long) if tokens is None else tokens[:count]
             started = time.perf_counter()
-            prove(job.store, job.plan, BlockRunner(model, graph), proof_sample(job)[:1], threshold=float("inf"))
-            proving = (time.perf_counter() - started) * len(proof_sample(job))
-        outer = folded_outer(job.plan, job.store.read(graph.outer_params()))
-        stream = _short_stream(job, BlockRunner(model, graph), outer)
+            loss.gradients(values, batch)
+            times.append(time.perf_counter() - started)
+    sequence = max(0.0, times[1] - times[0]) if learn.objective in ("cross_entropy", "kl") else 0.0
+    return learn.steps * (times[0] + (learn.batch_size - 1) * sequence)
+
+
+def _rounding(job: Job, stream: Stream | None) -> float:
+    """Seconds for one block: reading, folding, observing what is measured, calibrating, rounding, running on."""
+    model, started = job.store.skeleton(), time.perf_counter()
+    tensors = fold(job.plan, job.store.read(job.graph.block_params(0)))
+    reading = time.perf_counter() - started
+    ticks = [time.perf_counter()]
+
+    def tick() -> None:
+        ticks.append(time.perf_counter())
+
+    _, _, deployed = round_block(job, 0, job.graph.blocks[0], tensors, stream if job.needs_stream else None, tick, [])
+    whole, observed = time.perf_counter() - ticks[0], ticks[-1] - ticks[0]
+    forward = 0.0
+    if stream:
         started = time.perf_counter()
-        tensors = fold(job.plan, job.store.read(graph.block_params(0)))
-        reading = time.perf_counter() - started
-        running = [0.0]
-
-        def tick() -> None:
-            running.append(time.perf_counter())
-
-        running[0] = started = time.perf_counter()
-        _, _, deployed = round_block(job, 0, graph.blocks[0], tensors, stream, tick, [])
-        whole = time.perf_counter() - started
-        observed = running[-1] - running[0]
-        forward = 0.0
-        if stream:
-            started = time.perf_counter()
-            with attached(model, job.running_in(0)):
-                stream.run(0, deployed)
-            forward = time.perf_counter() - started
-    scale = _scale(job, stream)
-    block = reading + (whole - observed) + scale * (observed + forward)
-    return Prediction(proving + blocks * block, peak_memory_bytes() + _missing_hidden(job, stream), expected_bytes(job))
+        with attached(model, job.running_in(0)):
+            stream.run(0, deployed)
+        forward = time.perf_counter() - started
+    passes = int(job.needs_stream) + int(job.measures)
+    return reading + (whole - observed) + _scale(job, stream) * (observed + passes * forward)
 
 
 def _short_stream(job: Job, runner: BlockRunner, outer: dict[str, torch.Tensor]) -> Stream | None:
-    if not job.needs_stream:
+    if not (job.needs_stream or job.measures):
         return None
     assert job.tokens is not None
     batch = max(1, 4096 // job.tokens.shape[1])

@@ -66,12 +66,7 @@ def learn(
     it depends on is the same. Raises RecipeError or UnsupportedModelError for sites that cannot be learned, InputError
     without a text that the objective needs.
     """
-    places = learnable(plan, settings.sites)
-    if setting.tokens is None and settings.objective != "weights":
-        raise InputError(f"learning rotations by {settings.objective} needs text: give --text FILE")
-    values = {label: at.parameter.start(plan.folded[at.index][1]) for label, at in places.items()}
-    plan = with_values(plan, places, values)
-    loss = _loss(store, plan, places, settings, setting, progress)
+    plan, places, values, loss = begin(store, plan, settings, setting, progress)
     state = _State(places, values, Steps(settings), [])
     mark = _mark(store, settings, setting, values)
     if checkpoint is not None:
@@ -85,6 +80,18 @@ def learn(
             if checkpoint is not None and len(state.losses) % settings.checkpoint_every == 0:
                 state.save(checkpoint, mark)
     return Learned(with_values(plan, places, state.values), state.losses, largest_drift(places, state.values))
+
+
+def begin(
+    store: WeightStore, plan: FoldPlan, settings: Learn, setting: Setting, progress: Stages
+) -> tuple[FoldPlan, dict[str, Place], dict[str, Tensor], Loss]:
+    """The plan with the maps to start from, their places and tensors, and the loss. Raises as `learn` does."""
+    places = learnable(plan, settings.sites)
+    if setting.tokens is None and settings.objective != "weights":
+        raise InputError(f"learning rotations by {settings.objective} needs text: give --text FILE")
+    values = {label: at.parameter.start(plan.folded[at.index][1]) for label, at in places.items()}
+    plan = with_values(plan, places, values)
+    return plan, places, values, _loss(store, plan, places, settings, setting, progress)
 
 
 def _loss(

@@ -65,7 +65,7 @@ def _learning(job: Job) -> float:
             started = time.perf_counter()
             loss.gradients(values, batch)
             times.append(time.perf_counter() - started)
-    sequence = max(0.0, times[1] - times[0]) if learn.objective in ("cross_entropy", "kl") else 0.0
+    sequence = max(0.0, times[1] - times[0]) if learn.objective in ("cross_entropy", "kl", "blocks") else 0.0
     return learn.steps * (times[0] + (learn.batch_size - 1) * sequence)
 
 

@@ -11,6 +11,7 @@ import torch
 from test_pipeline import run
 
 import gyroquant as gq
+from gyroquant.grids import IntegerGrid
 from gyroquant.inspection import inspect_model
 from gyroquant.job import plan_quantizers
 from gyroquant.learning.learn import Setting, learn
@@ -20,6 +21,7 @@ from gyroquant.learning.parameters import Place
 from gyroquant.learning.stiefel import CayleySGD, drift, mended, scheduled
 from gyroquant.maps import BlockDiagonal, Butterfly, Dense, Diagonal
 from gyroquant.models.fold import FoldPlan, fold
+from gyroquant.models.online import fake, growing_noise
 from gyroquant.models.prove import prove
 from gyroquant.models.runner import BlockRunner
 from gyroquant.models.source import open_model
@@ -40,8 +42,17 @@ def setting(model: Any, recipe: gq.Recipe, rounded: bool) -> Setting:
     return Setting(tokens, targets, recipe.weights.grid if rounded else None, quantizers, torch.float32, 0)
 
 
-def learned(name: str, objective: str, *changes: str, rounded: bool = False, checkpoint: Path | None = None) -> Any:
+def learned(
+    name: str,
+    objective: str,
+    *changes: str,
+    rounded: bool = False,
+    checkpoint: Path | None = None,
+    outliers: float = 1.0,
+) -> Any:
     model = tiny.build(name)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:, :3] *= outliers
     recipe = gq.load_recipe(
         "rtn", [*BASE, f"learn.objective={objective}", "learn.steps=6", "learn.batch_size=2", *changes]
     )
@@ -116,6 +127,17 @@ def test_scales_are_learned_beside_rotations(name: str, objective: str) -> None:
         assert float((last.values - 1).abs().max()) > 0.02
 
 
+@pytest.mark.parametrize("gradient", ["straight", "spans"])
+@pytest.mark.parametrize("name", ["llama_tied", "qwen2", "phi3"])
+def test_outputs_of_blocks_get_better_where_there_are_outliers(name: str, gradient: str) -> None:
+    """From no rotation at all, with channels of the stream that dwarf the others."""
+    changes = ["transform.R1=identity", "transform.R2=null", "learn.sites=[R1]", f"learn.gradient={gradient}"]
+    changes += ["learn.steps=15", "learn.lr=0.3", "activations.bits=4", "learn.batch_size=4"]
+    model, store, _, result = learned(name, "blocks", *changes, outliers=8.0)
+    assert min(result.losses[-3:]) < 0.85 * result.losses[0]
+    prove(store, result.plan, BlockRunner(model, store.graph), tiny.tokens(model), 5e-6)
+
+
 def test_butterflies_stay_butterflies() -> None:
     changes = ["transform.R1={method: butterfly, block: 16}", "learn.adam_lr=0.05", "learn.steps=12"]
     model, store, _, result = learned("llama", "weights", *changes)
@@ -125,6 +147,22 @@ def test_butterflies_stay_butterflies() -> None:
     assert all(isinstance(part, Butterfly) for part in m.parts)
     assert not torch.allclose(m.parts[0].angles, m.parts[1].angles, atol=1e-3)  # type: ignore[attr-defined]
     prove(store, result.plan, BlockRunner(model, store.graph), tiny.tokens(model), 5e-6)
+
+
+def test_noise_grows_with_the_span_of_its_group() -> None:
+    grid = IntegerGrid(bits=3, group_size=16, scale="minmax")
+    x = torch.randn(4, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    noise = grid.fake(x.detach()) - x.detach()
+    with growing_noise(True):
+        out = fake(grid, x)
+    assert torch.allclose(out, grid.fake(x.detach()))
+    out.sum().backward()
+    groups, sums = x.detach().view(4, 2, 16), noise.view(4, 2, 16).sum(-1)
+    expected = torch.ones(4, 2, 16)
+    span = groups.amax(-1) - groups.amin(-1)
+    expected.scatter_add_(-1, groups.argmax(-1, keepdim=True), (sums / span)[..., None])
+    expected.scatter_add_(-1, groups.argmin(-1, keepdim=True), (-sums / span)[..., None])
+    assert torch.allclose(x.grad.view(4, 2, 16), expected, atol=1e-4)  # type: ignore[union-attr]
 
 
 def test_divergence_among_the_likeliest() -> None:

@@ -18,12 +18,12 @@ from torch import Tensor
 from gyroquant.errors import InputError
 from gyroquant.grids import Grid
 from gyroquant.learning.live import learnable, with_values
-from gyroquant.learning.objectives import EndToEnd, FourthPowers, Kurtosis, Loss
+from gyroquant.learning.objectives import BlockOutputs, EndToEnd, FourthPowers, Kurtosis, Loss
 from gyroquant.learning.parameters import Place, Steps, largest_drift
 from gyroquant.learning.settings import Learn
 from gyroquant.models.fold import FoldPlan
 from gyroquant.models.graph import LinearOp
-from gyroquant.models.online import Attachment
+from gyroquant.models.online import Attachment, growing_noise
 from gyroquant.models.store import WeightStore
 from gyroquant.progress import Stages
 
@@ -109,6 +109,8 @@ def _loss(
         return Kurtosis(store, plan, places, setting.tokens, setting.dtype, progress)
     rounding = {} if setting.grid is None else {name: (op, setting.grid) for name, op in setting.targets.items()}
     attachments = [*plan.online, *setting.attachments]
+    if settings.objective == "blocks":
+        return BlockOutputs(store, plan, places, attachments, rounding, setting.dtype)
     return EndToEnd(store, plan, places, attachments, rounding, setting.dtype, settings)
 
 
@@ -132,7 +134,8 @@ class _State:
     losses: list[float]
 
     def step(self, loss: Loss, batch: Tensor) -> None:
-        value, gradients = loss.gradients(self.values, batch)
+        with growing_noise(self.steps.settings.gradient == "spans"):
+            value, gradients = loss.gradients(self.values, batch)
         if not all(bool(g.isfinite().all()) for g in gradients.values()):
             raise InputError(
                 f"the gradient of what is learned is not finite at step {len(self.losses)}; lower learn.lr"

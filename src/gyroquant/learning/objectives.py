@@ -17,6 +17,8 @@ from gyroquant.learning.settings import Learn
 from gyroquant.models.fold import FoldPlan
 from gyroquant.models.online import Attachment, attached, fake
 from gyroquant.models.packed import as_matrix, from_matrix
+from gyroquant.models.prove import residual_map
+from gyroquant.models.runner import BlockRunner, Call
 from gyroquant.models.store import WeightStore
 from gyroquant.progress import Stages
 
@@ -74,15 +76,9 @@ class EndToEnd(Loss):
         arguments = {"input_ids": ids, "use_cache": False}
         return functional_call(self.store.skeleton(), tied | dict(weights), (), arguments, tie_weights=False).logits
 
-    def _rounded(self, name: str, value: Tensor) -> Tensor:
-        if name not in self._rounding:
-            return value
-        op, grid = self._rounding[name]
-        return from_matrix(fake(grid, as_matrix(value, op)), op.shape, op.entry.transposed)
-
     def gradients(self, values: Values, batch: Tensor) -> tuple[float, dict[str, Tensor]]:
         leaves, plan = self._live(values)
-        folded = {name: self._rounded(name, value) for name, value in self._fold(plan).items()}
+        folded = {name: rounded(self._rounding, name, value) for name, value in self._fold(plan).items()}
         weights = {name: value.detach().to(self._dtype).requires_grad_() for name, value in folded.items()}
         total = 0.0
         for ids in batch.split(1):
@@ -98,9 +94,79 @@ class EndToEnd(Loss):
                 loss = divergence(wanted, logs, self._top)
             (loss / len(batch)).backward()
             total += float(loss.detach()) / len(batch)
-        moved = [name for name, value in folded.items() if value.requires_grad and weights[name].grad is not None]
-        torch.autograd.backward([folded[n] for n in moved], [weights[n].grad.float() for n in moved])  # type: ignore[union-attr]
+        _pass_back(folded, weights)
         return total, _collected(leaves)
+
+
+def rounded(rounding: Mapping[str, Any], name: str, value: Tensor) -> Tensor:
+    """A parameter as it will be rounded, if it will be; gradients pass straight through."""
+    if name not in rounding:
+        return value
+    op, grid = rounding[name]
+    return from_matrix(fake(grid, as_matrix(value, op)), op.shape, op.entry.transposed)
+
+
+class BlockOutputs(Loss):
+    """The error of every block's output when what it rounds is rounded, on the inputs of the original model.
+
+    Relative to what the block adds to the residual stream. Memory holds one block, read anew in every step.
+    """
+
+    def __init__(
+        self,
+        store: WeightStore,
+        plan: FoldPlan,
+        places: Mapping[str, Place],
+        attachments: Sequence[Attachment],
+        rounding: Mapping[str, Any],
+        dtype: torch.dtype,
+    ):
+        super().__init__(store, plan, places)
+        self._attachments, self._rounding, self._dtype = attachments, rounding, dtype
+        self._runner = BlockRunner(store.skeleton(), store.graph)
+
+    def _typed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.to(self._dtype) for name, tensor in tensors.items()}
+
+    def _block(self, index: int, plan: FoldPlan, streams: list[tuple[Tensor, Call]]) -> float:
+        """The mean loss of a block over sequences, whose gradients are left in the leaves; moves the sequences on."""
+        tensors, total = self.store.read(self.store.graph.block_params(index)), 0.0
+        original, change = self._typed(tensors), residual_map(plan)
+        there = change.apply if change else lambda x: x
+        live = LiveFold(self.plan, self.places, tensors, tensors)(plan)
+        folded = {name: rounded(self._rounding, name, value) for name, value in live.items()}
+        weights = {name: value.detach().to(self._dtype).requires_grad_() for name, value in folded.items()}
+        inside = [one for one in self._attachments if one.module.startswith(f"{self._runner.prefix}.{index}.")]
+        for number, (hidden, call) in enumerate(streams):
+            wanted = self._runner.run(index, original, hidden, call)
+            with attached(self._runner.model, inside):
+                found = self._runner.differentiable(index, weights, there(hidden.float()).to(self._dtype), call)
+            error = (found.float() - there(wanted.float())).square().sum()
+            loss = error / (wanted - hidden).float().square().sum().clamp_min(1e-30) / len(streams)
+            loss.backward()
+            total += float(loss.detach())
+            streams[number] = (wanted, call)
+        _pass_back(folded, weights)
+        return total
+
+    def gradients(self, values: Values, batch: Tensor) -> tuple[float, dict[str, Tensor]]:
+        leaves, plan = self._live(values)
+        graph = self.store.graph
+        outer = self._typed(self.store.read(graph.outer_params()))
+        begun = [self._runner.begin(ids, outer) for ids in batch.split(1)]
+        hidden, calls = [one for one, _ in begun], [calls for _, calls in begun]
+        total, blocks = 0.0, len(graph.blocks)
+        for index in range(blocks):
+            streams = [(one, call[index]) for one, call in zip(hidden, calls, strict=True)]
+            total += self._block(index, plan, streams) / blocks
+            hidden = [one for one, _ in streams]
+        return total, {label: gradient / blocks for label, gradient in _collected(leaves).items()}
+
+
+def _pass_back(folded: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    """Takes the gradients of weights on to what they were folded from."""
+    moved = [name for name, value in folded.items() if value.requires_grad and weights[name].grad is not None]
+    torch.autograd.backward([folded[n] for n in moved], [weights[n].grad.float() for n in moved])  # type: ignore[union-attr]
 
 
 def divergence(wanted: Tensor, found: Tensor, top: int | None) -> Tensor:

@@ -58,7 +58,7 @@ class Scales(Parameter):
 
 def parameter_of(m: Map) -> Parameter:
     """How a map that learning starts from is written as a tensor."""
-    if m.diagonal:
+    if m.diagonal and not m.orthogonal:
         return Scales()
     if all(isinstance(part, Butterfly) and not part.transposed for part in equal_blocks(m)):
         return Angles()

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Site = Literal["R1", "R2", "attn_in", "mlp_in", "R4"]
-Objective = Literal["cross_entropy", "kl", "kurtosis", "weights"]
+Objective = Literal["cross_entropy", "kl", "blocks", "kurtosis", "weights"]
 
 
 class Learn(BaseModel):
@@ -17,13 +17,15 @@ class Learn(BaseModel):
     Butterflies stay butterflies, with their angles learned (ButterflyQuant, arXiv 2509.09679). A diagonal start is a
     set of scales (OSTQuant, arXiv 2501.13987), in front of layers (`attn_in`, `mlp_in`, `R4`) or on R2. Objectives:
     `cross_entropy` of the rounded model on the text (SpinQuant, arXiv 2405.16406), `kl` of it from the original (with
-    `top`, among that many of the original's likeliest tokens), `kurtosis` of what enters the layers, towards a uniform
-    distribution's (KurTail, arXiv 2503.01483), `weights`, the fourth powers of the rotated weights (OptRot, arXiv
-    2512.24124; needs no text). The first two hold the whole model in memory, the others a block. `lr` is the length of
-    a rotation's step where the gradient's own scale does not limit it further, `adam_lr` that of angles and of the
-    logarithms of scales. `round_weights` is whether the model that is looked at has rounded weights; by default only
-    when the recipe rounds to nearest, since a solver that comes later repairs much of what would be learned to be
-    avoided.
+    `top`, among that many of the original's likeliest tokens), `blocks`, the error of each rounded block's output on
+    the original's inputs, `kurtosis` of what enters the layers, towards a uniform distribution's (KurTail, arXiv
+    2503.01483), `weights`, the fourth powers of the rotated weights (OptRot, arXiv 2512.24124; needs no text). The
+    first two hold the whole model in memory, the others a block. `lr` is the length of a rotation's step where the
+    gradient's own scale does not limit it further, `adam_lr` that of angles and of the logarithms of scales.
+    `gradient` says what rounding is to gradients: `straight`, nothing (as SpinQuant has it), or noise that grows with
+    the `spans` of what is rounded. `round_weights` is whether the model that is looked at has rounded weights; by
+    default only when the recipe rounds to nearest, since a solver that comes later repairs much of what would be
+    learned to be avoided.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -36,6 +38,7 @@ class Learn(BaseModel):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     batch_size: Annotated[int, Field(gt=0)] = 8
+    gradient: Literal["straight", "spans"] = "straight"
     round_weights: bool | None = None
     checkpoint_every: Annotated[int, Field(gt=0)] = 5
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,25 +84,46 @@ def run_map(m: Map, x: Tensor) -> Tensor:
 
 class _Switch:
     rounding = True
+    growing = False
 
 
 @contextmanager
-def unrounded() -> Iterator[None]:
-    """Nothing that flows is rounded for the duration of a with block, whatever is attached."""
-    before, _Switch.rounding = _Switch.rounding, False
+def _switched(name: str, value: bool) -> Iterator[None]:
+    before = getattr(_Switch, name)
+    setattr(_Switch, name, value)
     try:
         yield
     finally:
-        _Switch.rounding = before
+        setattr(_Switch, name, before)
+
+
+def unrounded() -> AbstractContextManager[None]:
+    """Nothing that flows is rounded for the duration of a with block, whatever is attached."""
+    return _switched("rounding", False)
+
+
+def growing_noise(on: bool) -> AbstractContextManager[None]:
+    """What rounding means for gradients within a with block, see `fake`."""
+    return _switched("growing", on)
 
 
 def fake(grid: Grid, x: Tensor) -> Tensor:
-    """`x` as the grid would hold it; gradients pass straight through."""
+    """`x` as the grid would hold it.
+
+    Gradients pass straight through, or, within `growing_noise`, as through the addition of noise whose size goes with
+    the span of each group: rounding errors are made of steps, and steps of spans.
+    """
     if not _Switch.rounding:
         return x
-    if x.requires_grad:
-        return x + (grid.fake(x.detach()) - x.detach())
-    return grid.fake(x)
+    if not x.requires_grad:
+        return grid.fake(x)
+    plain = x.detach()
+    if not _Switch.growing:
+        return x + (grid.fake(plain) - plain)
+    groups = x.unflatten(-1, (-1, grid.group_of(x.shape[-1])))
+    span = groups.amax(-1, keepdim=True) - groups.amin(-1, keepdim=True)
+    growth = span / span.detach().clamp_min(torch.finfo(x.dtype).tiny)
+    return x + ((grid.fake(plain) - plain).view(groups.shape) * growth).view(x.shape)
 
 
 @dataclass

@@ -111,6 +111,10 @@ class BlockRunner:
     @torch.no_grad()
     def run(self, index: int, tensors: Mapping[str, Tensor], hidden: Tensor, call: Call) -> Tensor:
         """The output of block `index` for `hidden`, shape (batch, length, hidden), as it comes out and goes in."""
+        return self.differentiable(index, tensors, hidden, call)
+
+    def differentiable(self, index: int, tensors: Mapping[str, Tensor], hidden: Tensor, call: Call) -> Tensor:
+        """The same with gradients."""
         prefix = f"{self.prefix}.{index}."
         local = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
         out = functional_call(self.blocks[index], local, (hidden, *call[0]), call[1])

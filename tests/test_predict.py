@@ -6,6 +6,7 @@ import tiny
 
 import gyroquant as gq
 from gyroquant.job import Job, prepare
+from gyroquant.planning import measuring_passes
 from gyroquant.predict import predict
 
 BRIEF = ["weights.group_size=16", "calibration.nsamples=8", "calibration.seqlen=32"]
@@ -14,6 +15,15 @@ BRIEF = ["weights.group_size=16", "calibration.nsamples=8", "calibration.seqlen=
 def job(folder: Path, corpus: Path, tmp_path: Path, recipe: str, *changes: str) -> Job:
     loaded = gq.load_recipe(recipe, [*BRIEF, *changes])
     return prepare(folder, tmp_path / "out", loaded, corpus, tokenizer=tiny.tokenizer())
+
+
+def test_measured_maps_behind_each_other_take_several_passes() -> None:
+    assert [measuring_passes(gq.load_recipe(name)) for name in ("quarot", "smoothquant", "perq", "duquant")] == [
+        0,
+        1,
+        1,
+        2,
+    ]
 
 
 def test_learning_is_counted_step_by_step(folders: dict[str, Path], corpus: Path, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ class Table:
 
     def _path(self, name: str, recipe: dict[str, Any]) -> Path:
         key = {
-            "recipe": recipe,
+            "recipe": _present(recipe),
             "model": Path(self.model).name,
             "texts": [hashlib.sha256(Path(text).read_bytes()).hexdigest() for text in (self.calibration, self.test)],
             "evaluations": self.evaluations,
@@ -64,6 +64,13 @@ class Table:
             temporary.replace(path)
             print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
         return json.loads(path.read_text())
+
+
+def _present(data: Any) -> Any:
+    """Plain data without what is None, so that a section which is new and not there leaves the name of a cell alone."""
+    if not isinstance(data, dict):
+        return data
+    return {key: _present(value) for key, value in data.items() if value is not None}
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:

@@ -4,7 +4,8 @@
 
 Weights asymmetric in groups of 64, GPTQ, activations asymmetric per token, R1 and R2 fused; calibration is 64 windows
 of 512 tokens, evaluation the `bbt` preset. Learned are R1 and R2, on the weights alone (200 steps) or by cross-entropy
-(40 steps of 8 windows, where the papers take 100); blocks stay blocks. Cells that are there already are not run again.
+(40 steps of 8 windows, where the papers take 100, with rounded weights); blocks stay blocks. Cells that are there
+already are not run again.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ STARTS = {"none": ("gptq", ["transform.R2=null"]), "GH": ("gh", []), "GSR": ("gs
 LEARNING: dict[str, list[str]] = {
     "as it is": [],
     "learned on the weights": ["learn.objective=weights", "learn.steps=200"],
-    "learned by cross-entropy": ["learn.objective=cross_entropy", "learn.steps=40"],
+    "learned by cross-entropy": ["learn.objective=cross_entropy", "learn.steps=40", "learn.round_weights=true"],
 }
 EVALUATIONS = {"bbt": {"preset": "bbt"}}
 

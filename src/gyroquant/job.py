@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from gyroquant.calibration.text import Text, load_text, sample, tokenize
 from gyroquant.environment import native_bfloat16
-from gyroquant.errors import InputError, UnsupportedModelError
+from gyroquant.errors import InputError, RecipeError, UnsupportedModelError
 from gyroquant.export.folder import check_destination, check_room
 from gyroquant.export.writer import saved_dtype
 from gyroquant.learning.learn import Setting
@@ -88,19 +88,19 @@ class Job:
         """Whether the mean of the keys has to be measured."""
         return self.recipe.kv_cache is not None and self.recipe.kv_cache.center_keys
 
-    def _rounding(self) -> list[Attachment]:
+    def _calibrated_with(self) -> list[Attachment]:
         quiet = self.recipe.activations is not None and not self.recipe.activations.calibrate
         return [] if quiet else self.quantizers
 
     def running_in(self, block: int) -> list[Attachment]:
         """What runs with one block while it is calibrated."""
         prefix = f"{self.graph.architecture.blocks}.{block}."
-        return [*self.plan.online_in(block), *(one for one in self._rounding() if one.module.startswith(prefix))]
+        return [*self.plan.online_in(block), *(one for one in self._calibrated_with() if one.module.startswith(prefix))]
 
     def running_around(self) -> list[Attachment]:
         """What runs with the head while it is calibrated."""
         blocks = f"{self.graph.architecture.blocks}."
-        return [one for one in self._rounding() if not one.module.startswith(blocks)]
+        return [one for one in self._calibrated_with() if not one.module.startswith(blocks)]
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -159,18 +159,21 @@ def learning_setting(
     dtype: torch.dtype,
 ) -> Setting:
     """What the rotations of a recipe are learned for."""
-    weights, learn = recipe.weights, recipe.learn
-    rounded = learn is not None and learn.round_weights
-    if learn is not None and learn.round_weights is None:
-        rounded = not weights.needs_statistics and weights.basis is None
     return Setting(
         tokens=tokens,
         targets=targets,
-        grid=weights.grid if rounded else None,
+        grid=recipe.weights.grid if rounds_while_learning(recipe) else None,
         attachments=quantizers,
         dtype=dtype,
         seed=recipe.seed,
     )
+
+
+def rounds_while_learning(recipe: Recipe) -> bool:
+    """Whether maps are learned on a model whose weights are rounded."""
+    if recipe.learn is None or recipe.learn.round_weights is not None:
+        return recipe.learn is not None and bool(recipe.learn.round_weights)
+    return not recipe.weights.needs_statistics and recipe.weights.basis is None
 
 
 def plan_all(graph: ModelGraph, recipe: Recipe) -> tuple[FoldPlan, dict[str, LinearOp], list[Attachment]]:
@@ -181,9 +184,15 @@ def plan_all(graph: ModelGraph, recipe: Recipe) -> tuple[FoldPlan, dict[str, Lin
     """
     plan = plan_folds(graph, recipe)
     targets = find_targets(graph, recipe.weights.grid, recipe.weights.ignore, recipe.weights.basis)
+    quantizers = plan_quantizers(graph, recipe)
     if recipe.learn is not None:
         learnable(plan, recipe.learn.sites)
-    return plan, targets, plan_quantizers(graph, recipe)
+        if recipe.learn.rounds and not (quantizers or rounds_while_learning(recipe)):
+            raise RecipeError(
+                f"learn.objective={recipe.learn.objective} has nothing to learn from: nothing is rounded meanwhile. "
+                "Round activations or the KV cache, set learn.round_weights=true, or learn.objective=weights"
+            )
+    return plan, targets, quantizers
 
 
 def plan_quantizers(graph: ModelGraph, recipe: Recipe) -> list[Attachment]:
@@ -244,10 +253,15 @@ def _tokens(job: Job) -> Tensor | None:
 
 def expected_bytes(job: Job) -> int:
     """The size of the result: codes and scales of the targets, everything else in the output's dtype."""
-    grid = job.recipe.weights.grid
-    rounded = sum(torch.Size(op.shape).numel() for op in job.targets.values())
+    grid, basis = job.recipe.weights.grid, job.recipe.weights.basis
+    rounded = codes = scales = 0
+    for op in job.targets.values():
+        count = int(torch.Size(op.shape).numel())
+        order = op.in_features if basis is None else basis.order(op.in_features)
+        rounded, codes = rounded + count, codes + count * order // op.in_features
+        scales += 16 * order if basis is not None and basis.needs_statistics else 0
     everything = sum(torch.Size(shape).numel() for shape in job.store.shapes.values())
     everything += sum(torch.Size(job.store.shapes[name]).numel() for name in job.graph.tied.values())  # if untied
     overhead = 0.0 if grid.group_size == -1 else grid.group_bits / grid.group_size
-    bits = 8 * job.output.dtype.itemsize if job.output.dense else grid.bits + overhead
-    return int(rounded * bits / 8) + (everything - rounded) * job.output.dtype.itemsize
+    bits = rounded * 8 * job.output.dtype.itemsize if job.output.dense else codes * (grid.bits + overhead) + scales
+    return int(bits / 8) + (everything - rounded) * job.output.dtype.itemsize

@@ -190,8 +190,9 @@ def run(job: Job, progress: Stages | None = None) -> dict[str, Any]:
             manifest["peak_memory_bytes"] = peak_memory_bytes()
             writer.finish(job.tokenizer, manifest["untied"])
             manifest["learned"] = learned
-            if job.recipe.learn is not None:
-                write_rotations(folder.partial / FILE_NAME, rotations_of(job.plan, job.recipe.learn.sites))
+            rotations = rotations_of(job.plan, job.recipe.learn.sites) if job.recipe.learn is not None else {}
+            if rotations:
+                write_rotations(folder.partial / FILE_NAME, rotations)
             folder.json("gyroquant.json", manifest)
             folder.commit()
     _checkpoint(job).unlink(missing_ok=True)

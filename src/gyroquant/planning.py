@@ -93,6 +93,23 @@ def _stand_in(site: Site, structure: Structure) -> Map:
     return mixing if structure == "orthogonal" else mixing @ Diagonal(one)
 
 
+def measuring_passes(recipe: Recipe) -> int:
+    """How often the text has to pass through the model until every map is chosen."""
+    pending = [_Pending(name, step) for name in SITE_NAMES for step in recipe.transform.get(name, ())]
+    passes = 0
+    while pending:
+        measured: list[_Pending] = []
+        waiting: list[_Pending] = []
+        for one in pending:
+            if any(one.behind(other) for other in (*measured, *waiting)):
+                waiting.append(one)
+            elif one.step.method.statistics:
+                measured.append(one)
+        passes += bool(measured)
+        pending = waiting
+    return passes
+
+
 def needs_measuring(recipe: Recipe) -> bool:
     """Whether any method of a recipe needs statistics of the model."""
     return any(step.method.statistics for steps in recipe.transform.values() for step in steps)

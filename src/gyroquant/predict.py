@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from gyroquant.calibration.stream import Stream
-from gyroquant.environment import peak_memory_bytes
+from gyroquant.environment import peak_memory_bytes, steady_memory
 from gyroquant.job import Job, expected_bytes, learning_setting
 from gyroquant.learning.learn import begin
 from gyroquant.models.fold import fold
@@ -16,6 +16,7 @@ from gyroquant.models.online import attached
 from gyroquant.models.prove import folded_outer, prove
 from gyroquant.models.runner import BlockRunner, evaluating
 from gyroquant.pipeline import proof_sample, round_block
+from gyroquant.planning import measuring_passes
 from gyroquant.progress import Stages
 
 _BATCHES = 2  # batches of calibration text that the first block is measured on
@@ -32,7 +33,11 @@ class Prediction:
 
 @torch.no_grad()
 def predict(job: Job) -> Prediction:
-    """Runs the stations on one block and some of the text, and scales up what grows with blocks, tokens and steps."""
+    """Runs the stations on one block and some of the text, and scales up what grows with blocks, tokens and steps.
+
+    What methods take to choose their maps from what was measured is not counted.
+    """
+    steady_memory()
     with evaluating(job.store.skeleton()):
         seconds = _proving(job) + _learning(job)
         outer = folded_outer(job.plan, job.store.read(job.graph.outer_params()))
@@ -51,22 +56,28 @@ def _proving(job: Job) -> float:
 
 
 def _learning(job: Job) -> float:
-    """Seconds that learning takes: steps on one sequence and on two tell what a step and what a sequence costs."""
+    """Seconds that learning takes: steps on one sequence and on two tell what a step and what a sequence costs.
+
+    Before its first step, kurtosis looks at the whole text.
+    """
     learn = job.recipe.learn
     if learn is None:
         return 0.0
     tokens = None if job.tokens is None else job.tokens[:2]
     setting = learning_setting(job.recipe, tokens, job.targets, job.quantizers, job.compute_dtype)
-    times = []
+    times, started = [], time.perf_counter()
     with torch.enable_grad():
         _, _, values, loss = begin(job.store, job.plan, learn, setting, Stages())
+        looking = time.perf_counter() - started
         for count in (1, 2):
             batch = torch.zeros(0, 0, dtype=torch.long) if tokens is None else tokens[:count]
             started = time.perf_counter()
             loss.gradients(values, batch)
             times.append(time.perf_counter() - started)
-    sequence = max(0.0, times[1] - times[0]) if learn.objective in ("cross_entropy", "kl", "blocks") else 0.0
-    return learn.steps * (times[0] + (learn.batch_size - 1) * sequence)
+    sequence = max(0.0, times[1] - times[0]) if learn.rounds else 0.0
+    if learn.objective == "kurtosis" and job.tokens is not None:
+        looking *= len(job.tokens) / 2
+    return looking + learn.steps * (times[0] + (learn.batch_size - 1) * sequence)
 
 
 def _rounding(job: Job, stream: Stream | None) -> float:
@@ -87,7 +98,7 @@ def _rounding(job: Job, stream: Stream | None) -> float:
         with attached(model, job.running_in(0)):
             stream.run(0, deployed)
         forward = time.perf_counter() - started
-    passes = int(job.needs_stream) + int(job.measures)
+    passes = int(job.needs_stream) + measuring_passes(job.recipe)
     return reading + (whole - observed) + _scale(job, stream) * (observed + passes * forward)
 
 

@@ -211,10 +211,11 @@ def _dynamic(spec: Any, kind: type[Activations] | type[KvCache], where: str) -> 
 
 
 def _section(kind: type[BaseModel], spec: Any, where: str) -> Any:
-    values = spec if isinstance(spec, dict) else {}
-    for key in values:
+    if not isinstance(spec, dict):
+        raise RecipeError(f"{where} holds settings such as {', '.join(list(kind.model_fields)[:3])}, not {spec!r}")
+    for key in spec:
         _require_known(str(key), kind.model_fields, where)
-    return _validated(lambda: kind(**values), where)
+    return _validated(lambda: kind(**spec), where)
 
 
 def parse(data: Any) -> Recipe:

@@ -13,11 +13,12 @@ from gyroquant import pipeline
 from gyroquant.errors import RecipeError
 from gyroquant.grids import IntegerGrid
 from gyroquant.grids.basis import spectrum
-from gyroquant.job import prepare
+from gyroquant.job import expected_bytes, prepare
 from gyroquant.maps import hadamard
 from gyroquant.recipe import load_recipe
 from gyroquant.rounding import InputStatistics, WeightBasis, output_error
 from gyroquant.rounding.gptq import Gptq
+from gyroquant.rounding.qronos import Qronos
 from gyroquant.rounding.rtn import RoundToNearest
 from gyroquant.rounding.stage import Rounding
 
@@ -68,7 +69,8 @@ def test_gptq_in_a_basis_is_gptq_on_the_moved_layer() -> None:
     basis = WeightBasis().fit(96, x.T @ x)
     assert basis.scale is not None
     grid, how = IntegerGrid(bits=2, group_size=32), Rounding(Gptq(), IntegerGrid(), WeightBasis(), print)
-    statistics = InputStatistics(x.T @ x, len(x), 0.1 * x.T @ x)
+    shift = torch.randn(500, 96, generator=torch.Generator().manual_seed(9))
+    statistics = InputStatistics(x.T @ x, len(x), shift.T @ x)
     placed = how.place("layer", weight, statistics)
     found = how.solve(placed, grid)
     moved = hadamard(96).apply(x) / basis.scale
@@ -76,7 +78,8 @@ def test_gptq_in_a_basis_is_gptq_on_the_moved_layer() -> None:
     assert (found.codes == alone.codes).float().mean() > 0.98  # the sums are taken in another order
     assert placed.statistics is not None
     assert placed.statistics.drift is not None
-    assert torch.allclose(placed.statistics.drift, 0.1 * placed.statistics.gram, rtol=1e-4, atol=1e-3)
+    drift = (hadamard(96).apply(shift) / basis.scale).T @ moved  # rows are features of what drifts: not symmetric
+    assert torch.allclose(placed.statistics.drift.float(), drift, rtol=1e-3, atol=1e-2)
     nearest = Rounding(RoundToNearest(), grid, WeightBasis(), print).solve(placed, grid)
     errors = [output_error(weight, one.dequantize(), statistics) for one in (found, nearest)]
     assert errors[0] < errors[1]
@@ -119,13 +122,40 @@ def test_what_is_loaded_is_what_was_rounded(
 
 
 def test_padding_is_counted(folders: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
-    bits = {}
+    bits, expected = {}, {}
     for padding in ("exact", "pad"):
         recipe = load_recipe("bbt-spectral", [*SMALL, f"weights.basis.padding={padding}"])
         job = prepare(folders["llama"], tmp_path / padding, recipe, corpus, tokenizer=tiny.tokenizer())
+        expected[padding] = expected_bytes(job)
         bits[padding] = pipeline.run(job)["bits"]["stored_bits"]["codes"]
+        stored = json.loads((tmp_path / padding / "config.json").read_text())["quantization_config"]
+        assert stored["format_version"] == 2
     down = 2 * 2 * 64 * (128 - 96)  # two blocks, two bits, 64 rows, 96 columns become 128
     assert bits["pad"] - bits["exact"] == down
+    assert expected["pad"] > expected["exact"]
+
+
+@pytest.mark.parametrize("padding", ["exact", "pad"])
+def test_qronos_works_where_second_moments_are_singular(padding: str) -> None:
+    x, weight, warnings = inputs(), torch.randn(24, 96, generator=torch.Generator().manual_seed(1)), list[str]()
+    shift = 0.05 * torch.randn(500, 96, generator=torch.Generator().manual_seed(9))
+    statistics = InputStatistics(x.T @ x, len(x), shift.T @ x)
+    section = WeightBasis(padding=padding)  # type: ignore[arg-type]
+    errors = {}
+    for solver in (Qronos(), RoundToNearest()):
+        how = Rounding(solver, IntegerGrid(bits=4, group_size=32), section, warnings.append)
+        found = how.solve(how.place("layer", weight, statistics), how.grid)
+        errors[solver.name] = output_error(weight, found.dequantize(), statistics)
+    assert not warnings
+    assert errors["qronos"] < 2 * errors["rtn"] + 0.01
+
+
+def test_an_expert_without_tokens_is_warned_of() -> None:
+    warnings: list[str] = []
+    how = Rounding(RoundToNearest(), IntegerGrid(bits=4, group_size=32), WeightBasis(), warnings.append)
+    assert how.place("expert", torch.randn(8, 96), None).basis.scale.eq(1).all()  # type: ignore[union-attr]
+    assert len(warnings) == 1
+    assert "expert: no calibration token" in warnings[0]
 
 
 def test_orders_without_a_matrix_name_the_remedy(tmp_path: Path, corpus: Path) -> None:
@@ -140,5 +170,7 @@ def test_orders_without_a_matrix_name_the_remedy(tmp_path: Path, corpus: Path) -
 def test_unknown_settings_are_refused() -> None:
     with pytest.raises(RecipeError, match="did you mean 'padding'"):
         load_recipe("gptq", ["weights.basis.pading=pad"])
+    with pytest.raises(RecipeError, match=r"weights\.basis holds settings such as padding"):
+        load_recipe("gptq", ["weights.basis=false"])
     with pytest.raises(RecipeError, match="round_weights"):
         load_recipe("spinquant", ["weights.basis.alpha=0", "learn.round_weights=true"])

@@ -35,12 +35,15 @@ class Basis:
         return hadamard(self.order).inverse().apply(plain)[:, : self.columns].contiguous()
 
     def second_moments(self, gram: Tensor) -> Tensor:
-        """Second moments of an input, (columns, columns), in this basis, (order, order); also what drifts from them."""
+        """Second moments of an input, (columns, columns), in this basis, (order, order), or what drifts from them.
+
+        fp64, since those of padded inputs are singular.
+        """
         scale = torch.ones(1, self.order) if self.scale is None else self.scale
         if len(scale) != 1:
             raise ValueError("second moments belong to one input")
-        inverse = 1 / scale.to(gram)
-        return spectrum(gram, self.order) * inverse * inverse.T
+        inverse = 1 / scale.double()
+        return spectrum(gram.double(), self.order) * inverse * inverse.T
 
     def _scaled(self, rows: Tensor, scale: Tensor) -> Tensor:
         return (rows.view(len(scale), -1, self.order) * scale.to(rows)[:, None]).view(rows.shape)

@@ -21,6 +21,7 @@ from gyroquant.learning.live import learnable, with_values
 from gyroquant.learning.objectives import BlockOutputs, EndToEnd, FourthPowers, Kurtosis, Loss
 from gyroquant.learning.parameters import Place, Steps, largest_drift
 from gyroquant.learning.settings import Learn
+from gyroquant.maps import dump
 from gyroquant.models.fold import FoldPlan
 from gyroquant.models.graph import LinearOp
 from gyroquant.models.online import Attachment, growing_noise
@@ -68,10 +69,10 @@ def learn(
     """
     plan, places, values, loss = begin(store, plan, settings, setting, progress)
     state = _State(places, values, Steps(settings), [])
-    mark = _mark(store, settings, setting, values)
+    mark = _mark(store, plan, settings, setting)
     if checkpoint is not None:
         state.resume(checkpoint, mark)
-    with progress.stage("learn rotations", settings.steps) as advance:
+    with progress.stage("learn maps", settings.steps) as advance:
         for _ in range(len(state.losses)):
             advance()
         while len(state.losses) < settings.steps:
@@ -167,15 +168,17 @@ class _State:
             self.losses = json.loads(metadata["losses"])
 
 
-def _mark(store: WeightStore, settings: Learn, setting: Setting, values: Mapping[str, Tensor]) -> str:
-    """A digest of everything that the learned tensors depend on."""
+def _mark(store: WeightStore, plan: FoldPlan, settings: Learn, setting: Setting) -> str:
+    """A digest of everything that the learned tensors depend on: what they start from is in the plan."""
     digest = hashlib.sha256()
     described: list[Any] = [store.label, settings.model_dump(), str(setting.dtype), setting.seed]
     described += [None if setting.grid is None else setting.grid.model_dump(), sorted(setting.targets)]
     described.append([repr(one) for one in setting.attachments])
+    arrays: dict[str, Tensor] = {}
+    described += [[site.label, online, dump(m, arrays, str(i))] for i, (site, m, online) in enumerate(plan.folded)]
     digest.update(json.dumps(described).encode())
     if setting.tokens is not None:
         digest.update(setting.tokens.cpu().numpy().tobytes())
-    for value in values.values():
-        digest.update(value.numpy().tobytes())
+    for array in arrays.values():
+        digest.update(array.numpy().tobytes())
     return digest.hexdigest()

@@ -28,6 +28,11 @@ def learnable(plan: FoldPlan, sites: Iterable[str]) -> dict[str, Place]:
         why = "" if fused else "it runs online"
         for i, site, m in fused.values():
             found[site.label] = Place(i, parameter_of(m))
+            if site.admits not in found[site.label].parameter.fits:
+                raise RecipeError(
+                    f"learn.sites has {name}, which takes {site.admits} maps, and the map to start from there would "
+                    f"become another kind: put unit_scale there (transform.{name}.method), or take {name} out of it"
+                )
             if site.keeps_mean:
                 why = f"{site.label} has LayerNorms, whose mean a free rotation would not keep"
             elif any(port.expert is not None for port in (*site.writers, *site.readers)):

@@ -154,6 +154,7 @@ class BlockOutputs(Loss):
         graph = self.store.graph
         outer = self._typed(self.store.read(graph.outer_params()))
         begun = [self._runner.begin(ids, outer) for ids in batch.split(1)]
+        del outer
         hidden, calls = [one for one, _ in begun], [calls for _, calls in begun]
         total, blocks = 0.0, len(graph.blocks)
         for index in range(blocks):
@@ -197,7 +198,7 @@ class FourthPowers(Loss):
             tensors = self.store.read(graph.block_params(i))
             names = [name for name in tensors if name in self._targets]
             folded = LiveFold(self.plan, self.places, tensors, names)(plan)
-            losses = [(w / w.detach().square().mean().sqrt()).pow(4).mean() for w in folded.values() if w.requires_grad]
+            losses = [w.pow(4).mean() / w.square().mean().square() for w in folded.values() if w.requires_grad]
             if losses:
                 loss = torch.stack(losses).sum() / (len(losses) * len(graph.blocks))
                 loss.backward()

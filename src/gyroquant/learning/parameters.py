@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,7 +16,9 @@ from gyroquant.maps import BlockDiagonal, Butterfly, Dense, Diagonal, Map
 
 
 class Parameter(ABC):
-    """A way to write maps as tensors, so that gradients reach them."""
+    """A way to write maps as tensors, so that gradients reach them. `fits` are the sites that take such maps."""
+
+    fits: ClassVar[tuple[str, ...]] = ("any", "orthogonal")
 
     @abstractmethod
     def start(self, m: Map) -> Tensor:
@@ -26,6 +29,13 @@ class Parameter(ABC):
         """The map of a tensor, differentiable in it."""
 
 
+@dataclass(frozen=True, eq=False)
+class FreeMatrix(Dense):
+    """A matrix that learning may make anything of: nothing is concluded from its being diagonal now."""
+
+    diagonal = False
+
+
 class Rotation(Parameter):
     """Orthogonal blocks, shape (blocks, n, n): the map's own blocks, or one that is all of it."""
 
@@ -33,7 +43,7 @@ class Rotation(Parameter):
         return mended(torch.stack([part.dense() for part in equal_blocks(m)]))
 
     def map(self, value: Tensor) -> Map:
-        return _side_by_side([Dense(block) for block in value])
+        return _side_by_side([FreeMatrix(block) for block in value])
 
 
 class Angles(Parameter):
@@ -48,6 +58,8 @@ class Angles(Parameter):
 
 class Scales(Parameter):
     """Logarithms of positive factors, shape (n,), as OSTQuant (arXiv 2501.13987) learns beside rotations."""
+
+    fits = ("any", "diagonal")
 
     def start(self, m: Map) -> Tensor:
         return m.apply(torch.ones(m.n, dtype=torch.float64)).log()

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gyroquant.errors import InputError
+from gyroquant.maps import Dense
 from gyroquant.methods.stored import read_rotations
 from gyroquant.models.fold import FoldPlan
 from gyroquant.models.sites import site_key
@@ -22,14 +23,17 @@ FILE_NAME = "rotations.safetensors"
 
 
 def rotations_of(plan: FoldPlan, sites: Iterable[str]) -> dict[str, Tensor]:
-    """All that a plan does at R1 and R2, those of them that are among `sites`, as one matrix each, fp64."""
+    """All that a plan does at R1 and R2, those of them that are among `sites`, as one matrix each, fp64.
+
+    Where scales are part of it, it is no rotation and left out.
+    """
     wanted = {"R1", "R2"}.intersection(sites)
     found: dict[str, Tensor] = {}
     for site, m, online in plan.folded:
         if site.name in wanted and not online:
             key = site_key(site)
             found[key] = m.dense() if key not in found else m.apply(found[key])
-    return found
+    return {key: m for key, m in found.items() if Dense(m).orthogonal}
 
 
 def write_rotations(path: Path, rotations: Mapping[str, Tensor]) -> None:

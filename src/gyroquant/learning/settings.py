@@ -42,6 +42,11 @@ class Learn(BaseModel):
     round_weights: bool | None = None
     checkpoint_every: Annotated[int, Field(gt=0)] = 5
 
+    @property
+    def rounds(self) -> bool:
+        """Whether the objective looks at what rounding does."""
+        return self.objective in ("cross_entropy", "kl", "blocks")
+
     @model_validator(mode="after")
     def _measurable(self) -> Learn:
         others = [site for site in self.sites if site not in ("R1", "R2")]
@@ -51,4 +56,6 @@ class Learn(BaseModel):
             )
         if self.top is not None and self.objective != "kl":
             raise ValueError("top is an option of the objective kl")
+        if self.gradient == "spans" and not self.rounds:
+            raise ValueError(f"gradient is about rounding, which the objective {self.objective} does not look at")
         return self

@@ -122,7 +122,7 @@ def fake(grid: Grid, x: Tensor) -> Tensor:
         return x + (grid.fake(plain) - plain)
     groups = x.unflatten(-1, (-1, grid.group_of(x.shape[-1])))
     span = groups.amax(-1, keepdim=True) - groups.amin(-1, keepdim=True)
-    growth = span / span.detach().clamp_min(torch.finfo(x.dtype).tiny)
+    growth = 1 + (span - span.detach()) / span.detach().clamp_min(torch.finfo(x.dtype).tiny)
     return x + ((grid.fake(plain) - plain).view(groups.shape) * growth).view(x.shape)
 
 

@@ -26,7 +26,7 @@ from gyroquant.models.sites import Insertion
 from gyroquant.models.store import CheckpointStore, LazyTensor, safetensors_index
 
 METHOD = "gyroquant"
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = (1, 2)  # 2 where a basis changes what codes stand for, which readers of 1 would not see
 PARTS = ("codes", "scales", "zeros", "global", "basis")
 MAPS = "gyroquant_map."
 _STORED_BITS = {"U8": 8, "I8": 8, "F16": 16, "BF16": 16, "I32": 32, "F32": 32, "I64": 64, "F64": 64}
@@ -106,7 +106,7 @@ class Description:
     def to_dict(self) -> dict[str, Any]:
         return {
             "quant_method": METHOD,
-            "format_version": FORMAT_VERSION,
+            "format_version": FORMAT_VERSIONS[any("basis" in entry for entry in self._tensors.values())],
             "grids": list(self._grids),
             "tensors": self._tensors,
             "maps": [dump(m, {}, f"{MAPS}{i}") for i, m in enumerate(self._maps)],
@@ -127,8 +127,9 @@ def _same(a: Map, b: Map) -> bool:
 def check_version(description: Mapping[str, Any], where: str) -> None:
     """Raises InputError for a folder written by a version that this one does not understand."""
     version = description.get("format_version")
-    if version != FORMAT_VERSION:
-        raise InputError(f"{where} has format version {version}, this gyroquant reads version {FORMAT_VERSION}")
+    if version not in FORMAT_VERSIONS:
+        known = " and ".join(map(str, FORMAT_VERSIONS))
+        raise InputError(f"{where} has format version {version}, this gyroquant reads versions {known}")
 
 
 def decode(description: Mapping[str, Any], name: str, arrays: dict[str, Tensor], shape: Shape) -> Tensor:

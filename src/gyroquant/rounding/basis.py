@@ -50,7 +50,7 @@ class WeightBasis(BaseModel):
             return Basis(columns, order, None if self.alpha == 0 else torch.ones(1, order))
         energy = spectrum(gram.double(), order).diagonal().clamp_min(0)
         kept = columns if self.energy == "kept" else order
-        scale = torch.ones(1, order, dtype=torch.float64)
+        scale, largest = torch.ones(1, order, dtype=torch.float64), torch.finfo(torch.float16).max
         if float(energy[:kept].sum()) > 0:
             scale[0, :kept] = (1 + kept * energy[:kept] / energy[:kept].sum()) ** self.alpha
-        return Basis(columns, order, scale.half().float())
+        return Basis(columns, order, scale.clamp_max(largest).half().float())

@@ -40,11 +40,22 @@ class Rounding:
     basis: WeightBasis | None
     warn: Warn
 
+    def _basis(self, matrix: Tensor, statistics: InputStatistics | None) -> Basis | None:
+        gram = None if statistics is None else statistics.gram
+        return None if self.basis is None else self.basis.fit(matrix.shape[1], gram)
+
+    def encoded(self, matrix: Tensor, statistics: InputStatistics | None) -> Tensor:
+        """A matrix of shape (out, in), fp32, in the basis in which it will be rounded."""
+        basis = self._basis(matrix, statistics)
+        return matrix if basis is None else basis.encode(matrix)
+
     def place(self, name: str, matrix: Tensor, statistics: InputStatistics | None) -> Placed:
         """A matrix of shape (out, in), fp32, as it will be rounded."""
-        if self.basis is None:
+        basis = self._basis(matrix, statistics)
+        if basis is None:
             return Placed(name, matrix, statistics, None)
-        basis = self.basis.fit(matrix.shape[1], None if statistics is None else statistics.gram)
+        if statistics is None and basis.scale is not None:
+            self.warn(f"{name}: no calibration token reached this expert; its basis is not scaled")
         there = None if statistics is None else statistics.moved(basis.second_moments)
         return Placed(name, basis.encode(matrix), there, basis)
 
@@ -171,12 +182,17 @@ def _round_experts(
     op: LinearOp, key: str, tensors: Mapping[str, Tensor], observed: Mapping[Key, Gram], how: Rounding
 ) -> list[Piece]:
     matrices = [as_matrix(stored, op) for stored in tensors[op.weight].float()]
-    statistics = [_statistics(observed.get((key, expert))) for expert in range(len(matrices))]
-    names = [f"{op.weight}[{expert}]" for expert in range(len(matrices))]
-    placed = [how.place(*one) for one in zip(names, matrices, statistics, strict=True)]
-    grid = how.grid.bind(*(one.matrix for one in placed))
-    weights = [how.solve(one, grid) for one in placed]
-    reports = [_report(*one) for one in zip(names, matrices, weights, statistics, strict=True)]
+
+    def statistics(expert: int) -> InputStatistics | None:  # made anew each time: those of all experts are large
+        return _statistics(observed.get((key, expert)))
+
+    grid = how.grid.bind(*(how.encoded(matrix, statistics(expert)) for expert, matrix in enumerate(matrices)))
+    weights: list[QuantizedWeight] = []
+    reports: list[LayerReport] = []
+    for expert, matrix in enumerate(matrices):
+        name, seen = f"{op.weight}[{expert}]", statistics(expert)
+        weights.append(how.solve(how.place(name, matrix, seen), grid))
+        reports.append(_report(name, matrix, weights[-1], seen))
     params = GroupParams(torch.cat([w.params.scale for w in weights]), torch.cat([w.params.zero for w in weights]))
     errors = [r.output_error for r in reports if r.output_error is not None]
     mean = LayerReport(

@@ -3,6 +3,8 @@
 Experts are stacked in 3-D parameters or listed as modules; some layers of the Qwen families are dense.
 """
 
+from typing import Any
+
 from gyroquant.models.architectures.llama import ATTENTION, MLP, MLP_NORM, OUTER
 from gyroquant.models.spec import Architecture, Linear, register
 
@@ -23,6 +25,13 @@ _SHARED = (
     Linear("mlp.shared_expert_gate", "mlp_in", "fixed", quantize=False),
 )
 
+
+def _refuse(config: Any) -> str | None:
+    if getattr(config, "clip_qkv", None) is not None:
+        return "it clips queries, keys and values (clip_qkv), which no change of their basis passes"
+    return None
+
+
 register(
     Architecture(
         name="moe",
@@ -41,5 +50,6 @@ register(
         ),
         outer=OUTER,
         rope="half",
+        refuse=_refuse,
     )
 )

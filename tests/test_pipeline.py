@@ -16,6 +16,7 @@ from gyroquant import pipeline
 from gyroquant.calibration.stream import Stream
 from gyroquant.grids import Grid
 from gyroquant.job import prepare
+from gyroquant.models.packed import from_matrix
 from gyroquant.models.runner import BlockRunner
 from gyroquant.models.source import open_model
 
@@ -114,8 +115,14 @@ def test_floating_point_models_come_back_bit_for_bit(
         assert torch.equal(loaded.get_parameter(key), tensor), key
         assert torch.equal(halved.get_parameter(key), tensor.bfloat16()), key
     assert all(0 < layer["weight_error"] < 0.05 for layer in manifest["layers"])
-    assert open_model(out).bits_per_weight() == manifest["bits"]["per_weight"]
+    store = open_model(out)
+    assert store.bits_per_weight() == manifest["bits"]["per_weight"]
     description = json.loads((out / "config.json").read_text())["quantization_config"]
+    for key, entry in description["tensors"].items():
+        matrix = from_matrix(store.quantized(key).dequantize(), store.shapes[key], entry.get("transposed", False))
+        assert torch.equal(matrix, rounded[key]), key
+    with pytest.raises(KeyError):
+        store.quantized("model.norm.weight")
     assert [one["grid"] for one in description["grids"]] == [grid]
     assert description["grids"][0].keys() == set(Grid.kinds[grid].model_fields)
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gyroquant.maps import hadamard
+from gyroquant.maps import hadamard, next_power_of_two
 from gyroquant.models.graph import Group, LinearOp
 from gyroquant.models.online import Attachment, InputQuantizer, OnlineMap, fake, route_experts, unrounded
 from gyroquant.models.sites import insertion
@@ -138,7 +138,7 @@ class PaddedSpectrum:
     """
 
     def __init__(self, n: int):
-        self.pad = (1 << (n - 1).bit_length()) - n
+        self.pad = next_power_of_two(n) - n
         self._transform = hadamard(n + self.pad)
         self._energy = MeanSquare(n + self.pad)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from gyroquant.errors import InputError
 from gyroquant.grids import Grid
 from gyroquant.learning.live import learnable, with_values
-from gyroquant.learning.objectives import BlockOutputs, EndToEnd, FourthPowers, Kurtosis, Loss
+from gyroquant.learning.objectives import BlockOutputs, EndToEnd, FourthPowers, Kurtosis, Loss, RoundedModel
 from gyroquant.learning.parameters import Place, Steps, largest_drift
 from gyroquant.learning.settings import Learn
 from gyroquant.maps import dump
@@ -108,11 +108,11 @@ def _loss(
     assert setting.tokens is not None
     if settings.objective == "kurtosis":
         return Kurtosis(store, plan, places, setting.tokens, setting.dtype, progress)
-    rounding = {} if setting.grid is None else {name: (op, setting.grid) for name, op in setting.targets.items()}
-    attachments = [*plan.online, *setting.attachments]
+    weights = {} if setting.grid is None else {name: (op, setting.grid) for name, op in setting.targets.items()}
+    rounding = RoundedModel(weights, [*plan.online, *setting.attachments], setting.dtype)
     if settings.objective == "blocks":
-        return BlockOutputs(store, plan, places, attachments, rounding, setting.dtype)
-    return EndToEnd(store, plan, places, attachments, rounding, setting.dtype, settings)
+        return BlockOutputs(store, plan, places, rounding)
+    return EndToEnd(store, plan, places, rounding, settings.objective == "kl", settings.top)
 
 
 def _batch(setting: Setting, settings: Learn, step: int) -> Tensor:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
 
 from gyroquant.calibration.measure import Want, measure
+from gyroquant.grids import Grid
 from gyroquant.learning.live import LiveFold, with_values
 from gyroquant.learning.parameters import Place
-from gyroquant.learning.settings import Learn
 from gyroquant.models.fold import FoldPlan
+from gyroquant.models.graph import LinearOp
 from gyroquant.models.online import Attachment, attached, fake
 from gyroquant.models.packed import as_matrix, from_matrix
 from gyroquant.models.prove import residual_map
@@ -23,13 +24,14 @@ from gyroquant.models.store import WeightStore
 from gyroquant.progress import Stages
 
 Values = Mapping[str, Tensor]
+Places = Mapping[str, Place]
 _UNIFORM = 1.8  # kurtosis of a uniform distribution
 
 
 class Loss(ABC):
     """A loss of the learned tensors, by label."""
 
-    def __init__(self, store: WeightStore, plan: FoldPlan, places: Mapping[str, Place]):
+    def __init__(self, store: WeightStore, plan: FoldPlan, places: Places):
         self.store, self.plan, self.places = store, plan, places
 
     @abstractmethod
@@ -45,31 +47,56 @@ def _collected(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {label: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for label, leaf in leaves.items()}
 
 
+@dataclass(frozen=True)
+class RoundedModel:
+    """What is rounded while maps are learned: the parameters in `weights`, each with its layer and its grid, and what
+    the `attachments` round; the model computes in `dtype`.
+    """
+
+    weights: Mapping[str, tuple[LinearOp, Grid]]
+    attachments: Sequence[Attachment]
+    dtype: torch.dtype
+
+    def typed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Parameters in the dtype of the model."""
+        return {name: tensor.to(self.dtype) for name, tensor in tensors.items()}
+
+    def rounded(self, folded: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Folded parameters, those that will be rounded rounded."""
+        out = dict(folded)
+        for name in out.keys() & self.weights.keys():
+            op, grid = self.weights[name]
+            out[name] = from_matrix(fake(grid, as_matrix(out[name], op)), op.shape, op.entry.transposed)
+        return out
+
+    def leaves(self, rounded: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same for the model to run on; gradients gather in them until `pass_back` takes them on."""
+        return {name: value.detach().requires_grad_() for name, value in self.typed(rounded).items()}
+
+
+def pass_back(rounded: Mapping[str, Tensor], leaves: Mapping[str, Tensor]) -> None:
+    """Takes the gradients that have gathered in leaves on to what these were made from."""
+    moved = [name for name, value in rounded.items() if value.requires_grad and leaves[name].grad is not None]
+    gradients = [leaves[name].grad.float() for name in moved]  # type: ignore[union-attr]
+    torch.autograd.backward([rounded[name] for name in moved], gradients)
+
+
 class EndToEnd(Loss):
     """Cross-entropy on the text, or KL from the original, of the whole model with everything rounded that is asked for.
 
-    The parameters are folded once a step and the sequences run one by one, so that memory holds one of them.
+    The parameters are folded once a step and the sequences run one by one, so that memory holds one of them. With `kl`
+    the loss is the divergence, among the `top` likeliest tokens if that is given.
     """
 
     def __init__(
-        self,
-        store: WeightStore,
-        plan: FoldPlan,
-        places: Mapping[str, Place],
-        attachments: Sequence[Attachment],
-        rounding: Mapping[str, Any],
-        dtype: torch.dtype,
-        settings: Learn,
+        self, store: WeightStore, plan: FoldPlan, places: Places, rounding: RoundedModel, kl: bool, top: int | None
     ):
         super().__init__(store, plan, places)
         graph = store.graph
-        self._names = (*graph.outer_params(), *(n for i in range(len(graph.blocks)) for n in graph.block_params(i)))
-        tensors = store.read(self._names)
-        self._names = (*self._names, *plan.unties(tensors))
-        self._fold = LiveFold(plan, places, tensors, self._names)
-        self._original = {name: t.to(dtype) for name, t in tensors.items()} if settings.objective == "kl" else None
-        self._top = settings.top
-        self._attachments, self._rounding, self._dtype = attachments, rounding, dtype
+        names = (*graph.outer_params(), *(n for i in range(len(graph.blocks)) for n in graph.block_params(i)))
+        tensors = store.read(names)
+        self._fold = LiveFold(plan, places, tensors, (*names, *plan.unties(tensors)))
+        self._original, self._top, self._rounding = rounding.typed(tensors) if kl else None, top, rounding
 
     def _logits(self, weights: Mapping[str, Tensor], ids: Tensor) -> Tensor:
         tied = {alias: weights[name] for alias, name in self.store.graph.tied.items()}
@@ -78,15 +105,15 @@ class EndToEnd(Loss):
 
     def gradients(self, values: Values, batch: Tensor) -> tuple[float, dict[str, Tensor]]:
         leaves, plan = self._live(values)
-        folded = {name: rounded(self._rounding, name, value) for name, value in self._fold(plan).items()}
-        weights = {name: value.detach().to(self._dtype).requires_grad_() for name, value in folded.items()}
+        rounded = self._rounding.rounded(self._fold(plan))
+        weights = self._rounding.leaves(rounded)
         total = 0.0
         for ids in batch.split(1):
             wanted = None
             if self._original is not None:
                 with torch.no_grad():
                     wanted = self._logits(self._original, ids).float().log_softmax(-1)
-            with attached(self.store.skeleton(), self._attachments):
+            with attached(self.store.skeleton(), self._rounding.attachments):
                 logs = self._logits(weights, ids).float().log_softmax(-1)
             if wanted is None:
                 loss = -logs[:, :-1].gather(-1, ids[:, 1:, None]).mean()
@@ -94,16 +121,8 @@ class EndToEnd(Loss):
                 loss = divergence(wanted, logs, self._top)
             (loss / len(batch)).backward()
             total += float(loss.detach()) / len(batch)
-        _pass_back(folded, weights)
+        pass_back(rounded, weights)
         return total, _collected(leaves)
-
-
-def rounded(rounding: Mapping[str, Any], name: str, value: Tensor) -> Tensor:
-    """A parameter as it will be rounded, if it will be; gradients pass straight through."""
-    if name not in rounding:
-        return value
-    op, grid = rounding[name]
-    return from_matrix(fake(grid, as_matrix(value, op)), op.shape, op.entry.transposed)
 
 
 class BlockOutputs(Loss):
@@ -112,47 +131,36 @@ class BlockOutputs(Loss):
     Relative to what the block adds to the residual stream. Memory holds one block, read anew in every step.
     """
 
-    def __init__(
-        self,
-        store: WeightStore,
-        plan: FoldPlan,
-        places: Mapping[str, Place],
-        attachments: Sequence[Attachment],
-        rounding: Mapping[str, Any],
-        dtype: torch.dtype,
-    ):
+    def __init__(self, store: WeightStore, plan: FoldPlan, places: Places, rounding: RoundedModel):
         super().__init__(store, plan, places)
-        self._attachments, self._rounding, self._dtype = attachments, rounding, dtype
-        self._runner = BlockRunner(store.skeleton(), store.graph)
-
-    def _typed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensor.to(self._dtype) for name, tensor in tensors.items()}
+        self._runner, self._rounding = BlockRunner(store.skeleton(), store.graph), rounding
 
     def _block(self, index: int, plan: FoldPlan, streams: list[tuple[Tensor, Call]]) -> float:
         """The mean loss of a block over sequences, whose gradients are left in the leaves; moves the sequences on."""
         tensors, total = self.store.read(self.store.graph.block_params(index)), 0.0
-        original, change = self._typed(tensors), residual_map(plan)
+        original, change = self._rounding.typed(tensors), residual_map(plan)
         there = change.apply if change else lambda x: x
-        live = LiveFold(self.plan, self.places, tensors, tensors)(plan)
-        folded = {name: rounded(self._rounding, name, value) for name, value in live.items()}
-        weights = {name: value.detach().to(self._dtype).requires_grad_() for name, value in folded.items()}
-        inside = [one for one in self._attachments if one.module.startswith(f"{self._runner.prefix}.{index}.")]
+        rounded = self._rounding.rounded(LiveFold(self.plan, self.places, tensors, tensors)(plan))
+        weights = self._rounding.leaves(rounded)
+        inside = [one for one in self._rounding.attachments if one.module.startswith(f"{self._runner.prefix}.{index}.")]
         for number, (hidden, call) in enumerate(streams):
             wanted = self._runner.run(index, original, hidden, call)
             with attached(self._runner.model, inside):
-                found = self._runner.differentiable(index, weights, there(hidden.float()).to(self._dtype), call)
+                found = self._runner.differentiable(
+                    index, weights, there(hidden.float()).to(self._rounding.dtype), call
+                )
             error = (found.float() - there(wanted.float())).square().sum()
             loss = error / (wanted - hidden).float().square().sum().clamp_min(1e-30) / len(streams)
             loss.backward()
             total += float(loss.detach())
             streams[number] = (wanted, call)
-        _pass_back(folded, weights)
+        pass_back(rounded, weights)
         return total
 
     def gradients(self, values: Values, batch: Tensor) -> tuple[float, dict[str, Tensor]]:
         leaves, plan = self._live(values)
         graph = self.store.graph
-        outer = self._typed(self.store.read(graph.outer_params()))
+        outer = self._rounding.typed(self.store.read(graph.outer_params()))
         begun = [self._runner.begin(ids, outer) for ids in batch.split(1)]
         del outer
         hidden, calls = [one for one, _ in begun], [calls for _, calls in begun]
@@ -162,12 +170,6 @@ class BlockOutputs(Loss):
             total += self._block(index, plan, streams) / blocks
             hidden = [one for one, _ in streams]
         return total, {label: gradient / blocks for label, gradient in _collected(leaves).items()}
-
-
-def _pass_back(folded: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-    """Takes the gradients of weights on to what they were folded from."""
-    moved = [name for name, value in folded.items() if value.requires_grad and weights[name].grad is not None]
-    torch.autograd.backward([folded[n] for n in moved], [weights[n].grad.float() for n in moved])  # type: ignore[union-attr]
 
 
 def divergence(wanted: Tensor, found: Tensor, top: int | None) -> Tensor:
@@ -187,7 +189,7 @@ class FourthPowers(Loss):
     Weights without outliers round better; no text is needed. One block at a time is in memory.
     """
 
-    def __init__(self, store: WeightStore, plan: FoldPlan, places: Mapping[str, Place], targets: Sequence[str]):
+    def __init__(self, store: WeightStore, plan: FoldPlan, places: Places, targets: Sequence[str]):
         super().__init__(store, plan, places)
         self._targets = frozenset(targets)
 
@@ -233,7 +235,7 @@ class Kurtosis(Loss):
         self,
         store: WeightStore,
         plan: FoldPlan,
-        places: Mapping[str, Place],
+        places: Places,
         tokens: Tensor,
         dtype: torch.dtype,
         progress: Stages,

@@ -3,7 +3,7 @@
 from gyroquant.maps.base import Map, dump, load
 from gyroquant.maps.butterfly import Butterfly, butterfly
 from gyroquant.maps.compose import Across, BlockDiagonal, Product, blocks, fixing_ones, product
-from gyroquant.maps.construct import factors, largest_constructible
+from gyroquant.maps.construct import factors, largest_constructible, next_power_of_two
 from gyroquant.maps.elementary import (
     Dense,
     Diagonal,
@@ -40,6 +40,7 @@ __all__ = [
     "hadamard",
     "largest_constructible",
     "load",
+    "next_power_of_two",
     "product",
     "random_orthogonal",
     "random_signs",

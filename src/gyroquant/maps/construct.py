@@ -80,6 +80,11 @@ def factors(n: int) -> tuple[int, ...] | None:
     return best
 
 
+def next_power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
 def largest_constructible(n: int) -> int:
     """The largest divisor of n for which a Hadamard matrix can be built (1 at the least)."""
     return max(d for d in range(1, n + 1) if n % d == 0 and factors(d) is not None)

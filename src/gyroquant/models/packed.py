@@ -132,16 +132,22 @@ def check_version(description: Mapping[str, Any], where: str) -> None:
         raise InputError(f"{where} has format version {version}, this gyroquant reads versions {known}")
 
 
-def decode(description: Mapping[str, Any], name: str, arrays: dict[str, Tensor], shape: Shape) -> Tensor:
-    """A stored parameter as numbers, in its own shape, fp32."""
+def unpack(description: Mapping[str, Any], name: str, arrays: dict[str, Tensor], shape: Shape) -> QuantizedWeight:
+    """A stored parameter as codes and scales, in the shape of `as_matrix`."""
     entry = description["tensors"][name]
-    grid, transposed = grid_from(description["grids"][entry["grid"]]), bool(entry.get("transposed"))
-    (rows, columns), basis = matrix_shape(shape, transposed), None
+    grid, basis = grid_from(description["grids"][entry["grid"]]), None
+    rows, columns = matrix_shape(shape, bool(entry.get("transposed")))
     if "basis" in entry:
         basis = Basis.unpack(entry["basis"], arrays, columns)
         columns = basis.order
     codes, params = grid.unpack(arrays, (rows, columns))
-    return from_matrix(QuantizedWeight(grid, codes, params, basis).dequantize(), shape, transposed)
+    return QuantizedWeight(grid, codes, params, basis)
+
+
+def decode(description: Mapping[str, Any], name: str, arrays: dict[str, Tensor], shape: Shape) -> Tensor:
+    """A stored parameter as numbers, in its own shape, fp32."""
+    transposed = bool(description["tensors"][name].get("transposed"))
+    return from_matrix(unpack(description, name, arrays, shape).dequantize(), shape, transposed)
 
 
 def attachments(description: Mapping[str, Any], files: Sequence[Path]) -> tuple[Attachment, ...]:
@@ -172,9 +178,12 @@ class _Packed:
     def __init__(self, description: Mapping[str, Any], name: str, parts: dict[str, LazyTensor], shape: Shape):
         self.description, self.name, self.parts, self.shape = description, name, parts, shape
 
+    @property
+    def arrays(self) -> dict[str, Tensor]:
+        return {part: tensor[...] for part, tensor in self.parts.items()}
+
     def __getitem__(self, _: Any) -> Tensor:
-        arrays = {part: tensor[...] for part, tensor in self.parts.items()}
-        return decode(self.description, self.name, arrays, self.shape)
+        return decode(self.description, self.name, self.arrays, self.shape)
 
 
 class PackedStore(CheckpointStore):
@@ -205,6 +214,12 @@ class PackedStore(CheckpointStore):
     @cached_property
     def online(self) -> tuple[Attachment, ...]:  # type: ignore[override]
         return attachments(self.description, sorted({tensor.path for tensor in self._stored.values()}))
+
+    def quantized(self, name: str) -> QuantizedWeight:
+        """The codes and scales of a rounded parameter, as `unpack` gives them. Raises KeyError for any other one."""
+        if name not in self.description["tensors"]:
+            raise KeyError(name)
+        return unpack(self.description, name, self._tensors[name].arrays, self.shapes[name])
 
     def bits_per_weight(self) -> float:
         names = self.description["tensors"]

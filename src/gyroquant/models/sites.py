@@ -145,18 +145,8 @@ def _r2(graph: ModelGraph) -> Iterator[Site]:
 def _attn_out(graph: ModelGraph) -> Iterator[Site]:
     for i, group in enumerate(graph.blocks):
         for op in group.readers("attn_out"):
-            yield Site(
-                name="attn_out",
-                block=i,
-                label=f"the heads' values in {group.label}",
-                n=op.in_features,
-                readers=(op.read_port(),),
-                insertions=(insertion(op),),
-                admits="nothing",
-                heads=graph.heads,
-                blocked="attention stands between the heads and what writes them, so a map across heads only exists "
-                "online",
-            )
+            why = "attention stands between the heads and what writes them, so a map across heads only exists online"
+            yield replace(_in_front("attn_out", i, op, f"the heads' values in {group.label}", why), heads=graph.heads)
 
 
 def _qk(graph: ModelGraph) -> Iterator[Site]:
@@ -232,6 +222,20 @@ def insertion(op: LinearOp) -> Insertion:
     if not op.entry.stacked:
         return Insertion("input", op.module)
     return Insertion("experts_act" if op.entry.reads.endswith("act") else "experts_in", op.module)
+
+
+def _in_front(name: str, block: int, op: LinearOp, label: str, why: str) -> Site:
+    """The input of one layer, where a map can only run online, for the reason given."""
+    return Site(
+        name=name,
+        block=block,
+        label=label,
+        n=op.in_features,
+        readers=(op.read_port(),),
+        insertions=(insertion(op),),
+        admits="nothing",
+        blocked=why,
+    )
 
 
 def _down_projections(graph: ModelGraph) -> Iterator[tuple[int, Group, LinearOp, str]]:
@@ -310,16 +314,8 @@ def _linear(graph: ModelGraph) -> Iterator[Site]:
     for i, group in enumerate(graph.blocks):
         for op in group.linears:
             if op.entry.quantize:
-                yield Site(
-                    name="linear",
-                    block=i,
-                    label=f"the input of {op.module}",
-                    n=op.in_features,
-                    readers=(op.read_port(),),
-                    insertions=(insertion(op),),
-                    admits="nothing",
-                    blocked="the input of a single layer is also read by others, so a map there only exists online",
-                )
+                why = "the input of a single layer is also read by others, so a map there only exists online"
+                yield _in_front("linear", i, op, f"the input of {op.module}", why)
 
 
 def _r1_online(graph: ModelGraph) -> Iterator[Site]:

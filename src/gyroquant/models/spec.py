@@ -61,6 +61,7 @@ class Embedding:
 
 
 Entry = Linear | Norm | Embedding
+RopeLayout = Literal["half", "interleaved", "none"]
 Part = Entry | tuple[tuple[Entry, ...], ...]  # a tuple of groups: alternatives, the first that is present counts
 
 
@@ -77,7 +78,7 @@ class Architecture:
     blocks: str
     block: tuple[Part, ...]
     outer: tuple[Part, ...]
-    rope: Literal["half", "interleaved", "none"]
+    rope: RopeLayout
     refuse: Callable[[Any], str | None] = lambda config: None
     """Given a configuration, the reason why this variant of the architecture is not supported, or None."""
 

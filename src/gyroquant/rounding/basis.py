@@ -12,6 +12,8 @@ from torch import Tensor
 
 from gyroquant.errors import MapError, RecipeError
 from gyroquant.grids.basis import Basis, spectrum
+from gyroquant.maps import next_power_of_two
+from gyroquant.methods.spectral import scales
 
 
 class WeightBasis(BaseModel):
@@ -36,7 +38,7 @@ class WeightBasis(BaseModel):
 
     def order(self, columns: int, name: str = "a weight") -> int:
         """The columns that are rounded for a weight of this many. Raises RecipeError when there is no such matrix."""
-        order = columns if self.padding == "exact" else 1 << (columns - 1).bit_length()
+        order = columns if self.padding == "exact" else next_power_of_two(columns)
         try:
             Basis(columns, order).encode(torch.zeros(1, columns))
         except MapError as error:
@@ -52,5 +54,5 @@ class WeightBasis(BaseModel):
         kept = columns if self.energy == "kept" else order
         scale, largest = torch.ones(1, order, dtype=torch.float64), torch.finfo(torch.float16).max
         if float(energy[:kept].sum()) > 0:
-            scale[0, :kept] = (1 + kept * energy[:kept] / energy[:kept].sum()) ** self.alpha
+            scale[0, :kept] = scales(energy[:kept], self.alpha)
         return Basis(columns, order, scale.clamp_max(largest).half().float())

@@ -4,13 +4,16 @@ key norms); ERNIE 4.5 and Helium, whose RoPE turns neighbours; Arcee, without a 
 Granite's multipliers are scalars on whole vectors, which commute with every linear map, so they need no mention.
 """
 
-from gyroquant.models.spec import Architecture, Embedding, Linear, Norm, register
+from gyroquant.models.spec import Architecture, Embedding, Linear, Norm, Part, RopeLayout, register
 
-ATTENTION = (
+QKV = (
     Norm("input_layernorm", "residual", "attn_in"),
     Linear("self_attn.q_proj", "attn_in", "q"),
     Linear("self_attn.k_proj", "attn_in", "k"),
     Linear("self_attn.v_proj", "attn_in", "v"),
+)
+ATTENTION = (
+    *QKV,
     Norm("self_attn.q_norm", "q", "q", optional=True),
     Norm("self_attn.k_norm", "k", "k", optional=True),
     Linear("self_attn.o_proj", "attn_out", "residual"),
@@ -31,33 +34,12 @@ OUTER = (
     Linear("lm_head", "final", "logits"),
 )
 
-register(
-    Architecture(
-        name="llama",
-        model_types=("llama", "mistral", "smollm3", "granite", "qwen2", "qwen3", "seed_oss"),
-        blocks="model.layers",
-        block=(*ATTENTION, *MLP_NORM, *MLP),
-        outer=OUTER,
-        rope="half",
-    )
-)
-register(
-    Architecture(
-        name="llama_interleaved",
-        model_types=("ernie4_5", "helium"),
-        blocks="model.layers",
-        block=(*ATTENTION, *MLP_NORM, *MLP),
-        outer=OUTER,
-        rope="interleaved",
-    )
-)
-register(
-    Architecture(
-        name="arcee",
-        model_types=("arcee",),
-        blocks="model.layers",
-        block=(*ATTENTION, *MLP_NORM, *UNGATED_MLP),
-        outer=OUTER,
-        rope="half",
-    )
-)
+
+def _register(name: str, model_types: tuple[str, ...], mlp: tuple[Part, ...], rope: RopeLayout) -> None:
+    block = (*ATTENTION, *MLP_NORM, *mlp)
+    register(Architecture(name, model_types, blocks="model.layers", block=block, outer=OUTER, rope=rope))
+
+
+_register("llama", ("llama", "mistral", "smollm3", "granite", "qwen2", "qwen3", "seed_oss"), MLP, "half")
+_register("llama_interleaved", ("ernie4_5", "helium"), MLP, "interleaved")
+_register("arcee", ("arcee",), UNGATED_MLP, "half")

@@ -3,8 +3,8 @@
     python benchmarks/paper_tables/mixquant.py MODEL --calibration FILE --test FILE --out FOLDER
 
 Weights are symmetric per row, activations asymmetric per token (the paper's INT4); calibration is 32 windows of 512
-tokens, evaluation the `bbt` preset. Rounding to nearest takes every block size and permutation, Qronos and GPTQ the
-ones that decide. Cells that are there already are not run again.
+tokens, evaluation the `bbt` preset. Rounding to nearest takes every block size, permutation and format, Qronos (and
+GPTQ, when asked for by --solvers) the cells that decide. Cells that are there already are not run again.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ PERMUTATIONS = {
     "MassDiff": "massdiff",
 }
 DECIDING = {(block, name) for block in (16, 32) for name in ("none", "MassDiff")} | {("full", "none")}
+FORMATTED = ((32, "none"), (32, "MassDiff"), ("full", "none"))
 FORMATS = {
     "INT4": [],
     "MXFP4": ["weights.grid=mxfp4", "activations.grid=mxfp4"],
@@ -41,7 +42,7 @@ def rotation(block: int | str, permutation: str | None) -> str:
 def main() -> None:
     """Runs what is missing and writes table.md and table.json."""
     parser = arguments(__doc__)
-    parser.add_argument("--solvers", nargs="+", default=["rtn", "gptq", "qronos"])
+    parser.add_argument("--solvers", nargs="+", default=["rtn", "qronos"])
     given = parser.parse_args()
     table = Table(given.out / "cells", given.model, given.calibration, given.test, EVALUATIONS)
     base = table.original()["evaluations"]["bbt"]["perplexity"]
@@ -58,18 +59,18 @@ def main() -> None:
             for name in PERMUTATIONS:
                 if (block != "full" or name == "none") and (solver == "rtn" or (block, name) in DECIDING):
                     run(solver, block, name, "INT4")
-        for form in ("MXFP4", "FP4"):
-            for name in ("none", "MassDiff"):
-                run(solver, 32, name, form)
+        for form in ("MXFP4", "FP4") if solver == "rtn" else ():
+            for block, name in FORMATTED:
+                run(solver, block, name, form)
     rows, data = [("original", "-", "-", "-", short(base), "0", "-", "16")], []
     for (solver, block, name, form), cell in found.items():
         value = cell["evaluations"]["bbt"]["perplexity"]
-        full = found[solver, "full", "none", "INT4"]["evaluations"]["bbt"]["perplexity"]
+        full = found[solver, "full", "none", form]["evaluations"]["bbt"]["perplexity"]
         bits = cell["manifest"]["bits"]["per_weight"]
         proof = cell["manifest"]["proof"]["relative_logit_error"]
-        share = f"{100 * full / value:.0f} %" if form == "INT4" else "-"
         label = (form, solver.upper(), str(block), name)
-        rows.append((*label, short(value), f"{math.log(value / base):.3f}", share, f"{bits:.3f}"))
+        gap, share = f"{math.log(value / base):.3f}", f"{100 * full / value:.0f} %"
+        rows.append((*label, short(value), gap, share, f"{bits:.3f}"))
         data.append(dict(zip(("format", "solver", "block", "permutation"), label, strict=True)))
         data[-1] |= {"perplexity": value, "bits": bits, "proof": proof}
     header = ("format", "solver", "block", "permutation", "ppl bbt", "ln gap", "of the full rotation's", "true bits")

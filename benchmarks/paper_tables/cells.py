@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import shutil
 import sys
 import tempfile
 import time
@@ -15,6 +16,7 @@ from typing import Any
 import gyroquant as gq
 from gyroquant import pipeline
 from gyroquant.job import prepare
+from gyroquant.learning.rotations import FILE_NAME
 
 
 class Table:
@@ -42,14 +44,19 @@ class Table:
         """The cell of the model in full precision."""
         return self._cell("original", {}, lambda: {"evaluations": self._evaluate(self.model)})
 
-    def cell(self, name: str, recipe: str, changes: Sequence[str]) -> dict[str, Any]:
-        """Quantizes and evaluates, unless that was done before; returns manifest and measurements."""
+    def cell(self, name: str, recipe: str, changes: Sequence[str], rotations: Path | None = None) -> dict[str, Any]:
+        """Quantizes and evaluates, unless that was done before; returns manifest and measurements.
+
+        Learned rotations are kept in the file `rotations`, for cells that start where this one ended.
+        """
         loaded = gq.load_recipe(recipe, changes)
 
         def make() -> dict[str, Any]:
             with tempfile.TemporaryDirectory() as scratch:
                 out = Path(scratch) / "out"
                 manifest = pipeline.run(prepare(self.model, out, loaded, self.calibration))
+                if rotations is not None:
+                    shutil.copy(out / FILE_NAME, rotations)
                 return {"manifest": manifest, "evaluations": self._evaluate(out)}
 
         return self._cell(name, loaded.to_dict(), make)

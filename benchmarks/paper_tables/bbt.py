@@ -2,8 +2,8 @@
 
     python benchmarks/paper_tables/bbt.py MODEL --calibration FILE --test FILE --out FOLDER
 
-Weights only, asymmetric, GPTQ, 32 windows of 512 tokens, the `bbt` evaluation preset. Cells that are there already are
-not run again.
+Weights only, asymmetric, GPTQ, 32 windows of 512 tokens, the `bbt` evaluation preset in bfloat16. Cells that are there
+already are not run again.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ROWS: dict[str, tuple[str, list[str]]] = {
 }
 for _alpha in (0, 0.25, 1.0):
     ROWS[f"spectral basis, alpha {_alpha}, W2 g64"] = ("bbt-spectral", [f"weights.basis.alpha={_alpha}"])
-EVALUATIONS = {"bbt": {"preset": "bbt"}}
+EVALUATIONS = {"bbt": {"preset": "bbt", "dtype": "bfloat16"}}
 
 
 def main() -> None:

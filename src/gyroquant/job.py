@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from gyroquant.calibration.stream import Stream
 from gyroquant.calibration.text import Text, load_text, sample, tokenize
 from gyroquant.environment import native_bfloat16
 from gyroquant.errors import InputError, RecipeError, UnsupportedModelError
@@ -22,6 +23,7 @@ from gyroquant.models.fold import FoldPlan
 from gyroquant.models.graph import LinearOp, ModelGraph
 from gyroquant.models.online import Attachment
 from gyroquant.models.packed import PackedStore
+from gyroquant.models.runner import BlockRunner
 from gyroquant.models.source import open_model
 from gyroquant.models.store import WeightStore
 from gyroquant.planning import needs_measuring, plan_folds
@@ -76,7 +78,17 @@ class Job:
     def rounding(self, warn: Warn) -> Rounding:
         """How the layers are rounded."""
         weights = self.recipe.weights
-        return Rounding(weights.solver, weights.grid, weights.basis, warn)
+        return Rounding(weights.solver, weights.grid, weights.basis, warn, weights.refine)
+
+    def stream(
+        self, runner: BlockRunner, tokens: Tensor, outer: Mapping[str, Tensor], offload: Path | None = None
+    ) -> Stream:
+        """The hidden states of tokens, shape (samples, length), on their way through the model while it is rounded."""
+        weights = self.recipe.weights
+        paired, drifts = weights.needs_original, weights.solver.needs_original
+        stream = Stream(runner, tokens, outer, self.compute_dtype, offload, self.output.device, paired, drifts)
+        stream.free_outer()
+        return stream
 
     @property
     def measures(self) -> bool:

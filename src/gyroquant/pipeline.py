@@ -38,7 +38,9 @@ from gyroquant.planning import needs_measuring, plan_folds
 from gyroquant.progress import Stages
 from gyroquant.recipe import Recipe, load_recipe
 from gyroquant.rounding.activations import KeyMean
-from gyroquant.rounding.stage import LayerReport, round_group
+from gyroquant.rounding.judge import LayerReport, judge_group
+from gyroquant.rounding.signround import BlockTuner, SignRound, tune_block
+from gyroquant.rounding.stage import round_group
 
 Calibration = str | Path | Sequence[str] | Tensor
 
@@ -234,18 +236,17 @@ def _round(job: Job, writer: Any, progress: Stages, warnings: list[str]) -> list
     stream = None
     if job.needs_stream:
         assert job.tokens is not None
-        paired = job.recipe.weights.solver.needs_original
-        stream = Stream(runner, job.tokens, outer, job.compute_dtype, job.output.offload, job.output.device, paired)
-        stream.free_outer()
+        stream = job.stream(runner, job.tokens, outer, job.output.offload)
     head = {name: op for name, op in job.targets.items() if op in graph.outer.linears}
     if not head:
         writer.add(_saved(outer, job.output.dtype))
         del outer
-    passes = stream.steps * (3 if job.centers_keys else 2) if stream else 1
+    tune = job.recipe.weights.tune
+    passes = stream.steps * (3 if job.centers_keys else 2) + (tune.iters if tune else 0) if stream else 1
     with progress.stage("round", len(graph.blocks) * passes) as advance:
         for i, group in enumerate(graph.blocks):
             tensors = fold(job.plan, job.store.read(graph.block_params(i)))
-            rounded, reports, tensors = round_block(job, i, group, tensors, stream, advance, warnings)
+            rounded, reports, tensors = round_block(job, i, group, tensors, stream, advance, warnings, tune)
             layers += reports
             writer.add(_saved(tensors, job.output.dtype, rounded), _by_op(job, rounded))
             if stream:
@@ -266,8 +267,9 @@ def round_block(
     stream: Stream | None,
     advance: Any,
     warnings: list[str],
+    tune: SignRound | None,
 ) -> tuple[dict[str, QuantizedWeight], list[LayerReport], dict[str, Tensor]]:
-    """Observes and rounds one block; returns codes, errors and the block's weights as they will be deployed."""
+    """Observes, rounds and tunes a block; returns codes, errors and the block's weights as they will be deployed."""
     model = job.store.skeleton()
     if stream and job.centers_keys:
         _center_keys(job, index, tensors, stream, advance)
@@ -275,9 +277,33 @@ def round_block(
     if stream:
         with attached(model, online), observing(model, group, online, stream.observer) as observed:
             stream.observe(index, tensors, advance)
-    rounded, reports = round_group(group, job.targets, tensors, observed, online, job.rounding(warnings.append))
+    rounded = round_group(group, job.targets, tensors, observed, online, job.rounding(warnings.append))
+    if stream and tune is not None:
+        rounded = tune_rounded(job, index, tensors, rounded, stream, tune, advance)
+    reports = judge_group(group, job.targets, tensors, observed, online, rounded)
     deployed = {name: tensor.to(job.output.dtype) for name, tensor in tensors.items() if name not in rounded}
     return rounded, reports, deployed | _decoded(job, rounded)
+
+
+def tune_rounded(
+    job: Job,
+    index: int,
+    tensors: Mapping[str, Tensor],
+    rounded: Mapping[str, QuantizedWeight],
+    stream: Stream,
+    tune: SignRound,
+    advance: Any,
+) -> dict[str, QuantizedWeight]:
+    """Tunes what a solver made of a block that was observed: towards what the unrounded model gave."""
+    assert stream.hidden is not None
+    assert stream.original is not None
+
+    def run(weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
+        return stream.one(index, weights, hidden)
+
+    with attached(job.store.skeleton(), job.running_in(index)):
+        tuner = BlockTuner(tensors, job.targets, rounded, stream.hidden, stream.original, run)
+        return tune_block(tune, tuner, job.recipe.seed + index, advance)
 
 
 def _center_keys(job: Job, index: int, tensors: Mapping[str, Tensor], stream: Stream, advance: Any) -> None:
@@ -312,7 +338,8 @@ def _round_head(
         online = job.running_around()
         with attached(model, online), observing(model, group, [], stream.observer) as observed:
             stream.observe_head(outer)
-    rounded, reports = round_group(group, job.targets, outer, observed, [], job.rounding(warnings.append))
+    rounded = round_group(group, job.targets, outer, observed, [], job.rounding(warnings.append))
+    reports = judge_group(group, job.targets, outer, observed, [], rounded)
     writer.add(_saved(outer, job.output.dtype, rounded), _by_op(job, rounded))
     return reports
 

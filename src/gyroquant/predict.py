@@ -9,13 +9,14 @@ import torch
 
 from gyroquant.calibration.stream import Stream
 from gyroquant.environment import peak_memory_bytes, steady_memory
+from gyroquant.grids import QuantizedWeight
 from gyroquant.job import Job, expected_bytes, learning_setting
 from gyroquant.learning.learn import begin
 from gyroquant.models.fold import fold
 from gyroquant.models.online import attached
 from gyroquant.models.prove import folded_outer, prove
 from gyroquant.models.runner import BlockRunner, evaluating
-from gyroquant.pipeline import proof_sample, round_block
+from gyroquant.pipeline import proof_sample, round_block, tune_rounded
 from gyroquant.planning import measuring_passes
 from gyroquant.progress import Stages
 
@@ -90,8 +91,10 @@ def _rounding(job: Job, stream: Stream | None) -> float:
     def tick() -> None:
         ticks.append(time.perf_counter())
 
-    _, _, deployed = round_block(job, 0, job.graph.blocks[0], tensors, stream if job.needs_stream else None, tick, [])
+    block, running = job.graph.blocks[0], stream if job.needs_stream else None
+    rounded, _, deployed = round_block(job, 0, block, tensors, running, tick, [], None)
     whole, observed = time.perf_counter() - ticks[0], ticks[-1] - ticks[0]
+    tuning = 0.0 if running is None else _tuning(job, tensors, rounded, running)
     forward = 0.0
     if stream:
         started = time.perf_counter()
@@ -99,7 +102,19 @@ def _rounding(job: Job, stream: Stream | None) -> float:
             stream.run(0, deployed)
         forward = time.perf_counter() - started
     passes = int(job.needs_stream) + measuring_passes(job.recipe)
-    return reading + (whole - observed) + _scale(job, stream) * (observed + passes * forward)
+    return reading + (whole - observed) + tuning + _scale(job, stream) * (observed + passes * forward)
+
+
+def _tuning(job: Job, tensors: dict[str, torch.Tensor], rounded: dict[str, QuantizedWeight], stream: Stream) -> float:
+    """Seconds that tuning takes for one block, from its first two steps on."""
+    tune = job.recipe.weights.tune
+    if tune is None:
+        return 0.0
+    ticks = [time.perf_counter()]
+    short = tune.model_copy(update={"iters": 2})
+    tune_rounded(job, 0, tensors, rounded, stream, short, lambda: ticks.append(time.perf_counter()))
+    step, rest = (ticks[2] - ticks[0]) / 2, time.perf_counter() - ticks[2]
+    return tune.iters * step + rest
 
 
 def _short_stream(job: Job, runner: BlockRunner, outer: dict[str, torch.Tensor]) -> Stream | None:
@@ -107,10 +122,7 @@ def _short_stream(job: Job, runner: BlockRunner, outer: dict[str, torch.Tensor])
         return None
     assert job.tokens is not None
     batch = max(1, 4096 // job.tokens.shape[1])
-    paired = job.recipe.weights.solver.needs_original
-    stream = Stream(runner, job.tokens[: _BATCHES * batch], outer, job.compute_dtype, None, job.output.device, paired)
-    stream.free_outer()
-    return stream
+    return job.stream(runner, job.tokens[: _BATCHES * batch], outer)
 
 
 def _scale(job: Job, stream: Stream | None) -> float:

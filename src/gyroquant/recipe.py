@@ -26,7 +26,7 @@ from gyroquant.grids import Grid
 from gyroquant.learning import Learn
 from gyroquant.methods import Method
 from gyroquant.models.sites import SITE_NAMES
-from gyroquant.rounding import Activations, Ignore, KvCache, Solver, WeightBasis
+from gyroquant.rounding import Activations, Ignore, KvCache, Refine, SignRound, Solver, WeightBasis
 
 _STRICT = ConfigDict(extra="forbid", frozen=True)
 
@@ -40,7 +40,7 @@ class Step(BaseModel):
 
 
 class Weights(BaseModel):
-    """How weights are rounded: the grid, the solver, the basis, and the layers to leave alone.
+    """How weights are rounded: grid, solver and basis, what is refined and tuned after that, the layers to leave alone.
 
     `ignore` holds module names, whole or from a dot on, and regular expressions behind ``re:``.
     """
@@ -50,11 +50,20 @@ class Weights(BaseModel):
     solver: SerializeAsAny[Solver]
     ignore: Ignore = ("lm_head",)
     basis: WeightBasis | None = None
+    refine: Refine | None = None
+    tune: SignRound | None = None
 
     @property
     def needs_statistics(self) -> bool:
         """Whether the model must be run on calibration text to round it so."""
-        return self.solver.needs_statistics or (self.basis is not None and self.basis.needs_statistics)
+        if self.solver.needs_statistics or self.refine is not None or self.tune is not None:
+            return True
+        return self.basis is not None and self.basis.needs_statistics
+
+    @property
+    def needs_original(self) -> bool:
+        """Whether the unrounded model runs beside the rounded one."""
+        return self.solver.needs_original or self.tune is not None
 
 
 class Calibration(BaseModel):
@@ -179,10 +188,11 @@ def _weights(spec: Any) -> Weights:
     spec = dict(spec)
     solver = _build(Solver.kinds, "name", spec.pop("solver", "rtn"), "weights.solver")
     rest = {"ignore": spec.pop("ignore")} if "ignore" in spec else {}
-    if spec.get("basis") is not None:
-        rest["basis"] = _section(WeightBasis, spec["basis"], "weights.basis")
-    spec.pop("basis", None)
-    grid = _grid(spec, {}, "weights", ["solver", "ignore", "basis"])
+    for key, kind in (("basis", WeightBasis), ("refine", Refine), ("tune", SignRound)):
+        if spec.get(key) is not None:
+            rest[key] = _section(kind, spec[key], f"weights.{key}")
+        spec.pop(key, None)
+    grid = _grid(spec, {}, "weights", ["solver", "ignore", "basis", "refine", "tune"])
     return _validated(lambda: Weights(grid=grid, solver=solver, **rest), "weights")
 
 

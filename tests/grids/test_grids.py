@@ -75,6 +75,38 @@ class TestContract:
         again = weight.dequantize().view(12, -1, grid.group_of(192))
         assert torch.equal(grid.encode(again, weight.params).view(12, 192), weight.codes)
 
+    def test_gaps_are_those_to_the_next_number_towards_zero(self, grid: Grid) -> None:
+        one = GroupParams(torch.ones(1, 1), rounded(grid, weights()).params.zero[0, :1])
+        codes = torch.arange(2**grid.bits, dtype=torch.uint8)[None]
+        numbers = grid.decode(codes, one)
+        numbers = numbers[numbers.isfinite()].unique()  # sorted; some codes of fp8 are no numbers
+        below = torch.where(numbers > 0, numbers - numbers.roll(1), numbers.roll(-1) - numbers)
+        inside = (numbers != 0) & (below > 0)
+        assert torch.equal(grid.gap(numbers)[inside], below[inside])
+
+    def test_the_span_is_that_of_the_numbers(self, grid: Grid) -> None:
+        params = rounded(grid, weights()).params
+        zero = params.zero[:, :1].contiguous()
+        codes = torch.arange(2**grid.bits, dtype=torch.uint8).expand(12, 1, -1)
+        numbers = grid.decode(codes, GroupParams(torch.ones_like(zero), zero))
+        low, high = grid.span(zero)
+        finite = numbers.where(numbers.isfinite(), 0)
+        assert torch.equal(finite.amin(-1, keepdim=True), low)
+        assert torch.equal(finite.amax(-1, keepdim=True), high)
+
+    def test_what_is_stored_is_storable_and_near_what_was_asked_for(self, grid: Grid) -> None:
+        weight = rounded(grid, weights())
+        same = weight.grid.storable(weight.params.scale, weight.params.zero)
+        assert torch.equal(same.scale, weight.params.scale)
+        assert torch.equal(same.zero, weight.params.zero)
+        moved = weight.grid.storable(weight.params.scale * 0.79, weight.params.zero + 0.3)
+        kept = QuantizedWeight(weight.grid, weight.codes, moved)
+        _, params = grid.unpack(kept.pack(), (12, 192))
+        assert torch.equal(params.scale, moved.scale)
+        assert torch.equal(params.zero, moved.zero)
+        coarse = 0.42 if grid.grid == "mxfp4" else 0.07  # the next power of two, or of 8 numbers in a binade
+        assert ((moved.scale / (weight.params.scale * 0.79)).log().abs() < coarse).all()
+
     def test_encoding_takes_the_nearest_number(self, grid: Grid) -> None:
         values = weights(3, grid.group_of(192)).view(3, 1, -1)
         params = grid.bind(values).fit(values)

@@ -7,6 +7,7 @@ from gyroquant.errors import InputError, RecipeError
 from gyroquant.grids import Fp4Grid, Fp8Grid, Grid, IntegerGrid, Mxfp4Grid, Nvfp4Grid, QuantizedWeight
 from gyroquant.recipe import load_recipe
 from gyroquant.rounding import InputStatistics, Solver, output_error, weight_error
+from gyroquant.rounding.gptaq import Gptaq
 from gyroquant.rounding.gptq import Gptq, inverse_factor
 from gyroquant.rounding.qronos import Qronos
 from gyroquant.rounding.rtn import RoundToNearest
@@ -16,6 +17,8 @@ SOLVERS: dict[str, Solver] = {
     "gptq": Gptq(),
     "gptq act_order": Gptq(act_order=True),
     "gptq static": Gptq(static_groups=True),
+    "gptaq": Gptaq(),
+    "gptaq act_order": Gptaq(act_order=True),
     "qronos": Qronos(alpha=1e-3),  # nothing drifts here, and these inputs are nearly dependent: 1e-6 hardly damps them
     "qronos act_order": Qronos(alpha=1e-3, act_order=True),
 }
@@ -121,6 +124,26 @@ def test_gptq_equals_the_definition() -> None:
     assert torch.equal(Gptq().solve(weight, grid, statistics).codes, codes)
 
 
+def test_gptq_is_ldlq() -> None:
+    """QuIP (arXiv 2307.13304), section 3.1: the errors of all earlier columns, times a column of the factor of
+    ``H = (A + I) D (A + I)^T``, with A strictly upper triangular. Theirs is GPTQ with scales that are fixed before.
+    """
+    weight, statistics = problem(rows=6, columns=32)
+    grid = IntegerGrid(bits=2, group_size=16)
+    h = statistics.gram.double()
+    h += 0.01 * h.diagonal().mean() * torch.eye(32, dtype=h.dtype)
+    upper = torch.linalg.cholesky(h.flip(0, 1)).flip(0, 1)  # h = upper @ upper.T
+    feedback = upper / upper.diagonal() - torch.eye(32)
+    w, q = weight.double(), torch.zeros(6, 32, dtype=torch.float64)
+    params = grid.fit(weight.view(6, 2, 16))
+    for k in range(32):
+        wanted = w[:, k] + (w - q)[:, :k] @ feedback[:k, k]
+        group = params[:, k // 16]
+        q[:, k] = grid.decode(grid.encode(wanted[:, None].float(), group), group)[:, 0].double()
+    solved = Gptq(static_groups=True).solve(weight, grid, statistics)
+    assert torch.equal(solved.dequantize(), q.float())
+
+
 @pytest.mark.parametrize("size", [16, 32, 48, 64, 96, 192])
 def test_groups_of_any_size_are_fitted_on_updated_weights(size: int) -> None:
     """The block of lazy updates must not show: one block and many give the same codes."""
@@ -154,13 +177,13 @@ def test_moments_that_are_not_finite_are_an_error(broken: float) -> None:
         Qronos().solve(torch.ones(2, 64), GRIDS[0], InputStatistics(torch.full((64, 64), broken), 1))
 
 
-@pytest.mark.parametrize("solver", [Gptq(), Qronos()], ids=["gptq", "qronos"])
+@pytest.mark.parametrize("solver", [Gptq(), Gptaq(), Qronos()], ids=["gptq", "gptaq", "qronos"])
 def test_calibrated_solvers_without_text_are_an_error(solver: Solver) -> None:
     with pytest.raises(InputError, match="needs calibration text"):
         solver.solve(problem()[0], GRIDS[0], None)
 
 
-@pytest.mark.parametrize("name", ["gptq", "qronos"])
+@pytest.mark.parametrize("name", ["gptq", "qronos", "gptaq"])
 def test_act_order_needs_static_groups(name: str) -> None:
     with pytest.raises(RecipeError, match="static_groups"):
         load_recipe(name, ["weights.solver.act_order=true", "weights.solver.static_groups=false"])

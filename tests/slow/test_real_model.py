@@ -35,6 +35,8 @@ def test_every_recipe_is_proved_and_loads(name: str, assets: tuple[Path, Path, P
     """With round to nearest, so that it is the transform that is tested; proof at about 1e-6."""
     model, calibration, _ = assets
     changes = ["weights.bits=8", "weights.solver=rtn", "weights.group_size=64"]
+    if gq.load_recipe(name).weights.tune is not None:
+        changes += ["weights.tune.iters=2"]
     if gq.load_recipe(name).learn is not None:
         changes += ["learn.steps=2", "calibration.nsamples=8", "calibration.seqlen=64"]
     recipe = gq.load_recipe(name, changes)

@@ -109,15 +109,15 @@ class CrossGram(Gram):
 
     Tokens are paired by their place in the batch, so only batches that reach the layer whole in both models count; the
     others leave the drift as it is. Those of experts are like that: the two routers send different tokens, and an x0
-    of the same token need not exist. None when nothing could be paired.
+    of the same token need not exist. None when nothing could be paired, or when it is not `drifting`.
     """
 
-    def __init__(self, n: int, pairing: Pairing):
+    def __init__(self, n: int, pairing: Pairing, drifting: bool = True):
         super().__init__(n)
-        self.pairing = pairing
+        self.pairing, self.drifting = pairing, drifting
 
     def __call__(self, x: Tensor) -> None:
-        whole = x.shape[0] == self.pairing.tokens
+        whole = self.drifting and x.shape[0] == self.pairing.tokens
         if self.pairing.original:
             if whole:
                 self.pairing.waiting[self] = x.clone()  # x may be a view of hidden states that are about to move on

@@ -24,7 +24,7 @@ class Stream:
 
     `dtype` is what blocks compute in. With `offload`, a folder, the hidden states lie in a file there, memory-mapped.
     With `paired`, those of the original model go along in `original`: `observe` moves them on, with the weights that it
-    is given, and `run` does not.
+    is given, and `run` does not. `drifts` says whether `observe` compares the two.
     """
 
     def __init__(
@@ -36,6 +36,7 @@ class Stream:
         offload: Path | None = None,
         device: torch.device | str = "cpu",
         paired: bool = False,
+        drifts: bool = True,
     ):
         self.runner, self.input_ids, self.dtype, self.device = runner, input_ids, dtype, torch.device(device)
         self.batch = max(1, _TOKENS // input_ids.shape[1])
@@ -45,10 +46,12 @@ class Stream:
         for start, ids in self._batches():
             first, calls = runner.begin(ids, self._outer)
             self._calls.setdefault(len(ids), calls)
+            if 1 not in self._calls:
+                self._calls[1] = runner.begin(ids[:1], self._outer)[1]
             if self.hidden is None:
                 self.hidden = self._room((len(input_ids), *first.shape[1:]), offload)
             self.hidden[start : start + len(ids)] = first
-        self.pairing = Pairing() if paired else None
+        self.pairing, self._drifts = Pairing() if paired else None, drifts
         self.original: Tensor | None = None
         if paired and self.hidden is not None:
             self.original = self._room(tuple(self.hidden.shape), offload, "original_").copy_(self.hidden)
@@ -88,7 +91,7 @@ class Stream:
 
     def observer(self, n: int) -> Gram:
         """What `observe` feeds for an input of n features: with `paired` it has a drift."""
-        return Gram(n) if self.pairing is None else CrossGram(n, self.pairing)
+        return Gram(n) if self.pairing is None else CrossGram(n, self.pairing, self._drifts)
 
     def observe(self, index: int, tensors: Mapping[str, Tensor], progress: Advance = lambda: None) -> None:
         """Runs block `index` for the sake of observers: the hidden states stay, those of the original move on."""
@@ -119,6 +122,10 @@ class Stream:
         out = self.runner.run(index, local, hidden.to(self.device), self._calls[len(hidden)][index])
         if keep:
             hidden.copy_(out)
+
+    def one(self, index: int, tensors: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
+        """What block `index` makes of one sequence, shape (1, length, hidden), differentiable."""
+        return self.runner.differentiable(index, tensors, hidden, self._calls[1][index])
 
     def _pieces(self) -> Iterator[tuple[int, int, int]]:
         count, length = self.input_ids.shape

@@ -95,6 +95,25 @@ class Grid(BaseModel, ABC):
         return self.fit(groups)
 
     @abstractmethod
+    def storable(self, scale: Tensor, zero: Tensor) -> GroupParams:
+        """The parameters nearest to finite ones, of the same shape, that can be stored."""
+
+    def stretched(self, params: GroupParams, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero point, not yet storable, of groups whose span has its two ends moved by these factors.
+
+        Differentiable. Grids without zero points take the mean of the two.
+        """
+        return params.scale * ((low + high) / 2), params.zero
+
+    @abstractmethod
+    def span(self, zero: Tensor) -> tuple[Tensor, Tensor]:
+        """The smallest and the largest number in units of the scale, for zero points of any shape, differentiable."""
+
+    def gap(self, numbers: Tensor) -> Tensor:
+        """How far the next number towards zero is from numbers of the grid, both in units of the scale."""
+        return torch.ones_like(numbers)
+
+    @abstractmethod
     def encode(self, weights: Tensor, params: GroupParams) -> Tensor:
         """The nearest codes, uint8, for weights of shape (..., k) whose scales are `params`."""
 
@@ -158,8 +177,19 @@ class QuantizedWeight:
         numbers = self.grid.decode(groups, self.params).view(rows, columns)
         return numbers if self.basis is None else self.basis.decode(numbers)
 
+    @property
+    def bits(self) -> int:
+        """The bits that are stored for the matrix, up to what filling the last byte takes."""
+        basis = 0 if self.basis is None or self.basis.scale is None else 16 * self.basis.scale.numel()
+        return self.grid.bits * self.codes.numel() + self.grid.group_bits * self.params.scale.numel() + basis
+
     def pack(self) -> dict[str, Tensor]:
         return self.grid.pack(self.codes, self.params) | ({} if self.basis is None else self.basis.pack())
+
+
+def clamped_half(scale: Tensor, low: float) -> Tensor:
+    """The fp16 number nearest to each scale, from `low` on, as fp32 and none of them 0."""
+    return half_scale(scale.clamp(low, torch.finfo(torch.float16).max))
 
 
 def half_scale(scale: Tensor) -> Tensor:

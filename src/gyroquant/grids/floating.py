@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from abc import abstractmethod
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from gyroquant.errors import InputError
-from gyroquant.grids.base import Grid, GroupParams, GroupSize, half_scale, stored
+from gyroquant.grids.base import Grid, GroupParams, GroupSize, clamped_half, half_scale, stored
 from gyroquant.grids.bitpack import pack, unpack
 
 E2M1_MAX = 6.0
@@ -47,9 +49,35 @@ class FloatGrid(Grid):
     def group_bits(self) -> int:
         return 16
 
+    @property
+    @abstractmethod
+    def _max(self) -> float:
+        """The largest element."""
+
+    @property
+    @abstractmethod
+    def _mantissa(self) -> int:
+        """The bits behind an element's leading one."""
+
+    @property
+    @abstractmethod
+    def _least_exponent(self) -> int:
+        """Of two, from which on elements have a leading one; plus one."""
+
     def scaled(self, scale: Tensor) -> GroupParams:
         """Parameters of these scales."""
         return GroupParams(scale, torch.zeros_like(scale))
+
+    def storable(self, scale: Tensor, zero: Tensor) -> GroupParams:
+        return self.scaled(clamped_half(scale, 0))
+
+    def span(self, zero: Tensor) -> tuple[Tensor, Tensor]:
+        largest = torch.full_like(zero, self._max)
+        return -largest, largest
+
+    def gap(self, numbers: Tensor) -> Tensor:
+        _, exponent = torch.frexp(numbers.abs() * (1 - 2.0**-12))  # a power of two belongs to what lies below it
+        return torch.ldexp(torch.ones_like(numbers), exponent.clamp_min(self._least_exponent) - 1 - self._mantissa)
 
     def pack(self, codes: Tensor, params: GroupParams) -> dict[str, Tensor]:
         return {"codes": pack(codes, self.bits)} | self._stored(params.scale.squeeze(-1))
@@ -70,6 +98,18 @@ class E2M1Grid(FloatGrid):
     """Elements of sign, two bits of exponent and one of mantissa, as the OCP Microscaling specification has them."""
 
     bits: Literal[4] = 4
+
+    @property
+    def _max(self) -> float:
+        return E2M1_MAX
+
+    @property
+    def _mantissa(self) -> int:
+        return 1
+
+    @property
+    def _least_exponent(self) -> int:
+        return 1
 
     def encode(self, weights: Tensor, params: GroupParams) -> Tensor:
         element = nearest_e2m1(weights, params.scale)
@@ -122,6 +162,14 @@ class Fp8Grid(FloatGrid):
     @property
     def _max(self) -> float:
         return float(torch.finfo(_FP8[self.format]).max)
+
+    @property
+    def _mantissa(self) -> int:
+        return 3 if self.format == "e4m3" else 2
+
+    @property
+    def _least_exponent(self) -> int:
+        return math.frexp(torch.finfo(_FP8[self.format]).tiny)[1]
 
     def _elements(self, weights: Tensor, params: GroupParams) -> Tensor:
         return (weights / params.scale).clamp_(-self._max, self._max).to(_FP8[self.format])

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from gyroquant.grids.base import Grid, GroupParams, GroupSize, half_scale, stored
+from gyroquant.grids.base import Grid, GroupParams, GroupSize, clamped_half, half_scale, stored
 from gyroquant.grids.bitpack import pack, unpack
 
 _SHRINK = tuple(1.0 - 0.02 * i for i in range(41))  # clipping factors that the MSE search tries
@@ -70,6 +70,21 @@ class IntegerGrid(Grid):
         if self.scale == "minmax":
             return self._params(low * self.clip, high * self.clip)
         return self.least_squares(groups, (self._params(low * factor, high * factor) for factor in _SHRINK))
+
+    def storable(self, scale: Tensor, zero: Tensor) -> GroupParams:
+        if self.symmetric:
+            return GroupParams(clamped_half(scale, -float("inf")), torch.full_like(zero, self._middle))
+        return GroupParams(clamped_half(scale, 0), torch.round(zero).clamp(0, self._levels))
+
+    def stretched(self, params: GroupParams, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        if self.symmetric:
+            return super().stretched(params, low, high)
+        below = params.zero * low
+        steps = (below + (self._levels - params.zero) * high) / self._levels  # how long a new step is in old ones
+        return params.scale * steps, below / steps
+
+    def span(self, zero: Tensor) -> tuple[Tensor, Tensor]:
+        return -zero, self._levels - zero
 
     def _steps(self, weights: Tensor, params: GroupParams) -> Tensor:
         return (weights / params.scale).add_(params.zero).round_().clamp_(0, self._levels)

@@ -40,6 +40,10 @@ class Mxfp4Grid(E2M1Grid):
             return self._params(extreme + _CARRY[self.scale_rounding], 0)
         return self.least_squares(groups, (self._params(extreme, shift) for shift in (0, 1, -1)))
 
+    def storable(self, scale: Tensor, zero: Tensor) -> GroupParams:
+        near = scale.clamp(2.0**-126, 2.0**127).contiguous()
+        return self._params(near.view(torch.int32) + (1 << 22), 2)  # from 1.5 on, the next power is as near or nearer
+
     def _params(self, extreme: Tensor, shift: int) -> GroupParams:
         # Two binades lie between 1 and the 4 that the largest becomes. 0 would be a number that fp32 holds as a
         # subnormal only, 255 is NaN.
@@ -100,6 +104,10 @@ class Nvfp4Grid(E2M1Grid):
 
     def fit(self, groups: Tensor) -> GroupParams:
         return self._fit(groups, largest(groups), self._as_tensor(groups.device))
+
+    def storable(self, scale: Tensor, zero: Tensor) -> GroupParams:
+        tensor_scale = self._as_tensor(scale.device)
+        return self._params(scale / tensor_scale, tensor_scale)
 
     def _fit_rows(self, groups: Tensor) -> GroupParams:
         if self._tensor_scale is not None:

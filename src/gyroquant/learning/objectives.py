@@ -19,7 +19,7 @@ from gyroquant.models.graph import LinearOp
 from gyroquant.models.online import Attachment, attached, fake
 from gyroquant.models.packed import as_matrix, from_matrix
 from gyroquant.models.prove import residual_map
-from gyroquant.models.runner import BlockRunner, Call
+from gyroquant.models.runner import BlockRunner, Call, pass_back
 from gyroquant.models.store import WeightStore
 from gyroquant.progress import Stages
 
@@ -72,13 +72,6 @@ class RoundedModel:
     def leaves(self, rounded: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The same for the model to run on; gradients gather in them until `pass_back` takes them on."""
         return {name: value.detach().requires_grad_() for name, value in self.typed(rounded).items()}
-
-
-def pass_back(rounded: Mapping[str, Tensor], leaves: Mapping[str, Tensor]) -> None:
-    """Takes the gradients that have gathered in leaves on to what these were made from."""
-    moved = [name for name, value in rounded.items() if value.requires_grad and leaves[name].grad is not None]
-    gradients = [leaves[name].grad.float() for name in moved]  # type: ignore[union-attr]
-    torch.autograd.backward([rounded[name] for name in moved], gradients)
 
 
 class EndToEnd(Loss):

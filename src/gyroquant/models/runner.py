@@ -86,6 +86,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
+def pass_back(made: Mapping[str, Tensor], leaves: Mapping[str, Tensor]) -> None:
+    """Takes the gradients that have gathered in leaves, of any dtype, on to what these were made from."""
+    moved = [name for name, value in made.items() if value.requires_grad and leaves[name].grad is not None]
+    gradients = [leaves[name].grad.to(made[name].dtype) for name in moved]  # type: ignore[union-attr]
+    torch.autograd.backward([made[name] for name in moved], gradients)
+
+
 class BlockRunner:
     """Runs a model in pieces on weights that are handed in, each a mapping from full parameter names to tensors."""
 

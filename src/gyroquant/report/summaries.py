@@ -15,11 +15,18 @@ from gyroquant.maps import factors
 from gyroquant.report.console import duration, size, table
 
 
+def _above(limits: Sequence[Mapping[str, float]]) -> str:
+    """How far the layers of a model are above what any code of as many bits could reach."""
+    decibels, bits = (sum(one[key] for one in limits) / len(limits) for key in ("decibels", "excess_bits"))
+    return f"{decibels:.1f} dB, or {bits:.2f} bits per weight (mean of {len(limits)} layers)"
+
+
 def quantized(manifest: Mapping[str, Any], out: str) -> list[Table]:
     """What `quantize` did: proof, bits, time, memory."""
     proof, bits = manifest["proof"], manifest["bits"]
     weights = [layer["weight_error"] for layer in manifest["layers"]]
     outputs = [layer["output_error"] for layer in manifest["layers"] if layer["output_error"] is not None]
+    limits = [layer["limit"] for layer in manifest["layers"] if layer.get("limit")]
     folded = proof["tokens"] > 0
     rows = [
         ("written to", out),
@@ -30,6 +37,7 @@ def quantized(manifest: Mapping[str, Any], out: str) -> list[Table]:
         ("bits per weight, whole model", f"{bits['whole_model_per_weight']:.2f}"),
         ("relative error of the weights", f"{sum(weights) / len(weights):.4f} (mean of {len(weights)} layers)"),
         ("relative error of the outputs", f"{sum(outputs) / len(outputs):.4f}" if outputs else "not measured"),
+        ("above the limit of any code", _above(limits) if limits else "not measured"),
         ("time", duration(manifest["seconds"])),
         ("peak memory", size(manifest["peak_memory_bytes"])),
     ]

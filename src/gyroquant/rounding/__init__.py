@@ -6,6 +6,8 @@ from pkgutil import iter_modules
 from gyroquant.rounding.activations import Activations, Ignore, KvCache
 from gyroquant.rounding.base import InputStatistics, Solver, output_error, weight_error
 from gyroquant.rounding.basis import WeightBasis
+from gyroquant.rounding.refine import Refine
+from gyroquant.rounding.signround import SignRound
 
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
@@ -15,6 +17,8 @@ __all__ = [
     "Ignore",
     "InputStatistics",
     "KvCache",
+    "Refine",
+    "SignRound",
     "Solver",
     "WeightBasis",
     "output_error",

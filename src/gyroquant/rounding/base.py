@@ -69,8 +69,11 @@ def weight_error(weight: Tensor, rounded: Tensor) -> float:
     return float((weight - rounded).square().sum() / weight.square().sum().clamp_min(1e-30))
 
 
+def output_energy(weight: Tensor, statistics: InputStatistics) -> float:
+    """``|X W^T|^2`` over the calibration tokens, from the second moments alone."""
+    return float(((weight @ statistics.gram) * weight).sum())
+
+
 def output_error(weight: Tensor, rounded: Tensor, statistics: InputStatistics) -> float:
     """``|X (W - Q)^T|^2 / |X W^T|^2`` over the calibration tokens, from the second moments alone."""
-    difference = weight - rounded
-    noise = ((difference @ statistics.gram) * difference).sum()
-    return float(noise / ((weight @ statistics.gram) * weight).sum().clamp_min(1e-30))
+    return output_energy(weight - rounded, statistics) / max(output_energy(weight, statistics), 1e-30)

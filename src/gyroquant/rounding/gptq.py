@@ -84,10 +84,10 @@ class Gptq(ColumnOptions, Solver):
             raise InputError("GPTQ needs calibration text: give --text, or use the solver rtn")
         order = self.order(statistics.gram)
         factor = inverse_factor(statistics.gram[order][:, order], self.damp_percent, warn)
-        return _Sweep(weight, grid, order, self.fits_before).run(factor.float())
+        return Sweep(weight, grid, order, self.fits_before).run(factor.float())
 
 
-class _Sweep:
+class Sweep:
     """The state of one pass over the columns; weights are held transposed, so that a column lies together."""
 
     def __init__(self, weight: Tensor, grid: Grid, order: Tensor, static: bool):
@@ -105,7 +105,7 @@ class _Sweep:
             blank = torch.zeros(rows, groups, 1, device=weight.device)
             self.params = GroupParams(blank, blank.clone())
 
-    def block(self, start: int, stop: int, factor: Tensor) -> None:
+    def block(self, start: int, stop: int, factor: Tensor, feed: Tensor | None) -> None:
         """Rounds columns start..stop and passes their errors on, within the block at once, beyond it in one product."""
         errors = torch.empty(stop - start, self.free.shape[1], device=self.free.device)
         for i in range(start, stop):
@@ -119,12 +119,20 @@ class _Sweep:
             self.codes[column] = code[:, 0]
             error = (self.free[i] - self.grid.decode(code, params)[:, 0]) / factor[i, i]
             self.free[i + 1 : stop].addr_(factor[i, i + 1 : stop], error, alpha=-1)
+            if feed is not None:
+                self.free[i + 1 : stop].addr_(feed[i, i + 1 : stop], self.free[i])
             errors[i - start] = error
         self.free[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+        if feed is not None:
+            self.free[stop:].addmm_(feed[start:stop, stop:].T, self.free[start:stop])
 
-    def run(self, factor: Tensor) -> QuantizedWeight:
-        """Rounds every column, given the factor of the inverse second moments in the sweep's order, fp32."""
+    def run(self, factor: Tensor, feed: Tensor | None = None) -> QuantizedWeight:
+        """Rounds every column, given the factor of the inverse second moments in the sweep's order, fp32.
+
+        With `feed`, of the same shape, each column as it was before rounding, times its row of `feed`, is added to
+        those that come after it.
+        """
         columns = len(self.order)
         for start in range(0, columns, self.step):
-            self.block(start, min(columns, start + self.step), factor)
+            self.block(start, min(columns, start + self.step), factor, feed)
         return QuantizedWeight(self.grid, self.codes.T.contiguous(), self.params)

@@ -24,7 +24,7 @@ from torch import Tensor
 from gyroquant.errors import InputError
 from gyroquant.grids import Grid, QuantizedWeight
 from gyroquant.rounding.base import InputStatistics, Solver, Warn
-from gyroquant.rounding.gptq import ColumnOptions, _Sweep, inverse_factor
+from gyroquant.rounding.gptq import ColumnOptions, Sweep, inverse_factor
 
 _POWERS = 32
 _ROWS = 1024
@@ -85,7 +85,7 @@ class Qronos(ColumnOptions, Solver):
         start = weight
         if statistics.drift is not None:
             start = starting_point(weight[:, order], statistics.drift[order][:, order], factor)[:, order.argsort()]
-        return _Sweep(start, grid, order, self.fits_before).run(factor.float())
+        return Sweep(start, grid, order, self.fits_before).run(factor.float())
 
     def damp_percent(self, gram: Tensor) -> float:
         """The damping in the measure of GPTQ: what is added to the diagonal over the mean of the diagonal."""

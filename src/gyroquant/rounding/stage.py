@@ -17,8 +17,9 @@ from gyroquant.grids import Basis, Grid, GroupParams, QuantizedWeight
 from gyroquant.models.graph import Group, LinearOp, ModelGraph
 from gyroquant.models.online import Attachment
 from gyroquant.models.packed import as_matrix
-from gyroquant.rounding.base import InputStatistics, Solver, Warn, output_error, weight_error
+from gyroquant.rounding.base import InputStatistics, Solver, Warn
 from gyroquant.rounding.basis import WeightBasis
+from gyroquant.rounding.refine import Refine
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,13 @@ class Placed:
 
 @dataclass(frozen=True)
 class Rounding:
-    """How layers are rounded: `solver` to the `grid`, in a `basis` of their inputs or as they are."""
+    """How layers are rounded: `solver` to the `grid`, in a `basis` of their inputs or as they are, then refined."""
 
     solver: Solver
     grid: Grid
     basis: WeightBasis | None
     warn: Warn
+    refine: Refine | None = None
 
     def _basis(self, matrix: Tensor, statistics: InputStatistics | None) -> Basis | None:
         gram = None if statistics is None else statistics.gram
@@ -62,22 +64,13 @@ class Rounding:
     def solve(self, placed: Placed, grid: Grid) -> QuantizedWeight:
         """Rounds to a grid that is made for the matrix; without statistics, to nearest."""
         solver, warn = self.solver, partial(_named, self.warn, placed.name)
-        if placed.statistics is None and solver.needs_statistics:
+        if placed.statistics is None and (solver.needs_statistics or self.refine is not None):
             warn("no calibration token reached this expert; it is rounded to nearest")
             solver = Solver.kinds["rtn"](name="rtn")
-        return replace(solver.solve(placed.matrix, grid, placed.statistics, warn), basis=placed.basis)
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """How far one rounded layer is from the original: relative squared errors of its weights and of its output.
-
-    `output_error` is over the calibration tokens, None without statistics.
-    """
-
-    name: str
-    weight_error: float
-    output_error: float | None
+        solved = solver.solve(placed.matrix, grid, placed.statistics, warn)
+        if self.refine is not None and placed.statistics is not None:
+            solved = self.refine.run(placed.matrix, solved, placed.statistics)
+        return replace(solved, basis=placed.basis)
 
 
 def is_ignored(module: str, patterns: Iterable[str]) -> bool:
@@ -127,41 +120,41 @@ def round_group(
     observed: Mapping[Key, Gram],
     online: Sequence[Attachment],
     how: Rounding,
-) -> tuple[dict[str, QuantizedWeight], list[LayerReport]]:
-    """Rounds the targets of one group, whose folded weights are `tensors`; returns them by name, with their errors."""
-    together: dict[str, list[LinearOp]] = defaultdict(list)
+) -> dict[str, QuantizedWeight]:
+    """Rounds the targets of one group, whose folded weights are `tensors`; returns them by name."""
+    done: dict[str, QuantizedWeight] = {}
+    for key, ops in together(group, targets, online).items():
+        if ops[0].entry.stacked:
+            pieces = [_round_experts(ops[0], key, tensors, observed, how)]
+        else:
+            pieces = _round_together(ops, key, tensors, observed, how)
+        done |= {op.weight: weight for op, weight in zip(ops, pieces, strict=True)}
+    return done
+
+
+def together(group: Group, targets: Mapping[str, LinearOp], online: Sequence[Attachment]) -> dict[str, list[LinearOp]]:
+    """The targets of a group by what they read: those that read the same are rounded together."""
+    found: dict[str, list[LinearOp]] = defaultdict(list)
     own = modules_with_own_map(online)
     for op in group.linears:
         if op.weight in targets:
-            together[input_key(op, own)].append(op)
-    done: dict[str, QuantizedWeight] = {}
-    reports: list[LayerReport] = []
-    for key, ops in together.items():
-        if ops[0].entry.stacked:
-            pieces = _round_experts(ops[0], key, tensors, observed, how)
-        else:
-            pieces = _round_together(ops, key, tensors, observed, how)
-        for op, (weight, report) in zip(ops, pieces, strict=True):
-            done[op.weight] = weight
-            reports.append(report)
-    return done, reports
-
-
-Piece = tuple[QuantizedWeight, LayerReport]
+            found[input_key(op, own)].append(op)
+    return found
 
 
 def _named(warn: Warn, name: str, text: str) -> None:
     warn(f"{name}: {text}")
 
 
-def _statistics(gram: Gram | None) -> InputStatistics | None:
+def statistics_of(gram: Gram | None) -> InputStatistics | None:
+    """What an observer saw, for solvers."""
     return None if gram is None else InputStatistics(gram.gram, gram.count, gram.drift)
 
 
 def _round_together(
     ops: list[LinearOp], key: str, tensors: Mapping[str, Tensor], observed: Mapping[Key, Gram], how: Rounding
-) -> list[Piece]:
-    statistics = _statistics(observed.get((key, None)))
+) -> list[QuantizedWeight]:
+    statistics = statistics_of(observed.get((key, None)))
     matrices = [as_matrix(tensors[op.weight].float(), op) for op in ops]
     names = ", ".join(op.module for op in ops)
     placed = how.place(names, torch.cat(matrices), statistics)
@@ -170,37 +163,28 @@ def _round_together(
     parts = zip(
         solved.codes.split(sizes), solved.params.scale.split(sizes), solved.params.zero.split(sizes), strict=True
     )
-    pieces = []
-    for op, matrix, (codes, scale, zero) in zip(ops, matrices, parts, strict=True):
-        params = GroupParams(scale.contiguous(), zero.contiguous())
-        weight = QuantizedWeight(solved.grid, codes.contiguous(), params, solved.basis)
-        pieces.append((weight, _report(_name(op), matrix, weight, statistics)))
-    return pieces
+    return [
+        QuantizedWeight(
+            solved.grid, codes.contiguous(), GroupParams(scale.contiguous(), zero.contiguous()), solved.basis
+        )
+        for codes, scale, zero in parts
+    ]
 
 
 def _round_experts(
     op: LinearOp, key: str, tensors: Mapping[str, Tensor], observed: Mapping[Key, Gram], how: Rounding
-) -> list[Piece]:
+) -> QuantizedWeight:
     matrices = [as_matrix(stored, op) for stored in tensors[op.weight].float()]
 
     def statistics(expert: int) -> InputStatistics | None:  # made anew each time: those of all experts are large
-        return _statistics(observed.get((key, expert)))
+        return statistics_of(observed.get((key, expert)))
 
     grid = how.grid.bind(*(how.encoded(matrix, statistics(expert)) for expert, matrix in enumerate(matrices)))
     weights: list[QuantizedWeight] = []
-    reports: list[LayerReport] = []
     for expert, matrix in enumerate(matrices):
-        name, seen = f"{op.weight}[{expert}]", statistics(expert)
-        weights.append(how.solve(how.place(name, matrix, seen), grid))
-        reports.append(_report(name, matrix, weights[-1], seen))
+        weights.append(how.solve(how.place(f"{op.weight}[{expert}]", matrix, statistics(expert)), grid))
     params = GroupParams(torch.cat([w.params.scale for w in weights]), torch.cat([w.params.zero for w in weights]))
-    errors = [r.output_error for r in reports if r.output_error is not None]
-    mean = LayerReport(
-        op.weight,
-        sum(r.weight_error for r in reports) / len(reports),
-        sum(errors) / len(errors) if errors else None,
-    )
-    return [(QuantizedWeight(grid, torch.cat([w.codes for w in weights]), params, _stacked(weights)), mean)]
+    return QuantizedWeight(grid, torch.cat([w.codes for w in weights]), params, _stacked(weights))
 
 
 def _stacked(weights: Sequence[QuantizedWeight]) -> Basis | None:
@@ -208,9 +192,3 @@ def _stacked(weights: Sequence[QuantizedWeight]) -> Basis | None:
     bases = [weight.basis for weight in weights if weight.basis is not None]
     scales = [basis.scale for basis in bases if basis.scale is not None]
     return replace(bases[0], scale=torch.cat(scales) if scales else None) if bases else None
-
-
-def _report(name: str, matrix: Tensor, weight: QuantizedWeight, statistics: InputStatistics | None) -> LayerReport:
-    rounded = weight.dequantize()
-    error = None if statistics is None else output_error(matrix, rounded, statistics)
-    return LayerReport(name, weight_error(matrix, rounded), error)

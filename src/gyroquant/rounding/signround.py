@@ -1,0 +1,154 @@
+"""SignRound (Cheng et al., arXiv 2309.05516; Intel's auto-round): rounding tuned on the outputs of whole blocks.
+
+Behind any solver: a block's rounded layers are tuned together, so that the block's output on the inputs that it will
+see comes near to what the unrounded model gave. What is tuned is where each weight lies between two codes, and the ends
+of every group's span, by the signs of the gradients alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from gyroquant.grids import QuantizedWeight
+from gyroquant.models.graph import LinearOp
+from gyroquant.models.packed import as_matrix, from_matrix
+from gyroquant.models.runner import pass_back
+from gyroquant.progress import Advance
+from gyroquant.rounding.tunable import TunableWeight
+
+Run = Callable[[Mapping[str, Tensor], Tensor], Tensor]
+"""A block on some weights: hidden states in, hidden states out, both of shape (sequences, length, hidden)."""
+
+
+class SignRound(BaseModel):
+    """How long and how a block is tuned.
+
+    Each of `iters` steps looks at `batch_size` sequences, one by one. `lr` is a step's length, in steps of the grid for
+    what decides codes and as a share for the ends of spans (`minmax_lr`); 1 / iters where it is not given, falling to
+    nothing by `schedule`. `codes` and `minmax` say what is tuned: the ends alone are OmniQuant's learned clipping
+    (arXiv 2308.13137). With `best` the state of the least loss is kept rather than the last. The result is only taken
+    where it is better than what the solver left, on sequences that both are measured on.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    iters: Annotated[int, Field(gt=0)] = 200
+    batch_size: Annotated[int, Field(gt=0)] = 8
+    lr: Annotated[float, Field(gt=0, le=1)] | None = None
+    minmax_lr: Annotated[float, Field(gt=0, le=1)] | None = None
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    codes: bool = True
+    minmax: bool = True
+    best: bool = True
+
+    def rate(self, lr: float | None, step: int) -> float:
+        """The length of a step."""
+        done = step / self.iters
+        falling = {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2, "constant": 1.0}
+        return (lr or 1 / self.iters) * falling[self.schedule]
+
+
+class BlockTuner:
+    """One block: its folded weights, what a solver made of some of them, its inputs and the outputs to reach.
+
+    `hidden` and `target` have the shape (sequences, length, hidden); `run` computes in their dtype.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        ops: Mapping[str, LinearOp],
+        rounded: Mapping[str, QuantizedWeight],
+        hidden: Tensor,
+        target: Tensor,
+        run: Run,
+    ):
+        self.ops, self.rounded, self.hidden, self.target, self.run = ops, dict(rounded), hidden, target, run
+        self.tunable = {
+            name: TunableWeight(as_matrix(tensors[name].float(), ops[name]), weight) for name, weight in rounded.items()
+        }
+        self.rest = {name: tensor.to(hidden.dtype) for name, tensor in tensors.items() if name not in rounded}
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {
+            name: from_matrix(one.matrix(), self.ops[name].shape, self.ops[name].entry.transposed)
+            for name, one in self.tunable.items()
+        }
+
+    def _error(self, weights: Mapping[str, Tensor], sequence: int) -> Tensor:
+        """The squared error of the block's output on a sequence, over that of changing nothing."""
+        hidden, target = self.hidden[sequence : sequence + 1], self.target[sequence : sequence + 1].float()
+        scale = (target - hidden.float()).square().mean().clamp_min(1e-30)
+        return (self.run(weights, hidden).float() - target).square().mean() / scale
+
+    def loss(self, sequences: list[int], backward: bool) -> float:
+        """The mean error over sequences; with `backward` its gradients are left in the tuned tensors."""
+        with torch.set_grad_enabled(backward):
+            rounded = self._weights()
+            leaves = {name: value.detach().to(self.hidden.dtype) for name, value in rounded.items()}
+            total = 0.0
+            for leaf in leaves.values():
+                leaf.requires_grad_(backward)
+            for sequence in sequences:
+                error = self._error(leaves | self.rest, sequence) / len(sequences)
+                total += float(error.detach())
+                if backward:
+                    error.backward()
+            if backward:
+                pass_back(rounded, leaves)
+        return total
+
+    def tune(self, settings: SignRound, seed: int, progress: Advance = lambda: None) -> dict[str, QuantizedWeight]:
+        """Tunes and returns the weights, or those that were there where nothing was gained."""
+        generator = torch.Generator().manual_seed(seed)
+        moving = self._moving(settings)
+        best, least = None, math.inf
+        for step in range(settings.iters):
+            picks = torch.randperm(len(self.hidden), generator=generator)[: settings.batch_size].tolist()
+            loss = self.loss(picks, backward=True)
+            if settings.best and loss < least:
+                best, least = [tensor.detach().clone() for tensor, _ in moving], loss
+            with torch.no_grad():
+                for tensor, lr in moving:
+                    if tensor.grad is not None:
+                        tensor.sub_(tensor.grad.sign(), alpha=settings.rate(lr, step))
+                        tensor.grad = None
+            for one in self.tunable.values():
+                one.limit()
+            progress()
+        if best is not None:
+            with torch.no_grad():
+                for (tensor, _), value in zip(moving, best, strict=True):
+                    tensor.copy_(value)
+        return self._better(settings, generator)
+
+    def _moving(self, settings: SignRound) -> list[tuple[Tensor, float | None]]:
+        found: list[tuple[Tensor, float | None]] = []
+        for one in self.tunable.values():
+            found += [(one.offset, settings.lr)] if settings.codes else []
+            found += [(one.stretch, settings.minmax_lr or settings.lr)] if settings.minmax else []
+        for tensor, _ in found:
+            tensor.requires_grad_()
+        return found
+
+    def _better(self, settings: SignRound, generator: torch.Generator) -> dict[str, QuantizedWeight]:
+        """The tuned weights, or those at the start, whichever does better on twice a step's sequences."""
+        picks = torch.randperm(len(self.hidden), generator=generator)[: 2 * settings.batch_size].tolist()
+        tuned = self.loss(picks, backward=False)
+        after = {name: one.result() for name, one in self.tunable.items()}
+        for one in self.tunable.values():
+            with torch.no_grad():
+                one.offset.zero_()
+                one.stretch.fill_(1)
+        return after if tuned < self.loss(picks, backward=False) else self.rounded
+
+
+def tune_block(settings: SignRound, tuner: BlockTuner, seed: int, progress: Any) -> dict[str, QuantizedWeight]:
+    """As `BlockTuner.tune`, from within code that computes without gradients."""
+    with torch.enable_grad():
+        return tuner.tune(settings, seed, progress)

@@ -1,0 +1,82 @@
+"""The rate-distortion bound: against its definition, its own inverse, and what rounding reaches."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_solvers import problem
+
+from gyroquant.grids import IntegerGrid
+from gyroquant.rounding import InputStatistics, output_error
+from gyroquant.rounding.base import output_energy
+from gyroquant.rounding.gptq import Gptq
+from gyroquant.rounding.limit import least_bits, least_error, limit, spectrum
+from gyroquant.rounding.rtn import RoundToNearest
+
+
+def falling(*values: float) -> torch.Tensor:
+    return torch.tensor(sorted(values, reverse=True), dtype=torch.float64)
+
+
+def test_equal_variances_lose_six_decibels_a_bit() -> None:
+    assert least_error(torch.full((7,), 3.0, dtype=torch.float64), 2.0) == pytest.approx(3 / 16)
+
+
+def test_what_lies_under_the_water_is_not_coded() -> None:
+    """Of variances 16 and 1, one bit each on average, the first takes both and is left at 1."""
+    assert least_error(falling(16, 1), 1.0) == pytest.approx(1.0)
+    assert least_error(falling(16, 0.01), 1.0) == pytest.approx((16 / 16 + 0.01) / 2)
+    assert least_error(falling(5, 0, 0), 0.0) == pytest.approx(5 / 3)
+
+
+@given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=40), st.floats(0.01, 9))
+@settings(deadline=None)
+def test_bits_and_error_are_inverse_and_the_definition(values: list[float], bits: float) -> None:
+    variances = falling(*values)
+    error = least_error(variances, bits)
+    assert least_bits(variances, error) == pytest.approx(bits, rel=1e-6)
+    low, high = 0.0, float(variances[0])
+    for _ in range(200):  # the water level by bisection
+        level = (low + high) / 2
+        spent = float((variances / level).clamp_min(1).log2().mean()) / 2
+        low, high = (level, high) if spent > bits else (low, level)
+    assert error == pytest.approx(float(variances.clamp(max=high).mean()), rel=1e-6)
+
+
+def test_no_error_takes_infinitely_many_bits_and_all_of_it_none() -> None:
+    assert least_bits(falling(2, 1), 0.0) == math.inf
+    assert least_bits(falling(2, 1), 1.5) == 0.0
+    assert limit(torch.ones(2, 2), falling(1, 1), 0.0, 1.0, 2.0) is None
+
+
+def test_gaussian_weights_lie_above_it_and_gptq_nearer_than_rounding_to_nearest() -> None:
+    weight, statistics = problem(rows=256)
+    grid, found = IntegerGrid(bits=3, group_size=64), {}
+    for solver in (RoundToNearest(), Gptq()):
+        rounded = solver.solve(weight, grid, statistics)
+        error = output_error(weight, rounded.dequantize(), statistics)
+        bits = rounded.bits / weight.numel()
+        assert bits == 3 + (16 + 3) / 64
+        found[solver.name] = limit(weight, spectrum(statistics.gram), error, output_energy(weight, statistics), bits)
+        assert found[solver.name].decibels == pytest.approx(10 * math.log10(error / found[solver.name].output_error))
+    assert 1.5 < found["gptq"].decibels < found["rtn"].decibels
+    assert 0.25 < found["gptq"].excess_bits < found["rtn"].excess_bits
+
+
+def test_the_bound_is_met_by_no_bits_at_all() -> None:
+    """A layer of zeros costs nothing and loses everything: at 0 bits that is the bound, but for the weights' luck."""
+    weight, statistics = problem(rows=512)
+    energy = output_energy(weight, statistics)
+    found = limit(weight, spectrum(statistics.gram), 1.0, energy, 0.0)
+    assert found is not None
+    assert found.decibels == pytest.approx(0, abs=0.2)
+
+
+def test_a_spectrum_has_no_negative_numbers() -> None:
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    found = spectrum(InputStatistics(x.T @ x, 5).gram)
+    assert bool((found >= 0).all())
+    assert torch.equal(found, found.sort(descending=True).values)
+    assert float(found.sum()) == pytest.approx(float(x.square().sum()), rel=1e-4)

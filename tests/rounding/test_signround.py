@@ -1,0 +1,178 @@
+"""Tuning of rounding: a rounded matrix as a function of what is tuned, a block's loss, and whole runs."""
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from test_solvers import GRIDS, problem
+
+import gyroquant as gq
+from gyroquant import pipeline, predict
+from gyroquant.errors import RecipeError
+from gyroquant.grids import Grid, IntegerGrid, QuantizedWeight
+from gyroquant.job import prepare
+from gyroquant.recipe import load_recipe
+from gyroquant.rounding import SignRound, WeightBasis
+from gyroquant.rounding.gptq import Gptq
+from gyroquant.rounding.rtn import RoundToNearest
+from gyroquant.rounding.tunable import TunableWeight
+
+SMALL = ["weights.group_size=16", "calibration.nsamples=16", "calibration.seqlen=32", "calibration.dtype=float32"]
+TUNE = "weights.tune={iters: 20, batch_size: 4}"
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+class TestTunableWeight:
+    def test_it_starts_with_what_the_solver_left(self, grid: Grid) -> None:
+        weight, statistics = problem()
+        for solver in (RoundToNearest(), Gptq()):
+            rounded = solver.solve(weight, grid.bind(weight), statistics)
+            tunable = TunableWeight(weight, rounded)
+            assert torch.allclose(tunable.matrix(), rounded.dequantize(), rtol=1e-5, atol=0)
+            assert torch.equal(tunable.result().codes, rounded.codes)
+            assert torch.equal(tunable.result().params.scale, rounded.params.scale)
+            assert torch.equal(tunable.result().params.zero, rounded.params.zero)
+
+    def test_what_is_trained_is_what_is_stored(self, grid: Grid) -> None:
+        weight, _ = problem()
+        tunable = TunableWeight(weight, RoundToNearest().solve(weight, grid.bind(weight)))
+        generator = torch.Generator().manual_seed(0)
+        tunable.offset.uniform_(-0.5, 0.5, generator=generator)
+        tunable.stretch.uniform_(0.8, 1.2, generator=generator)
+        result = tunable.result()
+        assert (result.dequantize() - tunable.matrix()).abs().max() < 1e-5 * weight.abs().max()
+        codes, params = result.grid.unpack(result.pack(), (48, 192))
+        assert torch.equal(QuantizedWeight(result.grid, codes, params).dequantize(), result.dequantize())
+        assert not torch.equal(result.codes, tunable.start.codes)
+
+    def test_gradients_point_downhill(self, grid: Grid) -> None:
+        """Towards a target that can be reached: by other offsets and wider spans."""
+        weight, _ = problem()
+        tunable = TunableWeight(weight, RoundToNearest().solve(weight, grid.bind(weight)))
+        tunable.offset.uniform_(-0.5, 0.5, generator=torch.Generator().manual_seed(0))
+        tunable.stretch.fill_(1.1)
+        target = tunable.matrix()
+        leaves = [tunable.offset.zero_().requires_grad_(), tunable.stretch.fill_(1).requires_grad_()]
+        losses = []
+        for _ in range(30):
+            loss = (tunable.matrix() - target).square().mean()
+            losses.append(float(loss.detach()))
+            gradients = torch.autograd.grad(loss, leaves)
+            with torch.no_grad():
+                for leaf, gradient in zip(leaves, gradients, strict=True):
+                    leaf.sub_(gradient.sign(), alpha=0.02)
+            tunable.limit()
+        assert losses[-1] < 0.8 * losses[0]
+
+
+@given(st.integers(0, 10**6), st.integers(2, 4), st.booleans())
+@settings(max_examples=25, deadline=None)
+def test_stretching_both_ends_alike_scales_the_numbers(seed: int, bits: int, symmetric: bool) -> None:
+    weight = torch.randn(4, 32, generator=torch.Generator().manual_seed(seed))
+    grid = IntegerGrid(bits=bits, group_size=16, symmetric=symmetric)
+    tunable = TunableWeight(weight, RoundToNearest().solve(weight, grid))
+    before = tunable.result()
+    tunable.stretch.fill_(1.25)
+    after = tunable.result()
+    assert torch.allclose(after.params.scale, 1.25 * before.params.scale, rtol=1e-3)
+    assert torch.equal(after.params.zero, before.params.zero)
+
+
+def test_one_end_of_an_asymmetric_span_moves_alone() -> None:
+    weight = torch.linspace(-1, 2, 16)[None]
+    tunable = TunableWeight(weight, RoundToNearest().solve(weight, IntegerGrid(bits=4, group_size=16, scale="minmax")))
+    tunable.stretch[..., 1] = 0.5
+    low, high = (end * tunable.result().params.scale for end in tunable.grid.span(tunable.result().params.zero))
+    assert float(low) == pytest.approx(-1, abs=0.15)
+    assert float(high) == pytest.approx(1, abs=0.15)
+
+
+def test_in_a_basis_of_its_own_it_is_stored_too() -> None:
+    weight, statistics = problem()
+    basis = WeightBasis().fit(192, statistics.gram)
+    rounded = RoundToNearest().solve(basis.encode(weight), IntegerGrid(bits=3, group_size=64))
+    tunable = TunableWeight(weight, QuantizedWeight(rounded.grid, rounded.codes, rounded.params, basis))
+    assert torch.allclose(tunable.matrix(), tunable.result().dequantize(), atol=1e-5)
+    tunable.offset.requires_grad_()
+    tunable.matrix().square().sum().backward()
+    assert tunable.offset.grad is not None
+
+
+def run(model: Path, out: Path, corpus: Path, recipe: str, *changes: str) -> dict[str, object]:
+    loaded = gq.load_recipe(recipe, [*SMALL, *changes])
+    return pipeline.run(prepare(model, out, loaded, corpus, tokenizer=tiny.tokenizer()))
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "qwen2_moe", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("recipe", ["rtn", "gptq"])
+def test_a_tuned_model_is_nearer_to_the_original(
+    recipe: str, name: str, folders: dict[str, Path], corpus: Path, tmp_path: Path
+) -> None:
+    kl = {}
+    for out, tune in (("plain", ()), ("tuned", (TUNE,))):
+        manifest = run(folders[name], tmp_path / out, corpus, recipe, "weights.bits=2", *tune)
+        kl[out] = gq.evaluate(tmp_path / out, corpus, folders[name], window=32, tokenizer=tiny.tokenizer())["kl"]
+        assert all(layer["weight_error"] > 0 for layer in manifest["layers"])
+    assert kl["tuned"] < kl["plain"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["transform.R1.method=hadamard", "transform.R4.method=hadamard"],
+        ["activations.bits=4", "kv_cache.bits=4"],
+        ["weights.basis={padding: pad}"],
+        ["weights.refine={passes: 1}"],
+    ],
+    ids=str,
+)
+def test_it_composes_and_is_repeatable(
+    changes: list[str], folders: dict[str, Path], corpus: Path, tmp_path: Path
+) -> None:
+    for out in ("one", "two"):
+        run(folders["llama_tied"], tmp_path / out, corpus, "gptq", "weights.bits=3", TUNE, *changes)
+    one, two = ((tmp_path / out / "model.safetensors").read_bytes() for out in ("one", "two"))
+    assert one == two
+    loaded = gq.load(tmp_path / "one", dtype="float32")
+    assert loaded(tiny.tokens(loaded)).logits.isfinite().all()
+
+
+def test_clipping_alone_can_be_learned(folders: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+    """OmniQuant's: codes follow the scales."""
+    start = ["weights.bits=2", "weights.scale=minmax"]
+    run(folders["llama_tied"], tmp_path / "plain", corpus, "rtn", *start)
+    run(folders["llama_tied"], tmp_path / "tuned", corpus, "rtn", *start, "weights.tune={iters: 20, codes: false}")
+    plain, tuned = (load_file(tmp_path / out / "model.safetensors") for out in ("plain", "tuned"))
+    scales = [key for key in plain if key.endswith("_scales")]
+    assert any(not torch.equal(plain[key], tuned[key]) for key in scales)
+
+
+def test_tuning_that_helps_nothing_changes_nothing(folders: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+    """A last state that is bad is not taken."""
+    wild = "weights.tune={iters: 3, lr: 1.0, schedule: constant, best: false}"
+    run(folders["llama_tied"], tmp_path / "plain", corpus, "gptq", "weights.bits=4")
+    run(folders["llama_tied"], tmp_path / "tuned", corpus, "gptq", "weights.bits=4", wild)
+    plain, tuned = (load_file(tmp_path / out / "model.safetensors") for out in ("plain", "tuned"))
+    assert all(torch.equal(plain[key], tuned[key]) for key in plain)
+
+
+def test_recipes_say_it_and_what_is_wrong_with_it() -> None:
+    recipe = load_recipe("gptq", [TUNE])
+    assert recipe.weights.tune == SignRound(iters=20, batch_size=4)
+    assert load_recipe(recipe.to_dict()) == recipe
+    assert recipe.weights.needs_original
+    with pytest.raises(RecipeError, match=r"weights.tune.iters.*greater than 0"):
+        load_recipe("gptq", ["weights.tune={iters: 0}"])
+
+
+def test_its_time_is_predicted(folders: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+    seconds = []
+    for tune in ("null", "{iters: 400}"):
+        recipe = gq.load_recipe("rtn", [*SMALL, f"weights.tune={tune}"])
+        job = prepare(folders["llama_tied"], tmp_path / "out", recipe, corpus, tokenizer=tiny.tokenizer())
+        seconds.append(predict.predict(job).seconds)
+    assert seconds[1] > 3 * seconds[0]

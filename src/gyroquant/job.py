@@ -78,14 +78,14 @@ class Job:
     def rounding(self, warn: Warn) -> Rounding:
         """How the layers are rounded."""
         weights = self.recipe.weights
-        return Rounding(weights.solver, weights.grid, weights.basis, warn, weights.refine)
+        return Rounding(weights.solver, weights.grid, weights.basis, warn, weights.refine, weights.target)
 
     def stream(
         self, runner: BlockRunner, tokens: Tensor, outer: Mapping[str, Tensor], offload: Path | None = None
     ) -> Stream:
         """The hidden states of tokens, shape (samples, length), on their way through the model while it is rounded."""
         weights = self.recipe.weights
-        paired, drifts = weights.needs_original, weights.solver.needs_original
+        paired, drifts = weights.needs_original, weights.needs_drift
         stream = Stream(runner, tokens, outer, self.compute_dtype, offload, self.output.device, paired, drifts)
         stream.free_outer()
         return stream

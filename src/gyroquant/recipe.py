@@ -26,7 +26,7 @@ from gyroquant.grids import Grid
 from gyroquant.learning import Learn
 from gyroquant.methods import Method
 from gyroquant.models.sites import SITE_NAMES
-from gyroquant.rounding import Activations, Ignore, KvCache, Refine, SignRound, Solver, WeightBasis
+from gyroquant.rounding import Activations, Ignore, KvCache, Refine, SignRound, Solver, Target, WeightBasis
 
 _STRICT = ConfigDict(extra="forbid", frozen=True)
 
@@ -52,18 +52,30 @@ class Weights(BaseModel):
     basis: WeightBasis | None = None
     refine: Refine | None = None
     tune: SignRound | None = None
+    target: Target | None = None
+
+    @model_validator(mode="after")
+    def _one_aim(self) -> Weights:
+        if self.target is not None and self.solver.needs_original:
+            raise ValueError(f"the solver {self.solver.name} corrects drift by itself: leave target out, or take gptq")
+        return self
 
     @property
     def needs_statistics(self) -> bool:
         """Whether the model must be run on calibration text to round it so."""
-        if self.solver.needs_statistics or self.refine is not None or self.tune is not None:
+        if self.solver.needs_statistics or self.refine is not None or self.needs_original:
             return True
         return self.basis is not None and self.basis.needs_statistics
 
     @property
     def needs_original(self) -> bool:
         """Whether the unrounded model runs beside the rounded one."""
-        return self.solver.needs_original or self.tune is not None
+        return self.needs_drift or self.tune is not None
+
+    @property
+    def needs_drift(self) -> bool:
+        """Whether the inputs of the two are compared."""
+        return self.solver.needs_original or self.target is not None
 
 
 class Calibration(BaseModel):
@@ -182,17 +194,20 @@ def _grid_kind(weights: Mapping[str, Any]) -> type[Grid] | None:
     return Grid.kinds.get(name) if isinstance(name, str) else None
 
 
+_SECTIONS: dict[str, type[BaseModel]] = {"basis": WeightBasis, "refine": Refine, "tune": SignRound, "target": Target}
+
+
 def _weights(spec: Any) -> Weights:
     if not isinstance(spec, dict):
         raise RecipeError("weights holds bits, group_size, symmetric, solver and so on")
     spec = dict(spec)
     solver = _build(Solver.kinds, "name", spec.pop("solver", "rtn"), "weights.solver")
     rest = {"ignore": spec.pop("ignore")} if "ignore" in spec else {}
-    for key, kind in (("basis", WeightBasis), ("refine", Refine), ("tune", SignRound)):
+    for key, kind in _SECTIONS.items():
         if spec.get(key) is not None:
             rest[key] = _section(kind, spec[key], f"weights.{key}")
         spec.pop(key, None)
-    grid = _grid(spec, {}, "weights", ["solver", "ignore", "basis", "refine", "tune"])
+    grid = _grid(spec, {}, "weights", ["solver", "ignore", *_SECTIONS])
     return _validated(lambda: Weights(grid=grid, solver=solver, **rest), "weights")
 
 

@@ -27,6 +27,7 @@ class Gram:
     """Sum of ``x^T x`` over tokens, shape (n, n), fp32."""
 
     drift: Tensor | None = None
+    spread: Tensor | None = None
 
     def __init__(self, n: int):
         self.lower = torch.zeros(n, n)
@@ -105,7 +106,8 @@ class Pairing:
 
 
 class CrossGram(Gram):
-    """`Gram` of the inputs x of one model, and `drift`, the sum of ``(x0 - x)^T x`` with x0 those of the original.
+    """`Gram` of the inputs x of one model; with x0 those of the original, `drift`, the sum of ``(x0 - x)^T x``, and
+    `spread`, that of ``(x0 - x)^T (x0 - x)``.
 
     Tokens are paired by their place in the batch, so only batches that reach the layer whole in both models count; the
     others leave the drift as it is. Those of experts are like that: the two routers send different tokens, and an x0
@@ -126,9 +128,11 @@ class CrossGram(Gram):
         partner = self.pairing.waiting.pop(self, None)
         if partner is not None and whole:
             x = x.float()
-            if self.drift is None:
-                self.drift = torch.zeros(x.shape[1], x.shape[1], device=x.device)
-            self.drift.addmm_((partner.float() - x).T, x)
+            away = partner.float() - x
+            if self.drift is None or self.spread is None:
+                self.drift, self.spread = torch.zeros(2, x.shape[1], x.shape[1], device=x.device).unbind()
+            self.drift.addmm_(away.T, x)
+            self.spread.addmm_(away.T, away)
 
 
 class PaddedSpectrum:

@@ -8,6 +8,7 @@ from gyroquant.rounding.base import InputStatistics, Solver, output_error, weigh
 from gyroquant.rounding.basis import WeightBasis
 from gyroquant.rounding.refine import Refine
 from gyroquant.rounding.signround import SignRound
+from gyroquant.rounding.target import Target
 
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
@@ -20,6 +21,7 @@ __all__ = [
     "Refine",
     "SignRound",
     "Solver",
+    "Target",
     "WeightBasis",
     "output_error",
     "weight_error",

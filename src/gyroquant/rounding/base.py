@@ -22,16 +22,19 @@ class InputStatistics:
     With x0 the input that the unrounded model would have for the same token, `drift` is the sum of ``(x0 - x)^T x``
     (rows are features of x0 - x, columns features of x), fp32; None where it was not asked for or where x0 is not
     known, which solvers take as no drift. The difference is what is summed, because ``x0^T x`` and `gram` agree in
-    most of their digits and the solvers need what is left of them, times an inverse.
+    most of their digits and the solvers need what is left of them, times an inverse. `spread` is the sum of
+    ``(x0 - x)^T (x0 - x)``, where there is a drift.
     """
 
     gram: Tensor
     count: int
     drift: Tensor | None = None
+    spread: Tensor | None = None
 
     def moved(self, change: Callable[[Tensor], Tensor]) -> InputStatistics:
         """The statistics in another basis, into which `change` brings second moments of shape (in, in)."""
-        return InputStatistics(change(self.gram), self.count, None if self.drift is None else change(self.drift))
+        drift, spread = (None if one is None else change(one) for one in (self.drift, self.spread))
+        return InputStatistics(change(self.gram), self.count, drift, spread)
 
     @property
     def cross(self) -> Tensor:

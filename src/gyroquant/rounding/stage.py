@@ -20,6 +20,7 @@ from gyroquant.models.packed import as_matrix
 from gyroquant.rounding.base import InputStatistics, Solver, Warn
 from gyroquant.rounding.basis import WeightBasis
 from gyroquant.rounding.refine import Refine
+from gyroquant.rounding.target import Target
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,14 @@ class Placed:
 
 @dataclass(frozen=True)
 class Rounding:
-    """How layers are rounded: `solver` to the `grid`, in a `basis` of their inputs or as they are, then refined."""
+    """How layers are rounded: `solver` to `grid`, in a `basis` of their inputs or as they are, towards a `target`."""
 
     solver: Solver
     grid: Grid
     basis: WeightBasis | None
     warn: Warn
     refine: Refine | None = None
+    target: Target | None = None
 
     def _basis(self, matrix: Tensor, statistics: InputStatistics | None) -> Basis | None:
         gram = None if statistics is None else statistics.gram
@@ -67,9 +69,12 @@ class Rounding:
         if placed.statistics is None and (solver.needs_statistics or self.refine is not None):
             warn("no calibration token reached this expert; it is rounded to nearest")
             solver = Solver.kinds["rtn"](name="rtn")
-        solved = solver.solve(placed.matrix, grid, placed.statistics, warn)
-        if self.refine is not None and placed.statistics is not None:
-            solved = self.refine.run(placed.matrix, solved, placed.statistics)
+        matrix, statistics = placed.matrix, placed.statistics
+        if self.target is not None and statistics is not None:
+            matrix, statistics = self.target.shifted(matrix, statistics, warn)
+        solved = solver.solve(matrix, grid, statistics, warn)
+        if self.refine is not None and statistics is not None:
+            solved = self.refine.run(matrix, solved, statistics)
         return replace(solved, basis=placed.basis)
 
 
@@ -148,7 +153,7 @@ def _named(warn: Warn, name: str, text: str) -> None:
 
 def statistics_of(gram: Gram | None) -> InputStatistics | None:
     """What an observer saw, for solvers."""
-    return None if gram is None else InputStatistics(gram.gram, gram.count, gram.drift)
+    return None if gram is None else InputStatistics(gram.gram, gram.count, gram.drift, gram.spread)
 
 
 def _round_together(

@@ -28,7 +28,7 @@ BATCH_TOKENS = 4096
 
 def forward_seconds(model: Path, tokens: torch.Tensor) -> float:
     """One pass over all tokens, shape (samples, length), in bfloat16."""
-    where = {"gguf_file": model.name} if model.suffix == ".gguf" else {}
+    where = {"gguf_file": model.name} if model.is_file() else {}
     folder = model.parent if where else model
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **where)
     batch = max(1, BATCH_TOKENS // tokens.shape[1])

@@ -34,7 +34,7 @@ def main() -> None:
         import assets
 
         given.model, given.text = assets.model(), assets.texts()[0]
-    where = {"gguf_file": given.model.name} if given.model.suffix == ".gguf" else {}
+    where = {"gguf_file": given.model.name} if given.model.is_file() else {}
     folder = given.model.parent if where else given.model
     tokenizer = AutoTokenizer.from_pretrained(folder, **where)
     rows = []

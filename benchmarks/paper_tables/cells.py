@@ -13,6 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from forward_equivalents import forward_seconds
+
 import gyroquant as gq
 from gyroquant import pipeline
 from gyroquant.job import prepare
@@ -43,6 +46,17 @@ class Table:
     def original(self) -> dict[str, Any]:
         """The cell of the model in full precision."""
         return self._cell("original", {}, lambda: {"evaluations": self._evaluate(self.model)})
+
+    def forward_pass(self, changes: Sequence[str]) -> float:
+        """Seconds of one pass of the model, in bfloat16, over the calibration text of a recipe with these changes."""
+        loaded = gq.load_recipe("gptq", changes)
+
+        def make() -> dict[str, Any]:
+            with tempfile.TemporaryDirectory() as scratch:
+                tokens = prepare(self.model, Path(scratch) / "out", loaded, self.calibration).tokens
+                return {"seconds": forward_seconds(Path(self.model), tokens)}
+
+        return self._cell("forward pass", loaded.to_dict(), make)["seconds"]
 
     def cell(self, name: str, recipe: str, changes: Sequence[str], rotations: Path | None = None) -> dict[str, Any]:
         """Quantizes and evaluates, unless that was done before; returns manifest and measurements.

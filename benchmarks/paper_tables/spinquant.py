@@ -5,8 +5,9 @@
 Weights are symmetric per row, activations asymmetric per token; calibration is 32 windows of 512 tokens, evaluation the
 `bbt` preset in bfloat16. Random rotations take ten seeds at W4A4 with rounding to nearest, one elsewhere; at W4A8,
 where little is at stake, only a part is run. Rotations are learned in 25 steps of 4 windows (the paper: 100 of 8) with
-rounded activations and full weights, once for both solvers, which is the paper's way in front of GPTQ. Cells that are
-there already are not run again. Draw the seeds with seeds_plot.py.
+rounded activations and full weights, once for both solvers, which is the paper's way in front of GPTQ; what it took is
+given in minutes and in passes of the model over the calibration text. Cells that are there already are not run again.
+Draw the seeds with seeds_plot.py.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ def main() -> None:
     given = parser.parse_args()
     table = Table((given.out / "cells").resolve(), given.model, given.calibration, given.test, EVALUATIONS)
     base = table.original()["evaluations"]["bbt"]["perplexity"]
+    unit = table.forward_pass(CALIBRATION)
     rows, data = [("original", "-", "-", short(base), "-", "0", "-", "16")], []
     for setting in given.settings:
         for solver in ("rtn", "gptq"):
@@ -75,7 +77,7 @@ def main() -> None:
                     values.append(cell["evaluations"]["bbt"]["perplexity"])
                     true_bits = cell["manifest"]["bits"]["per_weight"]
                     seconds = (cell["manifest"]["learned"] or {}).get("seconds")
-                    took = took if seconds is None else f"{seconds / 60:.1f} min"
+                    took = took if seconds is None else f"{seconds / 60:.1f} min, {seconds / unit:.0f} passes"
                     data.append({"setting": setting, "solver": solver, "rotation": name, "seed": seed})
                     data[-1] |= {"perplexity": values[-1], "bits": true_bits, "learning_seconds": seconds}
                 middle = statistics.median(values)

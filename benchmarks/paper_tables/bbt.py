@@ -8,9 +8,10 @@ already are not run again.
 
 from __future__ import annotations
 
+import contextlib
 import math
 
-from cells import Table, arguments, short, write
+from cells import MissingCellError, Table, arguments, short, write
 
 CALIBRATION = ["calibration.nsamples=32", "calibration.seqlen=512"]
 SITES = ("attn_in", "mlp_in", "R4")
@@ -40,16 +41,17 @@ def main() -> None:
     """Runs what is missing and writes table.md and table.json."""
     parser = arguments(__doc__)
     given = parser.parse_args()
-    table = Table(given.out / "cells", given.model, given.calibration, given.test, EVALUATIONS)
+    table = Table(given, EVALUATIONS)
     base = table.original()["evaluations"]["bbt"]["perplexity"]
     rows, data = [("original", "-", short(base), "0", "16")], []
     for name, (recipe, changes) in ROWS.items():
-        cell = table.cell(name, recipe, [*changes, *CALIBRATION])
-        value, manifest = cell["evaluations"]["bbt"]["perplexity"], cell["manifest"]
-        proof = manifest["proof"]["relative_logit_error"] if manifest["proof"]["tokens"] else 0.0
-        bits = manifest["bits"]["per_weight"]
-        rows.append((name, f"{proof:.1e}", short(value), f"{math.log(value / base):.3f}", f"{bits:.3f}"))
-        data.append({"cell": name, "perplexity": value, "bits": bits, "proof": proof})
+        with contextlib.suppress(MissingCellError):
+            cell = table.cell(name, recipe, [*changes, *CALIBRATION])
+            value, manifest = cell["evaluations"]["bbt"]["perplexity"], cell["manifest"]
+            proof = manifest["proof"]["relative_logit_error"] if manifest["proof"]["tokens"] else 0.0
+            bits = manifest["bits"]["per_weight"]
+            rows.append((name, f"{proof:.1e}", short(value), f"{math.log(value / base):.3f}", f"{bits:.3f}"))
+            data.append({"cell": name, "perplexity": value, "bits": bits, "proof": proof})
     header = ("SmolLM2-135M-Instruct", "proof", "ppl bbt", "ln gap", "true bits")
     write(given.out, header, rows, base, data)
 

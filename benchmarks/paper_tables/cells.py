@@ -22,13 +22,19 @@ from gyroquant.job import prepare
 from gyroquant.learning.rotations import FILE_NAME
 
 
-class Table:
-    """A folder of cells. A cell is named by what makes it: recipe, texts, model and evaluation."""
+class MissingCellError(Exception):
+    """A cell that is not there, when only what is there is asked for."""
 
-    def __init__(self, folder: Path, model: str, calibration: str, test: str, evaluations: dict[str, dict[str, Any]]):
-        self.folder, self.model, self.calibration, self.test = folder, model, calibration, test
-        self.evaluations = evaluations
-        folder.mkdir(parents=True, exist_ok=True)
+
+class Table:
+    """A folder of cells, by the arguments of the table. A cell is named by what makes it: recipe, texts, model and
+    evaluation.
+    """
+
+    def __init__(self, given: argparse.Namespace, evaluations: dict[str, dict[str, Any]]):
+        self.model, self.calibration, self.test, self.done = given.model, given.calibration, given.test, given.done
+        self.folder, self.evaluations = (given.out / "cells").resolve(), evaluations
+        self.folder.mkdir(parents=True, exist_ok=True)
 
     def _path(self, name: str, recipe: dict[str, Any]) -> Path:
         key = {
@@ -61,7 +67,8 @@ class Table:
     def cell(self, name: str, recipe: str, changes: Sequence[str], rotations: Path | None = None) -> dict[str, Any]:
         """Quantizes and evaluates, unless that was done before; returns manifest and measurements.
 
-        Learned rotations are kept in the file `rotations`, for cells that start where this one ended.
+        Raises MissingCellError for what was not done when only that is asked for. Learned rotations are kept in the file
+        `rotations`, for cells that start where this one ended.
         """
         loaded = gq.load_recipe(recipe, changes)
 
@@ -78,6 +85,8 @@ class Table:
     def _cell(self, name: str, recipe: dict[str, Any], make: Any) -> dict[str, Any]:
         path = self._path(name, recipe)
         if not path.exists():
+            if self.done:
+                raise MissingCellError(name)
             started = time.perf_counter()
             result = {"name": name} | make()
             temporary = path.with_suffix(".tmp")
@@ -101,6 +110,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--test", required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--done", action="store_true", help="make the table of the cells that are there, run none")
     return parser
 
 

@@ -7,9 +7,10 @@ Calibration is 128 windows of 512 tokens. Cells that are there already are not r
 
 from __future__ import annotations
 
+import contextlib
 import math
 
-from cells import Table, arguments, short, write
+from cells import MissingCellError, Table, arguments, short, write
 
 ROTATIONS = {
     "none": "gptq",
@@ -28,7 +29,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3])
     given = parser.parse_args()
-    table = Table(given.out / "cells", given.model, given.calibration, given.test, EVALUATIONS)
+    table = Table(given, EVALUATIONS)
     base = table.original()["evaluations"]
     rows, data = [("original", "-", *_scores(base, base), "16")], []
     for bits in given.bits:
@@ -37,14 +38,15 @@ def main() -> None:
                 changes = [f"weights.bits={bits}", "weights.group_size=64", f"weights.solver={solver}"]
                 if rotation.endswith("R2"):
                     changes.append("transform.R2.method=hadamard")
-                cell = table.cell(f"w{bits} {solver} {rotation}", recipe, changes)
-                manifest = cell["manifest"]
-                label = f"W{bits}A16 g64 {solver.upper()}, {rotation}"
-                error = manifest["proof"]["relative_logit_error"]
-                proof = f"{error:.1e}" if manifest["proof"]["tokens"] else "-"
-                true_bits = manifest["bits"]["per_weight"]
-                rows.append((label, proof, *_scores(cell["evaluations"], base), f"{true_bits:.3f}"))
-                data.append({"cell": label, "bits": true_bits, "proof": error} | cell["evaluations"])
+                with contextlib.suppress(MissingCellError):
+                    cell = table.cell(f"w{bits} {solver} {rotation}", recipe, changes)
+                    manifest = cell["manifest"]
+                    label = f"W{bits}A16 g64 {solver.upper()}, {rotation}"
+                    error = manifest["proof"]["relative_logit_error"]
+                    proof = f"{error:.1e}" if manifest["proof"]["tokens"] else "-"
+                    true_bits = manifest["bits"]["per_weight"]
+                    rows.append((label, proof, *_scores(cell["evaluations"], base), f"{true_bits:.3f}"))
+                    data.append({"cell": label, "bits": true_bits, "proof": error} | cell["evaluations"])
     header = ("SmolLM2-135M-Instruct", "proof", "ppl bbt", "ln gap", "ppl standard, 40 windows", "ln gap", "true bits")
     write(given.out, header, rows, base, data)
 

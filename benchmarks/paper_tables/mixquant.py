@@ -10,10 +10,11 @@ there already are not run again.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 
-from cells import Table, arguments, short, write
+from cells import MissingCellError, Table, arguments, short, write
 
 BLOCKS = (16, 32, 64, 128, 256, 512, "full")
 PERMUTATIONS = {
@@ -45,7 +46,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--solvers", nargs="+", choices=WINDOWS, default=["rtn", "qronos"])
     given = parser.parse_args()
-    table = Table(given.out / "cells", given.model, given.calibration, given.test, EVALUATIONS)
+    table = Table(given, EVALUATIONS)
     base = table.original()["evaluations"]["bbt"]["perplexity"]
     found: dict[tuple[str, object, str, str], dict] = {}
 
@@ -53,8 +54,9 @@ def main() -> None:
         option = "{name: qronos, alpha: 1.0e-3, act_order: true}" if solver == "qronos" else solver
         changes = [f"weights.solver={option}", f"transform.R4={rotation(block, PERMUTATIONS[name])}"]
         changes += [f"calibration.nsamples={WINDOWS[solver]}", "calibration.seqlen=512"]
-        cell = table.cell(f"{form} {solver} {block} {name}", "perq", [*changes, *FORMATS[form]])
-        found[solver, block, name, form] = cell
+        with contextlib.suppress(MissingCellError):
+            cell = table.cell(f"{form} {solver} {block} {name}", "perq", [*changes, *FORMATS[form]])
+            found[solver, block, name, form] = cell
 
     for solver in given.solvers:
         for block in BLOCKS:
@@ -67,11 +69,11 @@ def main() -> None:
     rows, data = [("original", "-", "-", "-", short(base), "0", "-", "16")], []
     for (solver, block, name, form), cell in found.items():
         value = cell["evaluations"]["bbt"]["perplexity"]
-        full = found[solver, "full", "none", form]["evaluations"]["bbt"]["perplexity"]
+        full = found.get((solver, "full", "none", form), {}).get("evaluations", {}).get("bbt", {}).get("perplexity")
         bits = cell["manifest"]["bits"]["per_weight"]
         proof = cell["manifest"]["proof"]["relative_logit_error"]
         label = (form, solver.upper(), str(block), name)
-        gap, share = f"{math.log(value / base):.3f}", f"{100 * full / value:.0f} %"
+        gap, share = f"{math.log(value / base):.3f}", f"{100 * full / value:.0f} %" if full else "-"
         rows.append((*label, short(value), gap, share, f"{bits:.3f}"))
         data.append(dict(zip(("format", "solver", "block", "permutation"), label, strict=True)))
         data[-1] |= {"perplexity": value, "bits": bits, "proof": proof}

@@ -24,7 +24,7 @@ def main() -> None:
     table = json.loads(source.read_text())
     values, lines = defaultdict(list), {}
     for cell in table["cells"]:
-        if (cell["setting"], cell["solver"]) == ("W4A4", "rtn"):
+        if (cell["setting"], cell["solver"]) == ("W4A4KV4", "rtn"):
             values[cell["rotation"]].append(cell["perplexity"])
     for name in [name for name, found in values.items() if len(found) == 1]:
         lines[name] = values.pop(name)[0]
@@ -36,7 +36,7 @@ def main() -> None:
     for style, (name, value) in zip(("--", ":", "-."), lines.items(), strict=False):
         axes.axhline(value, linestyle=style, color="gray", linewidth=1, label=name)
     axes.set_yscale("log")
-    axes.set_ylabel("perplexity, W4A4, round to nearest")
+    axes.set_ylabel("perplexity, W4A4KV4, round to nearest")
     axes.legend(frameon=False)
     figure.savefig(target, metadata={"Date": None})
 

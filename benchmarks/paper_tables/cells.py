@@ -67,8 +67,8 @@ class Table:
     def cell(self, name: str, recipe: str, changes: Sequence[str], rotations: Path | None = None) -> dict[str, Any]:
         """Quantizes and evaluates, unless that was done before; returns manifest and measurements.
 
-        Raises MissingCellError for what was not done when only that is asked for. Learned rotations are kept in the file
-        `rotations`, for cells that start where this one ended.
+        Raises MissingCellError for what was not done when only what is there is asked for. Learned rotations are kept
+        in the file `rotations`, for cells that start where this one ended.
         """
         loaded = gq.load_recipe(recipe, changes)
 

@@ -15,7 +15,7 @@ from gyroquant.grids import Grid, stored_bits
 from gyroquant.methods import Context, Method
 from gyroquant.models.sites import find_sites
 from gyroquant.models.source import open_model
-from gyroquant.recipe import preset_names
+from gyroquant.presets import preset_names
 from gyroquant.rounding import weight_error
 from gyroquant.rounding.rtn import RoundToNearest
 

@@ -29,7 +29,7 @@ FORMATTED = ((32, "none"), (32, "MassDiff"), ("full", "none"))
 FORMATS = {
     "INT4": [],
     "MXFP4": ["weights.grid=mxfp4", "activations.grid=mxfp4"],
-    "FP4": ["weights.grid=fp4", "weights.group_size=-1", "activations.grid=fp4"],
+    "FP4": ["weights.grid=fp4", "weights.group_size=-1", "activations.grid=fp4", "activations.scale=minmax"],
 }
 WINDOWS = {"rtn": 8, "qronos": 32, "gptq": 32}
 EVALUATIONS = {"bbt": {"preset": "bbt", "dtype": "bfloat16"}}

@@ -171,7 +171,8 @@ def recipes(
     """List the recipes, or show one as YAML with every setting."""
     import yaml
 
-    from gyroquant.recipe import load_recipe, preset_names
+    from gyroquant.presets import preset_names
+    from gyroquant.recipe import load_recipe
     from gyroquant.report import console
 
     if name is None:

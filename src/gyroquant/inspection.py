@@ -18,8 +18,9 @@ from gyroquant.models.sites import SITE_NAMES, find_sites
 from gyroquant.models.source import open_model
 from gyroquant.models.store import WeightStore
 from gyroquant.predict import Prediction, predict
+from gyroquant.presets import preset_names
 from gyroquant.progress import Stages
-from gyroquant.recipe import load_recipe, preset_names
+from gyroquant.recipe import load_recipe
 
 _SAMPLES, _LENGTH = 8, 512  # text that outliers are measured on
 

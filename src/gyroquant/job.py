@@ -17,6 +17,7 @@ from gyroquant.environment import native_bfloat16
 from gyroquant.errors import InputError, RecipeError, UnsupportedModelError
 from gyroquant.export.folder import check_destination, check_room
 from gyroquant.export.writer import saved_dtype
+from gyroquant.grids import Grid
 from gyroquant.learning.learn import Setting
 from gyroquant.learning.live import learnable
 from gyroquant.models.fold import FoldPlan
@@ -28,8 +29,9 @@ from gyroquant.models.source import open_model
 from gyroquant.models.store import WeightStore
 from gyroquant.planning import needs_measuring, plan_folds
 from gyroquant.recipe import Recipe, load_recipe
+from gyroquant.rounding.allocate import grids_by_bits
 from gyroquant.rounding.base import Warn
-from gyroquant.rounding.stage import Rounding, find_targets
+from gyroquant.rounding.stage import Rounding, find_targets, layer_name
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,8 @@ class Output:
 class Job:
     """Everything that a quantization needs.
 
-    `targets` are the layers to round, `quantizers` what rounds while the model runs, `tokens` (samples, length) the
-    text.
+    `targets` are the layers to round, `grids` those of them that have another grid than the rest, `quantizers` what
+    rounds while the model runs, `tokens` (samples, length) the text.
     """
 
     store: WeightStore
@@ -64,6 +66,7 @@ class Job:
     quantizers: list[Attachment] = field(default_factory=list)
     text: Text | None = None
     tokens: Tensor | None = None
+    grids: dict[str, Grid] = field(default_factory=dict)
 
     @property
     def graph(self) -> ModelGraph:
@@ -75,10 +78,11 @@ class Job:
         """Whether the model has to be run on the calibration text."""
         return self.recipe.weights.needs_statistics or self.centers_keys
 
-    def rounding(self, warn: Warn) -> Rounding:
-        """How the layers are rounded."""
+    def rounding(self, warn: Warn, grid: Grid | None = None) -> Rounding:
+        """How the layers are rounded: each to its own grid, or all to this one."""
         weights = self.recipe.weights
-        return Rounding(weights.solver, weights.grid, weights.basis, warn, weights.refine, weights.target)
+        rest = (weights.refine, weights.target, {} if grid else self.grids)
+        return Rounding(weights.solver, grid or weights.grid, weights.basis, warn, *rest)
 
     def stream(
         self, runner: BlockRunner, tokens: Tensor, outer: Mapping[str, Tensor], offload: Path | None = None
@@ -159,6 +163,8 @@ def prepare(
     )
     job = Job(store, recipe, plan, targets, output, tokenizer or _tokenizer(store, text is not None), quantizers, text)
     job.tokens = _tokens(job)
+    job.grids = grids_of(recipe, targets)
+    _check_budget(job)
     check_room(out, expected_bytes(job) * 2)  # pieces and the files they are put together in
     return job
 
@@ -174,11 +180,16 @@ def learning_setting(
     return Setting(
         tokens=tokens,
         targets=targets,
-        grid=recipe.weights.grid if rounds_while_learning(recipe) else None,
+        grids=grids_of(recipe, targets) if rounds_while_learning(recipe) else {},
         attachments=quantizers,
         dtype=dtype,
         seed=recipe.seed,
     )
+
+
+def grids_of(recipe: Recipe, targets: Mapping[str, LinearOp]) -> dict[str, Grid]:
+    """The grid of every layer that is rounded, by the name of its weight."""
+    return {name: recipe.weights.grid_of(layer_name(op)) for name, op in targets.items()}
 
 
 def rounds_while_learning(recipe: Recipe) -> bool:
@@ -195,7 +206,10 @@ def plan_all(graph: ModelGraph, recipe: Recipe) -> tuple[FoldPlan, dict[str, Lin
     Raises UnsupportedModelError or RecipeError, with the reason, for whatever does not fit; nothing is touched.
     """
     plan = plan_folds(graph, recipe)
-    targets = find_targets(graph, recipe.weights.grid, recipe.weights.ignore, recipe.weights.basis)
+    weights = recipe.weights
+    targets = find_targets(
+        graph, weights.grid_of, weights.ignore, [one.layers for one in weights.overrides], weights.basis
+    )
     quantizers = plan_quantizers(graph, recipe)
     if recipe.learn is not None:
         learnable(plan, recipe.learn.sites)
@@ -239,6 +253,23 @@ def _check_forms(
         )
 
 
+def _check_budget(job: Job) -> None:
+    """Refuses a budget of bits that nothing fits in."""
+    allocate = job.recipe.weights.allocate
+    if allocate is None:
+        return
+    low = grids_by_bits(job.recipe.weights.grid, allocate.bits)[min(allocate.bits)]
+    inside = [op for group in job.graph.blocks for op in group.linears if op.weight in job.targets]
+    counts = [int(torch.Size(op.shape).numel()) for op in inside]
+    groups = [count // low.group_of(op.in_features) for op, count in zip(inside, counts, strict=True)]
+    least = low.bits + low.group_bits * sum(groups) / max(1, sum(counts))
+    if least > allocate.budget:
+        raise RecipeError(
+            f"weights.allocate.budget is {allocate.budget}, and {low.bits} bits take {least:.3f} true bits per weight "
+            "here: raise it, or take larger groups"
+        )
+
+
 def _tokenizer(store: WeightStore, required: bool) -> Any:
     try:
         return store.tokenizer()
@@ -265,15 +296,16 @@ def _tokens(job: Job) -> Tensor | None:
 
 def expected_bytes(job: Job) -> int:
     """The size of the result: codes and scales of the targets, everything else in the output's dtype."""
-    grid, basis = job.recipe.weights.grid, job.recipe.weights.basis
-    rounded = codes = scales = 0
-    for op in job.targets.values():
-        count = int(torch.Size(op.shape).numel())
+    basis, chosen = job.recipe.weights.basis, job.recipe.weights.allocate
+    rounded, bits = 0, 0.0
+    for name, op in job.targets.items():
+        count, grid = int(torch.Size(op.shape).numel()), job.grids[name]
         order = op.in_features if basis is None else basis.order(op.in_features)
-        rounded, codes = rounded + count, codes + count * order // op.in_features
-        scales += 16 * order if basis is not None and basis.needs_statistics else 0
+        each = max(chosen.bits) if chosen is not None else grid.bits
+        each_group = 0.0 if grid.group_size == -1 else grid.group_bits / grid.group_size
+        rounded, bits = rounded + count, bits + count * order / op.in_features * (each + each_group)
+        bits += 16 * order if basis is not None and basis.needs_statistics else 0
     everything = sum(torch.Size(shape).numel() for shape in job.store.shapes.values())
     everything += sum(torch.Size(job.store.shapes[name]).numel() for name in job.graph.tied.values())  # if untied
-    overhead = 0.0 if grid.group_size == -1 else grid.group_bits / grid.group_size
-    bits = rounded * 8 * job.output.dtype.itemsize if job.output.dense else codes * (grid.bits + overhead) + scales
+    bits = rounded * 8 * job.output.dtype.itemsize if job.output.dense else bits
     return int(bits / 8) + (everything - rounded) * job.output.dtype.itemsize

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from gyroquant.allocation import allocate
 from gyroquant.calibration.measure import Want, measure
 from gyroquant.calibration.observers import observing
 from gyroquant.calibration.stream import Stream
@@ -182,6 +183,7 @@ def run(job: Job, progress: Stages | None = None) -> dict[str, Any]:
             )
         learned = _learn(job, progress)
         proof = _prove(job.store, job.plan, proof_sample(job), job.recipe, progress)
+        allocation = allocate(job, progress, warnings.append)
         with OutputFolder(job.output.folder, job.output.overwrite) as folder:
             writer = (DenseWriter if job.output.dense else PackedWriter)(folder, job.store, job.output.dtype)
             layers = _round(job, writer, progress, warnings)
@@ -191,7 +193,7 @@ def run(job: Job, progress: Stages | None = None) -> dict[str, Any]:
             manifest["seconds"] = round(time.perf_counter() - started, 3)
             manifest["peak_memory_bytes"] = peak_memory_bytes()
             writer.finish(job.tokenizer, manifest["untied"])
-            manifest["learned"] = learned
+            manifest["learned"], manifest["allocation"] = learned, allocation
             rotations = rotations_of(job.plan, job.recipe.learn.sites) if job.recipe.learn is not None else {}
             if rotations:
                 write_rotations(folder.partial / FILE_NAME, rotations)

@@ -42,9 +42,16 @@ def predict(job: Job) -> Prediction:
     with evaluating(job.store.skeleton()):
         seconds = _proving(job) + _learning(job)
         outer = folded_outer(job.plan, job.store.read(job.graph.outer_params()))
-        stream = _short_stream(job, BlockRunner(job.store.skeleton(), job.graph), outer)
-        seconds += len(job.graph.blocks) * _rounding(job, stream)
-    return Prediction(seconds, peak_memory_bytes() + _missing_hidden(job, stream), expected_bytes(job))
+        runner = BlockRunner(job.store.skeleton(), job.graph)
+        stream = _short_stream(job, runner, outer)
+        rounding, solving = _rounding(job, stream)
+        seconds += len(job.graph.blocks) * rounding
+        memory = _missing_hidden(job, stream)
+        if job.recipe.weights.allocate is not None and stream is not None:
+            trying, trials = _allocating(job, stream, runner, outer)
+            seconds += trying + len(job.graph.blocks) * len(job.recipe.weights.allocate.bits) * solving
+            memory = max(memory, trials)
+    return Prediction(seconds, peak_memory_bytes() + memory, expected_bytes(job))
 
 
 def _proving(job: Job) -> float:
@@ -81,8 +88,27 @@ def _learning(job: Job) -> float:
     return looking + learn.steps * (times[0] + (learn.batch_size - 1) * sequence)
 
 
-def _rounding(job: Job, stream: Stream | None) -> float:
-    """Seconds for one block: reading, folding, observing what is measured, calibrating, rounding, running on."""
+def _allocating(job: Job, stream: Stream, runner: BlockRunner, outer: dict[str, torch.Tensor]) -> tuple[float, int]:
+    """Seconds that the models with one layer rounded take to run, and bytes of their hidden states."""
+    allocate = job.recipe.weights.allocate
+    assert allocate is not None
+    assert stream.hidden is not None
+    state, ticks = stream.hidden[:1].to(stream.device), [time.perf_counter()]
+    stream.one(0, stream.local(fold(job.plan, job.store.read(job.graph.block_params(0)))), state)
+    ticks.append(time.perf_counter())
+    runner.finish(state, stream.local(outer))
+    ticks.append(time.perf_counter())
+    inside = sum(op.weight in job.targets for group in job.graph.blocks for op in group.linears)
+    trials = inside * len(allocate.bits) * allocate.nsamples
+    blocks = trials * (len(job.graph.blocks) + 1) / 2  # each starts at its own
+    seconds = blocks * (ticks[1] - ticks[0]) + trials * (ticks[2] - ticks[1])
+    return seconds, trials * state.numel() * state.element_size()
+
+
+def _rounding(job: Job, stream: Stream | None) -> tuple[float, float]:
+    """Seconds for one block: reading, folding, observing what is measured, calibrating, rounding, running on; and those
+    of them that the solver takes.
+    """
     model, started = job.store.skeleton(), time.perf_counter()
     tensors = fold(job.plan, job.store.read(job.graph.block_params(0)))
     reading = time.perf_counter() - started
@@ -102,7 +128,8 @@ def _rounding(job: Job, stream: Stream | None) -> float:
             stream.run(0, deployed)
         forward = time.perf_counter() - started
     passes = int(job.needs_stream) + measuring_passes(job.recipe)
-    return reading + (whole - observed) + tuning + _scale(job, stream) * (observed + passes * forward)
+    solving = whole - observed
+    return reading + solving + tuning + _scale(job, stream) * (observed + passes * forward), solving
 
 
 def _tuning(job: Job, tensors: dict[str, torch.Tensor], rounded: dict[str, QuantizedWeight], stream: Stream) -> float:

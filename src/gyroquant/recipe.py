@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable, Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,7 +24,19 @@ from gyroquant.grids import Grid
 from gyroquant.learning import Learn
 from gyroquant.methods import Method
 from gyroquant.models.sites import SITE_NAMES
-from gyroquant.rounding import Activations, Ignore, KvCache, Refine, SignRound, Solver, Target, WeightBasis
+from gyroquant.presets import find_recipe
+from gyroquant.rounding import (
+    Activations,
+    Allocate,
+    Ignore,
+    KvCache,
+    Refine,
+    SignRound,
+    Solver,
+    Target,
+    WeightBasis,
+)
+from gyroquant.rounding.stage import is_ignored
 
 _STRICT = ConfigDict(extra="forbid", frozen=True)
 
@@ -39,10 +49,19 @@ class Step(BaseModel):
     online: bool | None = None
 
 
+class Override(BaseModel):
+    """Another grid for some layers, named as in `ignore`."""
+
+    model_config = _STRICT
+    layers: Ignore
+    grid: SerializeAsAny[Grid]
+
+
 class Weights(BaseModel):
     """How weights are rounded: grid, solver and basis, what is refined and tuned after that, the layers to leave alone.
 
-    `ignore` holds module names, whole or from a dot on, and regular expressions behind ``re:``.
+    `ignore` holds module names, whole or from a dot on, and regular expressions behind ``re:``. `overrides` give some
+    layers other grids, the last that names a layer counts; `allocate` chooses every layer's bits.
     """
 
     model_config = _STRICT
@@ -53,17 +72,27 @@ class Weights(BaseModel):
     refine: Refine | None = None
     tune: SignRound | None = None
     target: Target | None = None
+    overrides: tuple[Override, ...] = ()
+    allocate: Allocate | None = None
 
     @model_validator(mode="after")
     def _one_aim(self) -> Weights:
         if self.target is not None and self.solver.needs_original:
             raise ValueError(f"the solver {self.solver.name} corrects drift by itself: leave target out, or take gptq")
+        if self.allocate is not None and self.overrides:
+            raise ValueError("allocate chooses the bits of every layer: leave overrides out, or allocate")
+        if self.allocate is not None and self.grid.grid != "integer":
+            raise ValueError(f"allocate chooses bits, of which the grid {self.grid.grid} has no choice")
         return self
+
+    def grid_of(self, name: str) -> Grid:
+        """The grid of a layer of this name."""
+        return next((one.grid for one in reversed(self.overrides) if is_ignored(name, one.layers)), self.grid)
 
     @property
     def needs_statistics(self) -> bool:
         """Whether the model must be run on calibration text to round it so."""
-        if self.solver.needs_statistics or self.refine is not None or self.needs_original:
+        if self.solver.needs_statistics or self.refine is not None or self.needs_original or self.allocate is not None:
             return True
         return self.basis is not None and self.basis.needs_statistics
 
@@ -142,6 +171,9 @@ class Recipe(BaseModel):
         for section in ("weights", "activations", "kv_cache"):
             if data[section] is not None:
                 data[section] = data[section].pop("grid") | data[section]
+        overrides = data["weights"].pop("overrides")
+        if overrides:
+            data["weights"]["overrides"] = [one.pop("grid") | one for one in overrides]
         return data
 
 
@@ -194,7 +226,13 @@ def _grid_kind(weights: Mapping[str, Any]) -> type[Grid] | None:
     return Grid.kinds.get(name) if isinstance(name, str) else None
 
 
-_SECTIONS: dict[str, type[BaseModel]] = {"basis": WeightBasis, "refine": Refine, "tune": SignRound, "target": Target}
+_SECTIONS: dict[str, type[BaseModel]] = {
+    "basis": WeightBasis,
+    "refine": Refine,
+    "tune": SignRound,
+    "target": Target,
+    "allocate": Allocate,
+}
 
 
 def _weights(spec: Any) -> Weights:
@@ -207,8 +245,22 @@ def _weights(spec: Any) -> Weights:
         if spec.get(key) is not None:
             rest[key] = _section(kind, spec[key], f"weights.{key}")
         spec.pop(key, None)
-    grid = _grid(spec, {}, "weights", ["solver", "ignore", *_SECTIONS])
+    overrides = spec.pop("overrides", None) or []
+    grid = _grid(spec, {}, "weights", ["solver", "ignore", "overrides", *_SECTIONS])
+    if not isinstance(overrides, list):
+        raise RecipeError("weights.overrides is a list such as [{layers: [down_proj], bits: 4}]")
+    rest["overrides"] = tuple(_override(one, spec, f"weights.overrides.{i}") for i, one in enumerate(overrides))
     return _validated(lambda: Weights(grid=grid, solver=solver, **rest), "weights")
+
+
+def _override(spec: Any, base: dict[str, Any], where: str) -> Override:
+    """Another grid for some layers; what is not said is as for all others, if the grid is of the same kind."""
+    if not isinstance(spec, dict) or "layers" not in spec:
+        raise RecipeError(f"{where} needs layers and settings of a grid, such as {{layers: [down_proj], bits: 4}}")
+    own = {key: value for key, value in spec.items() if key != "layers"}
+    same = own.get("grid", base.get("grid", "integer")) == base.get("grid", "integer")
+    grid = _grid((base if same else {}) | own, {}, where, ["layers"])
+    return _validated(lambda: Override(layers=spec["layers"], grid=grid), where)
 
 
 def _grid(spec: dict[str, Any], defaults: dict[str, Any], section: str, others: Iterable[str]) -> Grid:
@@ -265,63 +317,6 @@ def parse(data: Any) -> Recipe:
         if data.get(section) is not None:
             built[section] = _section(kind, data[section], section)
     return _validated(lambda: Recipe(**built), "")
-
-
-def preset_names() -> tuple[str, ...]:
-    """The names of the recipes that come with the package."""
-    return tuple(sorted(p.name.removesuffix(".yaml") for p in _presets().iterdir() if p.name.endswith(".yaml")))
-
-
-def _presets() -> Any:
-    return resources.files("gyroquant") / "recipes"
-
-
-def _read_yaml(text: str, where: str) -> dict[str, Any]:
-    if len(text) > 1 << 20:
-        raise RecipeError(f"{where} is larger than any recipe")
-    try:
-        if any(isinstance(token, (yaml.AnchorToken, yaml.AliasToken)) for token in yaml.scan(text)):
-            raise RecipeError(f"{where} uses YAML anchors or aliases, which recipes have no use for")
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{where} is not valid YAML: {error}") from error
-    if not isinstance(data, dict):
-        raise RecipeError(f"{where} does not hold a mapping")
-    return data
-
-
-_SUFFIX = re.compile(
-    r"^(?P<name>.+?)-w(?P<bits>\d)(?:a(?P<activations>\d{1,2}))?(?:kv(?P<cache>\d{1,2}))?(?:g(?P<group>\d+))?$", re.I
-)
-
-
-def _load(name: str) -> tuple[dict[str, Any], list[str]]:
-    """The data of a recipe, and the changes that bits and group size behind its name stand for."""
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml"):
-        try:
-            return {"name": path.stem} | _read_yaml(path.read_text(encoding="utf-8"), str(path)), []
-        except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"the recipe {path} cannot be read: {error}") from error
-    known = preset_names()
-    if name in known:
-        return {"name": name} | _read_yaml((_presets() / f"{name}.yaml").read_text(encoding="utf-8"), name), []
-    short = _SUFFIX.match(name)
-    if short and short["name"] in known:
-        places = {"bits": "weights.bits", "group": "weights.group_size"}
-        places |= {"activations": "activations.bits", "cache": "kv_cache.bits"}
-        numbers = {place: short[key] for key, place in places.items() if short[key]}
-        changes = []
-        for place, number in numbers.items():
-            section = place.partition(".")[0]
-            exact = number == "16" and section != "weights"  # as in W4A16: not rounded
-            changes.append(f"{section}=null" if exact else f"{place}={number}")
-        return _load(short["name"])[0] | {"name": name}, changes
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-    raise RecipeError(
-        f"no recipe is called {name!r}; did you mean {close[0]!r}? There are {', '.join(known)}, each also with bits "
-        "and group size behind it (gsr-w2g64, quarot-w4a4kv4), and files that end in .yaml"
-    )
 
 
 def set_values(data: Mapping[str, Any], changes: Iterable[str]) -> dict[str, Any]:
@@ -389,5 +384,5 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, changes: Iterab
     elif isinstance(recipe, Mapping):
         data = recipe
     else:
-        data, implied = _load(str(recipe))
+        data, implied = find_recipe(str(recipe))
     return parse(set_values(data, [*implied, *changes]))

@@ -36,11 +36,13 @@ BASE = ["weights.group_size=16", "transform.R1={method: hadamard, random_signs: 
 
 def setting(model: Any, recipe: gq.Recipe, rounded: bool) -> Setting:
     graph = open_model(model).graph
-    targets = find_targets(graph, recipe.weights.grid, recipe.weights.ignore)
+    targets = find_targets(graph, recipe.weights.grid_of, recipe.weights.ignore)
     quantizers = plan_quantizers(graph, recipe)
     generator = torch.Generator().manual_seed(3)
     tokens = torch.randint(3, 96, (6, 24), generator=generator)
-    return Setting(tokens, targets, recipe.weights.grid if rounded else None, quantizers, torch.float32, 0)
+    return Setting(
+        tokens, targets, dict.fromkeys(targets, recipe.weights.grid) if rounded else {}, quantizers, torch.float32, 0
+    )
 
 
 def learned(
@@ -274,7 +276,7 @@ def test_rounded_weights_are_looked_at_when_they_are_rounded_to_nearest(
         recipe = gq.load_recipe(name, changes)
         job = prepare(folders["llama"], tmp_path / "out", recipe, corpus, tokenizer=tiny.tokenizer())
         setting = learning_setting(recipe, job.tokens, job.targets, job.quantizers, job.compute_dtype)
-        assert (setting.grid is not None) == rounded
+        assert bool(setting.grids) == rounded
 
 
 def test_a_model_in_memory_gets_learned_rotations() -> None:

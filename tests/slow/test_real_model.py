@@ -14,7 +14,7 @@ from gyroquant import pipeline
 from gyroquant.job import prepare
 from gyroquant.maps import sequency_order
 from gyroquant.models.source import open_model
-from gyroquant.recipe import preset_names
+from gyroquant.presets import preset_names
 
 pytestmark = pytest.mark.slow
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "demo"))

@@ -84,7 +84,7 @@ class Stream:
     ) -> None:
         """Runs block `index` on every sequence. With `keep`, its output replaces its input."""
         assert self.hidden is not None
-        local = self._local(tensors)
+        local = self.local(tensors)
         for start, ids in self._batches():
             self._run(index, local, self.hidden[start : start + len(ids)], keep)
             progress()
@@ -95,7 +95,7 @@ class Stream:
 
     def observe(self, index: int, tensors: Mapping[str, Tensor], progress: Advance = lambda: None) -> None:
         """Runs block `index` for the sake of observers: the hidden states stay, those of the original move on."""
-        local = self._local(tensors)
+        local = self.local(tensors)
         for start, ids in self._batches():
             for hidden in self._turns(ids.numel()):
                 self._run(index, local, hidden[start : start + len(ids)], keep=hidden is self.original)
@@ -103,7 +103,7 @@ class Stream:
 
     def observe_head(self, outer: Mapping[str, Tensor]) -> None:
         """Runs the head for the sake of observers of its input."""
-        local = self._local(outer)
+        local = self.local(outer)
         for number, start, stop in self._pieces():
             for hidden in self._turns(stop - start):
                 self._finish(local, hidden[number, start:stop])
@@ -115,7 +115,8 @@ class Stream:
             return iter([self.hidden])
         return self.pairing.turns(self.original, self.hidden, tokens)
 
-    def _local(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def local(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors on the device and in the dtype that blocks compute in."""
         return {name: tensor.to(device=self.device, dtype=self.dtype) for name, tensor in tensors.items()}
 
     def _run(self, index: int, local: Mapping[str, Tensor], hidden: Tensor, keep: bool) -> None:
@@ -141,6 +142,6 @@ class Stream:
         words)).
         """
         assert self.hidden is not None
-        local = self._local(outer)
+        local = self.local(outer)
         for number, start, stop in self._pieces():
             yield number, start, self._finish(local, self.hidden[number, start:stop])

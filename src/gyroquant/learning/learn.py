@@ -33,12 +33,12 @@ from gyroquant.progress import Stages
 class Setting:
     """What rotations are learned for: the text, shape (samples, length), and everything that is rounded.
 
-    `grid` rounds the weights of `targets`; None leaves them as they are. `attachments` run with the model.
+    `grids` round the weights of those `targets` that they name. `attachments` run with the model.
     """
 
     tokens: Tensor | None
     targets: Mapping[str, LinearOp]
-    grid: Grid | None
+    grids: Mapping[str, Grid]
     attachments: Sequence[Attachment]
     dtype: torch.dtype
     seed: int
@@ -108,7 +108,7 @@ def _loss(
     assert setting.tokens is not None
     if settings.objective == "kurtosis":
         return Kurtosis(store, plan, places, setting.tokens, setting.dtype, progress)
-    weights = {} if setting.grid is None else {name: (op, setting.grid) for name, op in setting.targets.items()}
+    weights = {name: (setting.targets[name], grid) for name, grid in setting.grids.items()}
     rounding = RoundedModel(weights, [*plan.online, *setting.attachments], setting.dtype)
     if settings.objective == "blocks":
         return BlockOutputs(store, plan, places, rounding)
@@ -172,7 +172,7 @@ def _mark(store: WeightStore, plan: FoldPlan, settings: Learn, setting: Setting)
     """A digest of everything that the learned tensors depend on: what they start from is in the plan."""
     digest = hashlib.sha256()
     described: list[Any] = [store.label, settings.model_dump(), str(setting.dtype), setting.seed]
-    described += [None if setting.grid is None else setting.grid.model_dump(), sorted(setting.targets)]
+    described += [{name: grid.model_dump() for name, grid in setting.grids.items()}, sorted(setting.targets)]
     described.append([repr(one) for one in setting.attachments])
     arrays: dict[str, Tensor] = {}
     described += [[site.label, online, dump(m, arrays, str(i))] for i, (site, m, online) in enumerate(plan.folded)]

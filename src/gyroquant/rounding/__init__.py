@@ -4,6 +4,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from gyroquant.rounding.activations import Activations, Ignore, KvCache
+from gyroquant.rounding.allocate import Allocate
 from gyroquant.rounding.base import InputStatistics, Solver, output_error, weight_error
 from gyroquant.rounding.basis import WeightBasis
 from gyroquant.rounding.refine import Refine
@@ -15,6 +16,7 @@ for _module in iter_modules(__path__):
 
 __all__ = [
     "Activations",
+    "Allocate",
     "Ignore",
     "InputStatistics",
     "KvCache",

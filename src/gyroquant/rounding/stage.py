@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -43,6 +43,11 @@ class Rounding:
     warn: Warn
     refine: Refine | None = None
     target: Target | None = None
+    others: Mapping[str, Grid] = field(default_factory=dict)
+
+    def grid_of(self, op: LinearOp) -> Grid:
+        """The grid of a layer: `grid`, or that of its weight's name among `others`."""
+        return self.others.get(op.weight, self.grid)
 
     def _basis(self, matrix: Tensor, statistics: InputStatistics | None) -> Basis | None:
         gram = None if statistics is None else statistics.gram
@@ -89,32 +94,45 @@ def is_ignored(module: str, patterns: Iterable[str]) -> bool:
     return False
 
 
-def find_targets(
-    graph: ModelGraph, grid: Grid, ignore: tuple[str, ...], basis: WeightBasis | None = None
-) -> dict[str, LinearOp]:
-    """The layers to round, by the name of their weight.
+def _check_patterns(patterns: Iterable[str], linears: Iterable[LinearOp], where: str, model: str) -> None:
+    """Raises RecipeError for a pattern that is not a regular expression or matches no layer."""
+    linears = list(linears)
+    for pattern in patterns:
+        try:
+            used = any(is_ignored(layer_name(op), [pattern]) for op in linears)
+        except re.error as error:
+            raise RecipeError(f"{where}: {pattern!r} is not a regular expression: {error}") from error
+        if not used:
+            raise RecipeError(f"{where}: {pattern!r} matches no layer of this {model}")
 
-    Raises RecipeError for a pattern that is not a regular expression or matches nothing, a group size that does not
-    fit, or when nothing is left to round.
+
+def find_targets(
+    graph: ModelGraph,
+    grid_of: Callable[[str], Grid],
+    ignore: tuple[str, ...],
+    overridden: Sequence[tuple[str, ...]] = (),
+    basis: WeightBasis | None = None,
+) -> dict[str, LinearOp]:
+    """The layers to round, by the name of their weight; `grid_of` says the grid of a layer by its own name.
+
+    Raises RecipeError for a pattern, among those to `ignore` or `overridden`, that is not a regular expression or
+    matches nothing, a group size that does not fit, or when nothing is left to round.
     """
     linears = [op for group in (*graph.blocks, graph.outer) for op in group.linears]
-    for pattern in ignore:
-        try:
-            used = any(is_ignored(_name(op), [pattern]) for op in linears)
-        except re.error as error:
-            raise RecipeError(f"weights.ignore: {pattern!r} is not a regular expression: {error}") from error
-        if not used:
-            raise RecipeError(f"weights.ignore: {pattern!r} matches no layer of this {graph.config.model_type}")
-    targets = {op.weight: op for op in linears if op.entry.quantize and not is_ignored(_name(op), ignore)}
+    _check_patterns(ignore, linears, "weights.ignore", graph.config.model_type)
+    for i, patterns in enumerate(overridden):
+        _check_patterns(patterns, linears, f"weights.overrides.{i}.layers", graph.config.model_type)
+    targets = {op.weight: op for op in linears if op.entry.quantize and not is_ignored(layer_name(op), ignore)}
     if not targets:
         raise RecipeError("weights.ignore leaves no layer to round")
     for op in targets.values():
-        name, columns = _name(op), op.in_features
-        grid.group_of(columns if basis is None else basis.order(columns, name), name)
+        name, columns = layer_name(op), op.in_features
+        grid_of(name).group_of(columns if basis is None else basis.order(columns, name), name)
     return targets
 
 
-def _name(op: LinearOp) -> str:
+def layer_name(op: LinearOp) -> str:
+    """The name by which recipes and reports speak of a layer."""
     return op.weight if op.entry.stacked else op.module
 
 
@@ -130,10 +148,12 @@ def round_group(
     done: dict[str, QuantizedWeight] = {}
     for key, ops in together(group, targets, online).items():
         if ops[0].entry.stacked:
-            pieces = [_round_experts(ops[0], key, tensors, observed, how)]
-        else:
-            pieces = _round_together(ops, key, tensors, observed, how)
-        done |= {op.weight: weight for op, weight in zip(ops, pieces, strict=True)}
+            done |= {op.weight: _round_experts(op, key, tensors, observed, how) for op in ops}
+            continue
+        for grid in dict.fromkeys(how.grid_of(op).model_dump_json() for op in ops):
+            alike = [op for op in ops if how.grid_of(op).model_dump_json() == grid]
+            pieces = _round_together(alike, key, tensors, observed, how)
+            done |= {op.weight: weight for op, weight in zip(alike, pieces, strict=True)}
     return done
 
 
@@ -163,7 +183,7 @@ def _round_together(
     matrices = [as_matrix(tensors[op.weight].float(), op) for op in ops]
     names = ", ".join(op.module for op in ops)
     placed = how.place(names, torch.cat(matrices), statistics)
-    solved = how.solve(placed, how.grid.bind(placed.matrix))
+    solved = how.solve(placed, how.grid_of(ops[0]).bind(placed.matrix))
     sizes = [len(matrix) for matrix in matrices]
     parts = zip(
         solved.codes.split(sizes), solved.params.scale.split(sizes), solved.params.zero.split(sizes), strict=True
@@ -184,7 +204,7 @@ def _round_experts(
     def statistics(expert: int) -> InputStatistics | None:  # made anew each time: those of all experts are large
         return statistics_of(observed.get((key, expert)))
 
-    grid = how.grid.bind(*(how.encoded(matrix, statistics(expert)) for expert, matrix in enumerate(matrices)))
+    grid = how.grid_of(op).bind(*(how.encoded(matrix, statistics(expert)) for expert, matrix in enumerate(matrices)))
     weights: list[QuantizedWeight] = []
     for expert, matrix in enumerate(matrices):
         weights.append(how.solve(how.place(f"{op.weight}[{expert}]", matrix, statistics(expert)), grid))

@@ -18,6 +18,7 @@ from gyroquant.errors import InputError, RecipeError, UnsupportedModelError
 from gyroquant.export.folder import check_destination, check_room
 from gyroquant.export.writer import saved_dtype
 from gyroquant.grids import Grid
+from gyroquant.learning import Finish
 from gyroquant.learning.learn import Setting
 from gyroquant.learning.live import learnable
 from gyroquant.models.fold import FoldPlan
@@ -150,7 +151,7 @@ def prepare(
     if isinstance(store, PackedStore):
         raise InputError(f"{store.label} is already quantized; start from the model in full precision")
     plan, targets, quantizers = plan_all(store.graph, recipe)
-    _check_forms(store, plan, targets, quantizers, dense)
+    _check_forms(store, plan, targets, quantizers, dense, recipe.finish)
     source = calibration if calibration is not None else recipe.calibration.text
     text = load_text(source) if source is not None else None
     output = Output(
@@ -236,6 +237,7 @@ def _check_forms(
     targets: Mapping[str, LinearOp],
     quantizers: Sequence[Attachment],
     dense: bool,
+    finish: Finish | None,
 ) -> None:
     """Refuses results that the output could not hold."""
     tied = [name for name in targets if name in store.tied]
@@ -246,6 +248,8 @@ def _check_forms(
             f"--dense cannot keep the online map in front of {plan.online[0].module}: plain weights have no "
             "place for it. Leave --dense out, or leave the online sites out of the recipe"
         )
+    if dense and finish is not None:
+        raise UnsupportedModelError("--dense keeps no scales for finish to tune: leave one of them out")
     if dense and quantizers:
         raise UnsupportedModelError(
             "--dense cannot keep the rounding of activations or of the KV cache: plain weights have no place for it. "
@@ -283,8 +287,9 @@ def _tokens(job: Job) -> Tensor | None:
     """The windows of text to calibrate on, shape (samples, length), or None for a recipe that needs none."""
     settings = job.recipe.calibration
     if job.text is None:
-        if job.needs_stream or job.measures or job.recipe.learn or job.plan.edits or job.plan.online:
-            need = "calibrates" if job.needs_stream or job.measures else "is proved"
+        calibrates = job.needs_stream or job.measures or job.recipe.learn or job.recipe.finish
+        if calibrates or job.plan.edits or job.plan.online:
+            need = "calibrates" if calibrates else "is proved"
             raise InputError(f"this recipe {need} on text: give --text FILE (or a dataset's name)")
         return None
     ids = tokenize(job.text, job.tokenizer, job.store.config.vocab_size)

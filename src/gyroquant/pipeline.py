@@ -24,16 +24,17 @@ from gyroquant.export.hf import keep_online
 from gyroquant.export.writer import DenseWriter, PackedWriter
 from gyroquant.grids import QuantizedWeight
 from gyroquant.job import Job, learning_setting, plan_all
-from gyroquant.learning import learn
+from gyroquant.learning import finish, learn
 from gyroquant.learning.rotations import FILE_NAME, rotations_of, write_rotations
 from gyroquant.maps import dump
 from gyroquant.models.fold import FoldPlan, fold
 from gyroquant.models.graph import Group, LinearOp
 from gyroquant.models.online import CacheQuantizer, attached, observing_keys
-from gyroquant.models.packed import from_matrix
+from gyroquant.models.packed import PackedStore, from_matrix
 from gyroquant.models.prove import Proof, folded_outer, prove
 from gyroquant.models.runner import BlockRunner, evaluating
 from gyroquant.models.sites import attention_module
+from gyroquant.models.source import open_model
 from gyroquant.models.store import ModuleStore, WeightStore
 from gyroquant.planning import needs_measuring, plan_folds
 from gyroquant.progress import Stages
@@ -190,10 +191,11 @@ def run(job: Job, progress: Stages | None = None) -> dict[str, Any]:
             writer.online([*job.plan.online, *job.quantizers])
             folder.merge()
             manifest = _manifest(job, proof, layers, writer, warnings)
-            manifest["seconds"] = round(time.perf_counter() - started, 3)
-            manifest["peak_memory_bytes"] = peak_memory_bytes()
             writer.finish(job.tokenizer, manifest["untied"])
             manifest["learned"], manifest["allocation"] = learned, allocation
+            manifest["finished"] = _finish(job, folder.partial, progress)
+            manifest["seconds"] = round(time.perf_counter() - started, 3)
+            manifest["peak_memory_bytes"] = peak_memory_bytes()
             rotations = rotations_of(job.plan, job.recipe.learn.sites) if job.recipe.learn is not None else {}
             if rotations:
                 write_rotations(folder.partial / FILE_NAME, rotations)
@@ -219,6 +221,18 @@ def _learn(job: Job, progress: Stages) -> dict[str, Any] | None:
     result = learn(job.store, job.plan, job.recipe.learn, setting, progress, _checkpoint(job))
     job.plan = result.plan
     return {"losses": result.losses, "drift": result.drift, "seconds": round(time.perf_counter() - started, 3)}
+
+
+def _finish(job: Job, folder: Path, progress: Stages) -> dict[str, Any] | None:
+    """Gives a folder that is whole but for its manifest the last touch that the recipe asks for."""
+    if job.recipe.finish is None:
+        return None
+    assert job.tokens is not None
+    started, store = time.perf_counter(), open_model(folder)
+    assert isinstance(store, PackedStore)
+    with evaluating(store.skeleton()):
+        done = finish(store, job.store, job.tokens, job.recipe.finish, job.compute_dtype, job.recipe.seed, progress)
+    return done | {"seconds": round(time.perf_counter() - started, 3)}
 
 
 def proof_sample(job: Job) -> Tensor:

@@ -21,7 +21,7 @@ from pydantic import (
 
 from gyroquant.errors import RecipeError
 from gyroquant.grids import Grid
-from gyroquant.learning import Learn
+from gyroquant.learning import Finish, Learn
 from gyroquant.methods import Method
 from gyroquant.models.sites import SITE_NAMES
 from gyroquant.presets import find_recipe
@@ -128,7 +128,7 @@ class ProofSettings(BaseModel):
 
 
 class Recipe(BaseModel):
-    """A whole run as data: transform, rounding of weights, activations and KV cache, calibration and proof."""
+    """A whole run as data: transform, rounding of weights, activations and KV cache, last touch, calibration, proof."""
 
     model_config = _STRICT
     name: str = "custom"
@@ -139,6 +139,7 @@ class Recipe(BaseModel):
     weights: Weights
     activations: Activations | None = None
     kv_cache: KvCache | None = None
+    finish: Finish | None = None
     calibration: Calibration = Field(default_factory=Calibration)
     proof: ProofSettings = Field(default_factory=ProofSettings)
 
@@ -313,7 +314,7 @@ def parse(data: Any) -> Recipe:
     for section, dynamic in (("activations", Activations), ("kv_cache", KvCache)):
         if data.get(section) is not None:
             built[section] = _dynamic(data[section], dynamic, section)
-    for section, kind in (("calibration", Calibration), ("proof", ProofSettings), ("learn", Learn)):
+    for section, kind in (("calibration", Calibration), ("proof", ProofSettings), ("learn", Learn), ("finish", Finish)):
         if data.get(section) is not None:
             built[section] = _section(kind, data[section], section)
     return _validated(lambda: Recipe(**built), "")

@@ -61,7 +61,10 @@ class TestContract:
         assert torch.equal(codes, weight.codes)
         assert torch.equal(params.scale, weight.params.scale)
         assert torch.equal(params.zero, weight.params.zero)
-        assert torch.equal(QuantizedWeight(grid, codes, params).dequantize(), weight.dequantize())
+        bound = grid.bound_by(weight.pack())
+        assert torch.equal(QuantizedWeight(bound, codes, params).dequantize(), weight.dequantize())
+        again = QuantizedWeight(bound, codes, params).pack()
+        assert all(torch.equal(array, again[part]) for part, array in weight.pack().items())
 
     def test_scales_are_stored_exactly(self, grid: Grid) -> None:
         weight = rounded(grid, weights())

@@ -84,6 +84,10 @@ class Grid(BaseModel, ABC):
         """
         return self
 
+    def bound_by(self, arrays: dict[str, Tensor]) -> Grid:
+        """As `bind`, for a weight that is stored in these arrays."""
+        return self
+
     @abstractmethod
     def fit(self, groups: Tensor) -> GroupParams:
         """Scales for groups of weights, shape (..., group), fp32. Raises InputError for NaN, infinity and what the

@@ -102,6 +102,11 @@ class Nvfp4Grid(E2M1Grid):
         bound._tensor_scale = max(float(_whole_scale(largest(weight.float().reshape(1, -1)))) for weight in weights)
         return bound
 
+    def bound_by(self, arrays: dict[str, Tensor]) -> Nvfp4Grid:
+        bound = self.model_copy()
+        bound._tensor_scale = float(stored(arrays, "global", (1,)))
+        return bound
+
     def fit(self, groups: Tensor) -> GroupParams:
         return self._fit(groups, largest(groups), self._as_tensor(groups.device))
 

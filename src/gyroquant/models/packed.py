@@ -135,7 +135,7 @@ def check_version(description: Mapping[str, Any], where: str) -> None:
 def unpack(description: Mapping[str, Any], name: str, arrays: dict[str, Tensor], shape: Shape) -> QuantizedWeight:
     """A stored parameter as codes and scales, in the shape of `as_matrix`."""
     entry = description["tensors"][name]
-    grid, basis = grid_from(description["grids"][entry["grid"]]), None
+    grid, basis = grid_from(description["grids"][entry["grid"]]).bound_by(arrays), None
     rows, columns = matrix_shape(shape, bool(entry.get("transposed")))
     if "basis" in entry:
         basis = Basis.unpack(entry["basis"], arrays, columns)

@@ -130,6 +130,10 @@ class BlockRunner:
     @torch.no_grad()
     def finish(self, hidden: Tensor, outer: Mapping[str, Tensor]) -> Tensor:
         """The logits for what leaves the last block, shape (batch, length, vocabulary)."""
+        return self.logits(hidden, outer)
+
+    def logits(self, hidden: Tensor, outer: Mapping[str, Tensor]) -> Tensor:
+        """The same with gradients."""
         stubs = [_Stub(block) for block in self.blocks]
         stubs[-1].answer = hidden
         any_token = 1 if self.model.config.pad_token_id == 0 else 0  # padding would change how some models mask

@@ -4,8 +4,8 @@
 
 Weights are symmetric per row, activations asymmetric per token (the paper's INT4); evaluation is the `bbt` preset in
 bfloat16. Rounding to nearest takes every block size, permutation and format, with permutations measured on 8 windows of
-512 tokens; Qronos (and GPTQ, when asked for by --solvers) takes the cells that decide, on 32 windows. Cells that are
-there already are not run again.
+512 tokens. Qronos, GPTQ towards a share of Qronos's answer (`target`) and, when asked for, GPTQ itself take the cells
+that decide, on 32 windows. Cells that are there already are not run again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import math
 
 from cells import MissingCellError, Table, arguments, short, write
 
-BLOCKS = (16, 32, 64, 128, 256, 512, "full")
+BLOCKS = ("full", 16, 32, 64, 128, 256, 512)
 PERMUTATIONS = {
     "none": None,
     "random": "random_permutation",
@@ -31,7 +31,14 @@ FORMATS = {
     "MXFP4": ["weights.grid=mxfp4", "activations.grid=mxfp4"],
     "FP4": ["weights.grid=fp4", "weights.group_size=-1", "activations.grid=fp4", "activations.scale=minmax"],
 }
-WINDOWS = {"rtn": 8, "qronos": 32, "gptq": 32}
+WINDOWS = {"rtn": 8, "qronos": 32, "gptq": 32, "target": 32}
+OPTIONS = {
+    "rtn": ["weights.solver=rtn"],
+    "qronos": ["weights.solver={name: qronos, alpha: 1.0e-3, act_order: true}"],
+    "gptq": ["weights.solver=gptq"],
+    "target": ["weights.solver={name: gptq, act_order: true}", "weights.target={share: auto}"],
+}
+LABELS = {"target": "GPTQ, target"}
 EVALUATIONS = {"bbt": {"preset": "bbt", "dtype": "bfloat16"}}
 
 
@@ -44,15 +51,14 @@ def rotation(block: int | str, permutation: str | None) -> str:
 def main() -> None:
     """Runs what is missing and writes table.md and table.json."""
     parser = arguments(__doc__)
-    parser.add_argument("--solvers", nargs="+", choices=WINDOWS, default=["rtn", "qronos"])
+    parser.add_argument("--solvers", nargs="+", choices=WINDOWS, default=["rtn", "qronos", "target"])
     given = parser.parse_args()
     table = Table(given, EVALUATIONS)
     base = table.original()["evaluations"]["bbt"]["perplexity"]
     found: dict[tuple[str, object, str, str], dict] = {}
 
     def run(solver: str, block: int | str, name: str, form: str) -> None:
-        option = "{name: qronos, alpha: 1.0e-3, act_order: true}" if solver == "qronos" else solver
-        changes = [f"weights.solver={option}", f"transform.R4={rotation(block, PERMUTATIONS[name])}"]
+        changes = [*OPTIONS[solver], f"transform.R4={rotation(block, PERMUTATIONS[name])}"]
         changes += [f"calibration.nsamples={WINDOWS[solver]}", "calibration.seqlen=512"]
         with contextlib.suppress(MissingCellError):
             cell = table.cell(f"{form} {solver} {block} {name}", "perq", [*changes, *FORMATS[form]])
@@ -72,7 +78,7 @@ def main() -> None:
         full = found.get((solver, "full", "none", form), {}).get("evaluations", {}).get("bbt", {}).get("perplexity")
         bits = cell["manifest"]["bits"]["per_weight"]
         proof = cell["manifest"]["proof"]["relative_logit_error"]
-        label = (form, solver.upper(), str(block), name)
+        label = (form, LABELS.get(solver, solver.upper()), str(block), name)
         gap, share = f"{math.log(value / base):.3f}", f"{100 * full / value:.0f} %" if full else "-"
         rows.append((*label, short(value), gap, share, f"{bits:.3f}"))
         data.append(dict(zip(("format", "solver", "block", "permutation"), label, strict=True)))

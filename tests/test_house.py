@@ -22,6 +22,7 @@ ROOMS = [
     "api",
     "pipeline",
     "allocation",
+    "blockwise",
     "job",
     "evaluation",
     "export",

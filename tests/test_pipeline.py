@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import load_file
 
 import gyroquant as gq
-from gyroquant import pipeline
+from gyroquant import blockwise, pipeline
 from gyroquant.calibration.stream import Stream
 from gyroquant.grids import Grid
 from gyroquant.job import prepare
@@ -96,14 +96,14 @@ def test_floating_point_models_come_back_bit_for_bit(
     grid: str, name: str, folders: dict[str, Path], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rounded: dict[str, torch.Tensor] = {}
-    decoded = pipeline._decoded
+    decoded = blockwise.decoded
 
     def keep(*args: object) -> dict[str, torch.Tensor]:
         result = decoded(*args)  # type: ignore[arg-type]
         rounded.update(result)
         return result
 
-    monkeypatch.setattr(pipeline, "_decoded", keep)
+    monkeypatch.setattr(blockwise, "decoded", keep)
     out = tmp_path / "out"
     manifest = run(folders[name], out, "gptq", corpus, f"weights.grid={grid}", *FLOATS[grid])
     loaded = gq.load(out, dtype=torch.float32)

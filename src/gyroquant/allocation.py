@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gyroquant.blockwise import decoded
 from gyroquant.calibration.observers import observing
 from gyroquant.calibration.stream import Stream
-from gyroquant.grids import Grid, QuantizedWeight
+from gyroquant.grids import Grid
 from gyroquant.job import Job
 from gyroquant.models.fold import fold
 from gyroquant.models.online import attached
-from gyroquant.models.packed import from_matrix
 from gyroquant.models.prove import folded_outer
 from gyroquant.models.runner import BlockRunner
 from gyroquant.progress import Stages
@@ -77,17 +77,13 @@ def _trials(
                 for bits, grid in grids.items():
                     how = job.rounding(warn, grid)
                     for name, weight in round_group(group, job.targets, tensors, observed, online, how).items():
-                        changed = local | stream.local({name: _decoded(job, name, weight)})
+                        changed = local | stream.local(decoded(job, {name: weight}))
                         first = [stream.hidden[k : k + 1].to(stream.device) for k in windows]
                         trials[name, bits] = [stream.one(index, changed, state) for state in first]
                         sizes[name, bits] = weight.bits
                 stream.run(index, tensors)
             advance()
     return trials, sizes
-
-
-def _decoded(job: Job, name: str, weight: QuantizedWeight) -> Tensor:
-    return from_matrix(weight.dequantize(), job.targets[name].shape, job.targets[name].entry.transposed)
 
 
 def _divergences(

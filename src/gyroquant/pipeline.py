@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gyroquant.allocation import allocate
+from gyroquant.blockwise import observed_in_turn, round_block
 from gyroquant.calibration.measure import Want, measure
 from gyroquant.calibration.observers import observing
 from gyroquant.calibration.stream import Stream
@@ -28,20 +29,17 @@ from gyroquant.learning import finish, learn
 from gyroquant.learning.rotations import FILE_NAME, rotations_of, write_rotations
 from gyroquant.maps import dump
 from gyroquant.models.fold import FoldPlan, fold
-from gyroquant.models.graph import Group, LinearOp
-from gyroquant.models.online import CacheQuantizer, attached, observing_keys
-from gyroquant.models.packed import PackedStore, from_matrix
+from gyroquant.models.graph import LinearOp
+from gyroquant.models.online import attached
+from gyroquant.models.packed import PackedStore
 from gyroquant.models.prove import Proof, folded_outer, prove
 from gyroquant.models.runner import BlockRunner, evaluating
-from gyroquant.models.sites import attention_module
 from gyroquant.models.source import open_model
 from gyroquant.models.store import ModuleStore, WeightStore
 from gyroquant.planning import needs_measuring, plan_folds
 from gyroquant.progress import Stages
 from gyroquant.recipe import Recipe, load_recipe
-from gyroquant.rounding.activations import KeyMean
 from gyroquant.rounding.judge import LayerReport, judge_group
-from gyroquant.rounding.signround import BlockTuner, SignRound, tune_block
 from gyroquant.rounding.stage import round_group
 
 Calibration = str | Path | Sequence[str] | Tensor
@@ -258,8 +256,11 @@ def _round(job: Job, writer: Any, progress: Stages, warnings: list[str]) -> list
         writer.add(_saved(outer, job.output.dtype))
         del outer
     tune = job.recipe.weights.tune
-    passes = stream.steps * (3 if job.centers_keys else 2) + (tune.iters if tune else 0) if stream else 1
-    with progress.stage("round", len(graph.blocks) * passes) as advance:
+    total = len(graph.blocks)
+    if stream:
+        turns = sum(len(observed_in_turn(job, i)) for i in range(total))
+        total = stream.steps * (turns + total * (2 if job.centers_keys else 1)) + total * (tune.iters if tune else 0)
+    with progress.stage("round", total) as advance:
         for i, group in enumerate(graph.blocks):
             tensors = fold(job.plan, job.store.read(graph.block_params(i)))
             rounded, reports, tensors = round_block(job, i, group, tensors, stream, advance, warnings, tune)
@@ -273,71 +274,6 @@ def _round(job: Job, writer: Any, progress: Stages, warnings: list[str]) -> list
     if head:
         layers += _round_head(job, outer, stream, writer, warnings)
     return layers
-
-
-def round_block(
-    job: Job,
-    index: int,
-    group: Group,
-    tensors: dict[str, Tensor],
-    stream: Stream | None,
-    advance: Any,
-    warnings: list[str],
-    tune: SignRound | None,
-) -> tuple[dict[str, QuantizedWeight], list[LayerReport], dict[str, Tensor]]:
-    """Observes, rounds and tunes a block; returns codes, errors and the block's weights as they will be deployed."""
-    model = job.store.skeleton()
-    if stream and job.centers_keys:
-        _center_keys(job, index, tensors, stream, advance)
-    online, observed = job.running_in(index), {}
-    if stream:
-        with attached(model, online), observing(model, group, online, stream.observer) as observed:
-            stream.observe(index, tensors, advance)
-    rounded = round_group(group, job.targets, tensors, observed, online, job.rounding(warnings.append))
-    if stream and tune is not None:
-        rounded = tune_rounded(job, index, tensors, rounded, stream, tune, advance)
-    reports = judge_group(group, job.targets, tensors, observed, online, rounded)
-    deployed = {name: tensor.to(job.output.dtype) for name, tensor in tensors.items() if name not in rounded}
-    return rounded, reports, deployed | _decoded(job, rounded)
-
-
-def tune_rounded(
-    job: Job,
-    index: int,
-    tensors: Mapping[str, Tensor],
-    rounded: Mapping[str, QuantizedWeight],
-    stream: Stream,
-    tune: SignRound,
-    advance: Any,
-) -> dict[str, QuantizedWeight]:
-    """Tunes what a solver made of a block that was observed: towards what the unrounded model gave."""
-    assert stream.hidden is not None
-    assert stream.original is not None
-
-    def run(weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
-        return stream.one(index, weights, hidden)
-
-    with attached(job.store.skeleton(), job.running_in(index)):
-        tuner = BlockTuner(tensors, job.targets, rounded, stream.hidden, stream.original, run)
-        return tune_block(tune, tuner, job.recipe.seed + index, advance)
-
-
-def _center_keys(job: Job, index: int, tensors: Mapping[str, Tensor], stream: Stream, advance: Any) -> None:
-    """Measures the mean of a block's keys and lets its cache quantizer take it away."""
-    model, module = job.store.skeleton(), attention_module(job.graph.blocks[index])
-    mean = KeyMean()
-    with attached(model, job.plan.online_in(index)), observing_keys(model, module, mean):
-        stream.run(index, tensors, keep=False, progress=advance)
-    for place, one in enumerate(job.quantizers):
-        if isinstance(one, CacheQuantizer) and one.module == module:
-            job.quantizers[place] = replace(one, key_mean=mean.result())
-
-
-def _decoded(job: Job, rounded: Mapping[str, QuantizedWeight]) -> dict[str, Tensor]:
-    return {
-        name: from_matrix(weight.dequantize(), job.targets[name].shape, job.targets[name].entry.transposed)
-        for name, weight in rounded.items()
-    }
 
 
 def _by_op(job: Job, rounded: Mapping[str, QuantizedWeight]) -> list[tuple[LinearOp, QuantizedWeight]]:

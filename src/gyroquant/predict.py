@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from gyroquant.blockwise import round_block, tune_rounded
 from gyroquant.calibration.stream import Stream
 from gyroquant.environment import peak_memory_bytes, steady_memory
 from gyroquant.grids import QuantizedWeight
@@ -16,7 +17,7 @@ from gyroquant.models.fold import fold
 from gyroquant.models.online import attached
 from gyroquant.models.prove import folded_outer, prove
 from gyroquant.models.runner import BlockRunner, evaluating
-from gyroquant.pipeline import proof_sample, round_block, tune_rounded
+from gyroquant.pipeline import proof_sample
 from gyroquant.planning import measuring_passes
 from gyroquant.progress import Stages
 
@@ -112,14 +113,10 @@ def _rounding(job: Job, stream: Stream | None) -> tuple[float, float]:
     model, started = job.store.skeleton(), time.perf_counter()
     tensors = fold(job.plan, job.store.read(job.graph.block_params(0)))
     reading = time.perf_counter() - started
-    ticks = [time.perf_counter()]
-
-    def tick() -> None:
-        ticks.append(time.perf_counter())
-
+    started = time.perf_counter()
     block, running = job.graph.blocks[0], stream if job.needs_stream else None
-    rounded, _, deployed = round_block(job, 0, block, tensors, running, tick, [], None)
-    whole, observed = time.perf_counter() - ticks[0], ticks[-1] - ticks[0]
+    rounded, _, deployed = round_block(job, 0, block, tensors, running, lambda: None, [], None)
+    whole, observed = time.perf_counter() - started, 0.0 if running is None else running.observing_seconds
     tuning = 0.0 if running is None else _tuning(job, tensors, rounded, running)
     forward = 0.0
     if stream:
@@ -127,7 +124,7 @@ def _rounding(job: Job, stream: Stream | None) -> tuple[float, float]:
         with attached(model, job.running_in(0)):
             stream.run(0, deployed)
         forward = time.perf_counter() - started
-    passes = int(job.needs_stream) + measuring_passes(job.recipe)
+    passes = int(job.needs_stream) + int(job.centers_keys) + measuring_passes(job.recipe)
     solving = whole - observed
     return reading + solving + tuning + _scale(job, stream) * (observed + passes * forward), solving
 

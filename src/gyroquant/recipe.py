@@ -61,7 +61,9 @@ class Weights(BaseModel):
     """How weights are rounded: grid, solver and basis, what is refined and tuned after that, the layers to leave alone.
 
     `ignore` holds module names, whole or from a dot on, and regular expressions behind ``re:``. `overrides` give some
-    layers other grids, the last that names a layer counts; `allocate` chooses every layer's bits.
+    layers other grids, the last that names a layer counts; `allocate` chooses every layer's bits. `true_sequential` is
+    GPTQ's: layers of a block are observed when those in front of them in the block are rounded; where it is not given,
+    it is so when drift is corrected, which would otherwise be corrected in every layer of a block anew.
     """
 
     model_config = _STRICT
@@ -74,6 +76,7 @@ class Weights(BaseModel):
     target: Target | None = None
     overrides: tuple[Override, ...] = ()
     allocate: Allocate | None = None
+    true_sequential: bool | None = None
 
     @model_validator(mode="after")
     def _one_aim(self) -> Weights:
@@ -100,6 +103,11 @@ class Weights(BaseModel):
     def needs_original(self) -> bool:
         """Whether the unrounded model runs beside the rounded one."""
         return self.needs_drift or self.tune is not None
+
+    @property
+    def observes_in_turn(self) -> bool:
+        """Whether the layers of a block are observed one after another, as they are rounded."""
+        return self.needs_drift if self.true_sequential is None else self.true_sequential
 
     @property
     def needs_drift(self) -> bool:
@@ -241,13 +249,13 @@ def _weights(spec: Any) -> Weights:
         raise RecipeError("weights holds bits, group_size, symmetric, solver and so on")
     spec = dict(spec)
     solver = _build(Solver.kinds, "name", spec.pop("solver", "rtn"), "weights.solver")
-    rest = {"ignore": spec.pop("ignore")} if "ignore" in spec else {}
+    rest = {key: spec.pop(key) for key in ("ignore", "true_sequential") if key in spec}
     for key, kind in _SECTIONS.items():
         if spec.get(key) is not None:
             rest[key] = _section(kind, spec[key], f"weights.{key}")
         spec.pop(key, None)
     overrides = spec.pop("overrides", None) or []
-    grid = _grid(spec, {}, "weights", ["solver", "ignore", "overrides", *_SECTIONS])
+    grid = _grid(spec, {}, "weights", ["solver", "ignore", "overrides", "true_sequential", *_SECTIONS])
     if not isinstance(overrides, list):
         raise RecipeError("weights.overrides is a list such as [{layers: [down_proj], bits: 4}]")
     rest["overrides"] = tuple(_override(one, spec, f"weights.overrides.{i}") for i, one in enumerate(overrides))

@@ -4,7 +4,7 @@ themselves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -231,9 +231,14 @@ def modules_with_own_map(online: Sequence[Attachment]) -> frozenset[str]:
 
 @contextmanager
 def observing(
-    model: Any, group: Group, online: Sequence[Attachment], make: Callable[[int], Any]
+    model: Any,
+    group: Group,
+    online: Sequence[Attachment],
+    make: Callable[[int], Any],
+    only: Collection[str] | None = None,
 ) -> Iterator[dict[Key, Any]]:
-    """Observes the inputs of a group's quantizable linear layers for the duration of a with block.
+    """Observes the inputs of a group's quantizable linear layers for the duration of a with block; all of them, or
+    those whose `input_key` is among `only`.
 
     What runs online must be attached before. `make` builds an observer, a function of (tokens, features), for an
     input of n features. Yields the observers by key; those of stacked experts appear with an expert's first token.
@@ -258,7 +263,7 @@ def observing(
     watched = set()
     for op in group.linears:
         key = input_key(op, own)
-        if op.entry.quantize and key not in watched:
+        if op.entry.quantize and key not in watched and (only is None or key in only):
             watched.add(key)
             first = op if op.entry.stacked else next(other for other in group.linears if input_key(other, own) == key)
             undo += watch(model, first, see(op, key, first))  # of experts and their router, the router sees every token

@@ -5,6 +5,7 @@ Memory holds one block and the hidden states, which can lie in a file instead, w
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -42,6 +43,7 @@ class Stream:
         self.batch = max(1, _TOKENS // input_ids.shape[1])
         self._outer = {name: t.to(device=self.device, dtype=dtype) for name, t in outer.items()}
         self._calls: dict[int, list[Call]] = {}
+        self.observing_seconds = 0.0
         self.hidden: Tensor | None = None
         for start, ids in self._batches():
             first, calls = runner.begin(ids, self._outer)
@@ -93,13 +95,29 @@ class Stream:
         """What `observe` feeds for an input of n features: with `paired` it has a drift."""
         return Gram(n) if self.pairing is None else CrossGram(n, self.pairing, self._drifts)
 
-    def observe(self, index: int, tensors: Mapping[str, Tensor], progress: Advance = lambda: None) -> None:
-        """Runs block `index` for the sake of observers: the hidden states stay, those of the original move on."""
+    def observe(
+        self,
+        index: int,
+        tensors: Mapping[str, Tensor],
+        progress: Advance = lambda: None,
+        original: Mapping[str, Tensor] | None = None,
+        move: bool = True,
+    ) -> None:
+        """Runs block `index` for the sake of observers: the hidden states stay, those of the original move on.
+
+        The original runs on the parameters `original`, which are the same where they are not given, and stays too
+        unless it is to `move`.
+        """
+        started = time.perf_counter()
         local = self.local(tensors)
+        unrounded = local if original is None or self.original is None else self.local(original)
         for start, ids in self._batches():
             for hidden in self._turns(ids.numel()):
-                self._run(index, local, hidden[start : start + len(ids)], keep=hidden is self.original)
+                first = hidden is self.original
+                weights = unrounded if first else local
+                self._run(index, weights, hidden[start : start + len(ids)], keep=first and move)
             progress()
+        self.observing_seconds += time.perf_counter() - started
 
     def observe_head(self, outer: Mapping[str, Tensor]) -> None:
         """Runs the head for the sake of observers of its input."""

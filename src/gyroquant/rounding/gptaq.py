@@ -26,7 +26,7 @@ from gyroquant.rounding.gptq import ColumnOptions, Sweep, inverse_factor
 class Gptaq(ColumnOptions, Solver):
     """GPTAQ with GPTQ's lazy updates; `alpha` of the correction is made (1 is the derivation, the code has 0.25).
 
-    Where nothing drifts, in the first block for one, the result is that of GPTQ, code for code.
+    Where nothing drifts, at the model's first layers for one, the result is that of GPTQ, code for code.
     """
 
     name: Literal["gptaq"] = "gptaq"

@@ -66,8 +66,8 @@ class Qronos(ColumnOptions, Solver):
     """Qronos with GPTQ's lazy updates.
 
     `alpha` times the largest eigenvalue of the second moments is added to their diagonal: the paper has 1e-6, and 1e-3
-    when activations are rounded too. Scales are fitted to the corrected weights. Where nothing drifts, in the first
-    block for one, the result is that of GPTQ with this damping, code for code.
+    when activations are rounded too. Scales are fitted to the corrected weights. Where nothing drifts, at
+    the model's first layers for one, the result is that of GPTQ with this damping, code for code.
     """
 
     name: Literal["qronos"] = "qronos"

@@ -127,6 +127,7 @@ def test_a_tuned_model_is_nearer_to_the_original(
         ["activations.bits=4", "kv_cache.bits=4"],
         ["weights.basis={padding: pad}"],
         ["weights.refine={passes: 1}"],
+        ["weights.basis={padding: exact}", "weights.refine={passes: 1}", "weights.target={share: auto}"],
     ],
     ids=str,
 )

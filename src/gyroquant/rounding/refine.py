@@ -55,9 +55,10 @@ class _Descent:
         damp = damp_percent * statistics.gram.diagonal().mean().clamp_min(1e-30)
         eye = torch.eye(columns, device=weight.device)
         scale = max(statistics.count, 1)  # so that fp32 holds every product whatever the number of tokens
-        self.h = (statistics.gram + damp * eye) / scale
+        self.h = ((statistics.gram + damp * eye) / scale).to(weight)  # in a basis, moments are fp64
+        wanted = ((statistics.cross + damp * eye) / scale).to(weight)
         self.number = replace(rounded, basis=None).dequantize()
-        self.slope = (weight @ (statistics.cross + damp * eye)) / scale - self.number @ self.h
+        self.slope = weight @ wanted - self.number @ self.h
 
     def _moved(self, start: int, stop: int, change: Tensor) -> None:
         """Takes note that columns start..stop changed."""

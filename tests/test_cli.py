@@ -168,6 +168,26 @@ def test_interrupting_leaves_nothing(folders: dict[str, Path], corpus: Path, tmp
         assert not list(tmp_path.iterdir())
 
 
+def test_inspect_shows_how_far_rounded_layers_are_from_the_limit(
+    folders: dict[str, Path], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Captured
+) -> None:
+    out = tmp_path / "out"
+    command = ["quantize", folders["llama_tied"], out, "--recipe", "gptq", "--text", corpus]
+    assert inside(monkeypatch, *command, *SMALL) == 0
+    capfd.readouterr()
+    assert inside(monkeypatch, "inspect", out) == 0
+    shown = capfd.readouterr().out
+    for text in ("above the limit", "in bits", "dB"):
+        assert text in shown
+    assert inside(monkeypatch, "inspect", out, "--json") == 0
+    layers = json.loads(capfd.readouterr().out)["layers"]
+    assert layers == json.loads((out / "gyroquant.json").read_text())["layers"]
+    assert layers[0]["limit"]["decibels"] > 0
+    (out / "gyroquant.json").write_text("{}")
+    assert inside(monkeypatch, "inspect", out) == 1
+    assert "is no manifest" in capfd.readouterr().err
+
+
 def test_inspect_and_recipes(
     folders: dict[str, Path], corpus: Path, monkeypatch: pytest.MonkeyPatch, capfd: Captured
 ) -> None:

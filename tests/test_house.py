@@ -21,6 +21,7 @@ ROOMS = [
     "predict",
     "api",
     "pipeline",
+    "elsewhere",
     "allocation",
     "blockwise",
     "job",

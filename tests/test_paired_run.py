@@ -81,7 +81,7 @@ def test_layers_come_nearer_to_what_they_gave_before(
 
         result = solve(self, weight, grid, seen, *args)
         if seen.drift.any():
-            gptq = Gptq(damp_percent=self.damp_percent(seen.gram)).solve(weight, grid, seen)
+            gptq = Gptq(damp_percent=self.damping(seen.gram)).solve(weight, grid, seen)
             gains.append((error(gptq) - error(result)) / float(((weight @ seen.gram) * weight).sum()))
         return result
 

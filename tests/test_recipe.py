@@ -7,8 +7,8 @@ import yaml
 
 from gyroquant.errors import RecipeError
 from gyroquant.grids import Fp4Grid, Fp8Grid, Grid, IntegerGrid, Mxfp4Grid, Nvfp4Grid
-from gyroquant.presets import preset_names
-from gyroquant.recipe import load_recipe, set_values
+from gyroquant.presets import preset_names, set_values
+from gyroquant.recipe import load_recipe
 
 
 @pytest.mark.parametrize("name", preset_names())

@@ -25,6 +25,7 @@ ROWS: dict[str, tuple[str, list[str]]] = {
     "spectral basis, W2 g64": ("bbt-spectral", []),
     "spectral basis, padded, W2 g64": ("bbt-spectral", [PAD]),
     "spectral basis, padded, tail unscaled, W2 g64": ("bbt-spectral", [PAD, CODE]),
+    "spectral basis, W3 g64": ("bbt-spectral", ["weights.bits=3"]),
     "absorbed scales, W2 g64": ("bbt-absorbed", []),
     "absorbed scales as published, W2 g64": ("bbt-absorbed", PAPER),
     "pair-PCA, W2 g64": ("pair-pca", []),
@@ -47,11 +48,13 @@ def main() -> None:
     for name, (recipe, changes) in ROWS.items():
         with contextlib.suppress(MissingCellError):
             cell = table.cell(name, recipe, [*changes, *CALIBRATION])
-            value, manifest = cell["evaluations"]["bbt"]["perplexity"], cell["manifest"]
-            proof = manifest["proof"]["relative_logit_error"] if manifest["proof"]["tokens"] else 0.0
-            bits = manifest["bits"]["per_weight"]
-            rows.append((name, f"{proof:.1e}", short(value), f"{math.log(value / base):.3f}", f"{bits:.3f}"))
-            data.append({"cell": name, "perplexity": value, "bits": bits, "proof": proof})
+            scores, manifest = cell["evaluations"]["bbt"], cell["manifest"]
+            value, interval = scores["perplexity"], scores["perplexity_interval"]
+            proof = manifest["proof"]["relative_logit_error"] if manifest["proof"]["tokens"] else None
+            proved, bits = "-" if proof is None else f"{proof:.1e}", manifest["bits"]["per_weight"]
+            rows.append((name, proved, short(value), f"{math.log(value / base):.3f}", f"{bits:.3f}"))
+            data.append({"cell": name, "perplexity": value, "perplexity_interval": interval})
+            data[-1] |= {"bits": bits, "proof": proof}
     header = ("SmolLM2-135M-Instruct", "proof", "ppl bbt", "ln gap", "true bits")
     write(given.out, header, rows, base, data)
 

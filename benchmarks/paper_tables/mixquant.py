@@ -82,7 +82,8 @@ def main() -> None:
         gap, share = f"{math.log(value / base):.3f}", f"{100 * full / value:.0f} %" if full else "-"
         rows.append((*label, short(value), gap, share, f"{bits:.3f}"))
         data.append(dict(zip(("format", "solver", "block", "permutation"), label, strict=True)))
-        data[-1] |= {"perplexity": value, "bits": bits, "proof": proof}
+        interval = cell["evaluations"]["bbt"]["perplexity_interval"]
+        data[-1] |= {"perplexity": value, "perplexity_interval": interval, "bits": bits, "proof": proof}
     header = ("format", "solver", "block", "permutation", "ppl bbt", "ln gap", "of the full rotation's", "true bits")
     write(given.out, header, rows, base, data)
 

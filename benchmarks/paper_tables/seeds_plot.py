@@ -16,6 +16,7 @@ import matplotlib
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 
 def main() -> None:
@@ -33,11 +34,15 @@ def main() -> None:
     axes.boxplot(list(values.values()), tick_labels=labels, widths=0.4, medianprops={"color": "tab:red"})
     for number, found in enumerate(values.values(), 1):
         axes.plot([number] * len(found), found, "o", color="tab:blue", alpha=0.6, markersize=4)
-    for style, (name, value) in zip(("--", ":", "-."), lines.items(), strict=False):
-        axes.axhline(value, linestyle=style, color="gray", linewidth=1, label=name)
+    for name, value in lines.items():
+        axes.axhline(value, linestyle="--", color="gray", linewidth=1, zorder=0)
+        axes.annotate(name, (1.01, value), xycoords=("axes fraction", "data"), va="center", annotation_clip=False)
     axes.set_yscale("log")
-    axes.set_ylabel("perplexity, W4A4KV4, round to nearest")
-    axes.legend(frameon=False)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.set_ylabel("perplexity")
+    axes.set_title("SmolLM2-135M-Instruct, W4A4KV4, rounding to nearest: every dot is a seed", fontsize=11)
     figure.savefig(target, metadata={"Date": None})
 
 

@@ -13,6 +13,7 @@ from gyroquant.calibration.observers import observing
 from gyroquant.calibration.stream import Stream
 from gyroquant.grids import Grid
 from gyroquant.job import Job
+from gyroquant.learning.objectives import divergence
 from gyroquant.models.fold import fold
 from gyroquant.models.online import attached
 from gyroquant.models.prove import folded_outer
@@ -20,7 +21,7 @@ from gyroquant.models.runner import BlockRunner
 from gyroquant.progress import Stages
 from gyroquant.rounding.allocate import Choice, choose, grids_by_bits
 from gyroquant.rounding.base import Warn
-from gyroquant.rounding.stage import round_group
+from gyroquant.rounding.stage import Part, round_part
 
 
 @torch.no_grad()
@@ -74,9 +75,9 @@ def _trials(
                 local = stream.local(tensors)
                 for states in trials.values():
                     states[:] = [stream.one(index, local, state) for state in states]
+                part = Part(group, job.targets, tensors, observed, online)
                 for bits, grid in grids.items():
-                    how = job.rounding(warn, grid)
-                    for name, weight in round_group(group, job.targets, tensors, observed, online, how).items():
+                    for name, weight in round_part(part, job.rounding(warn, grid)).items():
                         changed = local | stream.local(decoded(job, {name: weight}))
                         first = [stream.hidden[k : k + 1].to(stream.device) for k in windows]
                         trials[name, bits] = [stream.one(index, changed, state) for state in first]
@@ -103,6 +104,6 @@ def _divergences(
             wanted = runner.finish(state, local).float().log_softmax(-1)
             for choice, states in trials.items():
                 found = runner.finish(states[window], local).float().log_softmax(-1)
-                costs[choice] += float((wanted.exp() * (wanted - found)).sum(-1).mean()) / windows
+                costs[choice] += float(divergence(wanted, found, None)) / windows
                 advance()
     return costs

@@ -11,15 +11,15 @@ from torch import Tensor
 from gyroquant.calibration.observers import observing
 from gyroquant.calibration.stream import Stream
 from gyroquant.grids import QuantizedWeight
-from gyroquant.job import Job
+from gyroquant.job import Job, last_bias
 from gyroquant.models.graph import Group, LinearOp
 from gyroquant.models.online import CacheQuantizer, attached, observing_keys
 from gyroquant.models.packed import from_matrix
 from gyroquant.models.sites import attention_module
 from gyroquant.rounding.activations import KeyMean
-from gyroquant.rounding.judge import LayerReport, judge_group
+from gyroquant.rounding.judge import LayerReport, judge_part
 from gyroquant.rounding.signround import BlockTuner, SignRound, tune_block
-from gyroquant.rounding.stage import round_group, together
+from gyroquant.rounding.stage import Part, round_part, together
 
 
 def round_block(
@@ -45,12 +45,22 @@ def round_block(
             with attached(model, online), observing(model, group, online, stream.observer, keys) as seen:
                 stream.observe(index, current, advance, tensors, move=last)
             observed |= seen
-        rounded |= round_group(group, targets, tensors, observed, online, how)
+        if job.rounded:
+            rounded |= {name: job.rounded[name] for name in targets}
+        else:
+            rounded |= round_part(Part(group, targets, tensors, observed, online), how)
     if stream and tune is not None:
         rounded = tune_rounded(job, index, tensors, rounded, stream, tune, advance)
-    reports = judge_group(group, job.targets, tensors, observed, online, rounded)
+    reports = judge_part(Part(group, job.targets, tensors, observed, online), rounded)
     deployed = {name: tensor.to(job.output.dtype) for name, tensor in tensors.items() if name not in rounded}
-    return rounded, reports, deployed | decoded(job, rounded)
+    deployed |= decoded(job, rounded)
+    if stream and job.recipe.weights.correct_bias:
+        with attached(model, online):
+            gap = stream.gap(index, deployed, advance)
+        name = last_bias(group)
+        assert name is not None
+        deployed[name] = (deployed[name].double() + gap).to(job.output.dtype)
+    return rounded, reports, deployed
 
 
 def observed_in_turn(job: Job, index: int) -> list[dict[str, LinearOp]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,9 +12,10 @@ from typing import Any
 import torch
 
 from gyroquant.calibration.text import load_text, sample, tokenize
-from gyroquant.errors import GyroquantError
+from gyroquant.errors import GyroquantError, InputError
 from gyroquant.evaluation.outliers import Outliers, measure_outliers
 from gyroquant.job import plan_all, prepare
+from gyroquant.models.packed import PackedStore
 from gyroquant.models.sites import SITE_NAMES, find_sites
 from gyroquant.models.source import open_model
 from gyroquant.models.store import WeightStore
@@ -35,6 +37,8 @@ class Inspection:
     outliers: list[Outliers] = field(default_factory=list)
     recipe: str | None = None
     prediction: Prediction | None = None
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    """Of a model that gyroquant rounded: every layer's errors and limit, as in its `gyroquant.json`."""
 
     @property
     def shape(self) -> dict[str, Any]:
@@ -81,7 +85,19 @@ class Inspection:
             "outliers": [asdict(row) for row in self.outliers],
             "recipe": self.recipe,
             "prediction": None if self.prediction is None else asdict(self.prediction),
+            "layers": self.layers,
         }
+
+
+def _rounded_layers(store: WeightStore) -> list[dict[str, Any]]:
+    """The layers of a rounded model's manifest; none without one. Raises InputError for one that cannot be read."""
+    path = store.folder / "gyroquant.json" if isinstance(store, PackedStore) else None
+    if path is None or not path.exists():
+        return []
+    try:
+        return [dict(layer) for layer in json.loads(path.read_text())["layers"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is no manifest that gyroquant wrote: {error}") from error
 
 
 def inspect_model(
@@ -96,6 +112,7 @@ def inspect_model(
     """Looks at a model: its sites and which recipes fit; with `text` its outliers; with `recipe` what that takes."""
     changes = list(changes)
     result = Inspection(open_model(model))
+    result.layers = _rounded_layers(result.store)
     for name in preset_names():
         try:
             made = load_recipe(name, changes)

@@ -11,18 +11,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from gyroquant.calibration.observers import Pairing
 from gyroquant.calibration.stream import Stream
 from gyroquant.calibration.text import Text, load_text, sample, tokenize
 from gyroquant.environment import native_bfloat16
 from gyroquant.errors import InputError, RecipeError, UnsupportedModelError
 from gyroquant.export.folder import check_destination, check_room
 from gyroquant.export.writer import saved_dtype
-from gyroquant.grids import Grid
+from gyroquant.grids import Grid, QuantizedWeight
 from gyroquant.learning import Finish
 from gyroquant.learning.learn import Setting
 from gyroquant.learning.live import learnable
 from gyroquant.models.fold import FoldPlan
-from gyroquant.models.graph import LinearOp, ModelGraph
+from gyroquant.models.graph import Group, LinearOp, ModelGraph
 from gyroquant.models.online import Attachment
 from gyroquant.models.packed import PackedStore
 from gyroquant.models.runner import BlockRunner
@@ -31,7 +32,8 @@ from gyroquant.models.store import WeightStore
 from gyroquant.planning import needs_measuring, plan_folds
 from gyroquant.recipe import Recipe, load_recipe
 from gyroquant.rounding.allocate import grids_by_bits
-from gyroquant.rounding.base import Warn
+from gyroquant.rounding.base import ModelSolver, Warn
+from gyroquant.rounding.rtn import RoundToNearest
 from gyroquant.rounding.stage import Rounding, find_targets, layer_name
 
 
@@ -55,7 +57,8 @@ class Job:
     """Everything that a quantization needs.
 
     `targets` are the layers to round, `grids` those of them that have another grid than the rest, `quantizers` what
-    rounds while the model runs, `tokens` (samples, length) the text.
+    rounds while the model runs, `tokens` (samples, length) the text, `rounded` what a solver that takes whole models
+    has made of the targets.
     """
 
     store: WeightStore
@@ -68,6 +71,7 @@ class Job:
     text: Text | None = None
     tokens: Tensor | None = None
     grids: dict[str, Grid] = field(default_factory=dict)
+    rounded: dict[str, QuantizedWeight] = field(default_factory=dict)
 
     @property
     def graph(self) -> ModelGraph:
@@ -80,18 +84,21 @@ class Job:
         return self.recipe.weights.needs_statistics or self.centers_keys
 
     def rounding(self, warn: Warn, grid: Grid | None = None) -> Rounding:
-        """How the layers are rounded: each to its own grid, or all to this one."""
+        """How the layers are rounded: each to its own grid, or all to this one; to nearest where a solver from outside
+        is going to take the whole model.
+        """
         weights = self.recipe.weights
+        solver = RoundToNearest() if isinstance(weights.solver, ModelSolver) else weights.solver
         rest = (weights.refine, weights.target, {} if grid else self.grids)
-        return Rounding(weights.solver, grid or weights.grid, weights.basis, warn, *rest)
+        return Rounding(solver, grid or weights.grid, weights.basis, warn, *rest)
 
     def stream(
         self, runner: BlockRunner, tokens: Tensor, outer: Mapping[str, Tensor], offload: Path | None = None
     ) -> Stream:
         """The hidden states of tokens, shape (samples, length), on their way through the model while it is rounded."""
         weights = self.recipe.weights
-        paired, drifts = weights.needs_original, weights.needs_drift
-        stream = Stream(runner, tokens, outer, self.compute_dtype, offload, self.output.device, paired, drifts)
+        pairing = Pairing(weights.needs_drift, weights.target is not None) if weights.needs_original else None
+        stream = Stream(runner, tokens, outer, self.compute_dtype, offload, self.output.device, pairing)
         stream.free_outer()
         return stream
 
@@ -111,13 +118,11 @@ class Job:
 
     def running_in(self, block: int) -> list[Attachment]:
         """What runs with one block while it is calibrated."""
-        prefix = f"{self.graph.architecture.blocks}.{block}."
-        return [*self.plan.online_in(block), *(one for one in self._calibrated_with() if one.module.startswith(prefix))]
+        return [*self.plan.online_in(block), *self.graph.in_block(block, self._calibrated_with())]
 
     def running_around(self) -> list[Attachment]:
         """What runs with the head while it is calibrated."""
-        blocks = f"{self.graph.architecture.blocks}."
-        return [one for one in self._calibrated_with() if not one.module.startswith(blocks)]
+        return self.graph.around_blocks(self._calibrated_with())
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -166,6 +171,9 @@ def prepare(
     job.tokens = _tokens(job)
     job.grids = grids_of(recipe, targets)
     _check_budget(job)
+    _check_held_out(job)
+    _check_elsewhere(job.graph, targets, recipe)
+    _check_bias(job.graph, recipe)
     check_room(out, expected_bytes(job) * 2)  # pieces and the files they are put together in
     return job
 
@@ -208,6 +216,8 @@ def plan_all(graph: ModelGraph, recipe: Recipe) -> tuple[FoldPlan, dict[str, Lin
     """
     plan = plan_folds(graph, recipe)
     weights = recipe.weights
+    if isinstance(weights.solver, ModelSolver):
+        weights.solver.check()
     targets = find_targets(
         graph, weights.grid_of, weights.ignore, [one.layers for one in weights.overrides], weights.basis
     )
@@ -264,14 +274,55 @@ def _check_budget(job: Job) -> None:
         return
     low = grids_by_bits(job.recipe.weights.grid, allocate.bits)[min(allocate.bits)]
     inside = [op for group in job.graph.blocks for op in group.linears if op.weight in job.targets]
+    if not inside:
+        raise RecipeError("weights.allocate gives bits to the layers of the blocks, and weights.ignore leaves none")
     counts = [int(torch.Size(op.shape).numel()) for op in inside]
     groups = [count // low.group_of(op.in_features) for op, count in zip(inside, counts, strict=True)]
-    least = low.bits + low.group_bits * sum(groups) / max(1, sum(counts))
+    least = low.bits + low.group_bits * sum(groups) / sum(counts)
     if least > allocate.budget:
         raise RecipeError(
             f"weights.allocate.budget is {allocate.budget}, and {low.bits} bits take {least:.3f} true bits per weight "
             "here: raise it, or take larger groups"
         )
+
+
+def _check_held_out(job: Job) -> None:
+    """Refuses a last touch that would have no text left to train on."""
+    if job.recipe.finish is None or job.tokens is None:
+        return
+    held, there = job.recipe.finish.held_out, len(job.tokens)
+    if there <= held:
+        raise InputError(
+            f"finish holds {held} windows out, and the text has {there}: use more samples, or a smaller finish.held_out"
+        )
+
+
+def last_bias(group: Group) -> str | None:
+    """The bias of the last linear layer of a block that adds to the residual stream, if there is one."""
+    writers = [op for op in group.linears if op.entry.writes == "residual" and not op.entry.stacked]
+    return writers[-1].bias if writers else None
+
+
+def _check_bias(graph: ModelGraph, recipe: Recipe) -> None:
+    """Refuses to correct biases where a block has none that its output could be corrected by."""
+    if recipe.weights.correct_bias and any(last_bias(group) is None for group in graph.blocks):
+        raise UnsupportedModelError(
+            f"weights.correct_bias needs a bias in the last layer of every block, and {graph.config.model_type} has "
+            "none there: leave it out"
+        )
+
+
+def _check_elsewhere(graph: ModelGraph, targets: Mapping[str, LinearOp], recipe: Recipe) -> None:
+    """Refuses layers that a solver which takes whole models does not know."""
+    if not isinstance(recipe.weights.solver, ModelSolver):
+        return
+    inside = {op.weight for group in graph.blocks for op in group.linears}
+    for name, op in targets.items():
+        if name not in inside or op.entry.stacked or op.entry.transposed:
+            raise UnsupportedModelError(
+                f"the solver {recipe.weights.solver.name} rounds plain linear layers of blocks, and {layer_name(op)} "
+                "is none: put it into weights.ignore, or take another solver"
+            )
 
 
 def _tokenizer(store: WeightStore, required: bool) -> Any:

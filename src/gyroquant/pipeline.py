@@ -18,10 +18,12 @@ from gyroquant.calibration.measure import Want, measure
 from gyroquant.calibration.observers import observing
 from gyroquant.calibration.stream import Stream
 from gyroquant.calibration.text import load_text, sample, tokenize
+from gyroquant.elsewhere import round_elsewhere
 from gyroquant.environment import peak_memory_bytes, steady_memory, versions
 from gyroquant.errors import InputError
 from gyroquant.export.folder import OutputFolder
 from gyroquant.export.hf import keep_online
+from gyroquant.export.memory import write_folded
 from gyroquant.export.writer import DenseWriter, PackedWriter
 from gyroquant.grids import QuantizedWeight
 from gyroquant.job import Job, learning_setting, plan_all
@@ -39,8 +41,8 @@ from gyroquant.models.store import ModuleStore, WeightStore
 from gyroquant.planning import needs_measuring, plan_folds
 from gyroquant.progress import Stages
 from gyroquant.recipe import Recipe, load_recipe
-from gyroquant.rounding.judge import LayerReport, judge_group
-from gyroquant.rounding.stage import round_group
+from gyroquant.rounding.judge import LayerReport, judge_part
+from gyroquant.rounding.stage import Part, round_part
 
 Calibration = str | Path | Sequence[str] | Tensor
 
@@ -104,7 +106,8 @@ def transform(
             setting = learning_setting(recipe, text, targets, quantizers, torch.float32)
             plan = learn(store, plan, recipe.learn, setting, progress).plan
         proof = _prove(store, plan, _proof_tokens(model, recipe, calibration, tokenizer), recipe, progress)
-    _commit(model, plan)
+    write_folded(model, plan)
+    keep_online(model, plan.online)
     return proof
 
 
@@ -141,28 +144,6 @@ def _tokens_in_memory(
     return sample(ids, count, length, settings.seed, text.name).to(model.device)
 
 
-@torch.no_grad()
-def _commit(model: Any, plan: FoldPlan) -> None:
-    """Writes the folded parameters into the model, unties what is no longer tied, and attaches the online maps."""
-    store = ModuleStore(model)
-    outer = {name: tensor.clone() for name, tensor in store.read(plan.graph.outer_params()).items()}
-    untied = plan.unties(outer)
-    for name, tensor in fold(plan, outer, (*outer, *untied)).items():
-        module = model.get_submodule(name.rpartition(".")[0])
-        if name in untied:
-            module.weight = torch.nn.Parameter(tensor.to(module.weight), requires_grad=module.weight.requires_grad)
-        else:
-            model.get_parameter(name).copy_(tensor)
-    if untied:
-        model.config.tie_word_embeddings = False
-        model.all_tied_weights_keys = {k: v for k, v in model.all_tied_weights_keys.items() if k not in untied}
-    for i in range(len(plan.graph.blocks)):
-        tensors = {name: tensor.clone() for name, tensor in store.read(plan.graph.block_params(i)).items()}
-        for name, tensor in fold(plan, tensors).items():
-            model.get_parameter(name).copy_(tensor)
-    keep_online(model, plan.online)
-
-
 def run(job: Job, progress: Stages | None = None) -> dict[str, Any]:
     """Proves, rounds and saves; returns the manifest that it also writes as `gyroquant.json`.
 
@@ -183,6 +164,7 @@ def run(job: Job, progress: Stages | None = None) -> dict[str, Any]:
         learned = _learn(job, progress)
         proof = _prove(job.store, job.plan, proof_sample(job), job.recipe, progress)
         allocation = allocate(job, progress, warnings.append)
+        job.rounded = round_elsewhere(job, progress)
         with OutputFolder(job.output.folder, job.output.overwrite) as folder:
             writer = (DenseWriter if job.output.dense else PackedWriter)(folder, job.store, job.output.dtype)
             layers = _round(job, writer, progress, warnings)
@@ -259,7 +241,8 @@ def _round(job: Job, writer: Any, progress: Stages, warnings: list[str]) -> list
     total = len(graph.blocks)
     if stream:
         turns = sum(len(observed_in_turn(job, i)) for i in range(total))
-        total = stream.steps * (turns + total * (2 if job.centers_keys else 1)) + total * (tune.iters if tune else 0)
+        runs = 1 + int(job.centers_keys) + int(job.recipe.weights.correct_bias)
+        total = stream.steps * (turns + total * runs) + total * (tune.iters if tune else 0)
     with progress.stage("round", total) as advance:
         for i, group in enumerate(graph.blocks):
             tensors = fold(job.plan, job.store.read(graph.block_params(i)))
@@ -290,8 +273,9 @@ def _round_head(
         online = job.running_around()
         with attached(model, online), observing(model, group, [], stream.observer) as observed:
             stream.observe_head(outer)
-    rounded = round_group(group, job.targets, outer, observed, [], job.rounding(warnings.append))
-    reports = judge_group(group, job.targets, outer, observed, [], rounded)
+    part = Part(group, job.targets, outer, observed, [])
+    rounded = round_part(part, job.rounding(warnings.append))
+    reports = judge_part(part, rounded)
     writer.add(_saved(outer, job.output.dtype, rounded), _by_op(job, rounded))
     return reports
 

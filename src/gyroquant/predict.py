@@ -37,7 +37,7 @@ class Prediction:
 def predict(job: Job) -> Prediction:
     """Runs the stations on one block and some of the text, and scales up what grows with blocks, tokens and steps.
 
-    What methods take to choose their maps from what was measured is not counted.
+    What methods take to choose their maps from what was measured is not counted, nor is a solver from outside.
     """
     steady_memory()
     with evaluating(job.store.skeleton()):
@@ -45,13 +45,16 @@ def predict(job: Job) -> Prediction:
         outer = folded_outer(job.plan, job.store.read(job.graph.outer_params()))
         runner = BlockRunner(job.store.skeleton(), job.graph)
         stream = _short_stream(job, runner, outer)
-        rounding, solving = _rounding(job, stream)
+        rounding, solving, forward = _rounding(job, stream)
         seconds += len(job.graph.blocks) * rounding
         memory = _missing_hidden(job, stream)
         if job.recipe.weights.allocate is not None and stream is not None:
             trying, trials = _allocating(job, stream, runner, outer)
             seconds += trying + len(job.graph.blocks) * len(job.recipe.weights.allocate.bits) * solving
             memory = max(memory, trials)
+        if job.recipe.finish is not None and stream is not None:
+            finishing, states = _finishing(job, stream, runner, outer, forward)
+            seconds, memory = seconds + finishing, max(memory, states)
     return Prediction(seconds, peak_memory_bytes() + memory, expected_bytes(job))
 
 
@@ -106,9 +109,32 @@ def _allocating(job: Job, stream: Stream, runner: BlockRunner, outer: dict[str, 
     return seconds, trials * state.numel() * state.element_size()
 
 
-def _rounding(job: Job, stream: Stream | None) -> tuple[float, float]:
-    """Seconds for one block: reading, folding, observing what is measured, calibrating, rounding, running on; and those
-    of them that the solver takes.
+def _finishing(
+    job: Job, stream: Stream, runner: BlockRunner, outer: dict[str, torch.Tensor], forward: float
+) -> tuple[float, int]:
+    """Seconds that the last touch takes, and bytes that it holds: the original's hidden states, those of a batch in
+    front of every block, and one sequence's logits.
+
+    `forward` is what one sequence takes to run through a block. A step runs forth, and back at twice that after having
+    run forth again.
+    """
+    finish = job.recipe.finish
+    assert finish is not None
+    assert job.tokens is not None
+    assert stream.hidden is not None
+    state, started = stream.hidden[:1].to(stream.device), time.perf_counter()
+    logits = runner.finish(state, stream.local(outer))
+    head, blocks = time.perf_counter() - started, len(job.graph.blocks)
+    stepped, tried = finish.steps * finish.batch_size, 2 * finish.held_out
+    passes = len(job.tokens) + 4 * stepped + tried
+    seconds = passes * blocks * forward + (5 * stepped + 2 * tried) * head
+    held = len(job.tokens) + (blocks + 1) * finish.batch_size
+    return seconds, held * state.numel() * state.element_size() + 6 * logits.numel() * 4
+
+
+def _rounding(job: Job, stream: Stream | None) -> tuple[float, float, float]:
+    """Seconds for one block: reading, folding, observing what is measured, calibrating, rounding, running on; those of
+    them that the solver takes; and those that one sequence takes to run through.
     """
     model, started = job.store.skeleton(), time.perf_counter()
     tensors = fold(job.plan, job.store.read(job.graph.block_params(0)))
@@ -124,9 +150,11 @@ def _rounding(job: Job, stream: Stream | None) -> tuple[float, float]:
         with attached(model, job.running_in(0)):
             stream.run(0, deployed)
         forward = time.perf_counter() - started
-    passes = int(job.needs_stream) + int(job.centers_keys) + measuring_passes(job.recipe)
+    passes = int(job.needs_stream) + int(job.centers_keys) + int(job.recipe.weights.correct_bias)
+    passes += measuring_passes(job.recipe)
     solving = whole - observed
-    return reading + solving + tuning + _scale(job, stream) * (observed + passes * forward), solving
+    seconds = reading + solving + tuning + _scale(job, stream) * (observed + passes * forward)
+    return seconds, solving, forward / len(stream.input_ids) if stream else 0.0
 
 
 def _tuning(job: Job, tensors: dict[str, torch.Tensor], rounded: dict[str, QuantizedWeight], stream: Stream) -> float:
@@ -142,7 +170,7 @@ def _tuning(job: Job, tensors: dict[str, torch.Tensor], rounded: dict[str, Quant
 
 
 def _short_stream(job: Job, runner: BlockRunner, outer: dict[str, torch.Tensor]) -> Stream | None:
-    if not (job.needs_stream or job.measures):
+    if not (job.needs_stream or job.measures or job.recipe.finish):
         return None
     assert job.tokens is not None
     batch = max(1, 4096 // job.tokens.shape[1])

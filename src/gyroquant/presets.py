@@ -1,16 +1,19 @@
-"""Where recipes come from: presets of the package, by name, and YAML files."""
+"""Where recipes come from: presets of the package, by name, YAML files, and changes made to either."""
 
 from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from gyroquant.errors import RecipeError
+from gyroquant.grids import Grid
 
 
 def preset_names() -> tuple[str, ...]:
@@ -71,3 +74,63 @@ def find_recipe(name: str) -> tuple[dict[str, Any], list[str]]:
         f"no recipe is called {name!r}; did you mean {close[0]!r}? There are {', '.join(known)}, each also with bits "
         "and group size behind it (gsr-w2g64, quarot-w4a4kv4), and files that end in .yaml"
     )
+
+
+def grid_kind(weights: Mapping[str, Any]) -> type[Grid] | None:
+    """The kind of grid that a section of weights asks for, if there is one of that name."""
+    name = weights.get("grid", "integer")
+    return Grid.kinds.get(name) if isinstance(name, str) else None
+
+
+def set_values(data: Mapping[str, Any], changes: Iterable[str]) -> dict[str, Any]:
+    """Plain recipe data with ``path.to.key=value`` changes made; values are YAML, ``null`` takes a key out.
+
+    A change of ``weights.grid`` takes those settings of the old grid out that the new one cannot have, unless they are
+    among the changes themselves.
+    """
+    out: dict[str, Any] = yaml.safe_load(yaml.safe_dump(dict(data)))
+    changes, before = list(changes), out.get("weights")
+    old = grid_kind(before) if isinstance(before, dict) else None
+    for change in changes:
+        path, equals, text = change.partition("=")
+        if not equals or not path:
+            raise RecipeError(f"--set takes KEY=VALUE, for example weights.bits=2, not {change!r}")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"the value of --set {change!r} is not valid YAML") from error
+        *parents, last = path.split(".")
+        place = out
+        for parent in parents:
+            inner = place.get(parent)
+            if inner is None:
+                inner = {}
+            elif isinstance(inner, str):  # the short form of a solver or a method
+                inner = {"name" if parent == "solver" else "method": inner}
+            elif not isinstance(inner, dict):
+                raise RecipeError(f"--set {change!r}: {parent} is not a mapping; write the recipe to a file instead")
+            place[parent] = inner
+            place = inner
+        place[last] = value
+    if old is not None and out["weights"] is before:
+        _forget_grid(before, old, {change.partition("=")[0].removeprefix("weights.") for change in changes})
+    return out
+
+
+def _forget_grid(weights: dict[str, Any], old: type[Grid], changed: set[str]) -> None:
+    """Takes out of `weights` what its old grid had and its new one cannot have, except keys that were `changed`."""
+    new = grid_kind(weights)
+    if new in (old, None):
+        return
+    for key in [key for key in old.model_fields if key in weights and key != "grid" and key not in changed]:
+        if key not in new.model_fields or not _takes(new, key, weights[key]):
+            del weights[key]
+
+
+def _takes(kind: type[Grid], key: str, value: Any) -> bool:
+    """Whether a grid of this kind can have this value of this setting, whatever its others are."""
+    try:
+        kind(**{key: value})
+    except ValidationError as error:
+        return all(one["loc"] != (key,) for one in error.errors())
+    return True

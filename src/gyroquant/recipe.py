@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -24,7 +23,7 @@ from gyroquant.grids import Grid
 from gyroquant.learning import Finish, Learn
 from gyroquant.methods import Method
 from gyroquant.models.sites import SITE_NAMES
-from gyroquant.presets import find_recipe
+from gyroquant.presets import find_recipe, grid_kind, set_values
 from gyroquant.rounding import (
     Activations,
     Allocate,
@@ -36,6 +35,7 @@ from gyroquant.rounding import (
     Target,
     WeightBasis,
 )
+from gyroquant.rounding.base import ModelSolver
 from gyroquant.rounding.stage import is_ignored
 
 _STRICT = ConfigDict(extra="forbid", frozen=True)
@@ -63,7 +63,8 @@ class Weights(BaseModel):
     `ignore` holds module names, whole or from a dot on, and regular expressions behind ``re:``. `overrides` give some
     layers other grids, the last that names a layer counts; `allocate` chooses every layer's bits. `true_sequential` is
     GPTQ's: layers of a block are observed when those in front of them in the block are rounded; where it is not given,
-    it is so when drift is corrected, which would otherwise be corrected in every layer of a block anew.
+    it is so when drift is corrected, which would otherwise be corrected in every layer of a block anew. `correct_bias`
+    takes the mean of what rounding changed in a block's output out of its last bias.
     """
 
     model_config = _STRICT
@@ -77,6 +78,17 @@ class Weights(BaseModel):
     overrides: tuple[Override, ...] = ()
     allocate: Allocate | None = None
     true_sequential: bool | None = None
+    correct_bias: bool = False
+
+    @model_validator(mode="after")
+    def _alone(self) -> Weights:
+        if isinstance(self.solver, ModelSolver):
+            others = [name for name in ("basis", "refine", "tune", "target", "allocate") if getattr(self, name)]
+            if others:
+                raise ValueError(f"{self.solver.name} rounds the whole model by itself: leave {', '.join(others)} out")
+            if any(grid.grid != "integer" for grid in (self.grid, *(one.grid for one in self.overrides))):
+                raise ValueError(f"{self.solver.name} rounds to integer grids alone")
+        return self
 
     @model_validator(mode="after")
     def _one_aim(self) -> Weights:
@@ -102,7 +114,7 @@ class Weights(BaseModel):
     @property
     def needs_original(self) -> bool:
         """Whether the unrounded model runs beside the rounded one."""
-        return self.needs_drift or self.tune is not None
+        return self.needs_drift or self.tune is not None or self.correct_bias
 
     @property
     def observes_in_turn(self) -> bool:
@@ -230,11 +242,6 @@ def _steps(spec: Any, where: str) -> tuple[Step, ...]:
     return tuple(steps)
 
 
-def _grid_kind(weights: Mapping[str, Any]) -> type[Grid] | None:
-    name = weights.get("grid", "integer")
-    return Grid.kinds.get(name) if isinstance(name, str) else None
-
-
 _SECTIONS: dict[str, type[BaseModel]] = {
     "basis": WeightBasis,
     "refine": Refine,
@@ -249,13 +256,13 @@ def _weights(spec: Any) -> Weights:
         raise RecipeError("weights holds bits, group_size, symmetric, solver and so on")
     spec = dict(spec)
     solver = _build(Solver.kinds, "name", spec.pop("solver", "rtn"), "weights.solver")
-    rest = {key: spec.pop(key) for key in ("ignore", "true_sequential") if key in spec}
+    rest = {key: spec.pop(key) for key in ("ignore", "true_sequential", "correct_bias") if key in spec}
     for key, kind in _SECTIONS.items():
         if spec.get(key) is not None:
             rest[key] = _section(kind, spec[key], f"weights.{key}")
         spec.pop(key, None)
     overrides = spec.pop("overrides", None) or []
-    grid = _grid(spec, {}, "weights", ["solver", "ignore", "overrides", "true_sequential", *_SECTIONS])
+    grid = _grid(spec, {}, "weights", ["solver", "ignore", "overrides", "true_sequential", "correct_bias", *_SECTIONS])
     if not isinstance(overrides, list):
         raise RecipeError("weights.overrides is a list such as [{layers: [down_proj], bits: 4}]")
     rest["overrides"] = tuple(_override(one, spec, f"weights.overrides.{i}") for i, one in enumerate(overrides))
@@ -274,7 +281,7 @@ def _override(spec: Any, base: dict[str, Any], where: str) -> Override:
 
 def _grid(spec: dict[str, Any], defaults: dict[str, Any], section: str, others: Iterable[str]) -> Grid:
     """A grid from the options of a section of the recipe; `others` are keys that the section has besides."""
-    kind = _grid_kind(spec) or Grid.kinds["integer"]
+    kind = grid_kind(spec) or Grid.kinds["integer"]
     where = f"{section} of grid {spec['grid']}" if "grid" in spec else section
     for key in spec:
         _require_known(key, [*kind.model_fields, *others], where)
@@ -326,60 +333,6 @@ def parse(data: Any) -> Recipe:
         if data.get(section) is not None:
             built[section] = _section(kind, data[section], section)
     return _validated(lambda: Recipe(**built), "")
-
-
-def set_values(data: Mapping[str, Any], changes: Iterable[str]) -> dict[str, Any]:
-    """Plain recipe data with ``path.to.key=value`` changes made; values are YAML, ``null`` takes a key out.
-
-    A change of ``weights.grid`` takes those settings of the old grid out that the new one cannot have, unless they are
-    among the changes themselves.
-    """
-    out: dict[str, Any] = yaml.safe_load(yaml.safe_dump(dict(data)))
-    changes, before = list(changes), out.get("weights")
-    old = _grid_kind(before) if isinstance(before, dict) else None
-    for change in changes:
-        path, equals, text = change.partition("=")
-        if not equals or not path:
-            raise RecipeError(f"--set takes KEY=VALUE, for example weights.bits=2, not {change!r}")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise RecipeError(f"the value of --set {change!r} is not valid YAML") from error
-        *parents, last = path.split(".")
-        place = out
-        for parent in parents:
-            inner = place.get(parent)
-            if inner is None:
-                inner = {}
-            elif isinstance(inner, str):  # the short form of a solver or a method
-                inner = {"name" if parent == "solver" else "method": inner}
-            elif not isinstance(inner, dict):
-                raise RecipeError(f"--set {change!r}: {parent} is not a mapping; write the recipe to a file instead")
-            place[parent] = inner
-            place = inner
-        place[last] = value
-    if old is not None and out["weights"] is before:
-        _forget_grid(before, old, {change.partition("=")[0].removeprefix("weights.") for change in changes})
-    return out
-
-
-def _forget_grid(weights: dict[str, Any], old: type[Grid], changed: set[str]) -> None:
-    """Takes out of `weights` what its old grid had and its new one cannot have, except keys that were `changed`."""
-    new = _grid_kind(weights)
-    if new in (old, None):
-        return
-    for key in [key for key in old.model_fields if key in weights and key != "grid" and key not in changed]:
-        if key not in new.model_fields or not _takes(new, key, weights[key]):
-            del weights[key]
-
-
-def _takes(kind: type[Grid], key: str, value: Any) -> bool:
-    """Whether a grid of this kind can have this value of this setting, whatever its others are."""
-    try:
-        kind(**{key: value})
-    except ValidationError as error:
-        return all(one["loc"] != (key,) for one in error.errors())
-    return True
 
 
 def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, changes: Iterable[str] = ()) -> Recipe:

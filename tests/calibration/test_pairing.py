@@ -38,6 +38,13 @@ def test_the_drift_is_the_sum_of_products(n: int, batches: list[int]) -> None:
     x0, x = (torch.cat(side) for side in zip(*pairs, strict=True))
     assert observer.drift is not None
     assert torch.allclose(observer.drift, (x0 - x).T @ x, atol=1e-4)
+    assert observer.spread is None
+    wide = CrossGram(n, Pairing(spread=True))
+    for one, other in pairs:
+        feed(wide, one, other, len(other))
+    assert wide.spread is not None
+    assert torch.allclose(wide.spread, (x0 - x).T @ (x0 - x), atol=1e-4)
+    assert torch.equal(wide.drift, observer.drift)
     assert torch.equal(observer.gram, plain.gram)
     assert observer.count == plain.count == sum(batches)
 
@@ -66,7 +73,7 @@ class Pair:
         self.graph = self.store.graph
         self.runner, self.ids = BlockRunner(model, self.graph), tiny.tokens(model, batch=batch)
         self.outer = self.store.read(self.graph.outer_params())
-        self.stream = Stream(self.runner, self.ids, self.outer, offload=offload, paired=True)
+        self.stream = Stream(self.runner, self.ids, self.outer, offload=offload, pairing=Pairing())
         self.first = self.observe(0)
         self.damaged = self.tensors(0)
         for name, tensor in self.damaged.items():

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import gyroquant as gq
-from gyroquant import pipeline
+from gyroquant import pipeline, predict
 from gyroquant.calibration.stream import Stream
 from gyroquant.errors import InputError, RecipeError, UnsupportedModelError
 from gyroquant.job import Job, prepare
@@ -132,7 +132,18 @@ def test_what_cannot_be_is_refused(folders: dict[str, Path], corpus: Path, tmp_p
     with pytest.raises(RecipeError, match="did you mean 'steps'"):
         gq.load_recipe("gptq", ["finish={stps: 3}"])
     with pytest.raises(InputError, match="holds 24 windows out"):
-        pipeline.run(job(folders["llama_tied"], tmp_path / "out", corpus, "finish={held_out: 24}"))
-    assert not (tmp_path / "out").exists()
+        job(folders["llama_tied"], tmp_path / "out", corpus, "finish={held_out: 24}")
+    with pytest.raises(RecipeError, match="leave nothing to tune"):
+        gq.load_recipe("gptq", ["finish={scales: false, gains: false}"])
     with pytest.raises(InputError, match="calibrates on text"):
         prepare(folders["llama_tied"], tmp_path / "out", gq.load_recipe("rtn", [*SMALL, FINISH]))
+
+
+def test_its_time_and_memory_are_predicted(
+    folders: dict[str, Path], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predict, "peak_memory_bytes", lambda: 0)
+    plain = predict.predict(job(folders["llama_tied"], tmp_path / "out", corpus, "finish=null"))
+    asked = predict.predict(job(folders["llama_tied"], tmp_path / "out", corpus, "finish={steps: 500}"))
+    assert asked.seconds > 3 * plain.seconds
+    assert asked.peak_memory_bytes > plain.peak_memory_bytes

@@ -173,6 +173,8 @@ def test_scales_are_no_rotations(folders: dict[str, Path], corpus: Path, tmp_pat
     changes = [*BASE, "transform.R2=unit_scale", "learn.steps=2", "learn.objective=weights"]
     run(folders["llama"], tmp_path / "out", "rtn", corpus, *changes)
     assert set(load_rotations(tmp_path / "out")) == {"R1"}
+    scores = gq.evaluate(tmp_path / "out", corpus, window=32, max_windows=2, tokenizer=tiny.tokenizer())
+    assert scores["perplexity"] > 1  # the rotations beside the weights are not taken for weights
 
 
 def test_butterflies_stay_butterflies() -> None:

@@ -221,7 +221,7 @@ def test_names_say_what_is_rounded() -> None:
 @pytest.mark.parametrize("rounded", [False, True])
 def test_qronos_compares_rounded_inputs_with_exact_ones(rounded: bool) -> None:
     """In the first block both models see the same hidden states, so all drift is that of the rounded activations."""
-    from gyroquant.calibration.observers import observing
+    from gyroquant.calibration.observers import Pairing, observing
     from gyroquant.calibration.stream import Stream
     from gyroquant.models.runner import BlockRunner
 
@@ -230,7 +230,7 @@ def test_qronos_compares_rounded_inputs_with_exact_ones(rounded: bool) -> None:
     online = quantizers(model, "activations.bits=4") if rounded else []
     online = [one for one in online if one.module.startswith("model.layers.0.")]
     stream = Stream(
-        BlockRunner(model, store.graph), tiny.tokens(model), store.read(store.graph.outer_params()), paired=True
+        BlockRunner(model, store.graph), tiny.tokens(model), store.read(store.graph.outer_params()), pairing=Pairing()
     )
     group = store.graph.blocks[0]
     with attached(model, online), observing(model, group, online, stream.observer) as observed:

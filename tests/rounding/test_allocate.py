@@ -130,8 +130,13 @@ def test_one_or_the_other() -> None:
         gq.load_recipe("rtn", ["weights.grid=mxfp4", "weights.allocate={budget: 4}"])
 
 
-def test_its_time_and_memory_are_predicted(folders: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+def test_its_time_and_memory_are_predicted(
+    folders: dict[str, Path], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predict, "peak_memory_bytes", lambda: 0)
     plain = predict.predict(job(folders["llama_tied"], tmp_path / "out", corpus, "gptq"))
     changes = "weights.allocate={budget: 4, nsamples: 16}"
     asked = predict.predict(job(folders["llama_tied"], tmp_path / "out", corpus, "gptq", changes))
     assert asked.seconds > 1.5 * plain.seconds
+    hidden = 32 * 64 * 4  # bytes of one window's hidden states
+    assert asked.peak_memory_bytes == 14 * 3 * 16 * hidden > plain.peak_memory_bytes

@@ -44,7 +44,7 @@ class Problem:
 def damped(problem: Problem, solver: Qronos) -> tuple[torch.Tensor, torch.Tensor]:
     """The inputs with the rows that stand for the damping."""
     gram = problem.statistics.gram
-    root = (solver.damp_percent(gram) * gram.double().diagonal().mean()) ** 0.5
+    root = (solver.damping(gram) * gram.double().diagonal().mean()) ** 0.5
     extra = root * torch.eye(gram.shape[0], dtype=torch.float64)
     return torch.cat([problem.x, extra]), torch.cat([problem.y, extra])
 
@@ -91,7 +91,7 @@ def test_qronos_is_algorithm_1(grid: IntegerGrid, solver: Qronos, seed: int) -> 
 def test_the_start_is_the_optimum_given_its_first_column(seed: int, columns: int, alpha: float) -> None:
     problem, solver = Problem(seed, rows=3, columns=columns, tokens=200), Qronos(alpha=alpha)
     statistics = problem.statistics
-    factor = inverse_factor(statistics.gram, solver.damp_percent(statistics.gram))
+    factor = inverse_factor(statistics.gram, solver.damping(statistics.gram))
     start = starting_point(problem.weight, statistics.drift, factor).double()
     x, y = damped(problem, solver)
     target, weight = x @ problem.weight.double().T, problem.weight.double()
@@ -109,7 +109,7 @@ def test_without_drift_qronos_is_gptq(grid: IntegerGrid, act_order: bool) -> Non
     problem.y = problem.x
     statistics, solver = problem.statistics, Qronos(alpha=1e-3, act_order=act_order)
     assert not statistics.drift.any()
-    gptq = Gptq(act_order=act_order, damp_percent=solver.damp_percent(statistics.gram))
+    gptq = Gptq(act_order=act_order, damp_percent=solver.damping(statistics.gram))
     wanted = gptq.solve(problem.weight, grid, statistics).codes
     assert torch.equal(solver.solve(problem.weight, grid, statistics).codes, wanted)
     unknown = InputStatistics(statistics.gram, statistics.count)

@@ -168,6 +168,8 @@ def test_recipes_say_it_and_what_is_wrong_with_it() -> None:
     assert recipe.weights.needs_original
     with pytest.raises(RecipeError, match=r"weights.tune.iters.*greater than 0"):
         load_recipe("gptq", ["weights.tune={iters: 0}"])
+    with pytest.raises(RecipeError, match="leave nothing to tune"):
+        load_recipe("gptq", ["weights.tune={codes: false, minmax: false}"])
 
 
 def test_its_time_is_predicted(folders: dict[str, Path], corpus: Path, tmp_path: Path) -> None:

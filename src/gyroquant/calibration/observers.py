@@ -87,11 +87,12 @@ class AbsMax:
 class Pairing:
     """Brings together what two models give for the same tokens, the original first, batch by batch.
 
-    `tokens` is the size of the batch, `original` says whose turn it is, `waiting` holds inputs of the original until
-    their partners come.
+    `drift` and `spread` say which of these sums `CrossGram` takes. `tokens` is the size of the batch, `original` says
+    whose turn it is, `waiting` holds inputs of the original until their partners come.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, drift: bool = True, spread: bool = False) -> None:
+        self.drift, self.spread = drift or spread, spread
         self.tokens, self.original = 0, False
         self.waiting: dict[CrossGram, Tensor] = {}
 
@@ -111,15 +112,15 @@ class CrossGram(Gram):
 
     Tokens are paired by their place in the batch, so only batches that reach the layer whole in both models count; the
     others leave the drift as it is. Those of experts are like that: the two routers send different tokens, and an x0
-    of the same token need not exist. None when nothing could be paired, or when it is not `drifting`.
+    of the same token need not exist. None when nothing could be paired, or when the pairing does not ask for them.
     """
 
-    def __init__(self, n: int, pairing: Pairing, drifting: bool = True):
+    def __init__(self, n: int, pairing: Pairing):
         super().__init__(n)
-        self.pairing, self.drifting = pairing, drifting
+        self.pairing = pairing
 
     def __call__(self, x: Tensor) -> None:
-        whole = self.drifting and x.shape[0] == self.pairing.tokens
+        whole = self.pairing.drift and x.shape[0] == self.pairing.tokens
         if self.pairing.original:
             if whole:
                 self.pairing.waiting[self] = x.clone()  # x may be a view of hidden states that are about to move on
@@ -129,10 +130,14 @@ class CrossGram(Gram):
         if partner is not None and whole:
             x = x.float()
             away = partner.float() - x
-            if self.drift is None or self.spread is None:
-                self.drift, self.spread = torch.zeros(2, x.shape[1], x.shape[1], device=x.device).unbind()
-            self.drift.addmm_(away.T, x)
-            self.spread.addmm_(away.T, away)
+            self.drift = _plus(self.drift, away, x)
+            if self.pairing.spread:
+                self.spread = _plus(self.spread, away, away)
+
+
+def _plus(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """A sum of products ``a^T b``, begun where there is none."""
+    return a.T @ b if total is None else total.addmm_(a.T, b)
 
 
 class PaddedSpectrum:

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from gyroquant.calibration.observers import CrossGram, Gram, Pairing
+from gyroquant.models.online import attached
 from gyroquant.models.runner import BlockRunner, Call
+from gyroquant.models.store import WeightStore
 from gyroquant.progress import Advance
 
 _TOKENS = 4096  # tokens that run through a block at once
@@ -24,8 +26,8 @@ class Stream:
     """The hidden states of `input_ids`, shape (sequences, length), on their way through a model.
 
     `dtype` is what blocks compute in. With `offload`, a folder, the hidden states lie in a file there, memory-mapped.
-    With `paired`, those of the original model go along in `original`: `observe` moves them on, with the weights that it
-    is given, and `run` does not. `drifts` says whether `observe` compares the two.
+    With a `pairing`, those of the original model go along in `original`: `observe` moves them on, with the weights that
+    it is given, and `run` does not. `observing_seconds` is what `observe` took so far.
     """
 
     def __init__(
@@ -36,8 +38,7 @@ class Stream:
         dtype: torch.dtype = torch.float32,
         offload: Path | None = None,
         device: torch.device | str = "cpu",
-        paired: bool = False,
-        drifts: bool = True,
+        pairing: Pairing | None = None,
     ):
         self.runner, self.input_ids, self.dtype, self.device = runner, input_ids, dtype, torch.device(device)
         self.batch = max(1, _TOKENS // input_ids.shape[1])
@@ -53,9 +54,9 @@ class Stream:
             if self.hidden is None:
                 self.hidden = self._room((len(input_ids), *first.shape[1:]), offload)
             self.hidden[start : start + len(ids)] = first
-        self.pairing, self._drifts = Pairing() if paired else None, drifts
+        self.pairing = pairing
         self.original: Tensor | None = None
-        if paired and self.hidden is not None:
+        if pairing is not None and self.hidden is not None:
             self.original = self._room(tuple(self.hidden.shape), offload, "original_").copy_(self.hidden)
 
     def _room(self, shape: tuple[int, ...], offload: Path | None, label: str = "") -> Tensor:
@@ -91,9 +92,16 @@ class Stream:
             self._run(index, local, self.hidden[start : start + len(ids)], keep)
             progress()
 
+    def run_all(self, store: WeightStore, progress: Advance = lambda: None) -> None:
+        """Runs all blocks of a model, with what runs online in them; reports progress once a block."""
+        for index in range(len(store.graph.blocks)):
+            with attached(self.runner.model, store.graph.in_block(index, store.online)):
+                self.run(index, store.read(store.graph.block_params(index)))
+            progress()
+
     def observer(self, n: int) -> Gram:
-        """What `observe` feeds for an input of n features: with `paired` it has a drift."""
-        return Gram(n) if self.pairing is None else CrossGram(n, self.pairing, self._drifts)
+        """What `observe` feeds for an input of n features: with a pairing it may have a drift."""
+        return Gram(n) if self.pairing is None else CrossGram(n, self.pairing)
 
     def observe(
         self,
@@ -118,6 +126,20 @@ class Stream:
                 self._run(index, weights, hidden[start : start + len(ids)], keep=first and move)
             progress()
         self.observing_seconds += time.perf_counter() - started
+
+    def gap(self, index: int, tensors: Mapping[str, Tensor], progress: Advance = lambda: None) -> Tensor:
+        """What the original, moved on by `observe`, has beyond what block `index` gives: the mean over tokens, shape
+        (hidden,), fp64.
+        """
+        assert self.hidden is not None
+        assert self.original is not None
+        local, total = self.local(tensors), torch.zeros(self.hidden.shape[-1], dtype=torch.float64, device=self.device)
+        for start, ids in self._batches():
+            stop = start + len(ids)
+            out = self.runner.run(index, local, self.hidden[start:stop].to(self.device), self._calls[len(ids)][index])
+            total += (self.original[start:stop].to(self.device).double() - out.double()).sum((0, 1))
+            progress()
+        return total.cpu() / self.input_ids.numel()
 
     def observe_head(self, outer: Mapping[str, Tensor]) -> None:
         """Runs the head for the sake of observers of its input."""

@@ -42,8 +42,7 @@ def measure_outliers(
         stream = Stream(runner, input_ids, store.read(graph.outer_params()), device=device)
         stream.free_outer()
         for i, group in enumerate(graph.blocks):
-            prefix = f"{graph.architecture.blocks}.{i}."
-            online = [one for one in store.online if one.module.startswith(prefix)]
+            online = graph.in_block(i, store.online)
             with attached(model, online), observing(model, group, online, Moments) as observed:
                 stream.run(i, store.read(graph.block_params(i)))
             found += _by_site(i, {key: group_basis(group, key) for key, _ in observed}, observed)

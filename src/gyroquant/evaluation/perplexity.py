@@ -50,21 +50,14 @@ def _hidden(store: WeightStore, ids: Tensor, dtype: torch.dtype, device: str, ad
     runner = BlockRunner(store.skeleton(), graph)
     stream = Stream(runner, ids, outer, dtype, device=device)
     stream.free_outer()
-    for i in range(len(graph.blocks)):
-        prefix = f"{graph.architecture.blocks}.{i}."
-        online = [one for one in store.online if one.module.startswith(prefix)]
-        with attached(runner.model, online):
-            stream.run(i, store.read(graph.block_params(i)))
-        advance()
+    stream.run_all(store, advance)
     return stream, outer
 
 
 def _pairs(stores: list[WeightStore], streams: list[tuple[Stream, Any]]) -> Iterator[tuple[int, int, list[Tensor]]]:
     with ExitStack() as attachments:
         for store in stores:
-            blocks = f"{store.graph.architecture.blocks}."
-            online = [one for one in store.online if not one.module.startswith(blocks)]
-            attachments.enter_context(attached(store.skeleton(), online))
+            attachments.enter_context(attached(store.skeleton(), store.graph.around_blocks(store.online)))
         for pieces in zip(*(stream.logits(outer) for stream, outer in streams), strict=True):
             yield pieces[0][0], pieces[0][1], [logits.float().log_softmax(-1) for _, _, logits in pieces]
 

@@ -1,6 +1,6 @@
 """Number grids: which numbers can be stored, how they are fitted, packed, and what they really cost."""
 
-from gyroquant.grids.base import Grid, GroupParams, QuantizedWeight, grid_from, stored_bits
+from gyroquant.grids.base import Grid, GroupParams, QuantizedWeight, grid_from, stored_bits, straight_through
 from gyroquant.grids.basis import Basis
 from gyroquant.grids.floating import Fp4Grid, Fp8Grid
 from gyroquant.grids.integer import IntegerGrid
@@ -18,4 +18,5 @@ __all__ = [
     "QuantizedWeight",
     "grid_from",
     "stored_bits",
+    "straight_through",
 ]

@@ -191,6 +191,11 @@ class QuantizedWeight:
         return self.grid.pack(self.codes, self.params) | ({} if self.basis is None else self.basis.pack())
 
 
+def straight_through(seen: Tensor, value: Tensor) -> Tensor:
+    """`value`, with the gradient of `seen`: rounding as gradients are to see it."""
+    return seen + (value - seen).detach()
+
+
 def clamped_half(scale: Tensor, low: float) -> Tensor:
     """The fp16 number nearest to each scale, from `low` on, as fp32 and none of them 0."""
     return half_scale(scale.clamp(low, torch.finfo(torch.float16).max))

@@ -14,16 +14,15 @@ from dataclasses import replace
 from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from gyroquant.calibration.stream import Stream
-from gyroquant.errors import InputError
-from gyroquant.grids import QuantizedWeight
+from gyroquant.grids import QuantizedWeight, straight_through
 from gyroquant.learning.objectives import divergence
-from gyroquant.models.online import attached
+from gyroquant.models.online import Attachment, attached
 from gyroquant.models.packed import PackedStore, from_matrix
 from gyroquant.models.runner import BlockRunner, Call, pass_back
 from gyroquant.models.store import WeightStore
@@ -47,6 +46,12 @@ class Finish(BaseModel):
     top: Annotated[int, Field(gt=1)] | None = None
     held_out: Annotated[int, Field(gt=0)] = 4
 
+    @model_validator(mode="after")
+    def _something(self) -> Finish:
+        if not (self.scales or self.gains):
+            raise ValueError("scales: false and gains: false leave nothing to tune")
+        return self
+
 
 @torch.no_grad()
 def finish(
@@ -58,22 +63,14 @@ def finish(
     seed: int,
     progress: Stages,
 ) -> dict[str, Any]:
-    """Tunes a packed folder in place, on tokens of shape (samples, length), and says how it went.
-
-    Raises InputError for a text with no more windows than are held out.
+    """Tunes a packed folder in place, on tokens of shape (samples, length), more samples than are held out, and says
+    how it went.
     """
-    if len(tokens) <= settings.held_out:
-        raise InputError(
-            f"finish holds {settings.held_out} windows out, and the text has {len(tokens)}: "
-            "use more samples, or a smaller finish.held_out"
-        )
     blocks = len(original.graph.blocks)
     outer = original.read(original.graph.outer_params())
     stream = Stream(BlockRunner(original.skeleton(), original.graph), tokens, outer, dtype)
     with progress.stage("run the original", blocks) as advance:
-        for index in range(blocks):
-            stream.run(index, original.read(original.graph.block_params(index)))
-            advance()
+        stream.run_all(original, advance)
     model = _Model(store, settings, dtype)
     batches = _Batches(model, stream, outer, tokens, settings)
     with progress.stage("finish", settings.steps + 2) as advance:
@@ -114,7 +111,7 @@ class _Model:
         weight, moved = self.store.quantized(name), self.moved[name]
         scale = weight.params.scale * (1 + moved)
         kept = weight.grid.storable(scale.detach(), weight.params.zero)
-        return replace(weight, params=kept), scale + (kept.scale - scale).detach()
+        return replace(weight, params=kept), straight_through(scale, kept.scale)
 
     def made(self, names: tuple[str, ...]) -> dict[str, Tensor]:
         """Parameters as they are now, fp32, with gradients to what moves."""
@@ -127,7 +124,7 @@ class _Model:
         if name not in self.store.description["tensors"]:
             stored = self.store.read([name])[name]
             value = stored.float() * (1 + tensor)
-            return value + (value.to(stored.dtype).float() - value).detach()
+            return straight_through(value, value.to(stored.dtype).float())
         weight, scale = self.rescaled(name)
         rows = len(weight.codes)
         steps = weight.grid.decode(weight.codes.view(rows, scale.shape[1], -1), weight.params) / weight.params.scale
@@ -163,9 +160,8 @@ class _Batches:
         self._outer = original.local(outer)
         self._adam = torch.optim.Adam(model.moved.values(), lr=settings.lr)
 
-    def _online(self, index: int) -> list[Any]:
-        prefix = f"{self.model.graph.architecture.blocks}.{index}."
-        return [one for one in self.model.store.online if one.module.startswith(prefix)]
+    def _online(self, index: int) -> list[Attachment]:
+        return self.model.graph.in_block(index, self.model.store.online)
 
     def _forth(self, picks: list[int]) -> tuple[list[list[Tensor]], list[list[Call]]]:
         """The hidden states of windows in front of every block and behind the last, and how blocks are called."""
@@ -187,8 +183,7 @@ class _Batches:
         assert self.original.hidden is not None
         with torch.no_grad():
             wanted = self.original.runner.finish(self.original.hidden[pick : pick + 1], self._outer)
-        around = [one for one in self.model.store.online if not one.module.startswith(self.runner.prefix)]
-        with attached(self.model.store.skeleton(), around):
+        with attached(self.model.store.skeleton(), self.model.graph.around_blocks(self.model.store.online)):
             found = self.runner.logits(state, outer)
         return divergence(wanted.float().log_softmax(-1), found.float().log_softmax(-1), self.settings.top)
 

@@ -135,7 +135,7 @@ class BlockOutputs(Loss):
         there = change.apply if change else lambda x: x
         rounded = self._rounding.rounded(LiveFold(self.plan, self.places, tensors, tensors)(plan))
         weights = self._rounding.leaves(rounded)
-        inside = [one for one in self._rounding.attachments if one.module.startswith(f"{self._runner.prefix}.{index}.")]
+        inside = self.store.graph.in_block(index, self._rounding.attachments)
         for number, (hidden, call) in enumerate(streams):
             wanted = self._runner.run(index, original, hidden, call)
             with attached(self._runner.model, inside):

@@ -183,8 +183,7 @@ class FoldPlan:
 
     def online_in(self, block: int) -> list[OnlineMap]:
         """The online maps of one block."""
-        prefix = f"{self.graph.architecture.blocks}.{block}."
-        return [one for one in self.online if one.module.startswith(prefix)]
+        return self.graph.in_block(block, self.online)
 
     def unties(self, tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
         """The tied parameters that the plan makes different from the one they are tied to.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -13,6 +13,16 @@ from gyroquant.errors import UnsupportedModelError
 from gyroquant.models.spec import Architecture, Embedding, Entry, Linear, Norm, Part, architecture_of
 
 Shape = tuple[int, ...]
+
+
+class InModule(Protocol):
+    """Something that belongs to a module, by its full name."""
+
+    @property
+    def module(self) -> str: ...
+
+
+Thing = TypeVar("Thing", bound=InModule)
 
 
 @dataclass(frozen=True)
@@ -148,6 +158,15 @@ class ModelGraph:
 
     def block_params(self, index: int) -> tuple[str, ...]:
         return tuple(self.blocks[index].params())
+
+    def in_block(self, index: int, things: Iterable[Thing]) -> list[Thing]:
+        """Those of some things that belong to a module of one block."""
+        prefix = f"{self.architecture.blocks}.{index}."
+        return [one for one in things if one.module.startswith(prefix)]
+
+    def around_blocks(self, things: Iterable[Thing]) -> list[Thing]:
+        """Those that belong to no block."""
+        return [one for one in things if not one.module.startswith(f"{self.architecture.blocks}.")]
 
     def outer_params(self) -> tuple[str, ...]:
         """Every parameter outside the blocks, tied ones under the name that is stored."""

@@ -130,6 +130,8 @@ def safetensors_index(folder: Path) -> dict[str, LazyTensor]:
             files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise InputError(f"{index} is not a valid index of weights: {error}") from error
+    elif (folder / "model.safetensors").exists():  # others beside it hold other things, learned rotations for one
+        files = ["model.safetensors"]
     else:
         files = sorted(path.name for path in folder.glob("*.safetensors"))
     if not files:

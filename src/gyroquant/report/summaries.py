@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -15,9 +16,14 @@ from gyroquant.maps import factors
 from gyroquant.report.console import duration, size, table
 
 
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found)
+
+
 def _above(limits: Sequence[Mapping[str, float]]) -> str:
     """How far the layers of a model are above what any code of as many bits could reach."""
-    decibels, bits = (sum(one[key] for one in limits) / len(limits) for key in ("decibels", "excess_bits"))
+    decibels, bits = (_mean(one[key] for one in limits) for key in ("decibels", "excess_bits"))
     return f"{decibels:.1f} dB, or {bits:.2f} bits per weight (mean of {len(limits)} layers)"
 
 
@@ -35,8 +41,8 @@ def quantized(manifest: Mapping[str, Any], out: str) -> list[Table]:
         ("proof: worst block", f"{proof['worst_block']} ({proof['worst_block_error']:.1e})" if folded else "-"),
         ("true bits per rounded weight", f"{bits['per_weight']:.4f}"),
         ("bits per weight, whole model", f"{bits['whole_model_per_weight']:.2f}"),
-        ("relative error of the weights", f"{sum(weights) / len(weights):.4f} (mean of {len(weights)} layers)"),
-        ("relative error of the outputs", f"{sum(outputs) / len(outputs):.4f}" if outputs else "not measured"),
+        ("relative error of the weights", f"{_mean(weights):.4f} (mean of {len(weights)} layers)"),
+        ("relative error of the outputs", f"{_mean(outputs):.4f}" if outputs else "not measured"),
         ("above the limit of any code", _above(limits) if limits else "not measured"),
         ("time", duration(manifest["seconds"])),
         ("peak memory", size(manifest["peak_memory_bytes"])),
@@ -77,6 +83,8 @@ def inspected(result: Inspection) -> list[Any]:
         sites(result),
         table("", ("recipe", "fits"), [(name, problem or "yes") for name, problem in result.fits.items()]),
     ]
+    if result.layers:
+        shown.append(rounded_layers(result.layers))
     if result.outliers:
         shown.append(outliers(result.outliers))
     if result.prediction:
@@ -88,6 +96,23 @@ def inspected(result: Inspection) -> list[Any]:
         ]
         shown.append(table(f"{result.recipe} will take about", ("", ""), rows))
     return shown
+
+
+def rounded_layers(layers: Iterable[Mapping[str, Any]]) -> Table:
+    """What rounding did to the layers of each kind, and how far they are above the limit: the mean, and the worst."""
+    kinds: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for layer in layers:
+        if layer.get("limit"):
+            kinds[re.sub(r"\d+", "*", layer["name"])].append(layer)
+    rows = []
+    for kind, found in kinds.items():
+        bits, above, spare = (_mean(one["limit"][key] for one in found) for key in ("bits", "decibels", "excess_bits"))
+        error = _mean(one["output_error"] for one in found)
+        worst = max(found, key=lambda one: one["limit"]["decibels"])
+        last = f"{'.'.join(re.findall(r'[0-9]+', worst['name'])) or '-'} ({worst['limit']['decibels']:.1f} dB)"
+        rows.append((kind.rpartition("*.")[2], f"{bits:.3f}", f"{error:.4f}", f"{above:.1f} dB", f"{spare:.2f}", last))
+    title = "rounded layers, and how far above the limit of any code they are"
+    return table(title, ("layers", "bits", "error", "above", "in bits", "worst block"), rows, right=(1, 2, 3, 4))
 
 
 def sites(result: Inspection) -> Table:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -56,7 +57,8 @@ class Solver(BaseModel, ABC):
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        Solver.kinds[cls.model_fields["name"].default] = cls
+        if not inspect.isabstract(cls):
+            Solver.kinds[cls.model_fields["name"].default] = cls
 
     @abstractmethod
     def solve(
@@ -65,6 +67,30 @@ class Solver(BaseModel, ABC):
         """Rounds a matrix of shape (out, in), fp32, to a grid that is bound to it. Rows are independent of each other
         given grid and statistics.
         """
+
+
+class ModelSolver(Solver):
+    """A solver from outside that rounds all layers of a model at once, and is given the transformed model."""
+
+    needs_statistics = True
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raises InputError, with the remedy, where what it calls is not installed."""
+
+    @abstractmethod
+    def round_model(
+        self, model: Any, layers: Mapping[str, Grid], tokens: Tensor, tokenizer: Any, seed: int
+    ) -> dict[str, QuantizedWeight]:
+        """Rounds linear layers of a model, fp32, which it may spoil, to their grids; both by name of the module.
+
+        `tokens` has the shape (samples, length).
+        """
+
+    def solve(
+        self, weight: Tensor, grid: Grid, statistics: InputStatistics | None, warn: Warn = lambda text: None
+    ) -> QuantizedWeight:
+        raise TypeError(f"{self.name} rounds whole models")
 
 
 def weight_error(weight: Tensor, rounded: Tensor) -> float:

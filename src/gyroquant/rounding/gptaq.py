@@ -17,33 +17,22 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import Tensor
 
-from gyroquant.errors import InputError
-from gyroquant.grids import Grid, QuantizedWeight
-from gyroquant.rounding.base import InputStatistics, Solver, Warn
-from gyroquant.rounding.gptq import ColumnOptions, Sweep, inverse_factor
+from gyroquant.rounding.gptq import ColumnSolver
 
 
-class Gptaq(ColumnOptions, Solver):
+class Gptaq(ColumnSolver):
     """GPTAQ with GPTQ's lazy updates; `alpha` of the correction is made (1 is the derivation, the code has 0.25).
 
     Where nothing drifts, at the model's first layers for one, the result is that of GPTQ, code for code.
     """
 
     name: Literal["gptaq"] = "gptaq"
-    needs_statistics = True
     needs_original = True
     damp_percent: Annotated[float, Field(ge=0, le=1)] = 0.01
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.25
 
-    def solve(
-        self, weight: Tensor, grid: Grid, statistics: InputStatistics | None, warn: Warn = lambda text: None
-    ) -> QuantizedWeight:
-        if statistics is None:
-            raise InputError("GPTAQ needs calibration text: give --text, or use the solver rtn")
-        order = self.order(statistics.gram)
-        factor = inverse_factor(statistics.gram[order][:, order], self.damp_percent, warn)
-        feed = None
-        if statistics.drift is not None:
-            drift = statistics.drift[order][:, order].double()
-            feed = (self.alpha * ((drift @ factor.T).triu(1) @ factor)).float()
-        return Sweep(weight, grid, order, self.fits_before).run(factor.float(), feed)
+    def damping(self, gram: Tensor) -> float:
+        return self.damp_percent
+
+    def corrected(self, weight: Tensor, drift: Tensor, factor: Tensor) -> tuple[Tensor, Tensor | None]:
+        return weight, (self.alpha * ((drift.double() @ factor.T).triu(1) @ factor)).float()

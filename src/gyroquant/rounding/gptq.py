@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from gyroquant.errors import InputError
@@ -41,27 +42,47 @@ def inverse_factor(gram: Tensor, damp_percent: float, warn: Warn = lambda text: 
         warn(f"second moments are not positive definite, damping raised to {damp:g} of the mean diagonal")
 
 
-class ColumnOptions(BaseModel):
-    """The options of solvers that take columns in turn.
+class ColumnSolver(Solver):
+    """Solvers that take columns in turn, each one's error passed on to those still free.
 
     Scales are fitted when a group's turn comes, on weights that already carry the errors of earlier columns, or before
     (`static_groups`). `act_order` takes columns by falling second moment; it needs static groups, since the stored
-    groups stay in place, and turns them on.
+    groups stay in place, and turns them on. Columns that no calibration token reaches are rounded to nearest.
     """
 
+    needs_statistics = True
     act_order: bool = False
     static_groups: bool | None = None
 
     @model_validator(mode="after")
-    def _consistent(self) -> ColumnOptions:
+    def _consistent(self) -> ColumnSolver:
         if self.act_order and self.static_groups is False:
             raise ValueError("act_order needs static_groups: true, since the stored groups stay in place")
         return self
 
-    @property
-    def fits_before(self) -> bool:
-        """Whether the scales of every group are fitted before any column is rounded."""
-        return bool(self.static_groups or self.act_order)
+    @abstractmethod
+    def damping(self, gram: Tensor) -> float:
+        """What is added to the diagonal of the second moments, over the mean of the diagonal."""
+
+    def corrected(self, weight: Tensor, drift: Tensor, factor: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What a drift of the input changes: the weights to start from, shape (out, in), and the `feed` of the sweep.
+
+        `factor` is the U of `inverse_factor`; all have their columns in the order of the sweep.
+        """
+        return weight, None
+
+    def solve(
+        self, weight: Tensor, grid: Grid, statistics: InputStatistics | None, warn: Warn = lambda text: None
+    ) -> QuantizedWeight:
+        if statistics is None:
+            raise InputError(f"{self.name} needs calibration text: give --text, or use the solver rtn")
+        gram, order = statistics.gram, self.order(statistics.gram)
+        factor = inverse_factor(gram[order][:, order], self.damping(gram), warn)
+        start, feed = weight, None
+        if statistics.drift is not None:
+            start, feed = self.corrected(weight[:, order], statistics.drift[order][:, order], factor)
+            start = start[:, order.argsort()]
+        return Sweep(start, grid, order, bool(self.static_groups or self.act_order)).run(factor.float(), feed)
 
     def order(self, gram: Tensor) -> Tensor:
         """The columns in the order in which they are rounded, for second moments of shape (columns, columns)."""
@@ -70,21 +91,14 @@ class ColumnOptions(BaseModel):
         return torch.arange(gram.shape[0], device=gram.device)
 
 
-class Gptq(ColumnOptions, Solver):
-    """GPTQ with lazy updates. Columns that no calibration token reaches are rounded to nearest."""
+class Gptq(ColumnSolver):
+    """GPTQ with lazy updates."""
 
     name: Literal["gptq"] = "gptq"
-    needs_statistics = True
     damp_percent: Annotated[float, Field(ge=0, le=1)] = 0.01
 
-    def solve(
-        self, weight: Tensor, grid: Grid, statistics: InputStatistics | None, warn: Warn = lambda text: None
-    ) -> QuantizedWeight:
-        if statistics is None:
-            raise InputError("GPTQ needs calibration text: give --text, or use the solver rtn")
-        order = self.order(statistics.gram)
-        factor = inverse_factor(statistics.gram[order][:, order], self.damp_percent, warn)
-        return Sweep(weight, grid, order, self.fits_before).run(factor.float())
+    def damping(self, gram: Tensor) -> float:
+        return self.damp_percent
 
 
 class Sweep:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import astuple, dataclass
 
 from torch import Tensor
 
-from gyroquant.calibration.observers import Gram, Key
 from gyroquant.grids import QuantizedWeight
-from gyroquant.models.graph import Group, LinearOp
-from gyroquant.models.online import Attachment
-from gyroquant.models.packed import as_matrix
+from gyroquant.models.graph import LinearOp
 from gyroquant.rounding.base import InputStatistics, output_energy, weight_error
 from gyroquant.rounding.limit import Limit, limit, spectrum
-from gyroquant.rounding.stage import statistics_of, together
+from gyroquant.rounding.stage import Part
 
 
 @dataclass(frozen=True)
@@ -30,36 +27,29 @@ class LayerReport:
     limit: Limit | None
 
 
-def judge_group(
-    group: Group,
-    targets: Mapping[str, LinearOp],
-    tensors: Mapping[str, Tensor],
-    observed: Mapping[Key, Gram],
-    online: Sequence[Attachment],
-    rounded: Mapping[str, QuantizedWeight],
-) -> list[LayerReport]:
-    """A report for each target of one group, whose folded weights are `tensors`."""
+def judge_part(part: Part, rounded: Mapping[str, QuantizedWeight]) -> list[LayerReport]:
+    """A report for each of the targets."""
     reports = []
-    for key, ops in together(group, targets, online).items():
-        seen = statistics_of(observed.get((key, None)))
+    for key, ops in part.together().items():
+        seen = part.statistics(key)
         eigenvalues = None if seen is None else spectrum(seen.gram)
         for op in ops:
+            weight = rounded[op.weight]
             if op.entry.stacked:
-                reports.append(_experts(op, key, tensors[op.weight], observed, rounded[op.weight]))
+                reports.append(_experts(part, op, key, weight))
             else:
-                matrix, weight = as_matrix(tensors[op.weight].float(), op), rounded[op.weight]
+                matrix = part.matrix(op)
                 bits = weight.bits / matrix.numel()
                 reports.append(_report(op.module, matrix, weight.dequantize(), bits, seen, eigenvalues))
     return reports
 
 
-def _experts(
-    op: LinearOp, key: str, tensor: Tensor, observed: Mapping[Key, Gram], weight: QuantizedWeight
-) -> LayerReport:
+def _experts(part: Part, op: LinearOp, key: str, weight: QuantizedWeight) -> LayerReport:
     """The means over the experts of one stacked weight; what takes tokens, over those that tokens reached."""
-    reports, bits, rest = [], weight.bits / tensor.numel(), weight.dequantize()
-    for expert, stored in enumerate(tensor):
-        matrix, seen = as_matrix(stored.float(), op), statistics_of(observed.get((key, expert)))
+    reports, matrices, rest = [], part.experts(op), weight.dequantize()
+    bits = weight.bits / sum(matrix.numel() for matrix in matrices)
+    for expert, matrix in enumerate(matrices):
+        seen = part.statistics(key, expert)
         mine, rest = rest[: len(matrix)], rest[len(matrix) :]
         reports.append(_report("", matrix, mine, bits, seen, None if seen is None else spectrum(seen.gram)))
     errors = [r.output_error for r in reports if r.output_error is not None]

@@ -21,10 +21,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from gyroquant.errors import InputError
-from gyroquant.grids import Grid, QuantizedWeight
-from gyroquant.rounding.base import InputStatistics, Solver, Warn
-from gyroquant.rounding.gptq import ColumnOptions, Sweep, inverse_factor
+from gyroquant.rounding.gptq import ColumnSolver
 
 _POWERS = 32
 _ROWS = 1024
@@ -62,32 +59,21 @@ def starting_point(weight: Tensor, drift: Tensor, factor: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-class Qronos(ColumnOptions, Solver):
+class Qronos(ColumnSolver):
     """Qronos with GPTQ's lazy updates.
 
     `alpha` times the largest eigenvalue of the second moments is added to their diagonal: the paper has 1e-6, and 1e-3
-    when activations are rounded too. Scales are fitted to the corrected weights. Where nothing drifts, at
-    the model's first layers for one, the result is that of GPTQ with this damping, code for code.
+    when activations are rounded too. Scales are fitted to the corrected weights. Where nothing drifts, at the model's
+    first layers for one, the result is that of GPTQ with this damping, code for code.
     """
 
     name: Literal["qronos"] = "qronos"
-    needs_statistics = True
     needs_original = True
     alpha: Annotated[float, Field(gt=0, le=1)] = 1e-6
 
-    def solve(
-        self, weight: Tensor, grid: Grid, statistics: InputStatistics | None, warn: Warn = lambda text: None
-    ) -> QuantizedWeight:
-        if statistics is None:
-            raise InputError("Qronos needs calibration text: give --text, or use the solver rtn")
-        order = self.order(statistics.gram)
-        factor = inverse_factor(statistics.gram[order][:, order], self.damp_percent(statistics.gram), warn)
-        start = weight
-        if statistics.drift is not None:
-            start = starting_point(weight[:, order], statistics.drift[order][:, order], factor)[:, order.argsort()]
-        return Sweep(start, grid, order, self.fits_before).run(factor.float())
-
-    def damp_percent(self, gram: Tensor) -> float:
-        """The damping in the measure of GPTQ: what is added to the diagonal over the mean of the diagonal."""
+    def damping(self, gram: Tensor) -> float:
         mean = float(gram.diagonal().double().mean())
         return self.alpha * largest_eigenvalue(gram) / mean if mean > 0 else self.alpha
+
+    def corrected(self, weight: Tensor, drift: Tensor, factor: Tensor) -> tuple[Tensor, Tensor | None]:
+        return starting_point(weight, drift, factor), None

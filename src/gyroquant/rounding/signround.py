@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from gyroquant.grids import QuantizedWeight
@@ -45,6 +45,12 @@ class SignRound(BaseModel):
     codes: bool = True
     minmax: bool = True
     best: bool = True
+
+    @model_validator(mode="after")
+    def _something(self) -> SignRound:
+        if not (self.codes or self.minmax):
+            raise ValueError("codes: false and minmax: false leave nothing to tune")
+        return self
 
     def rate(self, lr: float | None, step: int) -> float:
         """The length of a step."""

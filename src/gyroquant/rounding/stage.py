@@ -136,23 +136,46 @@ def layer_name(op: LinearOp) -> str:
     return op.weight if op.entry.stacked else op.module
 
 
-def round_group(
-    group: Group,
-    targets: Mapping[str, LinearOp],
-    tensors: Mapping[str, Tensor],
-    observed: Mapping[Key, Gram],
-    online: Sequence[Attachment],
-    how: Rounding,
-) -> dict[str, QuantizedWeight]:
-    """Rounds the targets of one group, whose folded weights are `tensors`; returns them by name."""
+@dataclass(frozen=True)
+class Part:
+    """Layers of one group: `targets` to round, their folded weights, and what was observed of their inputs, with what
+    runs `online`.
+    """
+
+    group: Group
+    targets: Mapping[str, LinearOp]
+    tensors: Mapping[str, Tensor]
+    observed: Mapping[Key, Gram]
+    online: Sequence[Attachment]
+
+    def together(self) -> dict[str, list[LinearOp]]:
+        """As `together`."""
+        return together(self.group, self.targets, self.online)
+
+    def matrix(self, op: LinearOp) -> Tensor:
+        """The weight of a layer that is not stacked, shape (out, in), fp32."""
+        return as_matrix(self.tensors[op.weight].float(), op)
+
+    def experts(self, op: LinearOp) -> list[Tensor]:
+        """The weights of stacked experts, each of shape (out, in), fp32."""
+        return [as_matrix(stored, op) for stored in self.tensors[op.weight].float()]
+
+    def statistics(self, key: str, expert: int | None = None) -> InputStatistics | None:
+        """What was observed of an input, made anew each time: those of all experts are large."""
+        gram = self.observed.get((key, expert))
+        return None if gram is None else InputStatistics(gram.gram, gram.count, gram.drift, gram.spread)
+
+
+def round_part(part: Part, how: Rounding) -> dict[str, QuantizedWeight]:
+    """Rounds the targets; returns them by name."""
     done: dict[str, QuantizedWeight] = {}
-    for key, ops in together(group, targets, online).items():
+    for key, ops in part.together().items():
         if ops[0].entry.stacked:
-            done |= {op.weight: _round_experts(op, key, tensors, observed, how) for op in ops}
+            done |= {op.weight: _round_experts(part, op, key, how) for op in ops}
             continue
         for grid in dict.fromkeys(how.grid_of(op).model_dump_json() for op in ops):
             alike = [op for op in ops if how.grid_of(op).model_dump_json() == grid]
-            pieces = _round_together(alike, key, tensors, observed, how)
+            pieces = _round_together(part, alike, key, how)
             done |= {op.weight: weight for op, weight in zip(alike, pieces, strict=True)}
     return done
 
@@ -171,18 +194,10 @@ def _named(warn: Warn, name: str, text: str) -> None:
     warn(f"{name}: {text}")
 
 
-def statistics_of(gram: Gram | None) -> InputStatistics | None:
-    """What an observer saw, for solvers."""
-    return None if gram is None else InputStatistics(gram.gram, gram.count, gram.drift, gram.spread)
-
-
-def _round_together(
-    ops: list[LinearOp], key: str, tensors: Mapping[str, Tensor], observed: Mapping[Key, Gram], how: Rounding
-) -> list[QuantizedWeight]:
-    statistics = statistics_of(observed.get((key, None)))
-    matrices = [as_matrix(tensors[op.weight].float(), op) for op in ops]
+def _round_together(part: Part, ops: list[LinearOp], key: str, how: Rounding) -> list[QuantizedWeight]:
+    matrices = [part.matrix(op) for op in ops]
     names = ", ".join(op.module for op in ops)
-    placed = how.place(names, torch.cat(matrices), statistics)
+    placed = how.place(names, torch.cat(matrices), part.statistics(key))
     solved = how.solve(placed, how.grid_of(ops[0]).bind(placed.matrix))
     sizes = [len(matrix) for matrix in matrices]
     parts = zip(
@@ -196,18 +211,14 @@ def _round_together(
     ]
 
 
-def _round_experts(
-    op: LinearOp, key: str, tensors: Mapping[str, Tensor], observed: Mapping[Key, Gram], how: Rounding
-) -> QuantizedWeight:
-    matrices = [as_matrix(stored, op) for stored in tensors[op.weight].float()]
-
-    def statistics(expert: int) -> InputStatistics | None:  # made anew each time: those of all experts are large
-        return statistics_of(observed.get((key, expert)))
-
-    grid = how.grid_of(op).bind(*(how.encoded(matrix, statistics(expert)) for expert, matrix in enumerate(matrices)))
+def _round_experts(part: Part, op: LinearOp, key: str, how: Rounding) -> QuantizedWeight:
+    matrices = part.experts(op)
+    encoded = (how.encoded(matrix, part.statistics(key, expert)) for expert, matrix in enumerate(matrices))
+    grid = how.grid_of(op).bind(*encoded)
     weights: list[QuantizedWeight] = []
     for expert, matrix in enumerate(matrices):
-        weights.append(how.solve(how.place(f"{op.weight}[{expert}]", matrix, statistics(expert)), grid))
+        placed = how.place(f"{op.weight}[{expert}]", matrix, part.statistics(key, expert))
+        weights.append(how.solve(placed, grid))
     params = GroupParams(torch.cat([w.params.scale for w in weights]), torch.cat([w.params.zero for w in weights]))
     return QuantizedWeight(grid, torch.cat([w.codes for w in weights]), params, _stacked(weights))
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from gyroquant.grids import GroupParams, QuantizedWeight
+from gyroquant.grids import GroupParams, QuantizedWeight, straight_through
 
 _EDGE = 0.49  # of a step: how far from its code an offset may start, so that the code is the one that was there
 _STRETCH = (0.5, 1.5)
@@ -39,7 +39,7 @@ class TunableWeight:
         """The parameters that gradients see, and the ones that are stored, which are the same numbers."""
         scale, zero = self.grid.stretched(self.start.params, self.stretch[..., :1], self.stretch[..., 1:])
         kept = self.grid.storable(scale.detach(), zero.detach())
-        return GroupParams(_as(scale, kept.scale), _as(zero, kept.zero)), kept
+        return GroupParams(straight_through(scale, kept.scale), straight_through(zero, kept.zero)), kept
 
     def _steps(self, scale: Tensor) -> Tensor:
         return self.wanted / scale + self._gap * self.offset
@@ -50,7 +50,7 @@ class TunableWeight:
         first, last = self.grid.span(params.zero)
         steps = torch.minimum(torch.maximum(self._steps(params.scale), first), last)
         nearest = self.grid.nearest(steps.detach() * kept.scale, kept) / kept.scale
-        numbers = (params.scale * _as(steps, nearest)).view(len(self.wanted), -1)
+        numbers = (params.scale * straight_through(steps, nearest)).view(len(self.wanted), -1)
         return numbers if self.start.basis is None else self.start.basis.decode(numbers)
 
     @torch.no_grad()
@@ -65,8 +65,3 @@ class TunableWeight:
         with torch.no_grad():
             self.offset.clamp_(-0.5, 0.5)
             self.stretch.clamp_(*_STRETCH)
-
-
-def _as(seen: Tensor, value: Tensor) -> Tensor:
-    """`value`, with the gradient of `seen`."""
-    return seen + (value - seen).detach()

@@ -37,6 +37,7 @@ TITLES = {
     "mistral": "Mistral",
     "smollm3": "SmolLM3",
     "granite": "Granite (multipliers)",
+    "granite_bias": "Granite (biases)",
     "seed_oss": "Seed-OSS (biases)",
     "ernie4_5": "ERNIE 4.5 (interleaved RoPE)",
     "helium": "Helium (interleaved RoPE)",

@@ -48,6 +48,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         attention_multiplier=0.2,
         tie_word_embeddings=True,
     ),
+    "granite_bias": _config("GraniteConfig", residual_multiplier=0.4, mlp_bias=True),
     "seed_oss": _config("SeedOssConfig", head_dim=16, attention_bias=True, attention_out_bias=True),
     "ernie4_5": _config("Ernie4_5Config", head_dim=16, use_bias=True),
     "helium": _config("HeliumConfig", head_dim=16),

@@ -11,7 +11,7 @@ from torch import Tensor
 from gyroquant.calibration.observers import observing
 from gyroquant.calibration.stream import Stream
 from gyroquant.grids import QuantizedWeight
-from gyroquant.job import Job, last_bias
+from gyroquant.job import Job
 from gyroquant.models.graph import Group, LinearOp
 from gyroquant.models.online import CacheQuantizer, attached, observing_keys
 from gyroquant.models.packed import from_matrix
@@ -57,9 +57,10 @@ def round_block(
     if stream and job.recipe.weights.correct_bias:
         with attached(model, online):
             gap = stream.gap(index, deployed, advance)
-        name = last_bias(group)
+        name = group.last_bias
         assert name is not None
-        deployed[name] = (deployed[name].double() + gap).to(job.output.dtype)
+        share = getattr(job.graph.config, "residual_multiplier", 1.0)  # Granite scales what a layer adds
+        deployed[name] = (deployed[name].double() + gap / share).to(job.output.dtype)
     return rounded, reports, deployed
 
 

@@ -23,7 +23,7 @@ from gyroquant.learning import Finish
 from gyroquant.learning.learn import Setting
 from gyroquant.learning.live import learnable
 from gyroquant.models.fold import FoldPlan
-from gyroquant.models.graph import Group, LinearOp, ModelGraph
+from gyroquant.models.graph import LinearOp, ModelGraph
 from gyroquant.models.online import Attachment
 from gyroquant.models.packed import PackedStore
 from gyroquant.models.runner import BlockRunner
@@ -297,15 +297,9 @@ def _check_held_out(job: Job) -> None:
         )
 
 
-def last_bias(group: Group) -> str | None:
-    """The bias of the last linear layer of a block that adds to the residual stream, if there is one."""
-    writers = [op for op in group.linears if op.entry.writes == "residual" and not op.entry.stacked]
-    return writers[-1].bias if writers else None
-
-
 def _check_bias(graph: ModelGraph, recipe: Recipe) -> None:
     """Refuses to correct biases where a block has none that its output could be corrected by."""
-    if recipe.weights.correct_bias and any(last_bias(group) is None for group in graph.blocks):
+    if recipe.weights.correct_bias and any(group.last_bias is None for group in graph.blocks):
         raise UnsupportedModelError(
             f"weights.correct_bias needs a bias in the last layer of every block, and {graph.config.model_type} has "
             "none there: leave it out"

@@ -11,7 +11,7 @@ import gyroquant as gq
 from gyroquant import pipeline
 from gyroquant.calibration.stream import Stream
 from gyroquant.errors import UnsupportedModelError
-from gyroquant.job import Job, last_bias, prepare
+from gyroquant.job import Job, prepare
 from gyroquant.models.runner import BlockRunner
 from gyroquant.models.source import open_model
 
@@ -23,7 +23,7 @@ def job(model: Path, out: Path, corpus: Path, *changes: str) -> Job:
     return prepare(model, out, recipe, corpus, tokenizer=tiny.tokenizer(), save_dtype="float32")
 
 
-@pytest.mark.parametrize("name", ["gpt2", "opt", "gpt_neox", "starcoder2"])
+@pytest.mark.parametrize("name", ["gpt2", "opt", "gpt_neox", "starcoder2", "granite_bias"])
 def test_blocks_give_the_originals_mean(name: str, folders: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
     """On the inputs that they see: both models run block by block, and what is left of the mean is nothing."""
     for out, changes in (("plain", []), ("corrected", ["weights.correct_bias=true"])):
@@ -32,9 +32,9 @@ def test_blocks_give_the_originals_mean(name: str, folders: dict[str, Path], cor
     assert asked.tokens is not None
     left = {out: gaps(folders[name], tmp_path / out, asked.tokens) for out in ("plain", "corrected")}
     assert max(left["corrected"]) < 1e-5 < min(left["plain"])
-    biases = {last_bias(group) for group in asked.graph.blocks}
+    biases = {group.last_bias for group in asked.graph.blocks}
     plain, corrected = (load_file(tmp_path / out / "model.safetensors") for out in ("plain", "corrected"))
-    first = last_bias(asked.graph.blocks[0])
+    first = asked.graph.blocks[0].last_bias
     for key in plain:
         if ".0." in key and key not in biases:
             assert torch.equal(plain[key], corrected[key])

@@ -110,6 +110,12 @@ class Group:
     def norms(self) -> tuple[NormOp, ...]:
         return tuple(op for op in self.ops if isinstance(op, NormOp))
 
+    @property
+    def last_bias(self) -> str | None:
+        """The bias of the last linear layer that adds to the residual stream, if there is one."""
+        writers = [op for op in self.linears if op.entry.writes == "residual" and not op.entry.stacked]
+        return writers[-1].bias if writers else None
+
     def params(self) -> Iterable[str]:
         for op in self.ops:
             yield op.gain if isinstance(op, NormOp) else op.weight

@@ -1,6 +1,7 @@
 """Recipes: presets, files, changes, and refusals that name the nearest valid key."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -166,6 +167,41 @@ def test_files_that_are_no_recipes(tmp_path: Path, content: str, message: str) -
 def test_recipes_that_are_not_there(name: str) -> None:
     with pytest.raises(RecipeError, match=r"no recipe is called|cannot be read|less than or equal to 8"):
         load_recipe(name)
+
+
+def test_an_effort_changes_what_the_recipe_says_and_can_be_changed() -> None:
+    plain, light = load_recipe("gyro-w2"), load_recipe("gyro-w2", effort="light")
+    assert load_recipe("gyro-w2", effort="default") == plain
+    assert light.name == "gyro-w2 (light)"
+    assert (
+        light.calibration.nsamples
+        < plain.calibration.nsamples
+        < load_recipe("gyro-w2", effort="best").calibration.nsamples
+    )
+    assert load_recipe("gyro-w2", ["calibration.nsamples=7"], "light").calibration.nsamples == 7
+
+
+@pytest.mark.parametrize("name", [name for name in preset_names() if name.startswith("gyro-")])
+@pytest.mark.parametrize("effort", ["light", "best"])
+def test_our_recipes_have_efforts(name: str, effort: str) -> None:
+    recipe = load_recipe(name, effort=effort)
+    assert load_recipe(recipe.to_dict()) == recipe
+    assert recipe != load_recipe(name)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "effort", "message"),
+    [
+        ("gptq", "best", "gptq has no effort 'best'; what it has: default"),
+        ("gyro-w2", "bst", "no effort 'bst'; what it has: default, light, best"),
+        ({"efforts": ["light"]}, None, "efforts holds lists of changes by name"),
+        ({"efforts": {"light": "finish=null"}}, "light", "efforts holds lists of changes by name"),
+        ({"efforts": {"light": ["wieghts.bits=2"]}}, "light", "did you mean 'weights'"),
+    ],
+)
+def test_efforts_that_cannot_be(recipe: str | dict[str, Any], effort: str | None, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(recipe, effort=effort)
 
 
 def test_changes_leave_their_input_alone() -> None:

@@ -28,6 +28,9 @@ RecipeName = Annotated[
 Changes = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe, e.g. weights.bits=2.")
 ]
+Effort = Annotated[
+    str | None, typer.Option("--effort", help="light, default or best, of recipes that have them (gyro-w2 and so on).")
+]
 TextSource = Annotated[
     str | None, typer.Option("--text", help="A text file, wikitext2, c4, pile-10k or name:split:column.")
 ]
@@ -56,6 +59,7 @@ def quantize(
     model: Model,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that does not exist yet.")],
     recipe: RecipeName = "gsr",
+    effort: Effort = None,
     change: Changes = None,
     text: TextSource = None,
     nsamples: Annotated[int | None, typer.Option(help="Windows of text to calibrate on.")] = None,
@@ -81,7 +85,7 @@ def quantize(
     from gyroquant.recipe import load_recipe
     from gyroquant.report import console, summaries
 
-    loaded = load_recipe(recipe, _changes(change, nsamples, seqlen, seed))
+    loaded = load_recipe(recipe, _changes(change, nsamples, seqlen, seed), effort)
     job = prepare(
         model,
         out,
@@ -140,6 +144,7 @@ def inspect(
     recipe: Annotated[
         str | None, typer.Option("--recipe", "-r", help="Predict memory and time of this recipe.")
     ] = None,
+    effort: Effort = None,
     change: Changes = None,
     text: TextSource = None,
     nsamples: Annotated[int | None, typer.Option(help="Windows of text, as for quantize.")] = None,
@@ -153,7 +158,13 @@ def inspect(
     from gyroquant.report import console, summaries
 
     result = inspect_model(
-        model, recipe, _changes(change, nsamples, seqlen, None), text, device=device, progress=console.ConsoleStages()
+        model,
+        recipe,
+        _changes(change, nsamples, seqlen, None),
+        text,
+        effort=effort,
+        device=device,
+        progress=console.ConsoleStages(),
     )
     if as_json:
         _print_json(result.to_dict())
@@ -164,6 +175,7 @@ def inspect(
 @app.command()
 def recipes(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show this recipe whole.")] = None,
+    effort: Effort = None,
     change: Changes = None,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -182,7 +194,7 @@ def recipes(
         else:
             console.show(console.table("", ("recipe", "what it does"), list(found.items())))
         return
-    data = load_recipe(name, change or ()).to_dict()
+    data = load_recipe(name, change or (), effort).to_dict()
     print(json.dumps(data, indent=2) if as_json else yaml.safe_dump(data, sort_keys=False), end="\n" if as_json else "")
 
 

@@ -106,10 +106,13 @@ def inspect_model(
     changes: Iterable[str] = (),
     text: str | Path | None = None,
     *,
+    effort: str | None = None,
     device: str = "cpu",
     progress: Stages | None = None,
 ) -> Inspection:
-    """Looks at a model: its sites and which recipes fit; with `text` its outliers; with `recipe` what that takes."""
+    """Looks at a model: its sites and which recipes fit; with `text` its outliers; with `recipe`, at an `effort` if it
+    has several, what that takes.
+    """
     changes = list(changes)
     result = Inspection(open_model(model))
     result.layers = _rounded_layers(result.store)
@@ -123,9 +126,8 @@ def inspect_model(
     if recipe is not None:
         result.recipe = recipe
         with TemporaryDirectory() as scratch:
-            result.prediction = predict(
-                prepare(model, Path(scratch) / "out", load_recipe(recipe, changes), text, device=device)
-            )
+            wanted = load_recipe(recipe, changes, effort)
+            result.prediction = predict(prepare(model, Path(scratch) / "out", wanted, text, device=device))
     if text is not None:
         source = load_text(text)
         ids = tokenize(source, result.store.tokenizer(), result.store.config.vocab_size)

@@ -76,6 +76,28 @@ def find_recipe(name: str) -> tuple[dict[str, Any], list[str]]:
     )
 
 
+def with_effort(data: Mapping[str, Any], effort: str | None) -> tuple[dict[str, Any], list[str]]:
+    """A recipe's data without its `efforts`, and the changes that one of them stands for; `default` changes nothing.
+
+    Raises RecipeError for an effort that the recipe has not.
+    """
+    data = dict(data)
+    efforts = data.pop("efforts", None) or {}
+    if not isinstance(efforts, dict) or not all(_is_changes(changes) for changes in efforts.values()):
+        raise RecipeError("efforts holds lists of changes by name, such as {light: [calibration.nsamples=16]}")
+    if effort is None or effort == "default":
+        return data, []
+    name = data.get("name", "this recipe")
+    if effort not in efforts:
+        there = ", ".join(["default", *efforts])
+        raise RecipeError(f"{name} has no effort {effort!r}; what it has: {there}")
+    return data | {"name": f"{name} ({effort})"}, efforts[effort]
+
+
+def _is_changes(changes: Any) -> bool:
+    return isinstance(changes, list) and all(isinstance(one, str) for one in changes)
+
+
 def grid_kind(weights: Mapping[str, Any]) -> type[Grid] | None:
     """The kind of grid that a section of weights asks for, if there is one of that name."""
     name = weights.get("grid", "integer")

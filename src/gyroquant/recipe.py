@@ -23,7 +23,7 @@ from gyroquant.grids import Grid
 from gyroquant.learning import Finish, Learn
 from gyroquant.methods import Method
 from gyroquant.models.sites import SITE_NAMES
-from gyroquant.presets import find_recipe, grid_kind, set_values
+from gyroquant.presets import find_recipe, grid_kind, set_values, with_effort
 from gyroquant.rounding import (
     Activations,
     Allocate,
@@ -64,7 +64,8 @@ class Weights(BaseModel):
     layers other grids, the last that names a layer counts; `allocate` chooses every layer's bits. `true_sequential` is
     GPTQ's: layers of a block are observed when those in front of them in the block are rounded; where it is not given,
     it is so when drift is corrected, which would otherwise be corrected in every layer of a block anew. `correct_bias`
-    takes the mean of what rounding changed in a block's output out of its last bias.
+    takes the mean of what rounding changed in a block's output out of its last bias. With `measure` layers are observed
+    for their output errors and limits, even where nothing else needs that.
     """
 
     model_config = _STRICT
@@ -79,6 +80,7 @@ class Weights(BaseModel):
     allocate: Allocate | None = None
     true_sequential: bool | None = None
     correct_bias: bool = False
+    measure: bool = False
 
     @model_validator(mode="after")
     def _alone(self) -> Weights:
@@ -107,7 +109,9 @@ class Weights(BaseModel):
     @property
     def needs_statistics(self) -> bool:
         """Whether the model must be run on calibration text to round it so."""
-        if self.solver.needs_statistics or self.refine is not None or self.needs_original or self.allocate is not None:
+        if self.solver.needs_statistics or self.needs_original or self.measure:
+            return True
+        if self.refine is not None or self.allocate is not None:
             return True
         return self.basis is not None and self.basis.needs_statistics
 
@@ -251,18 +255,21 @@ _SECTIONS: dict[str, type[BaseModel]] = {
 }
 
 
+_PLAIN = ("ignore", "true_sequential", "correct_bias", "measure")
+
+
 def _weights(spec: Any) -> Weights:
     if not isinstance(spec, dict):
         raise RecipeError("weights holds bits, group_size, symmetric, solver and so on")
     spec = dict(spec)
     solver = _build(Solver.kinds, "name", spec.pop("solver", "rtn"), "weights.solver")
-    rest = {key: spec.pop(key) for key in ("ignore", "true_sequential", "correct_bias") if key in spec}
+    rest = {key: spec.pop(key) for key in _PLAIN if key in spec}
     for key, kind in _SECTIONS.items():
         if spec.get(key) is not None:
             rest[key] = _section(kind, spec[key], f"weights.{key}")
         spec.pop(key, None)
     overrides = spec.pop("overrides", None) or []
-    grid = _grid(spec, {}, "weights", ["solver", "ignore", "overrides", "true_sequential", "correct_bias", *_SECTIONS])
+    grid = _grid(spec, {}, "weights", ["solver", "overrides", *_PLAIN, *_SECTIONS])
     if not isinstance(overrides, list):
         raise RecipeError("weights.overrides is a list such as [{layers: [down_proj], bits: 4}]")
     rest["overrides"] = tuple(_override(one, spec, f"weights.overrides.{i}") for i, one in enumerate(overrides))
@@ -335,10 +342,14 @@ def parse(data: Any) -> Recipe:
     return _validated(lambda: Recipe(**built), "")
 
 
-def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, changes: Iterable[str] = ()) -> Recipe:
+def load_recipe(
+    recipe: str | Path | Mapping[str, Any] | Recipe, changes: Iterable[str] = (), effort: str | None = None
+) -> Recipe:
     """A recipe from a preset's name, a YAML file, plain data or a recipe, with ``KEY=VALUE`` changes made to it.
 
-    Raises RecipeError for anything unknown, impossible or contradictory, naming the key and the nearest valid one.
+    `effort` is one of those that the recipe has under `efforts`: a name and the changes that it stands for, made before
+    the others. Raises RecipeError for anything unknown, impossible or contradictory, naming the key and the nearest
+    valid one.
     """
     implied: list[str] = []
     if isinstance(recipe, Recipe):
@@ -347,4 +358,5 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, changes: Iterab
         data = recipe
     else:
         data, implied = find_recipe(str(recipe))
-    return parse(set_values(data, [*implied, *changes]))
+    data, more = with_effort(data, effort)
+    return parse(set_values(data, [*more, *implied, *changes]))

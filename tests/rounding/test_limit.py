@@ -1,14 +1,19 @@
 """The rate-distortion bound: against its definition, its own inverse, and what rounding reaches."""
 
 import math
+from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_solvers import problem
 
+import gyroquant as gq
+from gyroquant import pipeline
 from gyroquant.grids import IntegerGrid
+from gyroquant.job import prepare
 from gyroquant.rounding import InputStatistics, output_error
 from gyroquant.rounding.base import output_energy
 from gyroquant.rounding.gptq import Gptq
@@ -63,6 +68,18 @@ def test_gaussian_weights_lie_above_it_and_gptq_nearer_than_rounding_to_nearest(
         assert found[solver.name].decibels == pytest.approx(10 * math.log10(error / found[solver.name].output_error))
     assert 1.5 < found["gptq"].decibels < found["rtn"].decibels
     assert 0.25 < found["gptq"].excess_bits < found["rtn"].excess_bits
+
+
+def test_rounding_to_nearest_is_measured_when_asked(folders: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+    small = ["weights.bits=3", "weights.group_size=16", "calibration.nsamples=4", "calibration.seqlen=32"]
+    layers = {}
+    for name, changes in (("plain", []), ("measured", ["weights.measure=true"])):
+        recipe = gq.load_recipe("rtn", [*small, *changes])
+        asked = prepare(folders["llama"], tmp_path / name, recipe, corpus, tokenizer=tiny.tokenizer())
+        layers[name] = pipeline.run(asked)["layers"]
+    assert all(layer["limit"] is None for layer in layers["plain"])
+    assert all(layer["limit"]["decibels"] > 0 for layer in layers["measured"])
+    assert [one["weight_error"] for one in layers["plain"]] == [one["weight_error"] for one in layers["measured"]]
 
 
 def test_the_bound_is_met_by_no_bits_at_all() -> None:

@@ -1,0 +1,87 @@
+"""What each ingredient of our own recipes adds, alone and on top of the others, at 2 bits or others.
+
+    python benchmarks/ablation.py MODEL --calibration FILE --test VALIDATION --out FOLDER [--bits 2] [--rows ROW ...]
+
+Choices are made on this table, so `--test` is validation text, never the text that results are reported on. Weights
+asymmetric in groups of 64, 32 windows of 512 tokens to calibrate where a row does not say otherwise, 8 windows of 1,024
+to measure, in bfloat16, with divergence from the original beside perplexity. Cells that are there are not run again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent / "paper_tables"))
+from cells import MissingCellError, Table, arguments, short, write
+
+SIGNS = "{method: hadamard, random_signs: true}"
+FUSED = [f"transform.R1={SIGNS}", f"transform.R2={SIGNS}"]
+ROTATE = [*FUSED, f"transform.R4={SIGNS}"]
+LOCAL = ["transform.R1={method: walsh, block: group}", *ROTATE[1:]]
+TARGET = ["weights.target={share: auto}"]
+REFINE = ["weights.refine={passes: 2}"]
+STATIC = ["weights.solver.static_groups=true"]
+TUNE = ["weights.tune={iters: 50, batch_size: 4}"]
+FINISH = ["finish={steps: 40, batch_size: 4}"]
+BEST = [*ROTATE, *TARGET, *REFINE]
+RTN = ["weights.solver=rtn", "weights.measure=true"]
+SIGNROUND = ["weights.solver=rtn", "weights.scale=minmax", "weights.tune={iters: 50, batch_size: 8}"]
+ROWS: dict[str, list[str]] = {
+    "RTN": RTN,
+    "SignRound (50 steps)": SIGNROUND,
+    "GPTQ": [],
+    "GPTQ + rotate": ROTATE,
+    "GPTQ + target": TARGET,
+    "GPTQ + refine": REFINE,
+    "GPTQ + tune": TUNE,
+    "GPTQ + finish": FINISH,
+    "rotate + target": [*ROTATE, *TARGET],
+    "rotate + refine": [*ROTATE, *REFINE],
+    "rotate + target + refine": BEST,
+    "the same, scales fitted before (LDLQ)": [*BEST, *STATIC],
+    "the same, R1 R2 only": [*FUSED, *TARGET, *REFINE],
+    "the same, R1 in blocks (GSR)": [*LOCAL, *TARGET, *REFINE],
+    "the same, 128 windows": [*BEST, "calibration.nsamples=128"],
+    "rotate + target + refine + tune": [*BEST, *TUNE],
+    "rotate + target + refine + finish": [*BEST, *FINISH],
+    "rotate + target + refine + tune + finish": [*BEST, *TUNE, *FINISH],
+    "rotate + target + refine + finish, 160 steps": [*BEST, "finish={steps: 160, batch_size: 4}"],
+}
+
+
+def main() -> None:
+    """Runs what is missing and writes table.md and table.json."""
+    parser = arguments(__doc__)
+    parser.add_argument("--bits", type=int, default=2)
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW")
+    given = parser.parse_args()
+    measure = {"window": 1024, "max_windows": 8, "dtype": "bfloat16", "against": given.model}
+    table = Table(given, {"validation": measure})
+    base = table.original()["evaluations"]["validation"]["perplexity"]
+    size = [f"weights.bits={given.bits}", "weights.group_size=64", "calibration.nsamples=32", "calibration.seqlen=512"]
+    rows, data = [], []
+    for name in given.rows:
+        with contextlib.suppress(MissingCellError):
+            cell = table.cell(f"W{given.bits} {name}", "gptq", [*size, *ROWS[name]])
+            scores, manifest = cell["evaluations"]["validation"], cell["manifest"]
+            value, bits, seconds = scores["perplexity"], manifest["bits"]["per_weight"], manifest["seconds"]
+            low, high = scores["perplexity_interval"]
+            limits = [layer["limit"]["decibels"] for layer in manifest["layers"]]
+            above = f"{sum(limits) / len(limits):.1f} dB"
+            gap, minutes = f"{math.log(value / base):.3f}", f"{seconds / 60:.1f}"
+            line = (name, short(value), f"{short(low)} to {short(high)}", gap, f"{scores['kl']:.3f}", above)
+            rows.append((*line, f"{bits:.3f}", minutes))
+            data.append({"cell": name, "perplexity": value, "perplexity_interval": [low, high], "kl": scores["kl"]})
+            data[-1] |= {"kl_interval": scores["kl_interval"], "bits": bits, "seconds": seconds}
+            data[-1]["decibels_above_limit"] = {
+                layer["name"]: layer["limit"]["decibels"] for layer in manifest["layers"]
+            }
+    header = (f"W{given.bits} g64", "perplexity", "95 %", "ln gap", "KL", "above the limit", "true bits", "minutes")
+    write(given.out, header, rows, base, data)
+
+
+if __name__ == "__main__":
+    main()

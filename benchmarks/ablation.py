@@ -27,6 +27,9 @@ STATIC = ["weights.solver.static_groups=true"]
 TUNE = ["weights.tune={iters: 50, batch_size: 4}"]
 FINISH = ["finish={steps: 40, batch_size: 4}"]
 BEST = [*ROTATE, *TARGET, *REFINE]
+MIDRISE = ["weights.symmetric=true", "weights.midrise=true"]
+ROWWISE = [*BEST, *MIDRISE, "weights.group_size=-1"]
+ALLOCATE = ["weights.allocate={budget: 2.29, bits: [2, 3], nsamples: 2}"]
 RTN = ["weights.solver=rtn", "weights.measure=true"]
 SIGNROUND = ["weights.solver=rtn", "weights.scale=minmax", "weights.tune={iters: 50, batch_size: 8}"]
 ROWS: dict[str, list[str]] = {
@@ -45,6 +48,9 @@ ROWS: dict[str, list[str]] = {
     "the same, R1 R2 only": [*FUSED, *TARGET, *REFINE],
     "the same, R1 in blocks (GSR)": [*LOCAL, *TARGET, *REFINE],
     "the same, 128 windows": [*BEST, "calibration.nsamples=128"],
+    "the same, midrise": [*BEST, *MIDRISE],
+    "the same, midrise, a scale a row": ROWWISE,
+    "the same, midrise, a scale a row, 2 and 3 bits": [*ROWWISE, *ALLOCATE],
     "rotate + target + refine + tune": [*BEST, *TUNE],
     "rotate + target + refine + finish": [*BEST, *FINISH],
     "rotate + target + refine + tune + finish": [*BEST, *TUNE, *FINISH],

@@ -74,13 +74,13 @@ def _trials(
                     stream.observe(index, tensors)
                 local = stream.local(tensors)
                 for states in trials.values():
-                    states[:] = [stream.one(index, local, state) for state in states]
+                    states[:] = [stream.few(index, local, state) for state in states]
                 part = Part(group, job.targets, tensors, observed, online)
                 for bits, grid in grids.items():
                     for name, weight in round_part(part, job.rounding(warn, grid)).items():
                         changed = local | stream.local(decoded(job, {name: weight}))
                         first = [stream.hidden[k : k + 1].to(stream.device) for k in windows]
-                        trials[name, bits] = [stream.one(index, changed, state) for state in first]
+                        trials[name, bits] = [stream.few(index, changed, state) for state in first]
                         sizes[name, bits] = weight.bits
                 stream.run(index, tensors)
             advance()

@@ -42,7 +42,7 @@ def round_block(
         if stream:
             current, last = tensors | decoded(job, rounded), number == len(turns) - 1
             keys = together(group, targets, online).keys()
-            with attached(model, online), observing(model, group, online, stream.observer, keys) as seen:
+            with attached(model, online), observing(model, group, online, stream.observer, keys, stop=not last) as seen:
                 stream.observe(index, current, advance, tensors, move=last)
             observed |= seen
         if job.rounded:
@@ -87,10 +87,10 @@ def tune_rounded(
     assert stream.original is not None
 
     def run(weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
-        return stream.one(index, weights, hidden)
+        return stream.few(index, weights, hidden)
 
     with attached(job.store.skeleton(), job.running_in(index)):
-        tuner = BlockTuner(tensors, job.targets, rounded, stream.hidden, stream.original, run)
+        tuner = BlockTuner(tensors, job.targets, rounded, stream.hidden, stream.original, run, stream.batch)
         return tune_block(tune, tuner, job.recipe.seed + index, advance)
 
 

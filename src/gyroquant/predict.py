@@ -98,7 +98,7 @@ def _allocating(job: Job, stream: Stream, runner: BlockRunner, outer: dict[str, 
     assert allocate is not None
     assert stream.hidden is not None
     state, ticks = stream.hidden[:1].to(stream.device), [time.perf_counter()]
-    stream.one(0, stream.local(fold(job.plan, job.store.read(job.graph.block_params(0)))), state)
+    stream.few(0, stream.local(fold(job.plan, job.store.read(job.graph.block_params(0)))), state)
     ticks.append(time.perf_counter())
     runner.finish(state, stream.local(outer))
     ticks.append(time.perf_counter())

@@ -102,6 +102,33 @@ def test_online_maps_come_before_observers() -> None:
     assert torch.allclose(rotated[weight, None].gram, h.T @ plain["act", None].gram @ h, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2_moe", "cohere2"])
+def test_a_block_need_not_run_on_behind_what_is_observed(name: str) -> None:
+    model = tiny.build(name)
+    store = open_model(model)
+    group, tensors = store.graph.blocks[0], store.read(store.graph.block_params(0))
+    stream = Stream(BlockRunner(model, store.graph), tiny.tokens(model), store.read(store.graph.outer_params()))
+    calls: list[str] = []
+    for op in group.linears:
+        model.get_submodule(op.module).register_forward_hook(lambda *_, op=op: calls.append(op.entry.reads))
+    found, ran = {}, {}
+    first = group.linears[0].entry.reads
+    for stop in (False, True):
+        with observing(model, group, [], Gram, {first}, stop) as observed:
+            stream.observe(0, tensors)
+        found[stop], ran[stop] = observed[first, None], calls.copy()
+        calls.clear()
+    assert torch.equal(found[True].gram, found[False].gram)
+    assert found[True].count == found[False].count > 0
+    assert not ran[True]
+    assert set(ran[False]) > {first}
+    with observing(model, group, [], Gram, stop=True) as observed:  # several inputs: the block runs to its end
+        stream.observe(0, tensors)
+    assert {key for key, _ in observed} == {
+        op.entry.reads if not op.entry.stacked else op.weight for op in group.linears if op.entry.quantize
+    }
+
+
 def test_hidden_states_may_lie_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gyroquant.calibration.stream._TOKENS", 96)  # batches of four, and a last one of two
     model = tiny.build("llama")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gyroquant.maps import hadamard, next_power_of_two
 from gyroquant.models.graph import Group, LinearOp
 from gyroquant.models.online import Attachment, InputQuantizer, OnlineMap, fake, route_experts, unrounded
+from gyroquant.models.runner import BlockDoneError
 from gyroquant.models.sites import insertion
 
 Key = tuple[str, int | None]
@@ -241,12 +242,15 @@ def observing(
     online: Sequence[Attachment],
     make: Callable[[int], Any],
     only: Collection[str] | None = None,
+    stop: bool = False,
 ) -> Iterator[dict[Key, Any]]:
     """Observes the inputs of a group's quantizable linear layers for the duration of a with block; all of them, or
     those whose `input_key` is among `only`.
 
     What runs online must be attached before. `make` builds an observer, a function of (tokens, features), for an
-    input of n features. Yields the observers by key; those of stacked experts appear with an expert's first token.
+    input of n features. With `stop`, where a single input is observed, each run of the block ends as soon as it has
+    been seen, by BlockDoneError. Yields the observers by key; those of stacked experts appear with an expert's first
+    token.
     """
     observers: dict[Key, Any] = {}
     undo: list[Callable[[], Any]] = []
@@ -262,13 +266,17 @@ def observing(
             if (key, expert) not in observers:
                 observers[key, expert] = make(op.in_features)
             observers[key, expert](x if missing is None else fake(missing, x))
+            if alone:
+                raise BlockDoneError
 
         return note
 
+    wanted = [op for op in group.linears if op.entry.quantize and (only is None or input_key(op, own) in only)]
+    alone = stop and len({input_key(op, own) for op in wanted}) == 1 and not wanted[0].entry.stacked
     watched = set()
-    for op in group.linears:
+    for op in wanted:
         key = input_key(op, own)
-        if op.entry.quantize and key not in watched and (only is None or key in only):
+        if key not in watched:
             watched.add(key)
             first = op if op.entry.stacked else next(other for other in group.linears if input_key(other, own) == key)
             undo += watch(model, first, see(op, key, first))  # of experts and their router, the router sees every token

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gyroquant.calibration.observers import CrossGram, Gram, Pairing
 from gyroquant.models.online import attached
-from gyroquant.models.runner import BlockRunner, Call
+from gyroquant.models.runner import BlockDoneError, BlockRunner, Call
 from gyroquant.models.store import WeightStore
 from gyroquant.progress import Advance
 
@@ -49,9 +49,9 @@ class Stream:
         for start, ids in self._batches():
             first, calls = runner.begin(ids, self._outer)
             self._calls.setdefault(len(ids), calls)
-            if 1 not in self._calls:
-                self._calls[1] = runner.begin(ids[:1], self._outer)[1]
             if self.hidden is None:
+                few = range(len(ids).bit_length() if pairing else 1)  # what is tuned runs on a few sequences
+                self._calls |= {1 << k: runner.begin(ids[: 1 << k], self._outer)[1] for k in few}
                 self.hidden = self._room((len(input_ids), *first.shape[1:]), offload)
             self.hidden[start : start + len(ids)] = first
         self.pairing = pairing
@@ -160,13 +160,18 @@ class Stream:
         return {name: tensor.to(device=self.device, dtype=self.dtype) for name, tensor in tensors.items()}
 
     def _run(self, index: int, local: Mapping[str, Tensor], hidden: Tensor, keep: bool) -> None:
-        out = self.runner.run(index, local, hidden.to(self.device), self._calls[len(hidden)][index])
+        try:
+            out = self.runner.run(index, local, hidden.to(self.device), self._calls[len(hidden)][index])
+        except BlockDoneError:
+            return
         if keep:
             hidden.copy_(out)
 
-    def one(self, index: int, tensors: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
-        """What block `index` makes of one sequence, shape (1, length, hidden), differentiable."""
-        return self.runner.differentiable(index, tensors, hidden, self._calls[1][index])
+    def few(self, index: int, tensors: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
+        """What block `index` makes of one sequence, shape (1, length, hidden), differentiable; with a pairing of any
+        power of two of them up to `batch`.
+        """
+        return self.runner.differentiable(index, tensors, hidden, self._calls[len(hidden)][index])
 
     def _pieces(self) -> Iterator[tuple[int, int, int]]:
         count, length = self.input_ids.shape

@@ -19,15 +19,18 @@ class IntegerGrid(Grid):
 
     Asymmetric grids span the smallest to the largest weight of a group, always holding 0, with an integer zero point
     of `bits` bits. Symmetric grids use their full range as llama.cpp and auto-round do: the weight of largest
-    magnitude becomes code 0, i.e. -2^(bits-1) steps, by a scale that may be negative, and no zero point is stored. One
-    symmetric bit is +-scale/2 with the scale that fits best. `scale` chooses between the range of the group (`minmax`),
-    both ends of it times `clip`, and the clipped range with the least squared error (`mse`).
+    magnitude becomes code 0, i.e. -2^(bits-1) steps, by a scale that may be negative, and no zero point is stored. With
+    `midrise` their numbers lie at odd multiples of half a step instead, as many on either side and none at zero, which
+    at 2 bits is 0.4 to 0.8 dB better for Gaussian weights than any that hold zero (QuIP, arXiv 2307.13304, rounds so).
+    One symmetric bit is +-scale/2 with the scale that fits best. `scale` chooses between the range of the group
+    (`minmax`), both ends of it times `clip`, and the clipped range with the least squared error (`mse`).
     """
 
     grid: Literal["integer"] = "integer"
     bits: Annotated[int, Field(ge=1, le=8)] = 4
     group_size: GroupSize = 128
     symmetric: bool = False
+    midrise: bool = False
     scale: Literal["minmax", "mse"] = "mse"
     clip: Annotated[float, Field(gt=0, le=1)] = 1.0
 
@@ -35,6 +38,8 @@ class IntegerGrid(Grid):
     def _consistent(self) -> IntegerGrid:
         if self.scale == "mse" and self.clip != 1:
             raise ValueError("scale: mse searches for the clipping itself; clip needs scale: minmax")
+        if self.midrise and not self.symmetric:
+            raise ValueError("midrise: true puts as many numbers on either side of zero; it needs symmetric: true")
         return self
 
     @property
@@ -47,7 +52,7 @@ class IntegerGrid(Grid):
 
     @property
     def _middle(self) -> float:
-        return 0.5 if self.bits == 1 else float(2 ** (self.bits - 1))
+        return self._levels / 2 if self.midrise or self.bits == 1 else float(2 ** (self.bits - 1))
 
     def _range(self, groups: Tensor) -> tuple[Tensor, Tensor]:
         """The ends of each group's range: (lowest, highest), or for symmetric grids (extreme, 0)."""

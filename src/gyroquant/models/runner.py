@@ -26,6 +26,10 @@ class _StopRun(Exception):  # noqa: N818 - not an error
     """Raised by the last stub when only the calls are wanted."""
 
 
+class BlockDoneError(Exception):
+    """Raised by a hook that has seen all that a block is run for; the rest of the block need not be computed."""
+
+
 class _Stub(nn.Module):
     """Stands in for a block: notes how it is called, hands its input on, or returns what it is given."""
 

@@ -8,7 +8,7 @@ of every group's span, by the signs of the gradients alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 import torch
@@ -29,7 +29,7 @@ Run = Callable[[Mapping[str, Tensor], Tensor], Tensor]
 class SignRound(BaseModel):
     """How long and how a block is tuned.
 
-    Each of `iters` steps looks at `batch_size` sequences, one by one. `lr` is a step's length, in steps of the grid for
+    Each of `iters` steps looks at `batch_size` sequences. `lr` is a step's length, in steps of the grid for
     what decides codes and as a share for the ends of spans (`minmax_lr`); 1 / iters where it is not given, falling to
     nothing by `schedule`. `codes` and `minmax` say what is tuned: the ends alone are OmniQuant's learned clipping
     (arXiv 2308.13137). With `best` the state of the least loss is kept rather than the last. The result is only taken
@@ -62,7 +62,8 @@ class SignRound(BaseModel):
 class BlockTuner:
     """One block: its folded weights, what a solver made of some of them, its inputs and the outputs to reach.
 
-    `hidden` and `target` have the shape (sequences, length, hidden); `run` computes in their dtype.
+    `hidden` and `target` have the shape (sequences, length, hidden); `run` computes in their dtype, on any power of two
+    of sequences up to `most`.
     """
 
     def __init__(
@@ -73,8 +74,10 @@ class BlockTuner:
         hidden: Tensor,
         target: Tensor,
         run: Run,
+        most: int,
     ):
-        self.ops, self.rounded, self.hidden, self.target, self.run = ops, dict(rounded), hidden, target, run
+        self.ops, self.rounded, self.hidden, self.target = ops, dict(rounded), hidden, target
+        self.run, self.most = run, most
         self.tunable = {
             name: TunableWeight(as_matrix(tensors[name].float(), ops[name]), weight) for name, weight in rounded.items()
         }
@@ -86,11 +89,19 @@ class BlockTuner:
             for name, one in self.tunable.items()
         }
 
-    def _error(self, weights: Mapping[str, Tensor], sequence: int) -> Tensor:
-        """The squared error of the block's output on a sequence, over that of changing nothing."""
-        hidden, target = self.hidden[sequence : sequence + 1], self.target[sequence : sequence + 1].float()
-        scale = (target - hidden.float()).square().mean().clamp_min(1e-30)
-        return (self.run(weights, hidden).float() - target).square().mean() / scale
+    def _error(self, weights: Mapping[str, Tensor], sequences: list[int]) -> Tensor:
+        """The squared error of the block's output on each sequence, over that of changing nothing, summed."""
+        hidden, target = self.hidden[sequences], self.target[sequences].float()
+        scale = (target - hidden.float()).square().mean((1, 2)).clamp_min(1e-30)
+        return ((self.run(weights, hidden).float() - target).square().mean((1, 2)) / scale).sum()
+
+    def _pieces(self, sequences: list[int]) -> Iterator[list[int]]:
+        """The sequences in lists that the block can be run on."""
+        start = 0
+        while start < len(sequences):
+            size = min(1 << (self.most.bit_length() - 1), 1 << ((len(sequences) - start).bit_length() - 1))
+            yield sequences[start : start + size]
+            start += size
 
     def loss(self, sequences: list[int], backward: bool) -> float:
         """The mean error over sequences; with `backward` its gradients are left in the tuned tensors."""
@@ -100,8 +111,8 @@ class BlockTuner:
             total = 0.0
             for leaf in leaves.values():
                 leaf.requires_grad_(backward)
-            for sequence in sequences:
-                error = self._error(leaves | self.rest, sequence) / len(sequences)
+            for piece in self._pieces(sequences):
+                error = self._error(leaves | self.rest, piece) / len(sequences)
                 total += float(error.detach())
                 if backward:
                     error.backward()

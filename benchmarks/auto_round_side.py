@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
+import re
 import time
+from pathlib import Path
 
 import torch
 from auto_round import AutoRound
@@ -44,7 +45,8 @@ def main() -> None:
         device_map="cpu",
     ).quantize()
     seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # not ru_maxrss, which a process inherits from the one that started it
+    peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
     model.float().save_pretrained(given.out)
     tokenizer.save_pretrained(given.out)
     print(json.dumps({"seconds": seconds, "peak_memory_bytes": peak}))

@@ -17,7 +17,7 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
-ROWS = ("RTN", "SignRound (50 steps)", "GPTQ", "GPTQ + rotate", "rotate + refine")
+ROWS = ("RTN", "SignRound (50 steps)", "GPTQ", "rotate + target + refine", "the same, midrise, a scale a row")
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def main() -> None:
         panel.axis("off")
     figure.supxlabel("block")
     figure.supylabel("dB above the limit")
-    figure.legend(*panels.flat[0].get_legend_handles_labels(), loc="lower right", bbox_to_anchor=(0.98, 0.12))
+    panels.flat[-1].legend(*panels.flat[0].get_legend_handles_labels(), loc="center", fontsize=9)
     figure.savefig(target, metadata={"Date": None})
 
 

@@ -19,6 +19,8 @@ ROOMS = [
     "fuzz",
     "inspection",
     "predict",
+    "deploy",
+    "runtimes",
     "api",
     "pipeline",
     "elsewhere",

@@ -2,6 +2,7 @@
 
 from gyroquant import maps
 from gyroquant.api import evaluate, load, quantize
+from gyroquant.deploy import export, verify_export
 from gyroquant.environment import gyroquant_version
 from gyroquant.errors import (
     GyroquantError,
@@ -29,9 +30,11 @@ __all__ = [
     "RecipeError",
     "UnsupportedModelError",
     "evaluate",
+    "export",
     "load",
     "load_recipe",
     "maps",
     "quantize",
     "transform",
+    "verify_export",
 ]

@@ -51,7 +51,8 @@ class Stream:
             self._calls.setdefault(len(ids), calls)
             if self.hidden is None:
                 few = range(len(ids).bit_length() if pairing else 1)  # what is tuned runs on a few sequences
-                self._calls |= {1 << k: runner.begin(ids[: 1 << k], self._outer)[1] for k in few}
+                for size in {1 << k for k in few} - self._calls.keys():
+                    self._calls[size] = runner.begin(ids[:size], self._outer)[1]
                 self.hidden = self._room((len(input_ids), *first.shape[1:]), offload)
             self.hidden[start : start + len(ids)] = first
         self.pairing = pairing
@@ -163,6 +164,8 @@ class Stream:
         try:
             out = self.runner.run(index, local, hidden.to(self.device), self._calls[len(hidden)][index])
         except BlockDoneError:
+            if keep:  # a block that was to be run to its end was not: an observer stops it that must not
+                raise
             return
         if keep:
             hidden.copy_(out)

@@ -59,10 +59,10 @@ class Writer(ABC):
 
     def finish(self, tokenizer: Any, untied: list[str]) -> None:
         """Writes configuration and tokenizer."""
-        model = self.store.skeleton()
         self._config(untied).save_pretrained(self.folder.partial)
-        if getattr(model, "generation_config", None) is not None:
-            model.generation_config.save_pretrained(self.folder.partial)
+        settings = self.store.generation_config()
+        if settings is not None:
+            settings.save_pretrained(self.folder.partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(self.folder.partial)
 

@@ -48,6 +48,10 @@ class Hadamard(Map):
         left, right = split(self.n)
         return self.n * (int(np.prod(left)) + int(np.prod(right)))
 
+    def sides(self) -> tuple[Tensor, Tensor]:
+        """``A^T`` and ``B`` of the product as which the map is applied, fp32."""
+        return _sides(self.n, self.transposed, torch.float32, torch.device("cpu"))
+
     def _apply(self, x: Tensor) -> Tensor:
         a, b = _sides(self.n, self.transposed, x.dtype, x.device)
         shape = x.shape

@@ -68,8 +68,10 @@ def build_skeleton(config: Any, dtype: torch.dtype = torch.float32) -> nn.Module
     Buffers that are not stored with a model (rotary frequencies, embedding scales) are computed as transformers
     computes them when it loads one.
     """
+    stored = config.dtype
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    config.dtype = stored  # which transformers has overwritten
     for module in model.modules():
         empty = {name: b for name, b in module.named_buffers(recurse=False) if b.is_meta}
         if empty:

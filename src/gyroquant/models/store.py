@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -67,6 +67,10 @@ class WeightStore(ABC):
     def tokenizer(self) -> Any:
         """The model's tokenizer. Raises InputError when it has none."""
         raise InputError(f"{self.label} has no tokenizer")
+
+    def generation_config(self) -> Any:
+        """The settings that the model generates text with, or None."""
+        return getattr(self.skeleton(), "generation_config", None)
 
     @cached_property
     def graph(self) -> ModelGraph:
@@ -257,6 +261,12 @@ class CheckpointStore(WeightStore):
         if not bool(tensor.isfinite().all()):
             raise InputError(f"{self.label}: {name} holds values that are not finite (NaN or infinite)")
         return tensor
+
+    def generation_config(self) -> Any:
+        try:
+            return GenerationConfig.from_pretrained(self.folder)
+        except (OSError, ValueError):  # a folder need not have one
+            return super().generation_config()
 
     def tokenizer(self) -> Any:
         try:

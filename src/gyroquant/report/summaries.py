@@ -52,6 +52,57 @@ def quantized(manifest: Mapping[str, Any], out: str) -> list[Table]:
     return [table("", ("quantized", ""), rows)]
 
 
+def exported(manifest: Mapping[str, Any], destination: str) -> list[Table]:
+    """What `export` wrote."""
+    check = manifest["check"]
+    rows = [("written to", destination), ("format", manifest["format"]), ("size", size(manifest["bytes"]))]
+    if check is None or "not_run" in check:
+        rows.append(("checked", "no" if check is None else f"no: {check['not_run']}"))
+    else:
+        error = f"{check['relative_logit_error']:.1e} on {check['tokens']} tokens"
+        rows.append((f"relative logit error in {check['runtime']}", error))
+    rows += [(str(key).replace("_", " "), _said(value)) for key, value in manifest["facts"].items()]
+    return [table("", ("exported", ""), rows)]
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_said(one)}" for key, one in value.items()) or "none"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return "; ".join(map(_said, value)) or "none"
+    return f"{value:.1e}" if isinstance(value, float) else str(value)
+
+
+def verified(result: Mapping[str, Any]) -> list[Table]:
+    """What `verify-export` measured, one column a way of running it."""
+    ways = list(result["ways"].values())
+    lines = (
+        ("relative logit error", "relative_logit_error", ".1e"),
+        ("KL, nats a token", "kl", ".2e"),
+        ("top-1 agreement", "top1_agreement", ".4f"),
+        ("perplexity", "perplexity", ".3f"),
+        ("perplexity, gyroquant in fp32", "perplexity_ours", ".3f"),
+        ("greedy tokens alike", "greedy_tokens_alike", "d"),
+        ("of", "greedy_tokens", "d"),
+        ("prefill, tokens/s", "prefill_tokens_per_second", ".0f"),
+        ("decode, tokens/s", "decode_tokens_per_second", ".1f"),
+    )
+    rows = [(title, *(format(way[key], how) for way in ways)) for title, key, how in lines]
+    rows.append(("within the tolerance", f"{result['passed']} ({result['tolerance']:.0e})", "-"))
+    return [table(f"{result['format']} in {result['runtime']}", ("", *result["ways"]), rows)]
+
+
+def formats(found: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """The formats, and for a folder whether each holds it."""
+    rows = []
+    for one in found:
+        holds = "any, as plain numbers" if one["dense"] else "; ".join(one["weights"])
+        row = (one["format"], holds, ", ".join(one["online_maps"]) or "none")
+        rows.append(row if "problems" not in one else (*row, "; ".join(one["problems"]) or "fits"))
+    head = ("format", "rounded weights", "maps online")
+    return [table("", head if "problems" not in found[0] else (*head, "this folder"), rows)]
+
+
 def evaluated(result: Mapping[str, Any]) -> list[Table]:
     """What `evaluate` measured, with its intervals."""
 

@@ -9,9 +9,12 @@ import sys
 import threading
 import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
+
+from gyroquant.cli.common import AsJson, Debug, print_json
+from gyroquant.cli.deploy import export, formats, verify_export
 
 app = typer.Typer(
     add_completion=False,
@@ -35,8 +38,6 @@ TextSource = Annotated[
     str | None, typer.Option("--text", help="A text file, wikitext2, c4, pile-10k or name:split:column.")
 ]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, ...")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 def _changes(given: list[str] | None, nsamples: int | None, seqlen: int | None, seed: int | None) -> list[str]:
@@ -48,10 +49,6 @@ def _changes(given: list[str] | None, nsamples: int | None, seqlen: int | None, 
     if seed is not None:
         changes += [f"seed={seed}", f"calibration.seed={seed}"]
     return changes
-
-
-def _print_json(data: Any) -> None:
-    print(json.dumps(data, indent=2, ensure_ascii=False))
 
 
 @app.command()
@@ -75,12 +72,15 @@ def quantize(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace OUT, once the new result is complete.")
     ] = False,
+    format: Annotated[
+        str | None, typer.Option("--format", help="Export OUT as well, into OUT/FORMAT; see `gyroquant formats`.")
+    ] = None,
     device: Device = "cpu",
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Transform, prove, round and save a model."""
-    from gyroquant import pipeline
+    from gyroquant import deploy, pipeline
     from gyroquant.job import prepare
     from gyroquant.recipe import load_recipe
     from gyroquant.report import console, summaries
@@ -97,11 +97,17 @@ def quantize(
         save_dtype=save_dtype,
         offload=offload,
     )
+    if format is not None:
+        deploy.check_job(format, job)
     manifest = pipeline.run(job, console.ConsoleStages())
+    if format is not None:
+        manifest["export"] = deploy.export(out, format, out / format)
     if as_json:
-        _print_json(manifest)
+        print_json(manifest)
     else:
         console.show(*summaries.quantized(manifest, str(out)))
+        if format is not None:
+            console.show(*summaries.exported(manifest["export"], str(out / format)))
 
 
 @app.command()
@@ -133,7 +139,7 @@ def evaluate(
         progress=console.ConsoleStages(),
     )
     if as_json:
-        _print_json(result)
+        print_json(result)
     else:
         console.show(*summaries.evaluated(result))
 
@@ -167,7 +173,7 @@ def inspect(
         progress=console.ConsoleStages(),
     )
     if as_json:
-        _print_json(result.to_dict())
+        print_json(result.to_dict())
     else:
         console.show(*summaries.inspected(result))
 
@@ -190,7 +196,7 @@ def recipes(
     if name is None:
         found = {preset: load_recipe(preset).description for preset in preset_names()}
         if as_json:
-            _print_json(found)
+            print_json(found)
         else:
             console.show(console.table("", ("recipe", "what it does"), list(found.items())))
         return
@@ -252,10 +258,14 @@ def fuzz(
             if not every:
                 raise
             reports.append(Report(str(name), problem=str(error), known=False))
-    _print_json([one.to_dict() for one in reports]) if as_json else console.show(*summaries.fuzzed(reports))
+    print_json([one.to_dict() for one in reports]) if as_json else console.show(*summaries.fuzzed(reports))
     if any(one.wrong for one in reports):
         raise typer.Exit(1)
 
+
+app.command()(export)
+app.command("verify-export")(verify_export)
+app.command()(formats)
 
 rotations = typer.Typer(no_args_is_help=True, help="Rotations as files: take them out of a run, change, use again.")
 app.add_typer(rotations, name="rotations")
@@ -270,7 +280,7 @@ def show_rotations(place: Rotations, as_json: AsJson = False) -> None:
     from gyroquant.report import console, summaries
 
     rows = describe(load_rotations(place))
-    _print_json(rows) if as_json else console.show(summaries.rotations(rows))
+    print_json(rows) if as_json else console.show(summaries.rotations(rows))
 
 
 @rotations.command("save")

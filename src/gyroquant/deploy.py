@@ -1,0 +1,196 @@
+"""From a folder that gyroquant wrote to one that other programs open, and the proof that they see the same model."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import gyroquant.export.hf
+import gyroquant.export.known  # noqa: F401  (registers the formats)
+from gyroquant.calibration.text import load_text, tokenize, windows
+from gyroquant.environment import versions
+from gyroquant.errors import InputError, ProofError
+from gyroquant.export.folder import OutputFolder, check_room
+from gyroquant.export.formats import Format, Layer, Needs, check_fit, format_named, needs_of
+from gyroquant.grids import Grid
+from gyroquant.job import Job
+from gyroquant.models.packed import PackedStore
+from gyroquant.models.source import open_model
+from gyroquant.rounding.allocate import grids_by_bits
+from gyroquant.runtimes import Runtime, TransformersRuntime, open_runtime
+
+MANIFEST = "gyroquant_export.json"
+TOLERANCE = 1e-3  # of the largest logit: sums in another order, and what GGUF's Q4_1 rounds
+_PROOF_TOKENS = 32
+
+
+def export(
+    out: str | Path, format_name: str, destination: str | Path, *, overwrite: bool = False, check: bool = True
+) -> dict[str, Any]:
+    """Writes a folder that gyroquant wrote in another format; returns what stands in its manifest.
+
+    With `check`, the program of the format is run on a few tokens and its logits compared before the folder is put in
+    place. Raises InputError with every reason why the model does not fit, before any work, and ProofError, leaving
+    nothing, when the program sees another model.
+    """
+    chosen = format_named(format_name)
+    store = open_saved(out)
+    check_fit(chosen, needs_of(store))
+    chosen.check_packages()
+    destination = Path(destination)
+    with OutputFolder(destination, overwrite) as folder:
+        check_room(destination, 2 * sum(path.stat().st_size for path in store.folder.glob("*.safetensors")))
+        facts = chosen.write(store, folder)
+        manifest: dict[str, Any] = {"format": chosen.name, "source": str(out), "facts": facts, "versions": versions()}
+        manifest["bytes"] = sum(path.stat().st_size for path in folder.partial.iterdir())
+        manifest["check"] = _checked(chosen, folder.partial, store) if check else None
+        folder.json(MANIFEST, manifest)
+        folder.commit()
+    return manifest
+
+
+def check_job(format_name: str, job: Job) -> None:
+    """Raises InputError, before any work, where the result of a quantization would not fit a format."""
+    chosen = format_named(format_name)
+    check_fit(chosen, needs_of_job(job))
+    chosen.check_packages()
+
+
+def formats(out: str | Path | None = None) -> list[dict[str, Any]]:
+    """Every format with what it can hold and, for a folder that gyroquant wrote, every reason why it does not fit."""
+    needs = None if out is None else needs_of(open_saved(out))
+    found = []
+    for name, one in sorted(Format.kinds.items()):
+        carries = one.carries
+        entry: dict[str, Any] = {"format": name, "title": one.title, "dense": carries.dense}
+        entry["weights"] = [str(kind) for kind in carries.weights]
+        entry["online_maps"] = sorted(carries.points)
+        entry["model_types"] = None if carries.model_types is None else list(carries.model_types)
+        found.append(entry | ({} if needs is None else {"problems": one.problems(needs)}))
+    return found
+
+
+def open_saved(out: str | Path) -> PackedStore:
+    """A folder that gyroquant wrote with codes. Raises InputError for any other model."""
+    store = open_model(out)
+    if not isinstance(store, PackedStore):
+        raise InputError(f"{out} is not a folder of codes that gyroquant wrote; run `gyroquant quantize` first")
+    return store
+
+
+def needs_of_job(job: Job) -> Needs:
+    """What the result of a quantization is going to need; every width that it may choose among counts."""
+    weights = job.recipe.weights
+    layers: list[Layer] = []
+    for name, op in job.targets.items():
+        grids: Iterable[Grid] = [job.grids[name]]
+        if weights.allocate is not None:
+            grids = grids_by_bits(weights.grid, weights.allocate.bits).values()
+        plain = weights.basis is None
+        layers += [Layer(name, grid, op.in_features, plain, op.entry.stacked) for grid in grids]
+    online = (*job.plan.online, *job.quantizers)
+    return Needs(job.graph.config.model_type, tuple(layers), online, job.graph.config)
+
+
+def _checked(chosen: Format, folder: Path, store: PackedStore) -> dict[str, Any]:
+    """The error of a few tokens' logits, or why it is not known."""
+    ids = torch.randint(store.config.vocab_size, (_PROOF_TOKENS,), generator=torch.Generator().manual_seed(0))
+    try:
+        runtime = open_runtime(chosen.name, folder, exact=True)
+    except InputError as error:
+        return {"not_run": str(error)}
+    ours, theirs = TransformersRuntime(store.folder, exact=True).logits(ids), runtime.logits(ids)
+    difference = relative_error(theirs, ours)
+    if not difference <= TOLERANCE:
+        raise ProofError(
+            f"{runtime.title} gives other logits for the {chosen.name} export than gyroquant for {store.folder}: "
+            f"relative error {difference:.1e}, allowed {TOLERANCE:.0e}. Nothing was written"
+        )
+    return {"runtime": runtime.title, "relative_logit_error": difference, "tokens": len(ids)}
+
+
+def relative_error(theirs: Tensor, ours: Tensor) -> float:
+    """The largest difference of logits over the largest logit; both of shape (length, words)."""
+    return float((theirs[:, : ours.shape[1]] - ours).abs().max() / ours.abs().max())
+
+
+def verify_export(
+    destination: str | Path,
+    against: str | Path,
+    text: str | Path | None = None,
+    *,
+    tokens: int = 32,
+    window: int = 256,
+    max_windows: int = 4,
+) -> dict[str, Any]:
+    """Runs an export by its own program, once in fp32 throughout and once as that program does by default, and compares
+    it with the folder that it was made from.
+
+    For each way: the largest difference of logits, KL divergence in nats a token and agreement of the most likely
+    token on windows of `text` (random tokens where there is none), perplexity of both, how many of `tokens` greedy
+    tokens are the same, and tokens a second. Raises InputError when the program cannot be run here.
+    """
+    destination = Path(destination)
+    try:
+        manifest = json.loads((destination / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{destination} is not an export of gyroquant: {error}") from error
+    store = open_saved(against)
+    batch = _windows(store, text, window, max_windows)
+    reference = TransformersRuntime(Path(against), exact=True)
+    ways: dict[str, Any] = {}
+    for way, exact in (("exact", True), ("default", False)):
+        runtime = open_runtime(manifest["format"], destination, exact)
+        ways[way] = _compared(runtime, reference, batch, tokens)
+    return {"format": manifest["format"], "runtime": runtime.title, "against": str(against), "ways": ways} | {
+        "text": None if text is None else str(text),
+        "tokens": batch.numel(),
+        "bytes": manifest["bytes"],
+        "facts": manifest["facts"],
+        "tolerance": TOLERANCE,
+        "passed": ways["exact"]["relative_logit_error"] <= TOLERANCE,
+        "versions": versions(),
+    }
+
+
+def _windows(store: PackedStore, text: str | Path | None, window: int, count: int) -> Tensor:
+    if text is None:
+        generator = torch.Generator().manual_seed(0)
+        length = min(window, getattr(store.config, "max_position_embeddings", window))
+        return torch.randint(store.config.vocab_size, (1, length), generator=generator)
+    source = load_text(text, split="test")
+    ids = tokenize(source, store.tokenizer(), store.config.vocab_size)
+    return windows(ids, window, source.name)[:count]
+
+
+def _compared(runtime: Runtime, reference: Runtime, batch: Tensor, tokens: int) -> dict[str, Any]:
+    error, divergence, agreed, losses = 0.0, 0.0, 0, [0.0, 0.0]
+    for ids in batch:
+        ours, theirs = reference.logits(ids), runtime.logits(ids)
+        theirs = theirs[:, : ours.shape[1]]
+        error = max(error, relative_error(theirs, ours))
+        p, q = ours.log_softmax(-1), theirs.log_softmax(-1)
+        divergence += float((p.exp() * (p - q)).sum())
+        agreed += int((p.argmax(-1) == q.argmax(-1)).sum())
+        for place, one in enumerate((p, q)):
+            losses[place] -= float(one[:-1].gather(1, ids[1:, None]).sum())
+    predicted = len(batch) * (batch.shape[1] - 1)
+    prompt = batch[0][:16]
+    wanted, _ = reference.greedy(prompt, tokens)
+    written, speeds = runtime.greedy(prompt, tokens)
+    same = [a == b for a, b in zip(wanted, written, strict=True)]
+    return {
+        "relative_logit_error": error,
+        "kl": divergence / batch.numel(),
+        "top1_agreement": agreed / batch.numel(),
+        "perplexity": math.exp(losses[1] / predicted),
+        "perplexity_ours": math.exp(losses[0] / predicted),
+        "greedy_tokens_alike": same.index(False) if False in same else len(same),
+        "greedy_tokens": tokens,
+    } | speeds

@@ -1,0 +1,264 @@
+"""compressed-tensors checkpoints open as transformers opens them, to the numbers that gyroquant itself decodes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import gyroquant as gq
+from gyroquant import maps, pipeline
+from gyroquant.export.compressed_tensors import CompressedTensors
+from gyroquant.export.folder import OutputFolder
+from gyroquant.export.formats import Layer, Needs, check_fit, format_named, needs_of
+from gyroquant.grids import Fp4Grid, Grid, IntegerGrid
+from gyroquant.job import prepare
+from gyroquant.models.online import Attachment, CacheQuantizer, InputQuantizer, OnlineMap
+from gyroquant.models.packed import PackedStore
+from gyroquant.models.sites import Insertion
+from gyroquant.models.source import open_model
+
+pytest.importorskip("compressed_tensors")
+
+ALONE = """
+import json, sys
+sys.modules["gyroquant"] = None  # so that importing it raises
+import torch, transformers
+for folder in sys.argv[1:]:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        print(json.dumps(model(torch.tensor([[5, 17, 40, 8]])).logits.flatten().tolist()))
+"""
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Matrices as small as these are not worth a second thread, least of all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def rounded(source: Any, out: Path, **weights: Any) -> PackedStore:
+    """A folder as gyroquant writes it, opened: a tiny model rounded to nearest."""
+    settings = {"bits": 4, "group_size": 16, "symmetric": True, "scale": "minmax", "solver": "rtn"} | weights
+    save_dtype = settings.pop("save_dtype", "auto")
+    recipe = gq.load_recipe({"name": "test", "weights": settings})
+    pipeline.run(prepare(source, out, recipe, tokenizer=tiny.tokenizer(), save_dtype=save_dtype))
+    store = open_model(out)
+    assert isinstance(store, PackedStore)
+    return store
+
+
+def written(store: PackedStore, out: Path) -> dict[str, Any]:
+    """Writes a model in the format; returns the facts."""
+    format_ = format_named("compressed-tensors")
+    check_fit(format_, needs_of(store))
+    with OutputFolder(out) as folder:
+        facts = format_.write(store, folder)
+        folder.commit()
+    return facts
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return found
+
+
+def logits(folder: Path, **options: Any) -> torch.Tensor:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, **{"dtype": torch.float32} | options).eval()
+    with torch.no_grad():
+        return model(tiny.tokens(model)).logits
+
+
+def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert float((found - expected).norm() / expected.norm()) < 1e-6
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "llama_bias", "qwen2", "qwen3", "gemma3"])
+def test_it_opens_to_our_numbers(name: str, symmetric: bool, folders: dict[str, Path], tmp_path: Path) -> None:
+    store = rounded(folders[name], tmp_path / "ours", bits=3, symmetric=symmetric)
+    facts = written(store, tmp_path / "out")
+    assert_same(logits(tmp_path / "out"), logits(tmp_path / "ours"))
+    assert ("negative_scales" in facts) == symmetric
+    assert facts["scale_dtype"] == ("float16" if symmetric else "float32")
+    config = config_of(tmp_path / "out")
+    assert config["tie_word_embeddings"] == ("lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors"))
+    for kind in ("generation_config.json", "tokenizer.json"):
+        assert (tmp_path / "out" / kind).exists()
+
+
+@pytest.mark.parametrize("group_size", [-1, 32])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_the_library_decodes_every_width(bits: int, group_size: int, folders: dict[str, Path], tmp_path: Path) -> None:
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+
+    for symmetric in (True, False):
+        place = tmp_path / str(symmetric)
+        store = rounded(folders["llama"], place / "ours", bits=bits, group_size=group_size, symmetric=symmetric)
+        written(store, place / "out")
+        tensors = load_file(place / "out" / "model.safetensors")
+        config = QuantizationConfig.model_validate(config_of(place / "out")["quantization_config"])
+        (scheme,) = config.config_groups.values()
+        compressor = BaseCompressor.get_value_from_registry(config.format)
+        for name in store.description["tensors"]:
+            prefix, expected = name + "_", store.quantized(name)
+            parts = {"weight_" + key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+            assert parts["weight_packed"].shape[1] == -(-expected.codes.shape[1] * bits // 32)
+            assert torch.equal(parts["weight_scale"].float(), expected.params.scale.squeeze(-1))
+            parts["weight_scale"] = parts["weight_scale"].float()
+            assert torch.equal(compressor.decompress(parts, scheme)["weight"], expected.dequantize()), name
+
+
+@pytest.mark.parametrize(("stored", "shown"), [("float16", "float16"), ("bfloat16", "float32"), ("float32", "float32")])
+def test_the_default_dtype_holds_the_scales(stored: str, shown: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    store = rounded(folders["llama_bias"], tmp_path / "ours", save_dtype=stored)
+    assert written(store, tmp_path / "out")["dtype"] == config_of(tmp_path / "out")["dtype"] == shown
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert tensors["model.norm.weight"].dtype == getattr(torch, stored)
+    assert tensors["model.layers.0.mlp.up_proj.weight_scale"].dtype == torch.float16
+    default = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert default.dtype == getattr(torch, shown)
+    assert_same(logits(tmp_path / "out", dtype="auto"), logits(tmp_path / "ours", dtype=default.dtype))
+    assert_same(logits(tmp_path / "out"), logits(tmp_path / "ours"))
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+def test_asymmetric_weights_can_be_decompressed_on_request_too(folders: dict[str, Path], tmp_path: Path) -> None:
+    store = rounded(folders["llama"], tmp_path / "ours", symmetric=False, group_size=-1)
+    written(store, tmp_path / "out")
+    asked = transformers.CompressedTensorsConfig(dequantize=True)
+    assert_same(logits(tmp_path / "out", quantization_config=asked), logits(tmp_path / "ours"))
+    config = config_of(tmp_path / "out")
+    assert config["quantization_config"].pop("dequantize") is True
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    assert_same(logits(tmp_path / "out", quantization_config=asked), logits(tmp_path / "ours"))
+    with pytest.raises(RuntimeError):  # why it is in the configuration
+        logits(tmp_path / "out")
+
+
+def test_symmetric_layers_may_differ(folders: dict[str, Path], tmp_path: Path) -> None:
+    overrides = [
+        {"layers": ["re:.*down_proj"], "bits": 3, "group_size": 32},
+        {"layers": ["model.layers.1.self_attn.v_proj"], "bits": 8, "group_size": -1},
+        {"layers": ["re:.*o_proj"], "scale": "mse"},  # is fitted otherwise and stored alike
+    ]
+    store = rounded(folders["llama"], tmp_path / "ours", overrides=overrides, ignore=["lm_head", "re:.*k_proj"])
+    assert written(store, tmp_path / "out")["schemes"] == 3
+    assert_same(logits(tmp_path / "out"), logits(tmp_path / "ours"))
+    config = config_of(tmp_path / "out")["quantization_config"]
+    targets = {tuple(group["targets"]): group["weights"] for group in config["config_groups"].values()}
+    alone = targets[("model.layers.1.self_attn.v_proj",)]
+    assert (alone["num_bits"], alone["strategy"], alone["group_size"]) == (8, "channel", None)
+    assert sum(len(names) for names in targets) == 12
+    assert config["ignore"] == ["model.layers.0.self_attn.k_proj", "model.layers.1.self_attn.k_proj", "lm_head"]
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_head_goes_by_both_its_names(symmetric: bool, folders: dict[str, Path], tmp_path: Path) -> None:
+    for ignore in (["lm_head"], []):
+        place = tmp_path / str(len(ignore))
+        store = rounded(folders["gpt_neox"], place / "ours", symmetric=symmetric, ignore=ignore)
+        written(store, place / "out")
+        assert_same(logits(place / "out"), logits(place / "ours"))
+        assert config_of(place / "out")["quantization_config"]["ignore"] == (["lm_head", "embed_out"] if ignore else [])
+        tensors = load_file(place / "out" / "model.safetensors")
+        assert ("embed_out.weight" if ignore else "embed_out.weight_packed") in tensors
+
+
+def test_it_opens_where_there_is_no_gyroquant(folders: dict[str, Path], tmp_path: Path) -> None:
+    places = {}
+    for symmetric in (True, False):
+        places[symmetric] = tmp_path / str(symmetric)
+        written(rounded(folders["qwen3"], tmp_path / f"ours-{symmetric}", symmetric=symmetric), places[symmetric])
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [sys.executable, "-c", ALONE, *map(str, places.values())]
+    shown = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
+    for symmetric, line in zip(places, shown.splitlines(), strict=True):
+        model = gq.load(tmp_path / f"ours-{symmetric}", dtype=torch.float32)
+        with torch.no_grad():
+            assert_same(torch.tensor(json.loads(line)), model(torch.tensor([[5, 17, 40, 8]])).logits.flatten())
+
+
+def layer(grid: Grid, name: str = "q_proj", **options: bool) -> Layer:
+    return Layer(f"model.layers.0.self_attn.{name}.weight", grid, 64, **options)
+
+
+SYMMETRIC = IntegerGrid(bits=4, group_size=32, symmetric=True)
+ASYMMETRIC = IntegerGrid(bits=4, group_size=32)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "layers", "reason"),
+    [
+        ("llama", [layer(Fp4Grid(group_size=32))], "compressed-tensors has no type for the grid fp4"),
+        (
+            "llama",
+            [layer(IntegerGrid(bits=2, group_size=-1, symmetric=True, midrise=True))],
+            "compressed-tensors has no type for 2-bit midrise weights in one group a row",
+        ),
+        ("llama", [layer(SYMMETRIC, plain=False)], "rounded in a basis of its own"),
+        ("llama", [layer(ASYMMETRIC), layer(SYMMETRIC, "v_proj")], "decompresses asymmetric weights as if all layers"),
+        (
+            "llama",
+            [layer(ASYMMETRIC), layer(IntegerGrid(bits=3, group_size=32), "v_proj")],
+            "decompresses asymmetric weights as if all layers",
+        ),
+        ("gpt2", [layer(SYMMETRIC)], "no linear layers with transposed weights, as gpt2 has them"),
+        ("mixtral", [layer(SYMMETRIC, stacked=True)], "cannot hold the stacked experts"),
+        ("mixtral", [layer(SYMMETRIC)], "loads no experts from compressed-tensors, rounded or not, and mixtral"),
+    ],
+)
+def test_what_transformers_would_not_open_is_refused(model_type: str, layers: list[Layer], reason: str) -> None:
+    with pytest.raises(gq.InputError, match=reason):
+        check_fit(format_named("compressed-tensors"), Needs(model_type, tuple(layers)))
+
+
+def test_transformers_opens_no_asymmetric_layers_that_differ(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Why they are refused: the day that this passes, they need not be."""
+    overrides = [{"layers": ["re:.*down_proj"], "bits": 3}]
+    store = rounded(folders["llama"], tmp_path / "ours", symmetric=False, overrides=overrides)
+    with OutputFolder(tmp_path / "out") as folder:
+        CompressedTensors().write(store, folder)
+        folder.commit()
+    with pytest.raises(RuntimeError):
+        logits(tmp_path / "out")
+
+
+DOWN = "model.layers.0.mlp.down_proj"
+
+
+@pytest.mark.parametrize(
+    ("online", "reason"),
+    [
+        (OnlineMap(Insertion("input", DOWN), maps.hadamard(64)), f"no place for the map that runs in front of {DOWN}"),
+        (InputQuantizer(Insertion("input", DOWN), ASYMMETRIC), "does not round activations as this recipe does"),
+        (
+            CacheQuantizer("model.layers.0.self_attn", ASYMMETRIC, ASYMMETRIC),
+            "does not round the KV cache as this recipe does",
+        ),
+    ],
+)
+def test_what_runs_with_a_model_is_refused(online: Attachment, reason: str) -> None:
+    with pytest.raises(gq.InputError, match=reason):
+        check_fit(format_named("compressed-tensors"), Needs("llama", (layer(SYMMETRIC),), (online,)))
+
+
+def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    format_named("compressed-tensors").check_packages()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(gq.InputError, match=r'pip install "gyroquant\[compressed-tensors\]"'):
+        format_named("compressed-tensors").check_packages()

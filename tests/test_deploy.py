@@ -1,0 +1,150 @@
+"""An export appears whole and proved, or not at all; verify-export finds a changed one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from typer.testing import CliRunner
+
+import gyroquant as gq
+from gyroquant import deploy
+from gyroquant.cli import app
+from gyroquant.deploy import MANIFEST, export, formats, verify_export
+from gyroquant.errors import InputError, ProofError
+from gyroquant.export.formats import Format, Layer, Needs, check_fit, format_named
+from gyroquant.grids import Fp4Grid, IntegerGrid
+from gyroquant.job import prepare
+from gyroquant.maps import hadamard
+from gyroquant.models.online import OnlineMap
+from gyroquant.models.sites import Insertion
+from gyroquant.runtimes import Runtime, TransformersRuntime
+
+RECIPE = {
+    "transform": {"R1": {"method": "hadamard"}, "R2": {"method": "hadamard"}},
+    "weights": {"bits": 4, "group_size": 32, "symmetric": True, "solver": "rtn"},
+    "calibration": {"nsamples": 2, "seqlen": 32},
+    "proof": {"seqlen": 32},
+}
+ONLINE = OnlineMap(Insertion("input", "model.layers.0.mlp.down_proj"), hadamard(96))
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama, rotated and rounded."""
+    folder = tmp_path_factory.mktemp("saved") / "out"
+    gq.quantize(tiny.build("llama"), RECIPE, [tiny.prose(3000)], out=folder, tokenizer=tiny.tokenizer())
+    return folder
+
+
+@pytest.mark.parametrize("name", sorted(Format.kinds))
+def test_every_format_says_what_it_holds(name: str) -> None:
+    """The contract of formats: refusals name the format and the layer; a runtime belongs to each."""
+    one = format_named(name)
+    assert one.title
+    assert issubclass(Runtime.kinds[name], Runtime)
+    assert "nowhere" in " ".join(one._architecture("nowhere")) or one.carries.model_types is None
+    stranger = Layer("model.layers.0.mlp.up_proj.weight", Fp4Grid(), 128)
+    if not one.carries.dense:
+        assert any(stranger.name in reason for reason in one.problems(Needs("llama", (stranger,))))
+    if "input" not in one.carries.points:
+        reasons = one.problems(Needs("llama", (), (ONLINE,)))
+        assert any("model.layers.0.mlp.down_proj" in reason for reason in reasons)
+    plain = Layer("model.layers.0.mlp.up_proj.weight", IntegerGrid(bits=4, group_size=32, symmetric=True), 128)
+    assert one.problems(Needs("llama", (plain,))) == []
+
+
+@pytest.mark.parametrize("name", ["compressed-tensors", "dense", "gguf", "openvino"])
+def test_written_checked_and_verified(name: str, out: Path, tmp_path: Path) -> None:
+    pytest.importorskip({"compressed-tensors": "compressed_tensors", "openvino": "openvino"}.get(name, "gguf"))
+    manifest = export(out, name, tmp_path / "x")
+    assert manifest["check"]["relative_logit_error"] < deploy.TOLERANCE
+    assert json.loads((tmp_path / "x" / MANIFEST).read_text())["format"] == name
+    result = verify_export(tmp_path / "x", out, tokens=8, window=32)
+    assert result["passed"]
+    assert result["ways"]["exact"]["greedy_tokens_alike"] == 8
+    assert abs(result["ways"]["exact"]["kl"]) < 1e-5
+
+
+def test_another_model_is_not_put_in_place(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Other(TransformersRuntime):
+        """A program that makes something else of the file."""
+
+        formats = ()
+
+        def feed(self, ids: torch.Tensor) -> torch.Tensor:
+            return super().feed(ids) * 1.01
+
+    monkeypatch.setattr(deploy, "open_runtime", lambda name, folder, exact: Other(folder, exact))
+    with pytest.raises(ProofError, match="Nothing was written"):
+        export(out, "dense", tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_changed_export_is_found(out: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    export(out, "dense", tmp_path / "x")
+    path = tmp_path / "x" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.up_proj.weight"][3] *= 1.5
+    save_file(tensors, path, metadata={"format": "pt"})
+    asked = ["verify-export", str(tmp_path / "x"), "--against", str(out), "--tokens", "4", "--window", "32"]
+    done = CliRunner().invoke(app, asked)
+    assert done.exit_code == 1
+    assert "False" in done.stdout
+
+
+def test_refusals_name_what_holds_it_instead() -> None:
+    midrise = Layer("a", IntegerGrid(bits=2, group_size=-1, symmetric=True, midrise=True), 128)
+    with pytest.raises(InputError, match=r"has no type for 2-bit midrise.*Formats that hold it as it is: .*openvino"):
+        check_fit(format_named("gptq"), Needs("llama", (midrise,)))
+    with pytest.raises(InputError, match="formats are"):
+        format_named("onnxx")
+
+
+def test_a_quantization_is_refused_before_any_work(tmp_path: Path, folders: dict[str, Path]) -> None:
+    recipe = RECIPE | {"transform": {"R4": {"method": "hadamard", "block": 32}}}
+    job = prepare(tiny.build("llama"), tmp_path / "o", recipe, [tiny.prose(3000)], tokenizer=tiny.tokenizer())
+    with pytest.raises(InputError, match="no place for the map that runs in front of"):
+        deploy.check_job("gguf", job)
+    deploy.check_job("openvino", job)
+    allocated = RECIPE | {"weights": RECIPE["weights"] | {"allocate": {"budget": 4.9, "bits": [3, 4]}, "solver": "rtn"}}
+    job = prepare(tiny.build("llama"), tmp_path / "o", allocated, [tiny.prose(3000)], tokenizer=tiny.tokenizer())
+    assert {layer.grid.bits for layer in deploy.needs_of_job(job).layers} == {3, 4}
+
+
+def test_what_is_not_ours_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="run `gyroquant quantize` first"):
+        export(folders["llama"], "dense", tmp_path / "x")
+    with pytest.raises(InputError, match="not an export of gyroquant"):
+        verify_export(tmp_path, folders["llama"])
+
+
+def test_an_existing_folder_is_only_replaced_when_asked(out: Path, tmp_path: Path) -> None:
+    export(out, "dense", tmp_path / "x", check=False)
+    with pytest.raises(InputError, match="--overwrite"):
+        export(out, "dense", tmp_path / "x", check=False)
+    export(out, "dense", tmp_path / "x", check=False, overwrite=True)
+
+
+def test_commands(out: Path, tmp_path: Path, folders: dict[str, Path]) -> None:
+    run = CliRunner()
+    listed = run.invoke(app, ["formats", str(out), "--json"])
+    assert {one["format"] for one in json.loads(listed.stdout)} == set(Format.kinds)
+    assert all(one["problems"] == [] for one in formats(out))
+    written = run.invoke(app, ["export", str(out), str(tmp_path / "x"), "--format", "dense", "--json"])
+    assert json.loads(written.stdout)["check"]["runtime"] == "transformers"
+    text = tmp_path / "text.txt"
+    text.write_text(tiny.prose(3000))
+    tiny.build("llama").save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    asked = ["quantize", str(tmp_path / "model"), str(tmp_path / "o"), "--recipe", "rtn", "--text", str(text)]
+    asked += ["--set", "weights.group_size=32", "--nsamples", "2", "--seqlen", "32", "--set", "proof.seqlen=32"]
+    done = run.invoke(app, [*asked, "--format", "dense"], catch_exceptions=False)
+    assert done.exit_code == 0
+    assert (tmp_path / "o" / "dense" / "model.safetensors").exists()
+    assert torch.isfinite(gq.load(tmp_path / "o")(input_ids=torch.tensor([[3, 4]])).logits).all()

@@ -20,6 +20,7 @@ ROOMS = [
     "inspection",
     "predict",
     "deploy",
+    "chat",
     "runtimes",
     "api",
     "pipeline",

@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from gyroquant.cli.chat import chat
 from gyroquant.cli.common import AsJson, Debug, print_json
 from gyroquant.cli.deploy import export, formats, verify_export
 
@@ -266,6 +267,7 @@ def fuzz(
 app.command()(export)
 app.command("verify-export")(verify_export)
 app.command()(formats)
+app.command()(chat)
 
 rotations = typer.Typer(no_args_is_help=True, help="Rotations as files: take them out of a run, change, use again.")
 app.add_typer(rotations, name="rotations")

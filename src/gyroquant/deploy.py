@@ -140,7 +140,7 @@ def verify_export(
     try:
         manifest = json.loads((destination / MANIFEST).read_text())
     except (OSError, ValueError) as error:
-        raise InputError(f"{destination} is not an export of gyroquant: {error}") from error
+        raise InputError(f"{destination} is not an export of gyroquant (it has no usable {MANIFEST})") from error
     store = open_saved(against)
     batch = _windows(store, text, window, max_windows)
     reference = TransformersRuntime(Path(against), exact=True)

@@ -178,7 +178,10 @@ class Format(ABC):
                 yield "cache", f"{self.title} does not round the KV cache as this recipe does; set kv_cache=null"
             elif one.insertion.point not in self.carries.points:
                 place = _PLACES[one.insertion.point].format(module=one.module)
-                yield one.insertion.point, f"{self.title} has no place for the map that runs {place}; leave it out"
+                yield (
+                    one.insertion.point,
+                    f"{self.title} has no place for the map that runs {place}; leave that site out",
+                )
 
 
 def _described(grid: Grid) -> str:

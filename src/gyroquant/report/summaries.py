@@ -94,13 +94,15 @@ def verified(result: Mapping[str, Any]) -> list[Table]:
 
 def formats(found: Sequence[Mapping[str, Any]]) -> list[Table]:
     """The formats, and for a folder whether each holds it."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for one in found:
         holds = "any, as plain numbers" if one["dense"] else "; ".join(one["weights"])
-        row = (one["format"], holds, ", ".join(one["online_maps"]) or "none")
-        rows.append(row if "problems" not in one else (*row, "; ".join(one["problems"]) or "fits"))
-    head = ("format", "rounded weights", "maps online")
-    return [table("", head if "problems" not in found[0] else (*head, "this folder"), rows)]
+        if "problems" in one:
+            rows.append((one["format"], "; ".join(one["problems"]) or "fits"))
+        else:
+            rows.append((one["format"], holds, ", ".join(one["online_maps"]) or "none"))
+    asked = bool(found) and "problems" in found[0]
+    return [table("", ("format", "this folder") if asked else ("format", "rounded weights", "maps online"), rows)]
 
 
 def evaluated(result: Mapping[str, Any]) -> list[Table]:

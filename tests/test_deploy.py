@@ -69,6 +69,14 @@ def test_written_checked_and_verified(name: str, out: Path, tmp_path: Path) -> N
     assert abs(result["ways"]["exact"]["kl"]) < 1e-5
 
 
+def test_every_device_is_asked(out: Path, tmp_path: Path) -> None:
+    ov = pytest.importorskip("openvino")
+    export(out, "openvino", tmp_path / "x", check=False)
+    ways = verify_export(tmp_path / "x", out, tokens=2, window=32, devices=True)["ways"]
+    assert len(ways) == 2 + len(ov.Core().available_devices)
+    assert ways[next(key for key in ways if key.startswith("CPU"))]["perplexity"] == ways["default"]["perplexity"]
+
+
 def test_another_model_is_not_put_in_place(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Other(TransformersRuntime):
         """A program that makes something else of the file."""

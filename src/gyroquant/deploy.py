@@ -128,13 +128,15 @@ def verify_export(
     tokens: int = 32,
     window: int = 256,
     max_windows: int = 4,
+    devices: bool = False,
 ) -> dict[str, Any]:
     """Runs an export by its own program, once in fp32 throughout and once as that program does by default, and compares
     it with the folder that it was made from.
 
     For each way: the largest difference of logits, KL divergence in nats a token and agreement of the most likely
     token on windows of `text` (random tokens where there is none), perplexity of both, how many of `tokens` greedy
-    tokens are the same, and tokens a second. Raises InputError when the program cannot be run here.
+    tokens are the same, and tokens a second. With `devices`, also on every device that the program finds, as it runs
+    there by default. Raises InputError when the program cannot be run here.
     """
     destination = Path(destination)
     try:
@@ -148,6 +150,8 @@ def verify_export(
     for way, exact in (("exact", True), ("default", False)):
         runtime = open_runtime(manifest["format"], destination, exact)
         ways[way] = _compared(runtime, reference, batch, tokens)
+    for device, one in type(runtime).on_devices(destination) if devices else ():
+        ways[device] = _compared(one, reference, batch, tokens)
     return {"format": manifest["format"], "runtime": runtime.title, "against": str(against), "ways": ways} | {
         "text": None if text is None else str(text),
         "tokens": batch.numel(),

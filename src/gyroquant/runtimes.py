@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,6 +31,11 @@ class Runtime(ABC):
 
     def __init__(self, folder: Path, exact: bool):
         self.folder, self.exact = folder, exact
+
+    @classmethod
+    def on_devices(cls, folder: Path) -> Iterator[tuple[str, Runtime]]:
+        """The model on every device that the program finds here, as it runs there by default; by the device's name."""
+        return iter(())
 
     @abstractmethod
     def start(self) -> None:
@@ -78,6 +84,14 @@ class OpenVinoRuntime(Runtime):
         settings = exact_settings() if exact and device == "CPU" else {}
         self._request = core.compile_model(str(folder / MODEL), device, settings).create_infer_request()
         self._length = 0
+
+    @classmethod
+    def on_devices(cls, folder: Path) -> Iterator[tuple[str, Runtime]]:
+        import openvino as ov
+
+        core = ov.Core()
+        for device in core.available_devices:
+            yield f"{device}, {core.get_property(device, 'FULL_DEVICE_NAME')}", cls(folder, False, device)
 
     def start(self) -> None:
         self._request.reset_state()

@@ -39,6 +39,7 @@ def verify_export(
     tokens: Annotated[int, typer.Option(help="Greedy tokens to compare, and to measure speed on.")] = 32,
     window: Annotated[int, typer.Option(help="Tokens in a window of the text.")] = 256,
     windows: Annotated[int, typer.Option(help="At most this many windows.")] = 4,
+    devices: Annotated[bool, typer.Option("--devices", help="Also on every device that the program finds.")] = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -48,7 +49,8 @@ def verify_export(
     from gyroquant import deploy
     from gyroquant.report import console, summaries
 
-    result = deploy.verify_export(destination, against, text, tokens=tokens, window=window, max_windows=windows)
+    settings = {"tokens": tokens, "window": window, "max_windows": windows}
+    result = deploy.verify_export(destination, against, text, **settings, devices=devices)
     print_json(result) if as_json else console.show(*summaries.verified(result))
     if not result["passed"]:
         raise typer.Exit(1)

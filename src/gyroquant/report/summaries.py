@@ -88,7 +88,7 @@ def verified(result: Mapping[str, Any]) -> list[Table]:
         ("decode, tokens/s", "decode_tokens_per_second", ".1f"),
     )
     rows = [(title, *(format(way[key], how) for way in ways)) for title, key, how in lines]
-    rows.append(("within the tolerance", f"{result['passed']} ({result['tolerance']:.0e})", "-"))
+    rows.append(("within the tolerance", f"{result['passed']} ({result['tolerance']:.0e})", *["-"] * (len(ways) - 1)))
     return [table(f"{result['format']} in {result['runtime']}", ("", *result["ways"]), rows)]
 
 

@@ -151,6 +151,19 @@ def test_padded_sequences_do_not_see_each_other(tmp_path: Path) -> None:
     assert close(logits[1, 3:], ours(out, ids[1:, 3:])[0])
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_what_is_not_rounded_keeps_its_dtype(dtype: str, tmp_path: Path) -> None:
+    recipe = {"weights": {"bits": 4, "group_size": 32, "solver": "rtn"}, "proof": {"seqlen": 32}}
+    recipe |= {"calibration": {"nsamples": 2, "seqlen": 32}}
+    text, out = [tiny.prose(3000)], tmp_path / "out"
+    gq.quantize(tiny.build("qwen2"), recipe, text, out=out, tokenizer=tiny.tokenizer(), save_dtype=dtype)
+    assert export(out, "openvino", tmp_path / "ir")["check"]["relative_logit_error"] < 1e-5
+    graph = ov.Core().read_model(str(tmp_path / "ir" / "openvino_model.xml"))
+    kinds = {op.get_element_type() for op in graph.get_ops() if list(op.get_output_partial_shape(0)) == [96, 64]}
+    wanted = {"float16": ov.Type.f16, "bfloat16": ov.Type.bf16, "float32": ov.Type.f32}[dtype]
+    assert wanted in kinds
+
+
 def test_weights_stay_compressed(tmp_path: Path) -> None:
     """Two bits a code in the file; a mid-rise grid, whose zero lies between two codes, as well."""
     model = tiny.build("llama", hidden_size=128, intermediate_size=256, vocab_size=96)

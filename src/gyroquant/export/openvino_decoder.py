@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import openvino as ov
-import torch
 from openvino import PartialShape, opset13
 from openvino.op.util import Variable, VariableInfo
 from torch import Tensor
@@ -270,18 +269,3 @@ def exact_settings() -> dict[str, str]:
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
         "KV_CACHE_PRECISION": "f32",
     }
-
-
-def run_once(model: Any, ids: Tensor) -> Tensor:
-    """The logits of a graph on token ids, shape (batch, length), in fp32 throughout."""
-    request = ov.Core().compile_model(model, "CPU", exact_settings()).create_infer_request()
-    batch, length = ids.shape
-    request.infer(
-        {
-            "input_ids": ids.numpy(),
-            "attention_mask": np.ones((batch, length), np.int64),
-            "position_ids": np.arange(length)[None].repeat(batch, 0),
-            "beam_idx": np.arange(batch, dtype=np.int32),
-        }
-    )
-    return torch.from_numpy(request.get_tensor("logits").data.copy())

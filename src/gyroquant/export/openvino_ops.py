@@ -47,9 +47,8 @@ def numbers(tensor: Tensor) -> Any:
     """A tensor as a constant of its own dtype, seen by what follows as fp32."""
     tensor = tensor.detach().contiguous()
     kind = _DTYPES[tensor.dtype]
-    if kind == Type.bf16:  # NumPy has no such dtype
-        held = ov.Tensor(tensor.view(torch.int16).numpy().view(np.uint16), list(tensor.shape), kind)
-        return opset13.convert(opset13.constant(held), np.float32)
+    if kind == Type.bf16:  # which NumPy has no dtype for
+        return opset13.convert(opset13.constant(tensor.float().numpy(), dtype=kind), np.float32)
     found = opset13.constant(tensor.numpy())
     return found if kind == Type.f32 else opset13.convert(found, np.float32)
 

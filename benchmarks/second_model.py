@@ -24,8 +24,8 @@ import gyroquant as gq
 from gyroquant import pipeline
 from gyroquant.job import prepare
 
-LENGTH, BATCH, RATE = 256, 16, 2e-3
-CONFIG = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8, "head_dim": 64, "vocab_size": 4096}
+LENGTH, BATCH, RATE = 256, 8, 2e-3
+CONFIG = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "head_dim": 64, "vocab_size": 4096}
 CONFIG |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024}
 RECIPES = ("rtn-w2", "gptq-w2", "signround-w2", "gsr-w2", "quarot-w2", "bbt-spectral", "gyro-w2")
 

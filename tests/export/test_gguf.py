@@ -420,7 +420,7 @@ def test_what_fits_has_no_problems() -> None:
         ),
         (
             needs(online=(OnlineMap(Insertion("input", DOWN), maps.hadamard(32)),)),
-            f"has no place for the map that runs in front of {DOWN}; leave it out",
+            f"has no place for the map that runs in front of {DOWN}; leave that site out",
         ),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import saving
 import tiny
 import torch
 from typer.testing import CliRunner
@@ -14,19 +15,11 @@ from gyroquant.chat import Chat
 from gyroquant.cli import app
 from gyroquant.errors import InputError
 
-RECIPE = {
-    "weights": {"bits": 8, "group_size": 32, "solver": "rtn"},
-    "calibration": {"nsamples": 2, "seqlen": 32},
-    "proof": {"seqlen": 32},
-}
-
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model, rounded."""
-    folder = tmp_path_factory.mktemp("saved") / "out"
-    gq.quantize(tiny.build("llama"), RECIPE, [tiny.prose(3000)], out=folder, tokenizer=tiny.tokenizer())
-    return folder
+    return saving.rounded(tiny.build("llama"), tmp_path_factory.mktemp("saved") / "out", bits=8).folder
 
 
 def greedy(folder: Path, text: str, count: int) -> list[int]:

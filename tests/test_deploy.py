@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import saving
 import tiny
 import torch
 from typer.testing import CliRunner
@@ -23,21 +24,14 @@ from gyroquant.models.online import OnlineMap
 from gyroquant.models.sites import Insertion
 from gyroquant.runtimes import Runtime, TransformersRuntime
 
-RECIPE = {
-    "transform": {"R1": {"method": "hadamard"}, "R2": {"method": "hadamard"}},
-    "weights": {"bits": 4, "group_size": 32, "symmetric": True, "solver": "rtn"},
-    "calibration": {"nsamples": 2, "seqlen": 32},
-    "proof": {"seqlen": 32},
-}
+ROTATED = {"R1": {"method": "hadamard"}, "R2": {"method": "hadamard"}}
 ONLINE = OnlineMap(Insertion("input", "model.layers.0.mlp.down_proj"), hadamard(96))
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama, rotated and rounded."""
-    folder = tmp_path_factory.mktemp("saved") / "out"
-    gq.quantize(tiny.build("llama"), RECIPE, [tiny.prose(3000)], out=folder, tokenizer=tiny.tokenizer())
-    return folder
+    return saving.rounded(tiny.build("llama"), tmp_path_factory.mktemp("saved") / "out", ROTATED).folder
 
 
 @pytest.mark.parametrize("name", sorted(Format.kinds))
@@ -115,12 +109,12 @@ def test_refusals_name_what_holds_it_instead() -> None:
 
 
 def test_a_quantization_is_refused_before_any_work(tmp_path: Path, folders: dict[str, Path]) -> None:
-    recipe = RECIPE | {"transform": {"R4": {"method": "hadamard", "block": 32}}}
+    recipe = saving.recipe({"R4": {"method": "hadamard", "block": 32}})
     job = prepare(tiny.build("llama"), tmp_path / "o", recipe, [tiny.prose(3000)], tokenizer=tiny.tokenizer())
     with pytest.raises(InputError, match="no place for the map that runs in front of"):
         deploy.check_job("gguf", job)
     deploy.check_job("openvino", job)
-    allocated = RECIPE | {"weights": RECIPE["weights"] | {"allocate": {"budget": 4.9, "bits": [3, 4]}, "solver": "rtn"}}
+    allocated = saving.recipe(allocate={"budget": 4.9, "bits": [3, 4]})
     job = prepare(tiny.build("llama"), tmp_path / "o", allocated, [tiny.prose(3000)], tokenizer=tiny.tokenizer())
     assert {layer.grid.bits for layer in deploy.needs_of_job(job).layers} == {3, 4}
 

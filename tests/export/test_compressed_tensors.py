@@ -3,83 +3,40 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
+import saving
 import torch
 import transformers
 from safetensors.torch import load_file
+from saving import logits, logits_without_us, our_logits
 
 import gyroquant as gq
-from gyroquant import maps, pipeline
+from gyroquant import maps
 from gyroquant.export.compressed_tensors import CompressedTensors
 from gyroquant.export.folder import OutputFolder
-from gyroquant.export.formats import Layer, Needs, check_fit, format_named, needs_of
+from gyroquant.export.formats import Layer, Needs, check_fit, format_named
 from gyroquant.grids import Fp4Grid, Grid, IntegerGrid
-from gyroquant.job import prepare
 from gyroquant.models.online import Attachment, CacheQuantizer, InputQuantizer, OnlineMap
 from gyroquant.models.packed import PackedStore
 from gyroquant.models.sites import Insertion
-from gyroquant.models.source import open_model
 
 pytest.importorskip("compressed_tensors")
 
-ALONE = """
-import json, sys
-sys.modules["gyroquant"] = None  # so that importing it raises
-import torch, transformers
-for folder in sys.argv[1:]:
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    with torch.no_grad():
-        print(json.dumps(model(torch.tensor([[5, 17, 40, 8]])).logits.flatten().tolist()))
-"""
+
+def rounded(source: Any, out: Path, **settings: Any) -> PackedStore:
+    return saving.rounded(source, out, **{"group_size": 16} | settings)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Matrices as small as these are not worth a second thread, least of all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def rounded(source: Any, out: Path, **weights: Any) -> PackedStore:
-    """A folder as gyroquant writes it, opened: a tiny model rounded to nearest."""
-    settings = {"bits": 4, "group_size": 16, "symmetric": True, "scale": "minmax", "solver": "rtn"} | weights
-    save_dtype = settings.pop("save_dtype", "auto")
-    recipe = gq.load_recipe({"name": "test", "weights": settings})
-    pipeline.run(prepare(source, out, recipe, tokenizer=tiny.tokenizer(), save_dtype=save_dtype))
-    store = open_model(out)
-    assert isinstance(store, PackedStore)
-    return store
-
-
-def written(store: PackedStore, out: Path) -> dict[str, Any]:
-    """Writes a model in the format; returns the facts."""
-    format_ = format_named("compressed-tensors")
-    check_fit(format_, needs_of(store))
-    with OutputFolder(out) as folder:
-        facts = format_.write(store, folder)
-        folder.commit()
-    return facts
+written = partial(saving.written, "compressed-tensors")
 
 
 def config_of(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / "config.json").read_text())
     return found
-
-
-def logits(folder: Path, **options: Any) -> torch.Tensor:
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, **{"dtype": torch.float32} | options).eval()
-    with torch.no_grad():
-        return model(tiny.tokens(model)).logits
 
 
 def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -180,17 +137,10 @@ def test_the_head_goes_by_both_its_names(symmetric: bool, folders: dict[str, Pat
 
 
 def test_it_opens_where_there_is_no_gyroquant(folders: dict[str, Path], tmp_path: Path) -> None:
-    places = {}
     for symmetric in (True, False):
-        places[symmetric] = tmp_path / str(symmetric)
-        written(rounded(folders["qwen3"], tmp_path / f"ours-{symmetric}", symmetric=symmetric), places[symmetric])
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    command = [sys.executable, "-c", ALONE, *map(str, places.values())]
-    shown = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
-    for symmetric, line in zip(places, shown.splitlines(), strict=True):
-        model = gq.load(tmp_path / f"ours-{symmetric}", dtype=torch.float32)
-        with torch.no_grad():
-            assert_same(torch.tensor(json.loads(line)), model(torch.tensor([[5, 17, 40, 8]])).logits.flatten())
+        place, ids = tmp_path / str(symmetric), [5, 17, 40, 8]
+        written(rounded(folders["qwen3"], place / "ours", symmetric=symmetric), place / "out")
+        assert_same(logits_without_us(place / "out", ids), our_logits(place / "ours", ids))
 
 
 def layer(grid: Grid, name: str = "q_proj", **options: bool) -> Layer:

@@ -7,29 +7,27 @@ from __future__ import annotations
 import json
 import struct
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import saving
 import tiny
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import gyroquant as gq
-from gyroquant import maps, pipeline
+from gyroquant import maps
 from gyroquant.export.folder import OutputFolder
-from gyroquant.export.formats import Layer, Needs, check_fit, needs_of
+from gyroquant.export.formats import Layer, Needs, check_fit
 from gyroquant.export.gguf import Gguf
 from gyroquant.grids import Fp4Grid, IntegerGrid
-from gyroquant.job import prepare
 from gyroquant.models.online import OnlineMap
 from gyroquant.models.packed import PackedStore
 from gyroquant.models.sites import Insertion
-from gyroquant.models.source import open_model
 
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
 IDS = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 8, "BF16": 30, "Q2_0": 42}
@@ -48,32 +46,9 @@ NAMES = {
 GGUF = Gguf()
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Matrices as small as these are not worth a second thread, least of all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def rounded(source: Any, out: Path, overrides: list[dict[str, Any]] | None = None, **weights: Any) -> PackedStore:
-    """A folder as gyroquant writes it, opened: a tiny model rounded to nearest."""
-    settings = {"bits": 4, "group_size": 32, "symmetric": True, "scale": "minmax", "solver": "rtn"} | weights
-    save_dtype = settings.pop("save_dtype", "auto")
-    recipe = gq.load_recipe({"name": "test", "weights": settings | {"overrides": overrides or []}})
-    pipeline.run(prepare(source, out, recipe, tokenizer=tiny.tokenizer(), save_dtype=save_dtype))
-    store = open_model(out)
-    assert isinstance(store, PackedStore)
-    return store
-
-
 def written(store: PackedStore, out: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Writes a model; returns the facts, the file's metadata and its tensors as (type id, values)."""
-    check_fit(GGUF, needs_of(store))
-    with OutputFolder(out) as folder:
-        facts = GGUF.write(store, folder)
-        folder.commit()
+    facts = saving.written("gguf", store, out)
     assert [path.name for path in out.iterdir()] == [facts["file"]] == ["model.gguf"]
     return facts, *read_back(out / "model.gguf")
 
@@ -211,7 +186,7 @@ MODELS = {
 )
 def test_everything_comes_back(name: str, kind: str, tmp_path: Path) -> None:
     settings = {"Q4_0": {}, "Q4_1": {"symmetric": False}, "Q8_0": {"bits": 6, "symmetric": False}}[kind]
-    store = rounded(tiny.build(name, **MODELS[name]), tmp_path / "ours", **settings)
+    store = saving.rounded(tiny.build(name, **MODELS[name]), tmp_path / "ours", **settings)
     facts, metadata, tensors = written(store, tmp_path / "gguf")
     exact = kind != "Q4_1"
     assert check(store, tensors, 0 if exact else 5e-4) == {kind: 14}
@@ -226,7 +201,7 @@ def test_everything_comes_back(name: str, kind: str, tmp_path: Path) -> None:
 
 
 def test_the_metadata_describe_the_model(tmp_path: Path) -> None:
-    store = rounded(tiny.build("llama", **WIDE), tmp_path / "ours")
+    store = saving.rounded(tiny.build("llama", **WIDE), tmp_path / "ours")
     facts, metadata, _ = written(store, tmp_path / "gguf")
     assert metadata == {
         "general.architecture": "llama",
@@ -280,7 +255,7 @@ def test_the_metadata_describe_the_model(tmp_path: Path) -> None:
 def test_every_grid_comes_back(
     bits: int, settings: dict[str, Any], group_size: int, kind: str, wide: dict[str, Any], tmp_path: Path
 ) -> None:
-    store = rounded(wide["model"], tmp_path / "ours", bits=bits, group_size=group_size, **settings)
+    store = saving.rounded(wide["model"], tmp_path / "ours", bits=bits, group_size=group_size, **settings)
     facts, metadata, tensors = written(store, tmp_path / "gguf")
     assert check(store, tensors, 5e-4 if kind == "Q4_1" else 0) == {kind: 14}
     assert metadata["general.file_type"] == FILE_TYPES[kind]
@@ -298,14 +273,14 @@ def wide() -> dict[str, Any]:
 
 
 def test_groups_too_small_for_the_smallest_type_take_the_next(tmp_path: Path) -> None:
-    store = rounded(tiny.build("llama"), tmp_path / "ours", bits=2)
+    store = saving.rounded(tiny.build("llama"), tmp_path / "ours", bits=2)
     assert check(store, written(store, tmp_path / "gguf")[2]) == {"Q4_0": 14}
     same_logits(store, tmp_path / "gguf")
 
 
 def test_layers_may_differ(wide: dict[str, Any], tmp_path: Path) -> None:
     overrides = [{"layers": ["down_proj"], "bits": 2}, {"layers": ["v_proj"], "bits": 4, "symmetric": False}]
-    store = rounded(wide["model"], tmp_path / "ours", overrides, bits=6, group_size=64)
+    store = saving.rounded(wide["model"], tmp_path / "ours", overrides=overrides, bits=6, group_size=64)
     facts, metadata, tensors = written(store, tmp_path / "gguf")
     assert check(store, tensors, 5e-4) == {"Q8_0": 10, "Q2_0": 2, "Q4_1": 2}
     assert metadata["general.file_type"] == 7
@@ -318,7 +293,7 @@ def test_other_weights_are_held_exactly(save_dtype: str, tmp_path: Path) -> None
     with torch.no_grad():
         model.model.embed_tokens.weight[3, 3] = 2.0**-30  # too small for fp16
         model.lm_head.weight.copy_(model.lm_head.weight.half())
-    store = rounded(model, tmp_path / "ours", save_dtype=save_dtype)
+    store = saving.rounded(model, tmp_path / "ours", save_dtype=save_dtype)
     _, _, tensors = written(store, tmp_path / "gguf")
     check(store, tensors)
     kinds = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -338,7 +313,7 @@ LLAMA3 = {
 
 
 def test_scaled_rope(tmp_path: Path) -> None:
-    store = rounded(tiny.build("llama", rope_parameters=LLAMA3), tmp_path / "llama3")
+    store = saving.rounded(tiny.build("llama", rope_parameters=LLAMA3), tmp_path / "llama3")
     _, metadata, tensors = written(store, tmp_path / "a")
     kind, factors = tensors.pop("rope_freqs.weight")
     assert check(store, tensors) == {"Q4_0": 14}
@@ -350,7 +325,9 @@ def test_scaled_rope(tmp_path: Path) -> None:
     assert factors.max() == pytest.approx(8)
     assert metadata["llama.rope.freq_base"] == 500
     linear = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
-    _, metadata, _ = written(rounded(tiny.build("qwen2", rope_parameters=linear), tmp_path / "linear"), tmp_path / "b")
+    _, metadata, _ = written(
+        saving.rounded(tiny.build("qwen2", rope_parameters=linear), tmp_path / "linear"), tmp_path / "b"
+    )
     assert (metadata["qwen2.rope.scaling.type"], metadata["qwen2.rope.scaling.factor"]) == ("linear", 4)
 
 
@@ -377,7 +354,7 @@ def test_half_a_scale_that_fp16_does_not_hold_is_refused(tmp_path: Path) -> None
     model = tiny.build("llama")
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[5] = 0
-    store = rounded(model, tmp_path / "ours", bits=2, midrise=True)
+    store = saving.rounded(model, tmp_path / "ours", bits=2, midrise=True)
     reason = r"layers.1.mlp.up_proj.weight has a group with so small a scale .* leave midrise out"
     with pytest.raises(gq.InputError, match=reason), OutputFolder(tmp_path / "gguf") as folder:
         GGUF.write(store, folder)
@@ -385,7 +362,7 @@ def test_half_a_scale_that_fp16_does_not_hold_is_refused(tmp_path: Path) -> None
 
 
 def test_a_window_is_noted(tmp_path: Path) -> None:
-    store = rounded(tiny.build("mistral", sliding_window=32), tmp_path / "ours")
+    store = saving.rounded(tiny.build("mistral", sliding_window=32), tmp_path / "ours")
     notes = written(store, tmp_path / "gguf")[0]["notes"]
     assert any("not to the last 32" in note for note in notes)
 
@@ -523,7 +500,7 @@ def pieces() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="module")
 def talking(tmp_path_factory: pytest.TempPathFactory) -> PackedStore:
     """A rounded model with rows enough for the tokenizers above."""
-    return rounded(tiny.build("llama", vocab_size=ROWS), tmp_path_factory.mktemp("talking") / "ours")
+    return saving.rounded(tiny.build("llama", vocab_size=ROWS), tmp_path_factory.mktemp("talking") / "ours")
 
 
 def with_tokenizer(store: PackedStore, tokenizer: Any, out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -613,7 +590,7 @@ def test_tokens_without_a_row_are_left_out(talking: PackedStore, tmp_path: Path)
 
 
 def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
-    store = rounded(tiny.build("qwen2"), tmp_path / "ours")
+    store = saving.rounded(tiny.build("qwen2"), tmp_path / "ours")
     for path in store.folder.glob("tokenizer*"):
         path.unlink()
     facts, metadata, _ = written(store, tmp_path / "gguf")

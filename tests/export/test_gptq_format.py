@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import saving
 import tiny
 import torch
 from safetensors.torch import load_file
 
 import gyroquant as gq
-from gyroquant import maps, pipeline
+from gyroquant import maps
 from gyroquant.export.folder import OutputFolder
-from gyroquant.export.formats import Layer, Needs, check_fit, format_named, needs_of
+from gyroquant.export.formats import Layer, Needs, check_fit, format_named
 from gyroquant.export.gptq import Gptq
 from gyroquant.grids import Fp4Grid, IntegerGrid
-from gyroquant.job import prepare
 from gyroquant.models.online import Attachment, InputQuantizer, OnlineMap
 from gyroquant.models.packed import PackedStore, from_matrix
 from gyroquant.models.sites import Insertion
@@ -29,33 +28,13 @@ from gyroquant.models.source import open_model
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Matrices as small as these are not worth a second thread, least of all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def rounded(source: Any, out: Path, **weights: Any) -> PackedStore:
-    """A folder as gyroquant writes it, opened: a tiny model rounded to nearest."""
-    settings = {"bits": 4, "group_size": 16, "symmetric": False, "scale": "minmax", "solver": "rtn"} | weights
-    save_dtype = settings.pop("save_dtype", "auto")
-    recipe = gq.load_recipe({"name": "test", "weights": settings})
-    pipeline.run(prepare(source, out, recipe, tokenizer=tiny.tokenizer(), save_dtype=save_dtype))
-    store = open_model(out)
-    assert isinstance(store, PackedStore)
-    return store
+def rounded(source: Any, out: Path, **settings: Any) -> PackedStore:
+    return saving.rounded(source, out, **{"group_size": 16, "symmetric": False} | settings)
 
 
 def written(store: PackedStore, out: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, torch.Tensor]]:
     """Writes a model in the format; returns the facts, the quantization's configuration and the tensors."""
-    format_ = format_named("gptq")
-    check_fit(format_, needs_of(store))
-    with OutputFolder(out) as folder:
-        facts = format_.write(store, folder)
-        folder.commit()
+    facts = saving.written("gptq", store, out)
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     return facts, config, load_file(out / "model.safetensors")
 

@@ -51,6 +51,13 @@ def test_every_format_says_what_it_holds(name: str) -> None:
     assert one.problems(Needs("llama", (plain,))) == []
 
 
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starts no process to measure speed in."""
+    monkeypatch.setattr(deploy, "footprint", lambda *asked, exact: {})
+
+
+@pytest.mark.usefixtures("unmeasured")
 @pytest.mark.parametrize("name", ["compressed-tensors", "dense", "gguf", "openvino"])
 def test_written_checked_and_verified(name: str, out: Path, tmp_path: Path) -> None:
     pytest.importorskip({"compressed-tensors": "compressed_tensors", "openvino": "openvino"}.get(name, "gguf"))
@@ -63,6 +70,7 @@ def test_written_checked_and_verified(name: str, out: Path, tmp_path: Path) -> N
     assert abs(result["ways"]["exact"]["kl"]) < 1e-5
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_every_device_is_asked(out: Path, tmp_path: Path) -> None:
     ov = pytest.importorskip("openvino")
     export(out, "openvino", tmp_path / "x", check=False)
@@ -98,6 +106,8 @@ def test_a_changed_export_is_found(out: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, asked)
     assert done.exit_code == 1
     assert "False" in done.stdout
+    for shown in ("decode, tokens/s", "peak memory"):
+        assert shown in done.stdout
 
 
 def test_refusals_name_what_holds_it_instead() -> None:

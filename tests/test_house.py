@@ -21,6 +21,7 @@ ROOMS = [
     "predict",
     "deploy",
     "chat",
+    "footprint",
     "runtimes",
     "api",
     "pipeline",

@@ -18,6 +18,7 @@ from gyroquant.environment import versions
 from gyroquant.errors import InputError, ProofError
 from gyroquant.export.folder import OutputFolder, check_room
 from gyroquant.export.formats import Format, Layer, Needs, check_fit, format_named, needs_of
+from gyroquant.footprint import footprint
 from gyroquant.grids import Grid
 from gyroquant.job import Job
 from gyroquant.models.packed import PackedStore
@@ -134,9 +135,9 @@ def verify_export(
     it with the folder that it was made from.
 
     For each way: the largest difference of logits, KL divergence in nats a token and agreement of the most likely
-    token on windows of `text` (random tokens where there is none), perplexity of both, how many of `tokens` greedy
-    tokens are the same, and tokens a second. With `devices`, also on every device that the program finds, as it runs
-    there by default. Raises InputError when the program cannot be run here.
+    token on windows of `text` (random tokens where there is none), perplexity of both, and how many of `tokens` greedy
+    tokens are the same; as it runs by default also its `footprint`. With `devices`, also on every device that the
+    program finds, as it runs there by default. Raises InputError when the program cannot be run here.
     """
     destination = Path(destination)
     try:
@@ -150,6 +151,7 @@ def verify_export(
     for way, exact in (("exact", True), ("default", False)):
         runtime = open_runtime(manifest["format"], destination, exact)
         ways[way] = _compared(runtime, reference, batch, tokens)
+    ways["default"] |= footprint(manifest["format"], destination, batch[0].tolist(), tokens, exact=False)
     for device, one in type(runtime).on_devices(destination) if devices else ():
         ways[device] = _compared(one, reference, batch, tokens)
     return {"format": manifest["format"], "runtime": runtime.title, "against": str(against), "ways": ways} | {
@@ -186,9 +188,8 @@ def _compared(runtime: Runtime, reference: Runtime, batch: Tensor, tokens: int) 
             losses[place] -= float(one[:-1].gather(1, ids[1:, None]).sum())
     predicted = len(batch) * (batch.shape[1] - 1)
     prompt = batch[0][:16]
-    wanted, _ = reference.greedy(prompt, tokens)
-    written, speeds = runtime.greedy(prompt, tokens)
-    same = [a == b for a, b in zip(wanted, written, strict=True)]
+    pairs = zip(reference.greedy(prompt, tokens), runtime.greedy(prompt, tokens), strict=True)
+    same = [a == b for a, b in pairs]
     return {
         "relative_logit_error": error,
         "kl": divergence / batch.numel(),
@@ -197,4 +198,4 @@ def _compared(runtime: Runtime, reference: Runtime, batch: Tensor, tokens: int) 
         "perplexity_ours": math.exp(losses[0] / predicted),
         "greedy_tokens_alike": same.index(False) if False in same else len(same),
         "greedy_tokens": tokens,
-    } | speeds
+    }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,18 +49,12 @@ class Runtime(ABC):
         self.start()
         return self.feed(ids[None])
 
-    def greedy(self, ids: Tensor, count: int) -> tuple[list[int], dict[str, float]]:
-        """The most likely token, `count` times, and how many tokens a second were read and written."""
-        began = time.perf_counter()
-        token = int(self.logits(ids)[-1].argmax())
-        read, found = time.perf_counter() - began, [token]
-        began = time.perf_counter()
+    def greedy(self, ids: Tensor, count: int) -> list[int]:
+        """The most likely token, `count` times, behind a text of shape (length,)."""
+        found = [int(self.logits(ids)[-1].argmax())]
         while len(found) < count:
-            token = int(self.feed(torch.tensor([[token]]))[-1].argmax())
-            found.append(token)
-        written = time.perf_counter() - began
-        speeds = {"prefill_tokens_per_second": len(ids) / read}
-        return found, speeds | {"decode_tokens_per_second": (count - 1) / written if count > 1 else 0.0}
+            found.append(int(self.feed(torch.tensor([found[-1:]]))[-1].argmax()))
+        return found
 
 
 class OpenVinoRuntime(Runtime):
@@ -125,7 +118,7 @@ class TransformersRuntime(Runtime):
             options["gguf_file"] = "model.gguf"
         try:
             self._model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
-        except (ImportError, ValueError, KeyError) as error:
+        except (OSError, ImportError, ValueError, KeyError) as error:
             raise InputError(f"transformers does not open {folder} here: {error}") from error
         self._past: Any = None
 

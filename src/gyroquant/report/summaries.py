@@ -87,7 +87,9 @@ def verified(result: Mapping[str, Any]) -> list[Table]:
         ("prefill, tokens/s", "prefill_tokens_per_second", ".0f"),
         ("decode, tokens/s", "decode_tokens_per_second", ".1f"),
     )
-    rows = [(title, *(format(way[key], how) for way in ways)) for title, key, how in lines]
+    rows = [(title, *(format(way[key], how) if key in way else "-" for way in ways)) for title, key, how in lines]
+    for title, key in (("peak memory", "peak_memory_bytes"), ("of which before opening", "memory_before_bytes")):
+        rows.append((title, *(size(way[key]) if key in way else "-" for way in ways)))
     rows.append(("within the tolerance", f"{result['passed']} ({result['tolerance']:.0e})", *["-"] * (len(ways) - 1)))
     return [table(f"{result['format']} in {result['runtime']}", ("", *result["ways"]), rows)]
 

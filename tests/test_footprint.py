@@ -1,0 +1,29 @@
+"""Speed and memory come from a process that really opened the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import saving
+import tiny
+
+from gyroquant.errors import InputError
+from gyroquant.footprint import footprint
+
+
+def test_a_larger_model_takes_more_memory(tmp_path: Path) -> None:
+    found = {}
+    for name, words in (("small", 96), ("large", 200_000)):
+        model = tiny.build("llama", vocab_size=words)
+        saving.written("dense", saving.rounded(model, tmp_path / name), tmp_path / f"{name}-dense")
+        found[name] = footprint("dense", tmp_path / f"{name}-dense", [3, 4, 5], 2, exact=True)
+        assert found[name]["prefill_tokens_per_second"] > 0
+        assert found[name]["decode_tokens_per_second"] > 0
+    grown = {name: one["peak_memory_bytes"] - one["memory_before_bytes"] for name, one in found.items()}
+    assert grown["large"] - grown["small"] > 200_000 * 64 * 4  # at least one of its two tables in fp32
+
+
+def test_a_model_that_does_not_open_says_why(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"does not run as dense in a process of its own: .*InputError"):
+        footprint("dense", tmp_path, [3], 1, exact=True)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 import gyroquant.export.hf  # noqa: F401  (lets transformers open what gyroquant saves)
 from gyroquant.errors import InputError
@@ -29,8 +28,8 @@ class Chat:
         self.folder, self.temperature = Path(folder), temperature
         self.runtime = _runtime(self.folder)
         try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(self.folder)
-        except Exception as error:  # transformers raises many kinds for a missing tokenizer
+            self.tokenizer: Any = self.runtime.tokenizer()
+        except Exception as error:  # transformers raises many kinds where there is none
             raise InputError(f"{folder} has no usable tokenizer: {error}") from error
         self.messages: list[dict[str, str]] = []
         self._generator = torch.Generator().manual_seed(seed)
@@ -69,7 +68,8 @@ class Chat:
 
     def _ends(self) -> set[int]:
         """The tokens that end an answer."""
-        found = {self.tokenizer.eos_token_id}
+        ends = getattr(self.tokenizer, "ends", None)
+        found = {self.tokenizer.eos_token_id} if ends is None else set(ends)
         path = self.folder / "generation_config.json"
         if path.exists():
             listed = json.loads(path.read_text()).get("eos_token_id")

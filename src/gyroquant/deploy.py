@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from gyroquant.environment import versions
 from gyroquant.errors import InputError, ProofError
 from gyroquant.export.folder import OutputFolder, check_room
 from gyroquant.export.formats import Format, Layer, Needs, check_fit, format_named, needs_of
+from gyroquant.export.requantize import requantized
 from gyroquant.footprint import footprint
 from gyroquant.grids import Grid
 from gyroquant.job import Job
@@ -27,20 +28,30 @@ from gyroquant.rounding.allocate import grids_by_bits
 from gyroquant.runtimes import Runtime, TransformersRuntime, open_runtime
 
 MANIFEST = "gyroquant_export.json"
-TOLERANCE = 1e-3  # of the largest logit: sums in another order, and what GGUF's Q4_1 rounds
+TOLERANCE = 1e-3  # of the largest logit: sums in another order
+_SPREAD = 20  # what the logits may be off by for each part that a weight is: 4 to 6 were seen with GGUF's Q4_1
 _PROOF_TOKENS = 32
 
 
 def export(
-    out: str | Path, format_name: str, destination: str | Path, *, overwrite: bool = False, check: bool = True
+    out: str | Path,
+    format_name: str,
+    destination: str | Path,
+    *,
+    requantize: str | None = None,
+    overwrite: bool = False,
+    check: bool = True,
 ) -> dict[str, Any]:
     """Writes a folder that gyroquant wrote in another format; returns what stands in its manifest.
 
     With `check`, the program of the format is run on a few tokens and its logits compared before the folder is put in
-    place. Raises InputError with every reason why the model does not fit, before any work, and ProofError, leaving
-    nothing, when the program sees another model.
+    place. With `requantize`, a type of llama.cpp such as Q4_K_M, llama.cpp rounds all weights again; what that loses is
+    measured, and nothing too much. Raises InputError with every reason why the model does not fit, before any work, and
+    ProofError, leaving nothing, when the program sees another model.
     """
     chosen = format_named(format_name)
+    if requantize is not None:
+        chosen = requantized(chosen, requantize)
     store = open_saved(out)
     check_fit(chosen, needs_of(store))
     chosen.check_packages()
@@ -50,7 +61,8 @@ def export(
         facts = chosen.write(store, folder)
         manifest: dict[str, Any] = {"format": chosen.name, "source": str(out), "facts": facts, "versions": versions()}
         manifest["bytes"] = sum(path.stat().st_size for path in folder.partial.iterdir())
-        manifest["check"] = _checked(chosen, folder.partial, store) if check else None
+        tolerance = _tolerance(facts)
+        manifest["check"] = _checked(chosen, folder.partial, store, tolerance) if check else None
         folder.json(MANIFEST, manifest)
         folder.commit()
     return manifest
@@ -99,21 +111,31 @@ def needs_of_job(job: Job) -> Needs:
     return Needs(job.graph.config.model_type, tuple(layers), online, job.graph.config)
 
 
-def _checked(chosen: Format, folder: Path, store: PackedStore) -> dict[str, Any]:
-    """The error of a few tokens' logits, or why it is not known."""
-    ids = torch.randint(store.config.vocab_size, (_PROOF_TOKENS,), generator=torch.Generator().manual_seed(0))
+def _tolerance(facts: Mapping[str, Any]) -> float:
+    """What the logits of an export may be off by, relative to the largest: more where the format says by how much its
+    weights deviate, and anything where they were rounded again.
+    """
+    return inf if "requantized" in facts else TOLERANCE + _SPREAD * facts.get("deviation", 0.0)
+
+
+def _checked(chosen: Format, folder: Path, store: PackedStore, tolerance: float) -> dict[str, Any]:
+    """What a few tokens' logits are like, or why that is not known."""
+    ids = torch.randint(store.config.vocab_size, (1, _PROOF_TOKENS), generator=torch.Generator().manual_seed(0))
     try:
         runtime = open_runtime(chosen.name, folder, exact=True)
     except InputError as error:
         return {"not_run": str(error)}
-    ours, theirs = TransformersRuntime(store.folder, exact=True).logits(ids), runtime.logits(ids)
-    difference = relative_error(theirs, ours)
-    if not difference <= TOLERANCE:
+    reference = TransformersRuntime(store.folder, exact=True)
+    found = _measured(runtime, reference, ids)
+    if not found["relative_logit_error"] <= tolerance:
         raise ProofError(
             f"{runtime.title} gives other logits for the {chosen.name} export than gyroquant for {store.folder}: "
-            f"relative error {difference:.1e}, allowed {TOLERANCE:.0e}. Nothing was written"
+            f"relative error {found['relative_logit_error']:.1e}, allowed {tolerance:.0e}. Nothing was written"
         )
-    return {"runtime": runtime.title, "relative_logit_error": difference, "tokens": len(ids)}
+    result: dict[str, Any] = {"runtime": runtime.title, "tokens": _PROOF_TOKENS, **found}
+    if runtime.decodes:
+        result["as_it_runs"] = _measured(open_runtime(chosen.name, folder, exact=False), reference, ids)
+    return result
 
 
 def relative_error(theirs: Tensor, ours: Tensor) -> float:
@@ -137,7 +159,8 @@ def verify_export(
     For each way: the largest difference of logits, KL divergence in nats a token and agreement of the most likely
     token on windows of `text` (random tokens where there is none), perplexity of both, and how many of `tokens` greedy
     tokens are the same; as it runs by default also its `footprint`. With `devices`, also on every device that the
-    program finds, as it runs there by default. Raises InputError when the program cannot be run here.
+    program finds, as it runs there by default. No tolerance applies to weights that were rounded again. Raises
+    InputError when the program cannot be run here.
     """
     destination = Path(destination)
     try:
@@ -154,13 +177,14 @@ def verify_export(
     ways["default"] |= footprint(manifest["format"], destination, batch[0].tolist(), tokens, exact=False)
     for device, one in type(runtime).on_devices(destination) if devices else ():
         ways[device] = _compared(one, reference, batch, tokens)
+    tolerance = _tolerance(manifest["facts"])
     return {"format": manifest["format"], "runtime": runtime.title, "against": str(against), "ways": ways} | {
         "text": None if text is None else str(text),
         "tokens": batch.numel(),
         "bytes": manifest["bytes"],
         "facts": manifest["facts"],
-        "tolerance": TOLERANCE,
-        "passed": ways["exact"]["relative_logit_error"] <= TOLERANCE,
+        "tolerance": None if tolerance == inf else tolerance,
+        "passed": ways["exact"]["relative_logit_error"] <= tolerance,
         "versions": versions(),
     }
 
@@ -175,7 +199,8 @@ def _windows(store: PackedStore, text: str | Path | None, window: int, count: in
     return windows(ids, window, source.name)[:count]
 
 
-def _compared(runtime: Runtime, reference: Runtime, batch: Tensor, tokens: int) -> dict[str, Any]:
+def _measured(runtime: Runtime, reference: Runtime, batch: Tensor) -> dict[str, float]:
+    """How far the logits of texts, (texts, length), are from those of the reference."""
     error, divergence, agreed, losses = 0.0, 0.0, 0, [0.0, 0.0]
     for ids in batch:
         ours, theirs = reference.logits(ids), runtime.logits(ids)
@@ -187,15 +212,23 @@ def _compared(runtime: Runtime, reference: Runtime, batch: Tensor, tokens: int) 
         for place, one in enumerate((p, q)):
             losses[place] -= float(one[:-1].gather(1, ids[1:, None]).sum())
     predicted = len(batch) * (batch.shape[1] - 1)
-    prompt = batch[0][:16]
-    pairs = zip(reference.greedy(prompt, tokens), runtime.greedy(prompt, tokens), strict=True)
-    same = [a == b for a, b in pairs]
     return {
         "relative_logit_error": error,
         "kl": divergence / batch.numel(),
         "top1_agreement": agreed / batch.numel(),
-        "perplexity": math.exp(losses[1] / predicted),
-        "perplexity_ours": math.exp(losses[0] / predicted),
-        "greedy_tokens_alike": same.index(False) if False in same else len(same),
-        "greedy_tokens": tokens,
+        "perplexity": _exp(losses[1] / predicted),
+        "perplexity_ours": _exp(losses[0] / predicted),
     }
+
+
+def _exp(value: float) -> float:
+    return float(torch.tensor(value).exp())  # of what is too large it is infinite, no error
+
+
+def _compared(runtime: Runtime, reference: Runtime, batch: Tensor, tokens: int) -> dict[str, Any]:
+    """As `_measured`, and how many greedy tokens behind the start of the first text are the same."""
+    prompt = batch[0][:16]
+    pairs = zip(reference.greedy(prompt, tokens), runtime.greedy(prompt, tokens), strict=True)
+    same = [a == b for a, b in pairs]
+    alike = same.index(False) if False in same else len(same)
+    return _measured(runtime, reference, batch) | {"greedy_tokens_alike": alike, "greedy_tokens": tokens}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,20 +10,26 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from gyroquant.errors import InputError
+from gyroquant.export.gguf import FILE
+from gyroquant.export.llama_cpp import LlamaModel, LlamaTokenizer, open_exactly
 from gyroquant.export.openvino import MODEL
 
 
 class Runtime(ABC):
     """A model opened by a program. `exact` asks for fp32 throughout, otherwise it runs as that program does by default.
 
-    Raises InputError when the program is not installed.
+    Raises InputError when the program is not installed. Without its `package` another program is asked `instead`.
     """
 
     kinds: ClassVar[dict[str, type[Runtime]]] = {}
     formats: ClassVar[tuple[str, ...]]
     title: ClassVar[str]
+    package: ClassVar[str] = ""
+    instead: ClassVar[type[Runtime] | None] = None
+    decodes: ClassVar[bool] = False  # weights are fp32 as well where it runs exactly, so that other kernels run
 
     def __init_subclass__(cls) -> None:
         for name in cls.formats:
@@ -43,6 +50,10 @@ class Runtime(ABC):
     @abstractmethod
     def feed(self, ids: Tensor) -> Tensor:
         """Reads on, ids of shape (1, length); returns the logits behind each of them, (length, words), fp32."""
+
+    def tokenizer(self) -> Any:
+        """The tokenizer of the folder, as transformers' are called. Raises an error where there is none."""
+        return AutoTokenizer.from_pretrained(self.folder)
 
     def logits(self, ids: Tensor) -> Tensor:
         """The logits of a text from its start, ids of shape (length,)."""
@@ -106,7 +117,7 @@ class OpenVinoRuntime(Runtime):
 class TransformersRuntime(Runtime):
     """transformers, with whatever it needs for a format; with gyroquant for the folders that gyroquant wrote."""
 
-    formats = ("dense", "compressed-tensors", "gptq", "gguf")
+    formats = ("dense", "compressed-tensors", "gptq")
     title = "transformers"
 
     def __init__(self, folder: Path, exact: bool):
@@ -114,8 +125,8 @@ class TransformersRuntime(Runtime):
         from transformers import AutoModelForCausalLM
 
         options: dict[str, Any] = {"dtype": torch.float32 if exact else "auto"}
-        if (folder / "model.gguf").exists():
-            options["gguf_file"] = "model.gguf"
+        if (folder / FILE).exists():
+            options["gguf_file"] = FILE
         try:
             self._model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
         except (OSError, ImportError, ValueError, KeyError) as error:
@@ -132,6 +143,34 @@ class TransformersRuntime(Runtime):
         return out.logits[0].float()
 
 
+class LlamaCppRuntime(Runtime):
+    """llama.cpp, on the CPU where it runs exactly. Its kernels for rounded weights round what these meet to 8 bits; it
+    runs exactly with weights that it has itself decoded to fp32. transformers reads the file where it is not installed.
+    """
+
+    formats = ("gguf",)
+    title = "llama.cpp"
+    package = "llama_cpp"
+    instead = TransformersRuntime
+    decodes = True
+
+    def __init__(self, folder: Path, exact: bool):
+        super().__init__(folder, exact)
+        self._model = open_exactly(folder / FILE) if exact else LlamaModel(folder / FILE)
+
+    def tokenizer(self) -> Any:
+        return LlamaTokenizer(self._model)
+
+    def start(self) -> None:
+        self._model.forget()
+
+    def feed(self, ids: Tensor) -> Tensor:
+        return self._model.feed(ids[0].tolist())
+
+
 def open_runtime(format_name: str, folder: Path, exact: bool) -> Runtime:
     """The program that runs a format. Raises InputError when it is not installed or does not open the folder."""
-    return Runtime.kinds[format_name](folder, exact)
+    kind = Runtime.kinds[format_name]
+    if kind.instead is not None and importlib.util.find_spec(kind.package) is None:
+        kind = kind.instead
+    return kind(folder, exact)

@@ -17,6 +17,9 @@ def export(
     out: Out,
     destination: Destination,
     format: Annotated[str, typer.Option("--format", "-f", help="See `gyroquant formats`.")] = "openvino",
+    requantize: Annotated[
+        str | None, typer.Option(metavar="TYPE", help="gguf: have llama.cpp round again, to Q4_K_M or another type.")
+    ] = None,
     check: Annotated[
         bool, typer.Option(help="Compare logits with the program of the format before DEST appears.")
     ] = True,
@@ -28,7 +31,7 @@ def export(
     from gyroquant import deploy
     from gyroquant.report import console, summaries
 
-    manifest = deploy.export(out, format, destination, overwrite=overwrite, check=check)
+    manifest = deploy.export(out, format, destination, requantize=requantize, overwrite=overwrite, check=check)
     print_json(manifest) if as_json else console.show(*summaries.exported(manifest, str(destination)))
 
 

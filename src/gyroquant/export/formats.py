@@ -115,7 +115,9 @@ class Carries:
 
 
 class Format(ABC):
-    """A format. Subclasses register themselves under their `name`; `packages` are what writing it needs."""
+    """A format. Subclasses register themselves under their `name`, but for variants of another; `packages` are what
+    writing it needs.
+    """
 
     kinds: ClassVar[dict[str, Format]] = {}
     name: ClassVar[str]
@@ -124,8 +126,9 @@ class Format(ABC):
     packages: ClassVar[tuple[str, ...]] = ()
     extra: ClassVar[str] = ""
 
-    def __init_subclass__(cls) -> None:
-        Format.kinds[cls.name] = cls()
+    def __init_subclass__(cls, variant: bool = False) -> None:
+        if not variant:
+            Format.kinds[cls.name] = cls()
 
     @abstractmethod
     def write(self, store: PackedStore, folder: OutputFolder) -> dict[str, Any]:

@@ -13,14 +13,12 @@ Our numbers are whole multiples of their scale, or odd ones of half of it, and f
 
 from __future__ import annotations
 
-import json
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import closing
-from itertools import groupby
 from math import prod
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
 
 import gguf
 import numpy as np
@@ -30,7 +28,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from gyroquant.errors import InputError
 from gyroquant.export.folder import OutputFolder
-from gyroquant.export.formats import Carries, Format, Needs, WeightType, needs_of
+from gyroquant.export.formats import Carries, Format, Layer, Needs, WeightType, needs_of
+from gyroquant.export.gguf_tokenizer import add_tokenizer
 from gyroquant.grids import QuantizedWeight
 from gyroquant.models.packed import PackedStore
 
@@ -77,7 +76,7 @@ class Gguf(Format):
 
     name = "gguf"
     title = "GGUF (llama.cpp)"
-    packages = ("gguf",)
+    packages: ClassVar[tuple[str, ...]] = ("gguf",)
     carries = Carries(
         weights=(  # the smallest first
             _holds("Q2_0", (2,), "symmetric"),
@@ -102,15 +101,28 @@ class Gguf(Format):
         offsets that fp16 does not hold.
         """
         rounded = {one.name: kind.name for one in needs_of(store).layers if (kind := self.carries.type_of(one))}
-        types = {name: rounded.get(name) or _plain_type(store, name) for name in store.shapes}
-        sizes = [{kind: prod(store.shapes[name])} for name, kind in rounded.items()]
-        main = sum(map(Counter, sizes), Counter[str]()).most_common(1)[0][0]
-        with closing(gguf.GGUFWriter(None, _ARCHITECTURES[store.config.model_type])) as writer:
-            notes = _describe(writer, store, _TYPES[main].file_type)
-            notes += _add_tokenizer(writer, store)
-            deviation = _write_tensors(writer, store, types, folder)
+        types = {name: rounded.get(name) or plain_type(store, name) for name in store.shapes}
+        deviation, notes = write_file(store, folder.partial / FILE, types)
         counts = dict(Counter(types.values()).most_common())
         return {"file": FILE, "types": counts, "deviation": deviation, "notes": notes}
+
+    def _layers(self, layers: Iterable[Layer]) -> Iterable[tuple[str, str]]:
+        for kind, text in super()._layers(layers):
+            yield kind, f"{text} (--requantize TYPE has llama.cpp round it again, which loses more)"
+
+
+def write_file(store: PackedStore, path: Path, types: Mapping[str, str]) -> tuple[float, list[str]]:
+    """Writes a model into one file, each tensor as its type, rounded ones as codes or as the numbers that these stand
+    for. Returns the largest relative deviation and what there is to note.
+    """
+    sizes: Counter[str] = Counter()
+    for name in store.description["tensors"]:
+        sizes[types[name]] += prod(store.shapes[name])
+    main = sizes.most_common(1)[0][0]
+    with closing(gguf.GGUFWriter(None, _ARCHITECTURES[store.config.model_type])) as writer:
+        notes = _describe(writer, store, _TYPES[main].file_type)
+        notes += add_tokenizer(writer, store)
+        return _write_tensors(writer, store, types, path), notes
 
 
 def _refusals(config: Any) -> Iterable[str]:
@@ -164,7 +176,7 @@ def _frequencies(store: PackedStore) -> dict[str, Tensor]:
     return {"rope_freqs.weight": (plain / scaled.double()).float()}
 
 
-def _plain_type(store: PackedStore, name: str) -> str:
+def plain_type(store: PackedStore, name: str) -> str:
     """The smallest type that holds a parameter exactly; fp32 for vectors, as llama.cpp wants it."""
     tensor = store.read([name])[name]
     for kind, dtype in (("F16", torch.float16), ("BF16", torch.bfloat16)) if tensor.dim() > 1 else ():
@@ -173,28 +185,32 @@ def _plain_type(store: PackedStore, name: str) -> str:
     return "F32"
 
 
-def _write_tensors(
-    writer: gguf.GGUFWriter, store: PackedStore, types: Mapping[str, str], folder: OutputFolder
-) -> float:
-    """Writes everything into the file, one tensor after the other. Returns the largest relative deviation."""
+def tensor_names(store: PackedStore) -> dict[str, str]:
+    """What llama.cpp calls every parameter of a model."""
     label = _ARCHITECTURES[store.config.model_type]
     architecture = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == label)
     names = gguf.get_tensor_name_map(architecture, len(store.graph.blocks))
+    return {name: names.get_name(name, (".weight", ".bias")) for name in store.shapes}
+
+
+def _write_tensors(writer: gguf.GGUFWriter, store: PackedStore, types: Mapping[str, str], path: Path) -> float:
+    """Writes everything into the file, one tensor after the other. Returns the largest relative deviation."""
+    names = tensor_names(store)
     extra = _frequencies(store)
     table = [(name, "F32", tuple(tensor.shape)) for name, tensor in extra.items()]
-    table += [(names.get_name(name, (".weight", ".bias")), types[name], store.shapes[name]) for name in types]
+    table += [(names[name], types[name], store.shapes[name]) for name in types]
     for name, kind, shape in table:
         number, _, block, size = _TYPES[kind]  # a type that is given counts, the numpy dtype does not
         writer.add_tensor_info(name, shape, np.dtype(np.float32), prod(shape) // block * size, number)
-    writer.write_header_to_file(folder.partial / FILE)
+    writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for tensor in extra.values():
         writer.write_tensor_data(_plain(tensor, "F32"))
     largest = 0.0
     for name, kind in types.items():
-        order = _row_order(store, name) if label == _LLAMA else slice(None)
-        if name in store.description["tensors"]:
+        order = _row_order(store, name)
+        if _TYPES[kind].block > 1:
             data, deviation = _encode(name, kind, store.quantized(name), order)
             largest = max(largest, deviation)
         else:
@@ -205,10 +221,10 @@ def _write_tensors(
 
 def _row_order(store: PackedStore, name: str) -> Tensor | slice:
     """The order of rows in which the pairs that RoPE turns are neighbours, for weights and biases of queries and keys;
-    all as they are for others. Here the first half of each head is paired with the second.
+    all as they are for others, and where RoPE turns halves. Here the first half of each head is paired with the second.
     """
     heads = {"q_proj": store.graph.heads, "k_proj": store.graph.kv_heads}.get(name.split(".")[-2])
-    if heads is None:
+    if heads is None or _ARCHITECTURES[store.config.model_type] != _LLAMA:
         return slice(None)
     rows = torch.arange(heads * store.graph.head_dim)
     return rows.view(heads, 2, -1).transpose(1, 2).reshape(-1)
@@ -261,130 +277,3 @@ def _pack(kind: str, steps: Tensor) -> Tensor:
         return torch.stack([codes[..., i] << 2 * i for i in range(4)]).sum(0)
     low, high = (steps + (8 if kind == "Q4_0" else 0)).chunk(2, -1)
     return low | high << 4
-
-
-def _add_tokenizer(writer: gguf.GGUFWriter, store: PackedStore) -> list[str]:
-    """Writes the tokenizer. Where it cannot be expressed exactly, the file says that there is none: nobody would notice
-    a nearly right one. Returns what there is to note.
-    """
-    notes: list[str] = []
-    try:
-        fields = _vocabulary(store.tokenizer(), store.config, notes)
-    except InputError as error:
-        fields = {"tokenizer_model": "none"}
-        notes = [f"the file has no tokenizer, so that llama.cpp takes and gives token ids only: {error}"]
-    for field, value in fields.items():
-        getattr(writer, f"add_{field}")(value)
-    return notes
-
-
-def _vocabulary(tokenizer: Any, config: Any, notes: list[str]) -> dict[str, Any]:
-    """A tokenizer under the names of the gguf package, with one token for each row of the embedding. Adds what there is
-    to note. Raises InputError for a tokenizer that llama.cpp does not have.
-    """
-    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-    spec: Any = json.loads(backend.to_str()) if backend else {"model": {"type": type(tokenizer).__name__}}
-    if spec["model"]["type"] != "BPE" or not spec["model"]["merges"]:
-        raise InputError(f"its tokenizer (of type {spec['model']['type']}) is not one of BPE with merges")
-    rows = config.vocab_size
-    added = {one["id"]: one["special"] for one in spec["added_tokens"]}
-    tokens, types = [f"[PAD{i}]" for i in range(rows)], [int(gguf.TokenType.UNUSED)] * rows
-    found = backend.get_vocab(with_added_tokens=True)
-    for token, i in found.items():
-        if i < rows:
-            kind = gguf.TokenType.CONTROL if added.get(i) else gguf.TokenType.USER_DEFINED
-            tokens[i], types[i] = token, int(kind if i in added else gguf.TokenType.NORMAL)
-    if max(found.values()) >= rows:
-        notes.append(f"tokens from {rows} on have no row in the embedding and were left out")
-    fields: dict[str, Any] = {"token_list": tokens, "token_types": types}
-    for kind in ("bos", "eos", "unk", "pad"):
-        number = getattr(tokenizer, f"{kind}_token_id")
-        number = getattr(config, f"{kind}_token_id", None) if number is None else number
-        if isinstance(number, int) and number < rows:
-            fields[f"{kind}_token_id"] = number
-    around = backend.encode("").ids
-    fields["add_bos_token"] = around[:1] == [fields.get("bos_token_id")]
-    fields["add_eos_token"] = around[fields["add_bos_token"] :] == [fields.get("eos_token_id")]
-    if len(around) != fields["add_bos_token"] + fields["add_eos_token"]:
-        raise InputError(f"its tokenizer puts the tokens {around} around a text, not only bos and eos")
-    if template := tokenizer.chat_template:
-        named = template.items() if isinstance(template, dict) else ()
-        fields["chat_template"] = [{"name": name, "template": text} for name, text in named] or template
-    return (_sentencepiece if spec["model"]["byte_fallback"] else _byte_level)(spec, fields, notes)
-
-
-# How words are cut out of a text: the steps of a pre-tokenizer, and whether words that are tokens are taken whole.
-_QWEN2 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_LLAMA3 = _QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
-_TEKKEN = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_PRE = {
-    (("words",), False): "gpt-2",
-    (("digits", "words"), False): "smollm",
-    ((_QWEN2, "bytes"), False): "qwen2",
-    ((_LLAMA3, "bytes"), True): "llama-bpe",
-    ((_LLAMA3, "bytes"), False): "smaug-bpe",
-    ((_TEKKEN, "bytes"), True): "tekken",
-}
-
-
-def _byte_level(spec: Mapping[str, Any], fields: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
-    """The rest of a byte-level tokenizer: how it cuts out words, and its merges."""
-    whole, normalizer = spec["pre_tokenizer"] or {"type": None}, spec["normalizer"]
-    steps = tuple(_step(one) for one in whole.get("pretokenizers", [whole]))
-    pre = _PRE.get((steps, spec["model"]["ignore_merges"]))
-    if pre is None or normalizer not in (None, {"type": "NFC"}):
-        raise InputError(f"llama.cpp does not cut out words as its tokenizer does: {json.dumps([normalizer, whole])}")
-    if normalizer:
-        notes.append("llama.cpp does not normalize text to NFC as the tokenizer does: give it text that is")
-    merges = [" ".join(pair) for pair in spec["model"]["merges"]]
-    return {
-        "tokenizer_model": "gpt2",
-        "tokenizer_pre": pre,
-        **fields,
-        "token_merges": merges,
-        "add_space_prefix": False,
-    }
-
-
-def _step(one: Mapping[str, Any]) -> str:
-    if one["type"] == "ByteLevel" and not one["add_prefix_space"]:
-        return "words" if one["use_regex"] else "bytes"
-    if one["type"] == "Digits" and one["individual_digits"]:
-        return "digits"
-    regex = one["type"] == "Split" and one["behavior"] == "Isolated" and not one["invert"]
-    return str(one["pattern"].get("Regex")) if regex else "unknown"
-
-
-def _sentencepiece(spec: Mapping[str, Any], fields: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
-    """The rest of a tokenizer as sentencepiece makes them: how it writes spaces, and the scores of its pieces. What
-    makes the piece of the highest score is joined first, so merges have to be sorted by the piece that they make.
-    """
-    normalizer, whole = spec["normalizer"] or {"normalizers": []}, spec["pre_tokenizer"]
-    steps = [tuple(one.values()) for one in normalizer.get("normalizers", [normalizer])]
-    written = ("Replace", {"String": " "}, "\u2581")
-    prefixed = whole is None and steps == [("Prepend", "\u2581"), written]
-    if whole and whole["type"] == "Metaspace" and not whole["split"] and not steps:
-        prefixed = whole["prepend_scheme"] != "never"
-        if whole["prepend_scheme"] == "first":
-            notes.append("llama.cpp puts a space in front of text behind special tokens too, the tokenizer does not")
-    elif not prefixed and (whole is not None or steps != [written]):
-        raise InputError(f"llama.cpp does not write spaces as its tokenizer does: {json.dumps([normalizer, whole])}")
-    pieces = [piece for piece, _ in groupby("".join(pair) for pair in spec["model"]["merges"])]
-    ranks = {piece: rank for rank, piece in enumerate(pieces)}
-    if len(ranks) != len(pieces):
-        raise InputError("the merges of its tokenizer are not sorted by the pieces that they make, as llama.cpp's are")
-    types = list(fields["token_types"])
-    for i, token in enumerate(fields["token_list"]):
-        if re.fullmatch("<0x[0-9A-F]{2}>", token):
-            types[i] = int(gguf.TokenType.BYTE)
-    if "unk_token_id" in fields:
-        types[fields["unk_token_id"]] = int(gguf.TokenType.UNKNOWN)
-    scores = [-float(ranks.get(token, len(ranks))) for token in fields["token_list"]]
-    rest = {"token_types": types, "token_scores": scores, "add_space_prefix": prefixed}
-    return {"tokenizer_model": "llama", **fields, **rest}

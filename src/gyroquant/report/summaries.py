@@ -61,6 +61,11 @@ def exported(manifest: Mapping[str, Any], destination: str) -> list[Table]:
     else:
         error = f"{check['relative_logit_error']:.1e} on {check['tokens']} tokens"
         rows.append((f"relative logit error in {check['runtime']}", error))
+        if "requantized" in manifest["facts"]:
+            rows.append(("KL, nats a token", f"{check['kl']:.2e}"))
+            rows.append(("top-1 agreement", f"{check['top1_agreement']:.4f}"))
+        if "as_it_runs" in check:
+            rows.append(("as it runs by default", f"{check['as_it_runs']['relative_logit_error']:.1e}"))
     rows += [(str(key).replace("_", " "), _said(value)) for key, value in manifest["facts"].items()]
     return [table("", ("exported", ""), rows)]
 
@@ -70,7 +75,7 @@ def _said(value: Any) -> str:
         return ", ".join(f"{key} {_said(one)}" for key, one in value.items()) or "none"
     if isinstance(value, Sequence) and not isinstance(value, str):
         return "; ".join(map(_said, value)) or "none"
-    return f"{value:.1e}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def verified(result: Mapping[str, Any]) -> list[Table]:
@@ -90,7 +95,9 @@ def verified(result: Mapping[str, Any]) -> list[Table]:
     rows = [(title, *(format(way[key], how) if key in way else "-" for way in ways)) for title, key, how in lines]
     for title, key in (("peak memory", "peak_memory_bytes"), ("of which before opening", "memory_before_bytes")):
         rows.append((title, *(size(way[key]) if key in way else "-" for way in ways)))
-    rows.append(("within the tolerance", f"{result['passed']} ({result['tolerance']:.0e})", *["-"] * (len(ways) - 1)))
+    allowed = result["tolerance"]
+    within = "none applies: rounded again" if allowed is None else f"{result['passed']} ({allowed:.1e})"
+    rows.append(("within the tolerance", within, *["-"] * (len(ways) - 1)))
     return [table(f"{result['format']} in {result['runtime']}", ("", *result["ways"]), rows)]
 
 

@@ -84,7 +84,7 @@ def test_logits_are_those_of_the_saved_model(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("group_size", [32, -1])
 def test_every_grid_is_exact(bits: int, kind: dict[str, bool], group_size: int) -> None:
     from gyroquant.export.openvino_decoder import exact_settings
-    from gyroquant.export.openvino_ops import rounded
+    from gyroquant.export.openvino_ops import OpenVinoOperations
 
     torch.manual_seed(0)
     grid = IntegerGrid(bits=bits, group_size=group_size, **kind)
@@ -93,7 +93,7 @@ def test_every_grid_is_exact(bits: int, kind: dict[str, bool], group_size: int) 
     weight = QuantizedWeight(grid, grid.encode(groups, params).view(24, 96), params)
     x = torch.randn(2, 3, 96)
     given = ov.opset13.parameter([-1, -1, 96], np.float32)
-    graph = ov.Model([rounded(weight).product(given)], [given])
+    graph = ov.Model([OpenVinoOperations().rounded(given, weight)], [given])
     found = torch.from_numpy(ov.Core().compile_model(graph, "CPU", exact_settings())(x.numpy())[0])
     assert close(found, x @ weight.dequantize().T)
 
@@ -123,11 +123,11 @@ def some_maps() -> list[Map]:
 @pytest.mark.parametrize("m", some_maps(), ids=lambda m: type(m).__name__)
 @pytest.mark.parametrize("rank", [3, 4])
 def test_every_map_is_exact(m: Map, rank: int) -> None:
-    from gyroquant.export.openvino_ops import mapped
+    from gyroquant.export.openvino_ops import OpenVinoOperations
 
     x = torch.randn(*(2, 3, 5)[: rank - 1], m.n)
     given = ov.opset13.parameter([-1] * (rank - 1) + [m.n], np.float32)
-    graph = ov.Model([ov.opset13.multiply(mapped(m, given), np.float32(1))], [given])
+    graph = ov.Model([ov.opset13.multiply(OpenVinoOperations().mapped(m, given), np.float32(1))], [given])
     found = ov.Core().compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(x.numpy())[0]
     assert close(torch.from_numpy(found), m.in_fp32().apply(x))
 

@@ -82,6 +82,7 @@ def _settings(store: PackedStore) -> dict[str, Any]:
         for name in ("bos_token_id", "eos_token_id", "pad_token_id")
         if (value := _first(name, chosen, store.config)) is not None
     }
+    # The runner knows a model by its type, and runs all that write text from text alike.
     model = {"type": "llama", "context_length": longest, "vocab_size": store.config.vocab_size}
     shared = {"max_length": min(longest, _LONGEST), "past_present_share_buffer": True}
     return {"model": model | tokens | {"decoder": _decoder(store)}, "search": search | shared}

@@ -42,7 +42,7 @@ def packed(codes: Tensor, bits: int) -> Tensor:
     """Codes along the last dimension as bytes, lowest bits first, the last byte filled up with zeros."""
     each = 8 // bits
     codes = torch.nn.functional.pad(codes.to(torch.int16), (0, -codes.shape[-1] % each))
-    return torch.stack([codes[..., i::each] << bits * i for i in range(each)]).sum(0).to(torch.uint8)
+    return torch.stack([codes[..., i::each] << bits * i for i in range(each)]).sum(0, dtype=torch.uint8)
 
 
 class OnnxOperations(Operations):
@@ -67,7 +67,7 @@ class OnnxOperations(Operations):
             found.data_location = TensorProto.EXTERNAL
             for key, value in (("location", DATA), ("offset", self._data.tell()), ("length", raw.nbytes)):
                 found.external_data.add(key=key, value=str(value))
-            self._data.write(raw)
+            self._data.write(raw.data)
         self.constants.append(found)
         return Value(found.name, tensor.dim(), tensor.dtype.is_floating_point and tensor.dtype != torch.float32)
 

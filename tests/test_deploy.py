@@ -58,9 +58,10 @@ def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("unmeasured")
-@pytest.mark.parametrize("name", ["compressed-tensors", "dense", "gguf", "openvino"])
+@pytest.mark.parametrize("name", ["compressed-tensors", "dense", "gguf", "onnx", "openvino"])
 def test_written_checked_and_verified(name: str, out: Path, tmp_path: Path) -> None:
-    pytest.importorskip({"compressed-tensors": "compressed_tensors", "openvino": "openvino"}.get(name, "gguf"))
+    packages = {"compressed-tensors": "compressed_tensors", "onnx": "onnxruntime", "openvino": "openvino"}
+    pytest.importorskip(packages.get(name, "gguf"))
     manifest = export(out, name, tmp_path / "x")
     assert manifest["check"]["relative_logit_error"] < deploy.TOLERANCE
     assert json.loads((tmp_path / "x" / MANIFEST).read_text())["format"] == name

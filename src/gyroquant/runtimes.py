@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from gyroquant.errors import InputError
+from gyroquant.export import onnx, openvino
 from gyroquant.export.gguf import FILE
 from gyroquant.export.llama_cpp import LlamaModel, LlamaTokenizer, open_exactly
-from gyroquant.export.openvino import MODEL
 
 
 class Runtime(ABC):
@@ -86,7 +86,7 @@ class OpenVinoRuntime(Runtime):
         if device not in core.available_devices:
             raise InputError(f"OpenVINO has no device {device} here; it has {', '.join(core.available_devices)}")
         settings = exact_settings() if exact and device == "CPU" else {}
-        self._request = core.compile_model(str(folder / MODEL), device, settings).create_infer_request()
+        self._request = core.compile_model(str(folder / openvino.MODEL), device, settings).create_infer_request()
         self._length = 0
 
     @classmethod
@@ -112,6 +112,47 @@ class OpenVinoRuntime(Runtime):
         self._request.infer(inputs)
         self._length = total
         return torch.from_numpy(self._request.get_tensor("logits").data[0].copy()).float()
+
+
+class OnnxRuntime(Runtime):
+    """ONNX Runtime's CPU provider."""
+
+    formats = ("onnx",)
+    title = "ONNX Runtime"
+
+    def __init__(self, folder: Path, exact: bool):
+        super().__init__(folder, exact)
+        try:
+            import onnxruntime as ort
+
+            from gyroquant.export.onnx_decoder import in_fp32
+        except ImportError as error:
+            raise InputError('ONNX Runtime is not installed: pip install "gyroquant[onnx]"') from error
+        settings = ort.SessionOptions()
+        settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+        model = (folder / onnx.MODEL).read_bytes()
+        self._session = ort.InferenceSession(in_fp32(model) if exact else model, settings, ["CPUExecutionProvider"])
+        self._value = ort.OrtValue.ortvalue_from_numpy
+        self._outputs = [one.name for one in self._session.get_outputs()]
+        self.start()
+
+    def start(self) -> None:
+        self._length, self._past = 0, dict[str, Any]()
+        for one in self._session.get_inputs()[3:]:
+            _, heads, _, size = one.shape
+            self._past[one.name] = self._value(torch.zeros(1, heads, 0, size).numpy())
+
+    def feed(self, ids: Tensor) -> Tensor:
+        total = self._length + ids.shape[1]
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": torch.ones(1, total, dtype=torch.long),
+            "position_ids": torch.arange(self._length, total)[None],
+        }
+        given = {name: self._value(tensor.numpy()) for name, tensor in inputs.items()}
+        logits, *present = self._session.run_with_ort_values(self._outputs, given | self._past)
+        self._past, self._length = dict(zip(self._past, present, strict=True)), total
+        return torch.from_numpy(logits.numpy()[0])
 
 
 class TransformersRuntime(Runtime):

@@ -1,11 +1,11 @@
-"""Pieces of an OpenVINO graph: stored numbers, rounded matrices as compressed constants, and maps.
+"""Operations of OpenVINO graphs: arithmetic, stored numbers, and rounded matrices as compressed constants.
 
 Imports OpenVINO, which is optional; `gyroquant.export.openvino` imports this file when it writes.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,21 +14,8 @@ import torch
 from openvino import Type, opset13
 from torch import Tensor
 
-from gyroquant.export.formats import halves
+from gyroquant.export.operations import Operations
 from gyroquant.grids import IntegerGrid, QuantizedWeight
-from gyroquant.maps import (
-    Across,
-    BlockDiagonal,
-    Diagonal,
-    Hadamard,
-    Identity,
-    Map,
-    Permutation,
-    Product,
-    Signs,
-    Walsh,
-    sequency_order,
-)
 
 _DTYPES = {torch.float16: Type.f16, torch.bfloat16: Type.bf16, torch.float32: Type.f32}
 
@@ -41,38 +28,6 @@ def shape(*sizes: int) -> Any:
 def scalar(value: float) -> Any:
     """A constant number, fp32."""
     return opset13.constant(np.array(value, np.float32))
-
-
-def numbers(tensor: Tensor) -> Any:
-    """A tensor as a constant of its own dtype, seen by what follows as fp32."""
-    tensor = tensor.detach().contiguous()
-    kind = _DTYPES[tensor.dtype]
-    if kind == Type.bf16:  # which NumPy has no dtype for
-        return opset13.convert(opset13.constant(tensor.float().numpy(), dtype=kind), np.float32)
-    found = opset13.constant(tensor.numpy())
-    return found if kind == Type.f32 else opset13.convert(found, np.float32)
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """A matrix of shape (out, in) as a graph has it. With `halves`, shape (groups, out), half a step of each group is
-    missing from it: the zero point lies between two codes, which the kernels of a runtime do not know.
-    """
-
-    node: Any
-    halves: Any = None
-
-    def product(self, x: Any) -> Any:
-        """``x @ W.T``. What is missing is half a step times the sum of the inputs of each group."""
-        y = opset13.matmul(x, self.node, False, True)
-        if self.halves is None:
-            return y
-        groups = self.halves.get_output_shape(0)[0]
-        last = opset13.constant(np.array([-1]))
-        if groups == 1:
-            return opset13.add(y, opset13.multiply(opset13.reduce_sum(x, last, keep_dims=True), self.halves))
-        sums = opset13.reduce_sum(split(x, groups), last, keep_dims=False)
-        return opset13.add(y, opset13.matmul(sums, self.halves, False, False))
 
 
 def stored_type(grid: IntegerGrid) -> tuple[Any, int]:
@@ -89,8 +44,8 @@ def stored_type(grid: IntegerGrid) -> tuple[Any, int]:
     return (Type.i8 if centred else Type.u8), 2 ** (grid.bits - 1) if centred else 0
 
 
-def rounded(weight: QuantizedWeight) -> Matrix:
-    """Codes, scales and zero points as they are, in the form that plugins run without unpacking it."""
+def matrix(weight: QuantizedWeight) -> Any:
+    """Codes, scales and zero points as they are, in the form that plugins run without unpacking it, (out, in)."""
     assert isinstance(weight.grid, IntegerGrid)
     grid, (rows, columns) = weight.grid, weight.codes.shape
     groups = weight.params.scale.shape[1]
@@ -98,87 +53,73 @@ def rounded(weight: QuantizedWeight) -> Matrix:
     codes = weight.codes.view(rows, groups, -1).to(torch.int16) - centre
     held = codes.numpy().astype(np.int8 if kind in (Type.i4, Type.i8) else np.uint8)
     found = opset13.convert(opset13.constant(held, dtype=kind), np.float16)
-    scale = weight.params.scale.half().numpy()
     if not grid.symmetric:
         zero = weight.params.zero.to(torch.uint8).numpy()
         found = opset13.subtract(found, opset13.convert(opset13.constant(zero, dtype=kind), np.float16))
-    elif not centre:  # between two codes is taken as the upper one, see `Matrix`
+    elif not centre:
         middle = np.full((1, 1, 1), 2 ** (grid.bits - 1), np.uint8)
         found = opset13.subtract(found, opset13.convert(opset13.constant(middle, dtype=Type.u8), np.float16))
-    found = opset13.multiply(found, opset13.constant(scale))
-    found = opset13.convert(opset13.reshape(found, shape(rows, columns), False), np.float32)
-    if not halves(grid):
-        return Matrix(found)
-    return Matrix(found, opset13.constant(np.ascontiguousarray(scale[..., 0].T.astype(np.float32) / 2)))
+    found = opset13.multiply(found, opset13.constant(weight.params.scale.half().numpy()))
+    return opset13.convert(opset13.reshape(found, shape(rows, columns), False), np.float32)
 
 
-def rank(x: Any) -> int:
-    """How many dimensions there are."""
-    return len((x if isinstance(x, ov.Output) else x.output(0)).get_partial_shape())
+class OpenVinoOperations(Operations):
+    """Arithmetic of a graph."""
 
+    def rank(self, x: Any) -> int:
+        return len((x if isinstance(x, ov.Output) else x.output(0)).get_partial_shape())
 
-def split(x: Any, *sizes: int) -> Any:
-    """The last dimension as several: `sizes`, and what is left."""
-    keep = [0] * (rank(x) - 1)
-    return opset13.reshape(x, shape(*keep, *sizes, -1), True)
+    def numbers(self, tensor: Tensor) -> Any:
+        tensor = tensor.detach().contiguous()
+        kind = _DTYPES[tensor.dtype]
+        if kind == Type.bf16:  # which NumPy has no dtype for
+            return opset13.convert(opset13.constant(tensor.float().numpy(), dtype=kind), np.float32)
+        found = opset13.constant(tensor.numpy())
+        return found if kind == Type.f32 else opset13.convert(found, np.float32)
 
+    def scalar(self, value: float) -> Any:
+        return scalar(value)
 
-def joined(x: Any, n: int, dims: int = 2) -> Any:
-    """The last dimensions as one of size n."""
-    return opset13.reshape(x, shape(*[0] * (rank(x) - dims), n), True)
+    def add(self, x: Any, y: Any) -> Any:
+        return opset13.add(x, y)
 
+    def multiply(self, x: Any, y: Any) -> Any:
+        return opset13.multiply(x, y)
 
-def swapped(x: Any) -> Any:
-    """The last two dimensions the other way round."""
-    order = [*range(rank(x) - 2), rank(x) - 1, rank(x) - 2]
-    return opset13.transpose(x, shape(*order))
+    def divide(self, x: Any, y: Any) -> Any:
+        return opset13.divide(x, y)
 
+    def tanh(self, x: Any) -> Any:
+        return opset13.tanh(x)
 
-def mapped(m: Map, x: Any) -> Any:
-    """``x @ M`` along the last dimension. Maps with structure keep it, others are a product with their matrix."""
-    if isinstance(m, Identity):
-        return x
-    if isinstance(m, Product):
-        for part in m.parts:
-            x = mapped(part, x)
-        return x
-    if isinstance(m, Signs | Diagonal):
-        return opset13.multiply(x, opset13.constant(m.values.float().numpy()))
-    if isinstance(m, Permutation):
-        return _taken(x, m.index)
-    if isinstance(m, Hadamard):
-        return _kronecker(m, x)
-    if isinstance(m, Walsh):
-        order = sequency_order(m.n)
-        if m.transposed:
-            return _kronecker(Hadamard(m.n, True), _taken(x, torch.argsort(order)))
-        return _taken(_kronecker(Hadamard(m.n), x), order)
-    if isinstance(m, Across):
-        return joined(swapped(mapped(m.map, swapped(split(x, m.map.n)))), m.n)
-    if isinstance(m, BlockDiagonal):
-        return _blocks(m, x)
-    return opset13.matmul(x, opset13.constant(m.dense().float().numpy()), False, False)
+    def activated(self, kind: str, x: Any) -> Any:
+        return opset13.swish(x) if kind == "silu" else opset13.gelu(x, "TANH")
 
+    def product(self, x: Any, y: Any, transposed: bool = False) -> Any:
+        return opset13.matmul(x, y, False, transposed)
 
-def _taken(x: Any, index: Tensor) -> Any:
-    return opset13.gather(x, opset13.constant(index.numpy().astype(np.int64)), opset13.constant(np.array(-1)))
+    def reshaped(self, x: Any, keep: int, *sizes: int) -> Any:
+        return opset13.reshape(x, shape(*[0] * keep, *sizes), True)
 
+    def transposed(self, x: Any, *order: int) -> Any:
+        return opset13.transpose(x, shape(*order))
 
-def _kronecker(m: Hadamard, x: Any) -> Any:
-    """``A^T X B`` of the vector as a matrix, as `maps.Hadamard` applies itself."""
-    a, b = (side.numpy() for side in m.sides())
-    if len(a) == 1:
-        return opset13.matmul(x, opset13.constant(b), False, False)
-    square = opset13.matmul(split(x, len(a)), opset13.constant(b), False, False)
-    return joined(opset13.matmul(opset13.constant(a), square, False, False), m.n)
+    def taken(self, x: Any, index: Tensor) -> Any:
+        return opset13.gather(x, opset13.constant(index.numpy().astype(np.int64)), opset13.constant(np.array(-1)))
 
+    def cut(self, x: Any, lengths: Sequence[int]) -> list[Any]:
+        return list(opset13.variadic_split(x, opset13.constant(np.array(-1)), shape(*lengths)).outputs())
 
-def _blocks(m: BlockDiagonal, x: Any) -> Any:
-    inside = x if m.repeat == 1 else split(x, m.repeat)
-    if len(m.parts) == 1:
-        inside = mapped(m.parts[0], inside)
-    else:
-        lengths = opset13.constant(np.array([part.n for part in m.parts], np.int64))
-        pieces = opset13.variadic_split(inside, opset13.constant(np.array(-1)), lengths).outputs()
-        inside = opset13.concat([mapped(part, piece) for part, piece in zip(m.parts, pieces, strict=True)], -1)
-    return inside if m.repeat == 1 else joined(inside, m.n)
+    def concatenated(self, parts: list[Any]) -> Any:
+        return opset13.concat(parts, -1)
+
+    def summed(self, x: Any, keep: bool) -> Any:
+        return opset13.reduce_sum(x, shape(-1), keep_dims=keep)
+
+    def coded(self, x: Any, weight: QuantizedWeight) -> Any:
+        return self.product(x, matrix(weight), transposed=True)
+
+    def normed(self, x: Any, gain: Tensor, eps: float) -> Any:
+        squares = opset13.reduce_mean(opset13.power(x, scalar(2.0)), shape(-1), keep_dims=True)
+        root = opset13.sqrt(opset13.add(squares, scalar(eps)))
+        return opset13.multiply(opset13.multiply(x, opset13.divide(scalar(1.0), root)), self.numbers(gain))

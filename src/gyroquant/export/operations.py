@@ -1,0 +1,173 @@
+"""The operations of which the graph of a model is built, with one implementation a graph format, and what all formats
+build of them alike: rounded products and maps.
+
+Values are what a format's library calls so, of any leading shape; numbers in a graph are fp32, whatever they are stored
+as.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gyroquant.export.formats import halves
+from gyroquant.grids import IntegerGrid, QuantizedWeight
+from gyroquant.maps import (
+    Across,
+    BlockDiagonal,
+    Diagonal,
+    Hadamard,
+    Identity,
+    Map,
+    Permutation,
+    Product,
+    Signs,
+    Walsh,
+    sequency_order,
+)
+
+
+class Operations(ABC):
+    """What a graph format provides for any computation."""
+
+    @abstractmethod
+    def rank(self, x: Any) -> int:
+        """How many dimensions there are."""
+
+    @abstractmethod
+    def numbers(self, tensor: Tensor) -> Any:
+        """A tensor as a constant of its own dtype, seen by what follows as fp32."""
+
+    @abstractmethod
+    def scalar(self, value: float) -> Any:
+        """A constant number."""
+
+    @abstractmethod
+    def add(self, x: Any, y: Any) -> Any:
+        """x + y."""
+
+    @abstractmethod
+    def multiply(self, x: Any, y: Any) -> Any:
+        """x * y."""
+
+    @abstractmethod
+    def divide(self, x: Any, y: Any) -> Any:
+        """x / y."""
+
+    @abstractmethod
+    def tanh(self, x: Any) -> Any:
+        """The hyperbolic tangent."""
+
+    @abstractmethod
+    def activated(self, kind: str, x: Any) -> Any:
+        """An activation by its name in transformers."""
+
+    @abstractmethod
+    def product(self, x: Any, y: Any, transposed: bool = False) -> Any:
+        """``x @ y``, or ``x @ y.T``."""
+
+    @abstractmethod
+    def reshaped(self, x: Any, keep: int, *sizes: int) -> Any:
+        """The first `keep` dimensions as they are, then `sizes`, of which one may be -1."""
+
+    @abstractmethod
+    def transposed(self, x: Any, *order: int) -> Any:
+        """The dimensions in another order."""
+
+    @abstractmethod
+    def taken(self, x: Any, index: Tensor) -> Any:
+        """Entries of the last dimension by their numbers."""
+
+    @abstractmethod
+    def cut(self, x: Any, lengths: Sequence[int]) -> list[Any]:
+        """The last dimension in pieces."""
+
+    @abstractmethod
+    def concatenated(self, parts: list[Any]) -> Any:
+        """Pieces of the last dimension as one."""
+
+    @abstractmethod
+    def summed(self, x: Any, keep: bool) -> Any:
+        """The sum over the last dimension, which is kept as one of size 1 or not."""
+
+    @abstractmethod
+    def coded(self, x: Any, weight: QuantizedWeight) -> Any:
+        """``x @ W.T`` by the codes, which stay packed in the file. A zero point that lies half-way between two codes is
+        taken as the upper one.
+        """
+
+    @abstractmethod
+    def normed(self, x: Any, gain: Tensor, eps: float) -> Any:
+        """An RMS norm over the last dimension."""
+
+    def split(self, x: Any, *sizes: int) -> Any:
+        """The last dimension as several: `sizes`, and what is left."""
+        return self.reshaped(x, self.rank(x) - 1, *sizes, -1)
+
+    def joined(self, x: Any, n: int) -> Any:
+        """The last two dimensions as one of size n."""
+        return self.reshaped(x, self.rank(x) - 2, n)
+
+    def swapped(self, x: Any) -> Any:
+        """The last two dimensions the other way round."""
+        last = self.rank(x) - 1
+        return self.transposed(x, *range(last - 1), last, last - 1)
+
+    def rounded(self, x: Any, weight: QuantizedWeight) -> Any:
+        """``x @ W.T`` of a rounded matrix. Where zero lies half-way between two codes, which kernels do not know, half
+        a step times the sum of the inputs of each group is added behind the product.
+        """
+        y = self.coded(x, weight)
+        assert isinstance(weight.grid, IntegerGrid)
+        if not halves(weight.grid):
+            return y
+        steps = weight.params.scale[..., 0].float().T.contiguous() / 2
+        if len(steps) == 1:
+            return self.add(y, self.multiply(self.summed(x, True), self.numbers(steps)))
+        return self.add(y, self.product(self.summed(self.split(x, len(steps)), False), self.numbers(steps)))
+
+    def mapped(self, m: Map, x: Any) -> Any:
+        """``x @ M`` along the last dimension. Maps with structure keep it, others are a product with their matrix."""
+        if isinstance(m, Identity):
+            return x
+        if isinstance(m, Product):
+            for part in m.parts:
+                x = self.mapped(part, x)
+            return x
+        if isinstance(m, Signs | Diagonal):
+            return self.multiply(x, self.numbers(m.values.float()))
+        if isinstance(m, Permutation):
+            return self.taken(x, m.index)
+        if isinstance(m, Hadamard):
+            return self._kronecker(m, x)
+        if isinstance(m, Walsh):
+            order = sequency_order(m.n)
+            if m.transposed:
+                return self._kronecker(Hadamard(m.n, True), self.taken(x, torch.argsort(order)))
+            return self.taken(self._kronecker(Hadamard(m.n), x), order)
+        if isinstance(m, Across):
+            return self.joined(self.swapped(self.mapped(m.map, self.swapped(self.split(x, m.map.n)))), m.n)
+        if isinstance(m, BlockDiagonal):
+            return self._blocks(m, x)
+        return self.product(x, self.numbers(m.dense().float()))
+
+    def _kronecker(self, m: Hadamard, x: Any) -> Any:
+        """``A^T X B`` of the vector as a matrix, as `maps.Hadamard` applies itself."""
+        a, b = m.sides()
+        if len(a) == 1:
+            return self.product(x, self.numbers(b))
+        square = self.product(self.split(x, len(a)), self.numbers(b))
+        return self.joined(self.product(self.numbers(a), square), m.n)
+
+    def _blocks(self, m: BlockDiagonal, x: Any) -> Any:
+        inside = x if m.repeat == 1 else self.split(x, m.repeat)
+        if len(m.parts) == 1:
+            inside = self.mapped(m.parts[0], inside)
+        else:
+            pieces = self.cut(inside, [part.n for part in m.parts])
+            inside = self.concatenated([self.mapped(part, piece) for part, piece in zip(m.parts, pieces, strict=True)])
+        return inside if m.repeat == 1 else self.joined(inside, m.n)

@@ -1,5 +1,5 @@
-"""OpenVINO IR: the graph built from our codes by `openvino_decoder`, with tokenizer and settings, for the CPU plugin,
-`openvino_genai.LLMPipeline` and `optimum.intel`.
+"""OpenVINO IR: the graph built from our codes by `openvino_decoder`, or traced by `openvino_traced`, with tokenizer and
+settings, for the CPU plugin, `openvino_genai.LLMPipeline` and `optimum.intel`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,27 @@ from gyroquant.export.formats import Carries, Format, Needs, WeightType
 from gyroquant.models.packed import PackedStore
 
 MODEL = "openvino_model.xml"
+BUILT = ("llama", "mistral", "smollm3", "granite", "seed_oss", "qwen2", "qwen3", "gemma3_text")
+# What is known to trace exactly: tests run every one of these, step by step and in batches.
+TRACED = BUILT + (
+    "ernie4_5",
+    "helium",
+    "arcee",
+    "phi3",
+    "glm",
+    "glm4",
+    "gemma2",
+    "olmo2",
+    "olmo3",
+    "exaone4",
+    "cohere",
+    "cohere2",
+    "starcoder2",
+    "nemotron",
+    "opt",
+    "gpt_neox",
+    "gpt2",
+)
 _ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 _FIXED_ROPE = ("default", "linear", "llama3", "yarn")  # angles that do not change with the length of the text
 _FEW_BITS = 3
@@ -36,16 +57,7 @@ class OpenVino(Format):
             WeightType("i8 and u8", (5, 6, 7, 8), midrise=True),
         ),
         points=frozenset({"input", "output", "qk"}),
-        model_types=(
-            "llama",
-            "mistral",
-            "smollm3",
-            "granite",
-            "seed_oss",
-            "qwen2",
-            "qwen3",
-            "gemma3_text",
-        ),
+        model_types=TRACED,
     )
 
     def problems(self, needs: Needs) -> list[str]:
@@ -54,15 +66,29 @@ class OpenVino(Format):
     def write(self, store: PackedStore, folder: OutputFolder) -> dict[str, Any]:
         import openvino as ov
 
-        from gyroquant.export.openvino_decoder import Decoder
-
-        model = Decoder(store).model()
+        way = graph_of(store.config)
+        model = _made(store, way)
         settings = runtime_settings(store)
         for key, value in settings.items():
             model.set_rt_info(value, ["runtime_options", key])
         ov.save_model(model, str(folder.partial / MODEL), compress_to_fp16=False)
         write_rest(store, folder, store.dtype)
-        return {"runtime_options": settings, "tokenizer": _tokenizers(store, folder)}
+        return {"graph": way, "runtime_options": settings, "tokenizer": _tokenizers(store, folder)}
+
+
+def graph_of(config: Any) -> str:
+    """How the graph of a configuration comes to be: "built", or "traced" where the builder does not know everything."""
+    return "built" if _fits_builder(config) else "traced"
+
+
+def _made(store: PackedStore, way: str) -> Any:
+    if way == "built":
+        from gyroquant.export.openvino_decoder import Decoder
+
+        return Decoder(store).model()
+    from gyroquant.export.openvino_traced import traced
+
+    return traced(store)
 
 
 def runtime_settings(store: PackedStore) -> dict[str, str]:
@@ -71,24 +97,33 @@ def runtime_settings(store: PackedStore) -> dict[str, str]:
     return dict(_CAREFUL) if few else {}
 
 
+def _ropes(config: Any) -> Iterable[Mapping[str, Any]]:
+    """The settings of RoPE, one for each kind of layer."""
+    settings = getattr(config, "rope_parameters", None) or {}
+    return [value for value in settings.values() if isinstance(value, Mapping)] or [settings]
+
+
+def _fits_builder(config: Any) -> bool:
+    """Whether the builder has an operation for everything that a configuration asks for."""
+    act = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
+    return (
+        config.model_type in BUILT
+        and act in _ACTIVATIONS
+        and getattr(config, "attn_logit_softcapping", None) is None
+        and all(one.get("partial_rotary_factor") in (None, 1.0) for one in _ropes(config))
+    )
+
+
 def _unknown_settings(config: Any) -> Iterable[str]:
-    """What a configuration asks for that the graph has no operation for."""
+    """What a configuration asks for that a graph cannot do, however it is made."""
     if config is None:
         return
-    act = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
-    if act not in _ACTIVATIONS:
-        yield f"OpenVINO IR is written for the activations {' and '.join(_ACTIVATIONS)}, not {act}"
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        yield "OpenVINO IR is not written for attention whose scores are capped (attn_logit_softcapping)"
     if getattr(config, "use_bidirectional_attention", None):
         yield "OpenVINO IR is not written for attention in both directions (use_bidirectional_attention)"
-    settings = getattr(config, "rope_parameters", None) or {}
-    for one in [value for value in settings.values() if isinstance(value, Mapping)] or [settings]:
+    for one in _ropes(config):
         kind = one.get("rope_type", "default")
         if kind not in _FIXED_ROPE:
             yield f"OpenVINO IR is written for RoPE of the kinds {', '.join(_FIXED_ROPE)}, not {kind}"
-        if one.get("partial_rotary_factor") not in (None, 1.0):
-            yield "OpenVINO IR is not written for RoPE that turns only a part of each head (partial_rotary_factor)"
 
 
 def _tokenizers(store: PackedStore, folder: OutputFolder) -> str:

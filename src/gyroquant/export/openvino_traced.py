@@ -1,0 +1,214 @@
+"""A decoder as an OpenVINO graph by tracing transformers' own code, for what `openvino_decoder` has no graph for.
+
+Rounded layers are no part of what is traced. Each is one operation of ours in the trace, and where OpenVINO's frontend
+meets it, the same pieces of graph are put as in the graphs that we build. So the dense matrices are never made: the
+model in memory has the parameters that are not rounded, in fp32, beside the codes. Maps that run online are traced as
+they run. The graph keeps its keys and values itself and takes and gives what built ones do.
+"""
+
+from __future__ import annotations
+
+import warnings
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import torch
+from openvino import PartialShape, Type, opset13
+from openvino.frontend.pytorch import ConversionExtension, ModuleExtension
+from openvino.op.util import Variable, VariableInfo
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from gyroquant.export.openvino_ops import numbers, rounded, scalar, shape
+from gyroquant.models.graph import LinearOp
+from gyroquant.models.online import AttentionState, attach, mark_ready
+from gyroquant.models.packed import PackedStore
+from gyroquant.models.runner import build_skeleton
+
+_OPERATION = "GyroquantLinear"
+_INPUTS = ("input_ids", "attention_mask", "position_ids")
+_BATCH, _BEFORE, _NEW = (
+    2,
+    3,
+    4,
+)  # of the example: sizes that differ, of which none is 1, which transformers treats apart
+
+
+def traced(store: PackedStore) -> Any:
+    """The graph of a model whose rounded parameters are all weights of linear layers of their own, not experts."""
+    config = deepcopy(store.config)
+    del config.quantization_config  # by which OpenVINO would look for layers of other programs
+    model = build_skeleton(config)
+    linears = _Linears(store)
+    extensions = linears.fill(model)
+    attach(model, store.online)
+    caching = _Caching(model, len(store.graph.blocks))
+    sizes = (store.graph.kv_heads, store.graph.head_dim)
+    before = [torch.zeros(_BATCH, sizes[0], _BEFORE, sizes[1]) for _ in range(2 * len(store.graph.blocks))]
+    length = _BEFORE + _NEW
+    example = (
+        torch.zeros(_BATCH, _NEW, dtype=torch.long),
+        torch.ones(_BATCH, length, dtype=torch.long),
+        torch.arange(_BEFORE, length).repeat(_BATCH, 1),
+        *before,
+    )
+    extensions.append(ConversionExtension(_OPERATION, linears.convert))
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # a test runs what comes of it
+        found = ov.convert_model(caching, example_input=example, extension=extensions)
+    _restore_dtype(found, store.dtype)
+    return _stateful(found, *sizes)
+
+
+@dataclass
+class _Linears:
+    """The rounded layers of a model, by their place in the order of its parameters."""
+
+    store: PackedStore
+
+    def __post_init__(self) -> None:
+        groups = (*self.store.graph.blocks, self.store.graph.outer)
+        packed = self.store.description["tensors"]
+        self.ops = [op for group in groups for op in group.linears if op.weight in packed]
+
+    def fill(self, model: nn.Module) -> list[Any]:
+        """Gives a model on the meta device its parameters, in place of rounded ones a zero seen in their shape; returns
+        what tells the frontend to keep each rounded layer as one operation.
+        """
+        rounded_names = {op.weight for op in self.ops}
+        for name, sizes in self.store.shapes.items():
+            place, _, last = name.rpartition(".")
+            value = torch.zeros(1).expand(sizes) if name in rounded_names else self.store.read([name])[name].float()
+            setattr(model.get_submodule(place), last, nn.Parameter(value, requires_grad=False))
+        model.tie_weights()  # type: ignore[operator]
+        return [
+            ModuleExtension(
+                model.get_submodule(op.module),
+                _OPERATION,
+                evaluate=partial(_zeros, op.out_features),
+                convert=partial(_called, number),
+            )
+            for number, op in enumerate(self.ops)
+        ]
+
+    def convert(self, context: Any) -> Any:
+        """The graph of the layer that an operation stands for."""
+        return self._layer(self.ops[int(context.get_values_from_const_input(1))], context.get_input(0)).outputs()
+
+    def _layer(self, op: LinearOp, x: Any) -> Any:
+        y = rounded(self.store.quantized(op.weight)).product(x)
+        return y if op.bias is None else opset13.add(y, numbers(self.store.read([op.bias])[op.bias]))
+
+
+def _zeros(features: int, module: nn.Module, x: Tensor, number: Tensor) -> Tensor:
+    """What the layer gives while it is traced, where only the shape counts."""
+    return x.new_zeros((*x.shape[:-1], features))
+
+
+def _called(number: int, module: nn.Module, operation: Any, x: Tensor) -> Any:
+    return operation(x, torch.tensor(number))
+
+
+class _Kept(DynamicLayer):
+    """Keys and values of one layer, of shape (batch, kv heads, length, head_dim), there from the start: joined to the
+    empty ones that transformers begins with they would lose their rank. Keys are kept rotated (R3).
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, state: AttentionState | None):
+        super().__init__()
+        self.keys, self.values, self.is_initialized = keys, values, True
+        self.dtype, self.device = keys.dtype, keys.device
+        self._state = state
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self._state is None:
+            return super().update(key_states, value_states)
+        keys, values = super().update(self._state.keys(key_states), value_states)
+        return mark_ready(keys), values
+
+    def get_seq_length(self) -> int:
+        return self.keys.shape[-2]  # without the look whether there is any, which would be traced as it came out
+
+
+class _Caching(nn.Module):
+    """A model with its cache as a flat list of arguments and results: keys and values of each layer in turn."""
+
+    def __init__(self, model: nn.Module, layers: int):
+        super().__init__()
+        self.decoder = model
+        self._states: list[AttentionState | None] = [None] * layers
+        for module in model.modules():
+            state = module.__dict__.get("_gyroquant_attention")
+            if state is not None:
+                self._states[module.layer_idx] = state  # type: ignore[index]
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *before: Tensor
+    ) -> tuple[Tensor, ...]:
+        cache = DynamicCache()
+        pairs = zip(before[::2], before[1::2], self._states, strict=True)
+        cache.layers = [_Kept(keys, values, state) for keys, values, state in pairs]
+        out = self.decoder(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return (out.logits, *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values)))
+
+
+def _restore_dtype(model: Any, dtype: torch.dtype) -> None:
+    """Keeps matrices as numbers of the dtype in which the model is stored wherever they are such numbers."""
+    if dtype == torch.float32:
+        return
+    for op in model.get_ops():
+        if op.get_type_name() != "Constant" or op.get_element_type() != Type.f32:
+            continue
+        if sum(size > 1 for size in op.get_output_shape(0)) < 2:
+            continue
+        values = torch.from_numpy(op.get_data().copy())
+        short = values.to(dtype)
+        if torch.equal(short.float(), values):
+            readers, kept = list(op.output(0).get_target_inputs()), numbers(short)
+            for reader in readers:
+                reader.replace_source_output(kept.output(0))
+
+
+def _stateful(model: Any, kv_heads: int, head_dim: int) -> Any:
+    """The graph with keys and values as its own state, as `openvino_decoder` has them, instead of inputs and results."""
+    inputs, results = model.get_parameters(), model.get_results()
+    for one, name in zip(inputs, _INPUTS, strict=False):
+        one.set_partial_shape(PartialShape([-1, -1]))
+        _name(one, name)
+    beams = opset13.parameter(PartialShape([-1]), np.int32)
+    _name(beams, "beam_idx")
+    first, axis = opset13.constant(np.array([0])), opset13.constant(np.array(0))
+    batch = opset13.gather(opset13.shape_of(inputs[0]), first, axis)
+    start = opset13.broadcast(scalar(0.0), opset13.concat([batch, shape(kv_heads), shape(0), shape(head_dim)], 0))
+    sinks, variables = [], []
+    for i, (given, result) in enumerate(zip(inputs[len(_INPUTS) :], results[1:], strict=True)):
+        info = VariableInfo()
+        info.variable_id = f"past_key_values.{i // 2}.{('key', 'value')[i % 2]}"
+        info.data_type = Type.f32
+        info.data_shape = PartialShape([-1, kv_heads, -1, head_dim])
+        variables.append(Variable(info))
+        before = opset13.gather(opset13.read_value(start, variables[-1]), beams, axis)
+        for reader in list(given.output(0).get_target_inputs()):
+            reader.replace_source_output(before.output(0))
+        sinks.append(opset13.assign(result.input(0).get_source_output().get_node(), variables[-1]))
+    results[0].output(0).get_tensor().set_names({"logits"})
+    made = ov.Model([results[0]], sinks, [*inputs[: len(_INPUTS)], beams], variables, "gyroquant")
+    made.validate_nodes_and_infer_types()
+    return made
+
+
+def _name(given: Any, name: str) -> None:
+    """Plugins look inputs up by this name as well as by that of the tensor."""
+    given.set_friendly_name(name)
+    given.output(0).get_tensor().set_names({name})

@@ -21,6 +21,7 @@ from openvino import PartialShape, Type, opset13
 from openvino.frontend.pytorch import ConversionExtension, ModuleExtension
 from openvino.op.util import Variable, VariableInfo
 from torch import Tensor, nn
+from torch.jit import TracerWarning  # type: ignore[attr-defined]
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -59,7 +60,7 @@ def traced(store: PackedStore) -> Any:
     )
     extensions.append(ConversionExtension(_OPERATION, linears.convert))
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # a test runs what comes of it
+        warnings.simplefilter("ignore", TracerWarning)  # a test runs what comes of it
         found = ov.convert_model(caching, example_input=example, extension=extensions)
     _restore_dtype(found, store.dtype)
     return _stateful(found, *sizes)
@@ -181,7 +182,7 @@ def _restore_dtype(model: Any, dtype: torch.dtype) -> None:
 
 
 def _stateful(model: Any, kv_heads: int, head_dim: int) -> Any:
-    """The graph with keys and values as its own state, as `openvino_decoder` has them, instead of inputs and results."""
+    """The graph with keys and values as its own state, as built graphs have them, instead of inputs and results."""
     inputs, results = model.get_parameters(), model.get_results()
     for one, name in zip(inputs, _INPUTS, strict=False):
         one.set_partial_shape(PartialShape([-1, -1]))

@@ -18,7 +18,10 @@ import numpy as np
 import openvino as ov
 import torch
 from openvino import PartialShape, Type, opset13
+from openvino._offline_transformations import apply_moc_transformations
+from openvino.frontend import FrontEndManager
 from openvino.frontend.pytorch import ConversionExtension, ModuleExtension
+from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 from openvino.op.util import Variable, VariableInfo
 from torch import Tensor, nn
 from torch.jit import TracerWarning  # type: ignore[attr-defined]
@@ -33,11 +36,8 @@ from gyroquant.models.runner import build_skeleton
 
 _OPERATION = "GyroquantLinear"
 _INPUTS = ("input_ids", "attention_mask", "position_ids")
-_BATCH, _BEFORE, _NEW = (
-    2,
-    3,
-    4,
-)  # of the example: sizes that differ, of which none is 1, which transformers treats apart
+# Of the example: sizes that differ, of which none is 1, which transformers treats apart.
+_BATCH, _BEFORE, _NEW = 2, 3, 4
 
 
 def traced(store: PackedStore) -> Any:
@@ -46,24 +46,36 @@ def traced(store: PackedStore) -> Any:
     del config.quantization_config  # by which OpenVINO would look for layers of other programs
     model = build_skeleton(config)
     linears = _Linears(store)
-    extensions = linears.fill(model)
+    kept = linears.fill(model)
     attach(model, store.online)
     caching = _Caching(model, len(store.graph.blocks))
     sizes = (store.graph.kv_heads, store.graph.head_dim)
-    before = [torch.zeros(_BATCH, sizes[0], _BEFORE, sizes[1]) for _ in range(2 * len(store.graph.blocks))]
+    # The steps of `ov.convert_model`, without its second trace, its preprocessing and its telemetry.
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", TracerWarning)  # a test runs what comes of it
+        decoder = TorchScriptPythonDecoder(
+            caching,
+            example_input=_example(len(store.graph.blocks), *sizes),
+            module_extensions=kept,
+            trace_kwargs={"check_trace": False},
+        )
+        frontend = FrontEndManager().load_by_framework("pytorch")
+        frontend.add_extension(ConversionExtension(_OPERATION, linears.convert))
+        found = _stateful(frontend.convert(frontend.load(decoder)), *sizes)
+    apply_moc_transformations(found, cf=False)
+    _restore_dtype(found, store.dtype)
+    return found
+
+
+def _example(layers: int, kv_heads: int, head_dim: int) -> tuple[Tensor, ...]:
+    """What a model is traced on: two texts of which some tokens are in the cache already."""
     length = _BEFORE + _NEW
-    example = (
+    return (
         torch.zeros(_BATCH, _NEW, dtype=torch.long),
         torch.ones(_BATCH, length, dtype=torch.long),
         torch.arange(_BEFORE, length).repeat(_BATCH, 1),
-        *before,
+        *(torch.zeros(_BATCH, kv_heads, _BEFORE, head_dim) for _ in range(2 * layers)),
     )
-    extensions.append(ConversionExtension(_OPERATION, linears.convert))
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", TracerWarning)  # a test runs what comes of it
-        found = ov.convert_model(caching, example_input=example, extension=extensions)
-    _restore_dtype(found, store.dtype)
-    return _stateful(found, *sizes)
 
 
 @dataclass
@@ -77,7 +89,7 @@ class _Linears:
         packed = self.store.description["tensors"]
         self.ops = [op for group in groups for op in group.linears if op.weight in packed]
 
-    def fill(self, model: nn.Module) -> list[Any]:
+    def fill(self, model: nn.Module) -> dict[nn.Module, Any]:
         """Gives a model on the meta device its parameters, in place of rounded ones a zero seen in their shape; returns
         what tells the frontend to keep each rounded layer as one operation.
         """
@@ -87,15 +99,12 @@ class _Linears:
             value = torch.zeros(1).expand(sizes) if name in rounded_names else self.store.read([name])[name].float()
             setattr(model.get_submodule(place), last, nn.Parameter(value, requires_grad=False))
         model.tie_weights()  # type: ignore[operator]
-        return [
-            ModuleExtension(
-                model.get_submodule(op.module),
-                _OPERATION,
-                evaluate=partial(_zeros, op.out_features),
-                convert=partial(_called, number),
-            )
-            for number, op in enumerate(self.ops)
-        ]
+        kept = {}
+        for number, op in enumerate(self.ops):
+            module = model.get_submodule(op.module)
+            evaluate, convert = partial(_zeros, op.out_features), partial(_called, number)
+            kept[module] = ModuleExtension(module, _OPERATION, evaluate, convert)
+        return kept
 
     def convert(self, context: Any) -> Any:
         """The graph of the layer that an operation stands for."""
@@ -186,6 +195,7 @@ def _stateful(model: Any, kv_heads: int, head_dim: int) -> Any:
     inputs, results = model.get_parameters(), model.get_results()
     for one, name in zip(inputs, _INPUTS, strict=False):
         one.set_partial_shape(PartialShape([-1, -1]))
+        one.set_element_type(Type.i64)
         _name(one, name)
     beams = opset13.parameter(PartialShape([-1]), np.int32)
     _name(beams, "beam_idx")

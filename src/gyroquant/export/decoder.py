@@ -32,24 +32,34 @@ class Heads:
     size: int
 
 
+def impossible_settings(title: str, config: Any) -> Iterable[str]:
+    """What a configuration asks for that a graph cannot do, however it comes to be."""
+    if getattr(config, "use_bidirectional_attention", None):
+        yield f"{title} is not written for attention in both directions (use_bidirectional_attention)"
+    for one in _ropes(config):
+        kind = one.get("rope_type", "default")
+        if kind not in _FIXED_ROPE:
+            yield f"{title} is written for RoPE of the kinds {', '.join(_FIXED_ROPE)}, not {kind}"
+
+
+def _ropes(config: Any) -> Iterable[Mapping[str, Any]]:
+    """The settings of RoPE, one for each kind of layer."""
+    settings = getattr(config, "rope_parameters", None) or {}
+    return [value for value in settings.values() if isinstance(value, Mapping)] or [settings]
+
+
 def unknown_settings(title: str, config: Any) -> Iterable[str]:
     """What a configuration asks for that the walk has no operation for."""
     if config is None:
         return
+    yield from impossible_settings(title, config)
     act = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
     if act not in _ACTIVATIONS:
         yield f"{title} is written for the activations {' and '.join(_ACTIVATIONS)}, not {act}"
     if getattr(config, "attn_logit_softcapping", None) is not None:
         yield f"{title} is not written for attention whose scores are capped (attn_logit_softcapping)"
-    if getattr(config, "use_bidirectional_attention", None):
-        yield f"{title} is not written for attention in both directions (use_bidirectional_attention)"
-    settings = getattr(config, "rope_parameters", None) or {}
-    for one in [value for value in settings.values() if isinstance(value, Mapping)] or [settings]:
-        kind = one.get("rope_type", "default")
-        if kind not in _FIXED_ROPE:
-            yield f"{title} is written for RoPE of the kinds {', '.join(_FIXED_ROPE)}, not {kind}"
-        if one.get("partial_rotary_factor") not in (None, 1.0):
-            yield f"{title} is not written for RoPE that turns only a part of each head (partial_rotary_factor)"
+    if any(one.get("partial_rotary_factor") not in (None, 1.0) for one in _ropes(config)):
+        yield f"{title} is not written for RoPE that turns only a part of each head (partial_rotary_factor)"
 
 
 def heads_of(store: PackedStore) -> Heads:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from gyroquant.errors import InputError
@@ -58,6 +58,7 @@ def needs_of(store: PackedStore) -> Needs:
         op = ops[name]
         spec = description["grids"][entry["grid"]]
         columns = matrix_shape(store.shapes[name], op.entry.transposed)[1]
+        columns = entry.get("basis", {}).get("order", columns)
         layers.append(Layer(name, Grid.kinds[spec["grid"]](**spec), columns, "basis" not in entry, op.entry.stacked))
     return Needs(store.config.model_type, tuple(layers), store.online, store.config)
 
@@ -98,16 +99,16 @@ def halves(grid: IntegerGrid) -> bool:
 
 @dataclass(frozen=True)
 class Carries:
-    """What a format can hold: kinds of weights, the points where maps may run, what may be rounded while it runs, and
-    which architectures (None: all). A format that is `dense` holds every weight as plain numbers.
+    """What a format can hold: kinds of weights, the points where maps may run, whether weights may be rounded in a
+    basis of their inputs, and which architectures (None: all). A `dense` one holds every weight as plain numbers.
     """
 
     weights: tuple[WeightType, ...] = ()
     dense: bool = False
     points: frozenset[str] = frozenset()
     model_types: tuple[str, ...] | None = None
+    basis: bool = False
     experts: bool = False
-    remedies: Mapping[str, str] = field(default_factory=dict)
 
     def type_of(self, layer: Layer) -> WeightType | None:
         """The first way in which a layer fits, if there is one."""
@@ -162,7 +163,7 @@ class Format(ABC):
         for layer in layers:
             if layer.stacked and not self.carries.experts:
                 yield "experts", f"{self.title} cannot hold the stacked experts {layer.name}"
-            elif not layer.plain:
+            elif not layer.plain and not self.carries.basis:
                 yield "basis", f"{self.title} cannot hold {layer.name}, which is rounded in a basis of its own"
             elif self.carries.type_of(layer) is None:
                 grid = _described(layer.grid)

@@ -1,5 +1,5 @@
-"""OpenVINO IR: the graph built from our codes by `decoder`, with tokenizer and settings, for the CPU plugin,
-`openvino_genai.LLMPipeline` and `optimum.intel`.
+"""OpenVINO IR: the graph built from our codes by `decoder`, or traced by `openvino_traced`, with tokenizer and
+settings, for the CPU plugin, `openvino_genai.LLMPipeline` and `optimum.intel`.
 """
 
 from __future__ import annotations
@@ -8,12 +8,32 @@ from typing import Any
 
 from gyroquant.errors import InputError
 from gyroquant.export.checkpoint import write_rest
-from gyroquant.export.decoder import MODEL_TYPES, POINTS, Decoder, heads_of, unknown_settings
+from gyroquant.export.decoder import MODEL_TYPES, POINTS, Decoder, heads_of, impossible_settings, unknown_settings
 from gyroquant.export.folder import OutputFolder
 from gyroquant.export.formats import Carries, Format, Needs, WeightType
 from gyroquant.models.packed import PackedStore
 
 MODEL = "openvino_model.xml"
+# What is known to trace exactly beside what is built: tests run every one of these.
+TRACED = (
+    "arcee",
+    "cohere",
+    "cohere2",
+    "ernie4_5",
+    "exaone4",
+    "gemma2",
+    "glm",
+    "glm4",
+    "gpt2",
+    "gpt_neox",
+    "helium",
+    "nemotron",
+    "olmo2",
+    "olmo3",
+    "opt",
+    "phi3",
+    "starcoder2",
+)
 _FEW_BITS = 3
 _CAREFUL = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "0", "KV_CACHE_PRECISION": "f16"}
 
@@ -34,24 +54,40 @@ class OpenVino(Format):
             WeightType("i8 and u8", (5, 6, 7, 8), midrise=True),
         ),
         points=POINTS,
-        model_types=MODEL_TYPES,
+        basis=True,
+        model_types=tuple(sorted((*MODEL_TYPES, *TRACED))),
     )
 
     def problems(self, needs: Needs) -> list[str]:
-        return [*super().problems(needs), *unknown_settings(self.title, needs.config)]
+        return [*super().problems(needs), *impossible_settings(self.title, needs.config)]
 
     def write(self, store: PackedStore, folder: OutputFolder) -> dict[str, Any]:
         import openvino as ov
 
-        from gyroquant.export.openvino_decoder import OpenVinoDecoder
-
-        model = Decoder(store, OpenVinoDecoder(heads_of(store))).model()
+        way = graph_of(store.config)
+        model = _made(store, way)
         settings = runtime_settings(store)
         for key, value in settings.items():
             model.set_rt_info(value, ["runtime_options", key])
         ov.save_model(model, str(folder.partial / MODEL), compress_to_fp16=False)
         write_rest(store, folder, store.dtype)
-        return {"runtime_options": settings, "tokenizer": _tokenizers(store, folder)}
+        return {"graph": way, "runtime_options": settings, "tokenizer": _tokenizers(store, folder)}
+
+
+def graph_of(config: Any) -> str:
+    """How the graph of a configuration comes to be: "built", or "traced" where the builder does not know everything."""
+    known = config.model_type in MODEL_TYPES and not list(unknown_settings("", config))
+    return "built" if known else "traced"
+
+
+def _made(store: PackedStore, way: str) -> Any:
+    if way == "built":
+        from gyroquant.export.openvino_decoder import OpenVinoDecoder
+
+        return Decoder(store, OpenVinoDecoder(heads_of(store))).model()
+    from gyroquant.export.openvino_traced import traced
+
+    return traced(store)
 
 
 def runtime_settings(store: PackedStore) -> dict[str, str]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gyroquant.export.formats import halves
-from gyroquant.grids import IntegerGrid, QuantizedWeight
+from gyroquant.grids import Basis, IntegerGrid, QuantizedWeight
 from gyroquant.maps import (
     Across,
     BlockDiagonal,
@@ -27,6 +27,7 @@ from gyroquant.maps import (
     Product,
     Signs,
     Walsh,
+    hadamard,
     sequency_order,
 )
 
@@ -118,9 +119,12 @@ class Operations(ABC):
         return self.transposed(x, *range(last - 1), last, last - 1)
 
     def rounded(self, x: Any, weight: QuantizedWeight) -> Any:
-        """``x @ W.T`` of a rounded matrix. Where zero lies half-way between two codes, which kernels do not know, half
-        a step times the sum of the inputs of each group is added behind the product.
+        """``x @ W.T`` of a rounded matrix. Where it was rounded in a basis, inputs are taken there, which is the
+        transpose of decoding it. Where zero lies half-way between two codes, which kernels do not know, half a step
+        times the sum of the inputs of each group is added behind the product.
         """
+        if weight.basis is not None:
+            x = self._in_basis(x, weight.basis)
         y = self.coded(x, weight)
         assert isinstance(weight.grid, IntegerGrid)
         if not halves(weight.grid):
@@ -129,6 +133,13 @@ class Operations(ABC):
         if len(steps) == 1:
             return self.add(y, self.multiply(self.summed(x, True), self.numbers(steps)))
         return self.add(y, self.product(self.summed(self.split(x, len(steps)), False), self.numbers(steps)))
+
+    def _in_basis(self, x: Any, basis: Basis) -> Any:
+        if basis.order > basis.columns:
+            zeros = self.multiply(self.taken(x, torch.arange(basis.order - basis.columns)), self.scalar(0.0))
+            x = self.concatenated([x, zeros])
+        x = self.mapped(hadamard(basis.order), x)
+        return x if basis.scale is None else self.multiply(x, self.numbers(1 / basis.scale[0]))
 
     def mapped(self, m: Map, x: Any) -> Any:
         """``x @ M`` along the last dimension. Maps with structure keep it, others are a product with their matrix."""

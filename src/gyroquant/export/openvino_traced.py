@@ -1,0 +1,226 @@
+"""A decoder as an OpenVINO graph by tracing transformers' own code, for what `openvino_decoder` has no graph for.
+
+Rounded layers are no part of what is traced. Each is one operation of ours in the trace, and where OpenVINO's frontend
+meets it, the same pieces of graph are put as in the graphs that we build. So the dense matrices are never made: the
+model in memory has the parameters that are not rounded, in fp32, beside the codes. Maps that run online are traced as
+they run. The graph keeps its keys and values itself and takes and gives what built ones do.
+"""
+
+from __future__ import annotations
+
+import warnings
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import torch
+from openvino import PartialShape, Type, opset13
+from openvino._offline_transformations import apply_moc_transformations
+from openvino.frontend import FrontEndManager
+from openvino.frontend.pytorch import ConversionExtension, ModuleExtension
+from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+from openvino.op.util import Variable, VariableInfo
+from torch import Tensor, nn
+from torch.jit import TracerWarning  # type: ignore[attr-defined]
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from gyroquant.export.openvino_ops import OpenVinoOperations, scalar, shape
+from gyroquant.models.graph import LinearOp
+from gyroquant.models.online import AttentionState, attach, mark_ready
+from gyroquant.models.packed import PackedStore
+from gyroquant.models.runner import build_skeleton
+
+_OPERATION = "GyroquantLinear"
+_INPUTS = ("input_ids", "attention_mask", "position_ids")
+# Of the example: sizes that differ, of which none is 1, which transformers treats apart.
+_BATCH, _BEFORE, _NEW = 2, 3, 4
+
+
+def traced(store: PackedStore) -> Any:
+    """The graph of a model whose rounded parameters are all weights of linear layers of their own, not experts."""
+    config = deepcopy(store.config)
+    del config.quantization_config  # by which OpenVINO would look for layers of other programs
+    model = build_skeleton(config)
+    linears = _Linears(store)
+    kept = linears.fill(model)
+    attach(model, store.online)
+    caching = _Caching(model, len(store.graph.blocks))
+    sizes = (store.graph.kv_heads, store.graph.head_dim)
+    # The steps of `ov.convert_model`, without its second trace, its preprocessing and its telemetry.
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", TracerWarning)  # a test runs what comes of it
+        decoder = TorchScriptPythonDecoder(
+            caching,
+            example_input=_example(len(store.graph.blocks), *sizes),
+            module_extensions=kept,
+            trace_kwargs={"check_trace": False},
+        )
+        frontend = FrontEndManager().load_by_framework("pytorch")
+        frontend.add_extension(ConversionExtension(_OPERATION, linears.convert))
+        found = _stateful(frontend.convert(frontend.load(decoder)), *sizes)
+    apply_moc_transformations(found, cf=False)
+    _restore_dtype(found, store.dtype)
+    return found
+
+
+def _example(layers: int, kv_heads: int, head_dim: int) -> tuple[Tensor, ...]:
+    """What a model is traced on: two texts of which some tokens are in the cache already."""
+    length = _BEFORE + _NEW
+    return (
+        torch.zeros(_BATCH, _NEW, dtype=torch.long),
+        torch.ones(_BATCH, length, dtype=torch.long),
+        torch.arange(_BEFORE, length).repeat(_BATCH, 1),
+        *(torch.zeros(_BATCH, kv_heads, _BEFORE, head_dim) for _ in range(2 * layers)),
+    )
+
+
+@dataclass
+class _Linears:
+    """The rounded layers of a model, by their place in the order of its parameters."""
+
+    store: PackedStore
+
+    def __post_init__(self) -> None:
+        groups = (*self.store.graph.blocks, self.store.graph.outer)
+        packed = self.store.description["tensors"]
+        self.ops = [op for group in groups for op in group.linears if op.weight in packed]
+
+    def fill(self, model: nn.Module) -> dict[nn.Module, Any]:
+        """Gives a model on the meta device its parameters, in place of rounded ones a zero seen in their shape; returns
+        what tells the frontend to keep each rounded layer as one operation.
+        """
+        rounded_names = {op.weight for op in self.ops}
+        for name, sizes in self.store.shapes.items():
+            place, _, last = name.rpartition(".")
+            value = torch.zeros(1).expand(sizes) if name in rounded_names else self.store.read([name])[name].float()
+            setattr(model.get_submodule(place), last, nn.Parameter(value, requires_grad=False))
+        model.tie_weights()  # type: ignore[operator]
+        kept = {}
+        for number, op in enumerate(self.ops):
+            module = model.get_submodule(op.module)
+            evaluate, convert = partial(_zeros, op.out_features), partial(_called, number)
+            kept[module] = ModuleExtension(module, _OPERATION, evaluate, convert)
+        return kept
+
+    def convert(self, context: Any) -> Any:
+        """The graph of the layer that an operation stands for."""
+        return self._layer(self.ops[int(context.get_values_from_const_input(1))], context.get_input(0)).outputs()
+
+    def _layer(self, op: LinearOp, x: Any) -> Any:
+        ops = OpenVinoOperations()
+        y = ops.rounded(x, self.store.quantized(op.weight))
+        return y if op.bias is None else ops.add(y, ops.numbers(self.store.read([op.bias])[op.bias]))
+
+
+def _zeros(features: int, module: nn.Module, x: Tensor, number: Tensor) -> Tensor:
+    """What the layer gives while it is traced, where only the shape counts."""
+    return x.new_zeros((*x.shape[:-1], features))
+
+
+def _called(number: int, module: nn.Module, operation: Any, x: Tensor) -> Any:
+    return operation(x, torch.tensor(number))
+
+
+class _Kept(DynamicLayer):
+    """Keys and values of one layer, of shape (batch, kv heads, length, head_dim), there from the start: joined to the
+    empty ones that transformers begins with they would lose their rank. Keys are kept rotated (R3).
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, state: AttentionState | None):
+        super().__init__()
+        self.keys, self.values, self.is_initialized = keys, values, True
+        self.dtype, self.device = keys.dtype, keys.device
+        self._state = state
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self._state is None:
+            return super().update(key_states, value_states)
+        keys, values = super().update(self._state.keys(key_states), value_states)
+        return mark_ready(keys), values
+
+    def get_seq_length(self) -> int:
+        return self.keys.shape[-2]  # without the look whether there is any, which would be traced as it came out
+
+
+class _Caching(nn.Module):
+    """A model with its cache as a flat list of arguments and results: keys and values of each layer in turn."""
+
+    def __init__(self, model: nn.Module, layers: int):
+        super().__init__()
+        self.decoder = model
+        self._states: list[AttentionState | None] = [None] * layers
+        for module in model.modules():
+            state = module.__dict__.get("_gyroquant_attention")
+            if state is not None:
+                self._states[module.layer_idx] = state  # type: ignore[index]
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *before: Tensor
+    ) -> tuple[Tensor, ...]:
+        cache = DynamicCache()
+        pairs = zip(before[::2], before[1::2], self._states, strict=True)
+        cache.layers = [_Kept(keys, values, state) for keys, values, state in pairs]
+        out = self.decoder(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return (out.logits, *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values)))
+
+
+def _restore_dtype(model: Any, dtype: torch.dtype) -> None:
+    """Keeps matrices as numbers of the dtype in which the model is stored wherever they are such numbers."""
+    if dtype == torch.float32:
+        return
+    for op in model.get_ops():
+        if op.get_type_name() != "Constant" or op.get_element_type() != Type.f32:
+            continue
+        if sum(size > 1 for size in op.get_output_shape(0)) < 2:
+            continue
+        values = torch.from_numpy(op.get_data().copy())
+        short = values.to(dtype)
+        if torch.equal(short.float(), values):
+            readers, kept = list(op.output(0).get_target_inputs()), OpenVinoOperations().numbers(short)
+            for reader in readers:
+                reader.replace_source_output(kept.output(0))
+
+
+def _stateful(model: Any, kv_heads: int, head_dim: int) -> Any:
+    """The graph with keys and values as its own state, as built graphs have them, instead of inputs and results."""
+    inputs, results = model.get_parameters(), model.get_results()
+    for one, name in zip(inputs, _INPUTS, strict=False):
+        one.set_partial_shape(PartialShape([-1, -1]))
+        one.set_element_type(Type.i64)
+        _name(one, name)
+    beams = opset13.parameter(PartialShape([-1]), np.int32)
+    _name(beams, "beam_idx")
+    first, axis = opset13.constant(np.array([0])), opset13.constant(np.array(0))
+    batch = opset13.gather(opset13.shape_of(inputs[0]), first, axis)
+    start = opset13.broadcast(scalar(0.0), opset13.concat([batch, shape(kv_heads), shape(0), shape(head_dim)], 0))
+    sinks, variables = [], []
+    for i, (given, result) in enumerate(zip(inputs[len(_INPUTS) :], results[1:], strict=True)):
+        info = VariableInfo()
+        info.variable_id = f"past_key_values.{i // 2}.{('key', 'value')[i % 2]}"
+        info.data_type = Type.f32
+        info.data_shape = PartialShape([-1, kv_heads, -1, head_dim])
+        variables.append(Variable(info))
+        before = opset13.gather(opset13.read_value(start, variables[-1]), beams, axis)
+        for reader in list(given.output(0).get_target_inputs()):
+            reader.replace_source_output(before.output(0))
+        sinks.append(opset13.assign(result.input(0).get_source_output().get_node(), variables[-1]))
+    results[0].output(0).get_tensor().set_names({"logits"})
+    made = ov.Model([results[0]], sinks, [*inputs[: len(_INPUTS)], beams], variables, "gyroquant")
+    made.validate_nodes_and_infer_types()
+    return made
+
+
+def _name(given: Any, name: str) -> None:
+    """Plugins look inputs up by this name as well as by that of the tensor."""
+    given.set_friendly_name(name)
+    given.output(0).get_tensor().set_names({name})

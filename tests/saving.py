@@ -46,9 +46,9 @@ def rounded(
     source: Any, out: Path, transform: dict[str, Any] | None = None, *, save_dtype: str = "auto", **weights: Any
 ) -> PackedStore:
     """A folder as gyroquant writes it, opened: a tiny model, or the folder of one, by `recipe`."""
-    text = [tiny.prose(3000)] if transform else None
     tokenizer = None if isinstance(source, Path) else tiny.tokenizer()
     chosen = recipe(transform, **weights)
+    text = [tiny.prose(3000)]
     pipeline.run(prepare(source, out, chosen, text, tokenizer=tokenizer, save_dtype=save_dtype))
     store = open_model(out)
     assert isinstance(store, PackedStore)

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 import gyroquant as gq
+from gyroquant import deploy
 from gyroquant.chat import Chat
 from gyroquant.deploy import relative_error
 from gyroquant.errors import InputError, ProofError
 from gyroquant.export import gguf, gguf_header, llama_cpp
 from gyroquant.export.llama_cpp import LlamaModel, LlamaTokenizer
 from gyroquant.models.packed import PackedStore
+from gyroquant.report import console, summaries
 from gyroquant.runtimes import LlamaCppRuntime
 
 pytest.importorskip("llama_cpp")
@@ -140,9 +142,18 @@ def test_rounded_again(kind: str, main: str, bits: float, wide: PackedStore, tmp
         assert relative_error(LlamaCppRuntime(tmp_path / "x", exact=True).logits(ids), read) < 1e-5
     assert 1e-3 < check["relative_logit_error"] < 2
     assert check["kl"] > 0
+
+
+def test_no_tolerance_applies_to_what_is_rounded_again(
+    wide: PackedStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deploy, "footprint", lambda *_, **__: {})
+    gq.export(wide.folder, "gguf", tmp_path / "x", requantize="Q3_K_S")
     result = gq.verify_export(tmp_path / "x", wide.folder, tokens=2, window=32)
     assert result["passed"]
     assert result["tolerance"] is None
+    assert result["ways"]["exact"]["relative_logit_error"] > 0.1
+    console.show(*summaries.verified(result))
 
 
 def test_rows_that_do_not_fit_fall_back(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from gyroquant.grids import Grid
 from gyroquant.job import Job
 from gyroquant.models.packed import PackedStore
 from gyroquant.models.source import open_model
+from gyroquant.progress import Advance, Stages
 from gyroquant.rounding.allocate import grids_by_bits
 from gyroquant.runtimes import Runtime, TransformersRuntime, open_runtime
 
@@ -41,6 +42,7 @@ def export(
     requantize: str | None = None,
     overwrite: bool = False,
     check: bool = True,
+    progress: Stages | None = None,
 ) -> dict[str, Any]:
     """Writes a folder that gyroquant wrote in another format; returns what stands in its manifest.
 
@@ -55,14 +57,17 @@ def export(
     store = open_saved(out)
     check_fit(chosen, needs_of(store))
     chosen.check_packages()
-    destination = Path(destination)
+    destination, progress = Path(destination), progress or Stages()
     with OutputFolder(destination, overwrite) as folder:
         check_room(destination, 2 * sum(path.stat().st_size for path in store.folder.glob("*.safetensors")))
-        facts = chosen.write(store, folder)
+        with progress.stage("write", len(store.description["tensors"])) as store.read_one:
+            facts = chosen.write(store, folder)
         manifest: dict[str, Any] = {"format": chosen.name, "source": str(out), "facts": facts, "versions": versions()}
         manifest["bytes"] = sum(path.stat().st_size for path in folder.partial.iterdir())
         tolerance = _tolerance(facts)
-        manifest["check"] = _checked(chosen, folder.partial, store, tolerance) if check else None
+        with progress.stage("check", 1) as done:
+            manifest["check"] = _checked(chosen, folder.partial, store, tolerance) if check else None
+            done()
         folder.json(MANIFEST, manifest)
         folder.commit()
     return manifest
@@ -152,6 +157,7 @@ def verify_export(
     window: int = 256,
     max_windows: int = 4,
     devices: bool = False,
+    progress: Stages | None = None,
 ) -> dict[str, Any]:
     """Runs an export by its own program, once in fp32 throughout and once as that program does by default, and compares
     it with the folder that it was made from.
@@ -169,14 +175,18 @@ def verify_export(
         raise InputError(f"{destination} is not an export of gyroquant (it has no usable {MANIFEST})") from error
     store = open_saved(against)
     batch = _windows(store, text, window, max_windows)
-    reference = TransformersRuntime(Path(against), exact=True)
+    reference, progress = TransformersRuntime(Path(against), exact=True), progress or Stages()
+    runtimes = {way: open_runtime(manifest["format"], destination, way == "exact") for way in ("exact", "default")}
+    runtime = runtimes["exact"]
+    if devices:
+        runtimes |= runtime.on_devices(destination)
     ways: dict[str, Any] = {}
-    for way, exact in (("exact", True), ("default", False)):
-        runtime = open_runtime(manifest["format"], destination, exact)
-        ways[way] = _compared(runtime, reference, batch, tokens)
-    ways["default"] |= footprint(manifest["format"], destination, batch[0].tolist(), tokens, exact=False)
-    for device, one in type(runtime).on_devices(destination) if devices else ():
-        ways[device] = _compared(one, reference, batch, tokens)
+    for way, one in runtimes.items():
+        with progress.stage(way, len(batch)) as advance:
+            ways[way] = _compared(one, reference, batch, tokens, advance)
+    with progress.stage("speed", 1) as advance:
+        ways["default"] |= footprint(manifest["format"], destination, batch[0].tolist(), tokens, exact=False)
+        advance()
     tolerance = _tolerance(manifest["facts"])
     return {"format": manifest["format"], "runtime": runtime.title, "against": str(against), "ways": ways} | {
         "text": None if text is None else str(text),
@@ -199,7 +209,7 @@ def _windows(store: PackedStore, text: str | Path | None, window: int, count: in
     return windows(ids, window, source.name)[:count]
 
 
-def _measured(runtime: Runtime, reference: Runtime, batch: Tensor) -> dict[str, float]:
+def _measured(runtime: Runtime, reference: Runtime, batch: Tensor, advance: Advance = lambda: None) -> dict[str, float]:
     """How far the logits of texts, (texts, length), are from those of the reference."""
     error, divergence, agreed, losses = 0.0, 0.0, 0, [0.0, 0.0]
     for ids in batch:
@@ -211,6 +221,7 @@ def _measured(runtime: Runtime, reference: Runtime, batch: Tensor) -> dict[str, 
         agreed += int((p.argmax(-1) == q.argmax(-1)).sum())
         for place, one in enumerate((p, q)):
             losses[place] -= float(one[:-1].gather(1, ids[1:, None]).sum())
+        advance()
     predicted = len(batch) * (batch.shape[1] - 1)
     return {
         "relative_logit_error": error,
@@ -225,10 +236,10 @@ def _exp(value: float) -> float:
     return float(torch.tensor(value).exp())  # of what is too large it is infinite, no error
 
 
-def _compared(runtime: Runtime, reference: Runtime, batch: Tensor, tokens: int) -> dict[str, Any]:
+def _compared(runtime: Runtime, reference: Runtime, batch: Tensor, tokens: int, advance: Advance) -> dict[str, Any]:
     """As `_measured`, and how many greedy tokens behind the start of the first text are the same."""
     prompt = batch[0][:16]
     pairs = zip(reference.greedy(prompt, tokens), runtime.greedy(prompt, tokens), strict=True)
     same = [a == b for a, b in pairs]
     alike = same.index(False) if False in same else len(same)
-    return _measured(runtime, reference, batch) | {"greedy_tokens_alike": alike, "greedy_tokens": tokens}
+    return _measured(runtime, reference, batch, advance) | {"greedy_tokens_alike": alike, "greedy_tokens": tokens}

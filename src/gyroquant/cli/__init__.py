@@ -102,7 +102,7 @@ def quantize(
         deploy.check_job(format, job)
     manifest = pipeline.run(job, console.ConsoleStages())
     if format is not None:
-        manifest["export"] = deploy.export(out, format, out / format)
+        manifest["export"] = deploy.export(out, format, out / format, progress=console.ConsoleStages())
     if as_json:
         print_json(manifest)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -31,7 +32,8 @@ def export(
     from gyroquant import deploy
     from gyroquant.report import console, summaries
 
-    manifest = deploy.export(out, format, destination, requantize=requantize, overwrite=overwrite, check=check)
+    shown, write = console.ConsoleStages(), partial(deploy.export, requantize=requantize, check=check)
+    manifest = write(out, format, destination, overwrite=overwrite, progress=shown)
     print_json(manifest) if as_json else console.show(*summaries.exported(manifest, str(destination)))
 
 
@@ -53,7 +55,8 @@ def verify_export(
     from gyroquant.report import console, summaries
 
     settings = {"tokens": tokens, "window": window, "max_windows": windows}
-    result = deploy.verify_export(destination, against, text, **settings, devices=devices)
+    shown = console.ConsoleStages()
+    result = deploy.verify_export(destination, against, text, **settings, devices=devices, progress=shown)
     print_json(result) if as_json else console.show(*summaries.verified(result))
     if not result["passed"]:
         raise typer.Exit(1)

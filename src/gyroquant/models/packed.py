@@ -24,6 +24,7 @@ from gyroquant.models.graph import LinearOp, Shape
 from gyroquant.models.online import Attachment, CacheQuantizer, InputQuantizer, OnlineMap
 from gyroquant.models.sites import Insertion
 from gyroquant.models.store import CheckpointStore, LazyTensor, safetensors_index
+from gyroquant.progress import Advance
 
 METHOD = "gyroquant"
 FORMAT_VERSIONS = (1, 2)  # 2 where a basis changes what codes stand for, which readers of 1 would not see
@@ -175,19 +176,24 @@ def attachments(description: Mapping[str, Any], files: Sequence[Path]) -> tuple[
 class _Packed:
     """A rounded parameter among the tensors of a folder; decodes itself when indexed."""
 
-    def __init__(self, description: Mapping[str, Any], name: str, parts: dict[str, LazyTensor], shape: Shape):
-        self.description, self.name, self.parts, self.shape = description, name, parts, shape
+    def __init__(self, store: PackedStore, name: str, parts: dict[str, LazyTensor], shape: Shape):
+        self.store, self.name, self.parts, self.shape = store, name, parts, shape
 
     @property
     def arrays(self) -> dict[str, Tensor]:
+        self.store.read_one()
         return {part: tensor[...] for part, tensor in self.parts.items()}
 
     def __getitem__(self, _: Any) -> Tensor:
-        return decode(self.description, self.name, self.arrays, self.shape)
+        return decode(self.store.description, self.name, self.arrays, self.shape)
 
 
 class PackedStore(CheckpointStore):
-    """A folder that gyroquant wrote; rounded parameters are decoded as they are read."""
+    """A folder that gyroquant wrote; rounded parameters are decoded as they are read. `read_one` is called for each of
+    them, so that whoever has a whole model read can tell how far it is.
+    """
+
+    read_one: Advance = staticmethod(lambda: None)
 
     @property
     def description(self) -> dict[str, Any]:
@@ -204,7 +210,7 @@ class PackedStore(CheckpointStore):
             parts = {part: plain.pop(f"{name}_{part}") for part in PARTS if f"{name}_{part}" in plain}
             if name not in shapes or "codes" not in parts or "scales" not in parts:
                 raise InputError(f"{self.label}: the codes or scales of {name} are missing; is a file of it missing?")
-            found[name] = _Packed(self.description, name, parts, shapes[name])
+            found[name] = _Packed(self, name, parts, shapes[name])
         return found | plain
 
     @property

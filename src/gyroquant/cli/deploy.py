@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -32,8 +31,10 @@ def export(
     from gyroquant import deploy
     from gyroquant.report import console, summaries
 
-    shown, write = console.ConsoleStages(), partial(deploy.export, requantize=requantize, check=check)
-    manifest = write(out, format, destination, overwrite=overwrite, progress=shown)
+    shown = console.ConsoleStages()
+    manifest = deploy.export(
+        out, format, destination, requantize=requantize, overwrite=overwrite, check=check, progress=shown
+    )
     print_json(manifest) if as_json else console.show(*summaries.exported(manifest, str(destination)))
 
 

@@ -1,5 +1,5 @@
 """Every format, registered by being imported."""
 
-from gyroquant.export import compressed_tensors, dense, gguf, gptq, openvino
+from gyroquant.export import compressed_tensors, dense, executorch, gguf, gptq, openvino
 
-__all__ = ["compressed_tensors", "dense", "gguf", "gptq", "openvino"]
+__all__ = ["compressed_tensors", "dense", "executorch", "gguf", "gptq", "openvino"]

@@ -58,6 +58,11 @@ def write_rest(
     if quantization is not None:
         config.quantization_config = quantization
     config.save_pretrained(folder.partial)
+    write_companions(store, folder)
+
+
+def write_companions(store: PackedStore, folder: OutputFolder) -> None:
+    """Writes the settings of generation and the tokenizer, where a model has them."""
     settings = store.generation_config()
     if settings is not None:
         settings.save_pretrained(folder.partial)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from gyroquant.errors import InputError
-from gyroquant.export.shards import merge, write_piece
+from gyroquant.export.shards import merge, merge_torch, write_piece
 
 
 def check_destination(out: Path, overwrite: bool = False) -> None:
@@ -67,6 +68,11 @@ class OutputFolder:
     def merge(self) -> None:
         """Puts the pieces together as the folder's safetensors files."""
         merge(self._pieces, self.partial)
+        self._pieces = []
+
+    def torch_file(self, name: str, aliases: Mapping[str, str]) -> None:
+        """Puts the pieces together as one file of torch, in which each of `aliases` is another tensor once more."""
+        merge_torch(self._pieces, self.partial / name, aliases)
         self._pieces = []
 
     def commit(self) -> None:

@@ -1,18 +1,23 @@
-"""Safetensors files written piece by piece and put together without reading them into memory."""
+"""Safetensors files written piece by piece and put together, as such or as a file of torch, without reading them into
+memory.
+"""
 
 from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 _MAX_SHARD = 5 * 10**9
 _COPY = 1 << 24
+_DTYPES = {"I8": torch.int8, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
 def write_piece(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -79,3 +84,26 @@ def _append(out: BinaryIO, path: Path, start: int) -> None:
         file.seek(start)
         while data := file.read(_COPY):
             out.write(data)
+
+
+def merge_torch(pieces: Iterable[Path], path: Path, aliases: Mapping[str, str]) -> None:
+    """Puts pieces together as a dictionary that `torch.load` reads, tensors in their order, each with memory of its own
+    but `aliases`, which name another tensor; deletes the pieces.
+    """
+    pieces, tensors = list(pieces), dict[str, Tensor]()
+    for piece in pieces:
+        with piece.open("rb") as file:
+            header, start = _header(file)
+        for name, entry in header.items():
+            tensors[name] = _mapped(piece, start, entry)
+    torch.save(tensors | {alias: tensors[name] for alias, name in aliases.items()}, path)
+    del tensors
+    for piece in pieces:
+        piece.unlink()
+
+
+def _mapped(path: Path, start: int, entry: Mapping[str, Any]) -> Tensor:
+    """A tensor that lies in a file until it is looked at."""
+    first, last = entry["data_offsets"]
+    data = np.memmap(path, np.uint8, "c", start + first, (last - first,))
+    return torch.from_numpy(data).view(_DTYPES[entry["dtype"]]).view(entry["shape"])

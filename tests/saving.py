@@ -48,7 +48,7 @@ def rounded(
     """A folder as gyroquant writes it, opened: a tiny model, or the folder of one, by `recipe`."""
     tokenizer = None if isinstance(source, Path) else tiny.tokenizer()
     chosen = recipe(transform, **weights)
-    text = [tiny.prose(3000)]
+    text = [tiny.prose(3000)] if transform or "basis" in weights else None
     pipeline.run(prepare(source, out, chosen, text, tokenizer=tokenizer, save_dtype=save_dtype))
     store = open_model(out)
     assert isinstance(store, PackedStore)

@@ -52,7 +52,8 @@ def traced(store: PackedStore) -> Any:
     sizes = (store.graph.kv_heads, store.graph.head_dim)
     # The steps of `ov.convert_model`, without its second trace, its preprocessing and its telemetry.
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", TracerWarning)  # a test runs what comes of it
+        for kind in (TracerWarning, FutureWarning):  # tests run what comes of it; OpenVINO looks at every attribute
+            warnings.simplefilter("ignore", kind)
         decoder = TorchScriptPythonDecoder(
             caching,
             example_input=_example(len(store.graph.blocks), *sizes),

@@ -25,7 +25,8 @@ _ALONE = """
 import json, sys
 sys.modules["gyroquant"] = None  # so that importing it raises
 import torch, transformers
-model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+options = json.loads(sys.argv[3])
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32, **options)
 with torch.no_grad():
     print(json.dumps(model(torch.tensor([json.loads(sys.argv[2])])).logits[0].tolist()))
 """
@@ -72,10 +73,10 @@ def logits(folder: Path, **options: Any) -> torch.Tensor:
     return model(tiny.tokens(model)).logits
 
 
-def logits_without_us(folder: Path, ids: list[int]) -> torch.Tensor:
+def logits_without_us(folder: Path, ids: list[int], **options: str) -> torch.Tensor:
     """The same in a process in which gyroquant cannot be imported; (length, words)."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    command = [sys.executable, "-c", _ALONE, str(folder), json.dumps(ids)]
+    command = [sys.executable, "-c", _ALONE, str(folder), json.dumps(ids), json.dumps(options)]
     shown = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True).stdout
     return torch.tensor(json.loads(shown))
 

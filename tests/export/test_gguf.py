@@ -119,6 +119,14 @@ def test_everything_comes_back(name: str, kind: str, tmp_path: Path) -> None:
         same_logits(store, tmp_path / "gguf", 1e-5 if exact else 1e-3)
 
 
+def test_it_opens_where_there_is_no_gyroquant(tmp_path: Path) -> None:
+    rotated = {"R1": {"method": "hadamard"}, "R2": {"method": "hadamard"}}
+    store, ids = saving.rounded(tiny.build("llama_tied"), tmp_path / "ours", rotated), [5, 17, 40, 8]
+    written(store, tmp_path / "gguf")
+    found = saving.logits_without_us(tmp_path / "gguf", ids, gguf_file="model.gguf")
+    torch.testing.assert_close(found, saving.our_logits(store.folder, ids), rtol=1e-5, atol=1e-5)
+
+
 def test_the_metadata_describe_the_model(tmp_path: Path) -> None:
     store = saving.rounded(tiny.build("llama", **WIDE), tmp_path / "ours")
     facts, metadata, _ = written(store, tmp_path / "gguf")

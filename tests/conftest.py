@@ -14,6 +14,8 @@ import tiny
 import torch
 import transformers
 
+from gyroquant import deploy
+
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 torch.set_num_threads(2)
@@ -36,3 +38,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of tiny models, made when first asked for."""
     return tiny.Folders(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has `verify_export` start no process to measure speed in."""
+    monkeypatch.setattr(deploy, "footprint", lambda *asked, exact: {})

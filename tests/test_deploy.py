@@ -51,12 +51,6 @@ def test_every_format_says_what_it_holds(name: str) -> None:
     assert one.problems(Needs("llama", (plain,))) == []
 
 
-@pytest.fixture
-def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Starts no process to measure speed in."""
-    monkeypatch.setattr(deploy, "footprint", lambda *asked, exact: {})
-
-
 @pytest.mark.usefixtures("unmeasured")
 @pytest.mark.parametrize("name", ["compressed-tensors", "dense", "gguf", "onnx", "openvino"])
 def test_written_checked_and_verified(name: str, out: Path, tmp_path: Path) -> None:

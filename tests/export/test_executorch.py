@@ -13,7 +13,7 @@ import torch
 import yaml
 
 import gyroquant as gq
-from gyroquant import deploy, maps
+from gyroquant import maps
 from gyroquant.deploy import export, verify_export
 from gyroquant.export.executorch import CHECKPOINT, PARAMS, SETTINGS
 from gyroquant.export.formats import Layer, Needs, check_fit, format_named
@@ -203,12 +203,6 @@ def test_one_group_a_row_is_refused() -> None:
         check_fit(format_named("executorch"), Needs("llama", (Layer("a", GRID, 32),)))
 
 
-@pytest.fixture
-def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Starts no process to measure speed in."""
-    monkeypatch.setattr(deploy, "footprint", lambda *asked, exact: {})
-
-
 @pytest.mark.usefixtures("unmeasured")
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize(
@@ -250,6 +244,6 @@ def test_a_text_too_long_is_refused(folders: dict[str, Path], tmp_path: Path) ->
 def test_without_it_installed_the_remedy_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
-    monkeypatch.setitem(sys.modules, "gyroquant.export.executorch_loader", None)
+    monkeypatch.setitem(sys.modules, "gyroquant.runtimes.executorch_loader", None)
     with pytest.raises(gq.InputError, match=r'pip install "gyroquant\[executorch\]"'):
         open_runtime("executorch", tmp_path, exact=True)

@@ -14,15 +14,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 import gyroquant as gq
-from gyroquant import deploy
 from gyroquant.chat import Chat
 from gyroquant.deploy import relative_error
 from gyroquant.errors import InputError, ProofError
-from gyroquant.export import gguf, gguf_header, llama_cpp
-from gyroquant.export.llama_cpp import LlamaModel, LlamaTokenizer
+from gyroquant.export import gguf, gguf_header
 from gyroquant.models.packed import PackedStore
 from gyroquant.report import console, summaries
-from gyroquant.runtimes import LlamaCppRuntime
+from gyroquant.runtimes import LlamaCppRuntime, llama_cpp
+from gyroquant.runtimes.llama_cpp import LlamaModel, LlamaTokenizer
 
 pytest.importorskip("llama_cpp")
 
@@ -144,10 +143,8 @@ def test_rounded_again(kind: str, main: str, bits: float, wide: PackedStore, tmp
     assert check["kl"] > 0
 
 
-def test_no_tolerance_applies_to_what_is_rounded_again(
-    wide: PackedStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(deploy, "footprint", lambda *_, **__: {})
+@pytest.mark.usefixtures("unmeasured")
+def test_no_tolerance_applies_to_what_is_rounded_again(wide: PackedStore, tmp_path: Path) -> None:
     gq.export(wide.folder, "gguf", tmp_path / "x", requantize="Q3_K_S")
     result = gq.verify_export(tmp_path / "x", wide.folder, tokens=2, window=32)
     assert result["passed"]

@@ -41,7 +41,7 @@ class Session:
     """The CPU plugin in fp32 with a state of its own."""
 
     def __init__(self, folder: Path):
-        from gyroquant.export.openvino_decoder import exact_settings
+        from gyroquant.runtimes.openvino import exact_settings
 
         compiled = ov.Core().compile_model(str(folder / MODEL), "CPU", exact_settings())
         self.request = compiled.create_infer_request()
@@ -120,7 +120,7 @@ def test_beams_are_reordered(tmp_path: Path) -> None:
 
 def test_openvino_genai_runs_it(tmp_path: Path) -> None:
     genai = pytest.importorskip("openvino_genai", reason="OpenVINO GenAI is not installed")
-    from gyroquant.export.openvino_decoder import exact_settings
+    from gyroquant.runtimes.openvino import exact_settings
 
     model = tiny.build("phi3")
     out = saved(model, tmp_path / "out", {"R3": {"method": "hadamard"}})

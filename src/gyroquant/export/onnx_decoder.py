@@ -97,13 +97,3 @@ class OnnxDecoder(OnnxOperations, DecoderOperations):
         settings = {"num_heads": heads.queries, "kv_num_heads": heads.shared, "scale": scale}
         settings |= {} if window is None else {"local_window_size": window}
         return self.nodes_of("GroupQueryAttention", given, (3, 4, 4), names, domain="com.microsoft", **settings)[0]
-
-
-def in_fp32(model: bytes) -> bytes:
-    """The graph with all products computed in fp32, to compare with."""
-    found = ModelProto.FromString(model)
-    for node in found.graph.node:
-        for one in node.attribute:
-            if one.name == "accuracy_level":
-                one.i = 0
-    return found.SerializeToString()

@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 import openvino as ov
 from openvino import PartialShape, opset13
-from openvino.op.util import Variable, VariableInfo
 from torch import Tensor
 
 from gyroquant.export.decoder import DecoderOperations, Heads
-from gyroquant.export.openvino_ops import OpenVinoOperations, scalar, shape
+from gyroquant.export.openvino_ops import OpenVinoOperations, named, remembered, scalar, shape
 
 _MASKED = -65504.0  # what a masked score is lowered by: the lowest number that fp16 has
 
@@ -38,9 +37,7 @@ class OpenVinoDecoder(OpenVinoOperations, DecoderOperations):
         self.beams = self._input("beam_idx", [-1], np.int32)
 
     def _input(self, name: str, sizes: list[int] | None = None, kind: Any = np.int64) -> Any:
-        found = opset13.parameter(PartialShape(sizes or [-1, -1]), kind)
-        found.set_friendly_name(name)  # plugins look inputs up by this name as well as by that of the tensor
-        found.get_output_tensor(0).set_names({name})
+        found = named(opset13.parameter(PartialShape(sizes or [-1, -1]), kind), name)
         self.parameters.append(found)
         return found
 
@@ -94,17 +91,7 @@ class OpenVinoDecoder(OpenVinoOperations, DecoderOperations):
 
     def _remembered(self, name: str, new: Any) -> Any:
         """Keys or values of all positions, (batch, kv heads, length, head_dim); what is new is kept for later calls."""
-        batch = opset13.gather(
-            opset13.shape_of(self.ids), opset13.constant(np.array([0])), opset13.constant(np.array(0))
-        )
-        empty = opset13.concat([batch, shape(self.heads.shared), shape(0), shape(self.heads.size)], 0)
-        info = VariableInfo()
-        info.variable_id = name
-        info.data_type = ov.Type.f32
-        info.data_shape = PartialShape([-1, self.heads.shared, -1, self.heads.size])
-        variable = Variable(info)
-        start = opset13.broadcast(scalar(0.0), empty)
-        before = opset13.gather(opset13.read_value(start, variable), self.beams, opset13.constant(np.array(0)))
+        before, variable = remembered(name, self.ids, self.beams, self.heads.shared, self.heads.size)
         everything = opset13.concat([before, new], -2)
         self.variables.append(variable)
         self.sinks.append(opset13.assign(everything, variable))
@@ -128,12 +115,3 @@ class OpenVinoDecoder(OpenVinoOperations, DecoderOperations):
             both = opset13.logical_and(opset13.unsqueeze(seen, shape(0, 1)), attended)
             self._masks[window] = opset13.select(both, scalar(0.0), scalar(_MASKED))
         return self._masks[window]
-
-
-def exact_settings() -> dict[str, str]:
-    """What makes the CPU plugin compute in fp32 throughout, to compare with."""
-    return {
-        "INFERENCE_PRECISION_HINT": "f32",
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
-        "KV_CACHE_PRECISION": "f32",
-    }

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import openvino as ov
 import torch
-from openvino import Type, opset13
+from openvino import PartialShape, Type, opset13
+from openvino.op.util import Variable, VariableInfo
 from torch import Tensor
 
 from gyroquant.export.operations import Operations
@@ -28,6 +29,27 @@ def shape(*sizes: int) -> Any:
 def scalar(value: float) -> Any:
     """A constant number, fp32."""
     return opset13.constant(np.array(value, np.float32))
+
+
+def named(given: Any, name: str) -> Any:
+    """An input under a name; plugins look inputs up by this name as well as by that of the tensor."""
+    given.set_friendly_name(name)
+    given.output(0).get_tensor().set_names({name})
+    return given
+
+
+def remembered(name: str, ids: Any, beams: Any, heads: int, size: int) -> tuple[Any, Any]:
+    """Keys or values of earlier calls, (batch, heads, length, size), for every beam those of the one that it goes on
+    from, and the variable that keeps them.
+    """
+    first, axis = opset13.constant(np.array([0])), opset13.constant(np.array(0))
+    batch = opset13.gather(opset13.shape_of(ids), first, axis)
+    info = VariableInfo()
+    info.variable_id, info.data_type = name, Type.f32
+    info.data_shape = PartialShape([-1, heads, -1, size])
+    variable = Variable(info)
+    none = opset13.broadcast(scalar(0.0), opset13.concat([batch, shape(heads), shape(0), shape(size)], 0))
+    return opset13.gather(opset13.read_value(none, variable), beams, axis), variable
 
 
 def stored_type(grid: IntegerGrid) -> tuple[Any, int]:

@@ -22,13 +22,12 @@ from openvino._offline_transformations import apply_moc_transformations
 from openvino.frontend import FrontEndManager
 from openvino.frontend.pytorch import ConversionExtension, ModuleExtension
 from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
-from openvino.op.util import Variable, VariableInfo
 from torch import Tensor, nn
 from torch.jit import TracerWarning  # type: ignore[attr-defined]
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from gyroquant.export.openvino_ops import OpenVinoOperations, scalar, shape
+from gyroquant.export.openvino_ops import OpenVinoOperations, named, remembered
 from gyroquant.models.graph import LinearOp
 from gyroquant.models.online import AttentionState, attach, mark_ready
 from gyroquant.models.packed import PackedStore
@@ -198,30 +197,17 @@ def _stateful(model: Any, kv_heads: int, head_dim: int) -> Any:
     for one, name in zip(inputs, _INPUTS, strict=False):
         one.set_partial_shape(PartialShape([-1, -1]))
         one.set_element_type(Type.i64)
-        _name(one, name)
-    beams = opset13.parameter(PartialShape([-1]), np.int32)
-    _name(beams, "beam_idx")
-    first, axis = opset13.constant(np.array([0])), opset13.constant(np.array(0))
-    batch = opset13.gather(opset13.shape_of(inputs[0]), first, axis)
-    start = opset13.broadcast(scalar(0.0), opset13.concat([batch, shape(kv_heads), shape(0), shape(head_dim)], 0))
+        named(one, name)
+    beams = named(opset13.parameter(PartialShape([-1]), np.int32), "beam_idx")
     sinks, variables = [], []
     for i, (given, result) in enumerate(zip(inputs[len(_INPUTS) :], results[1:], strict=True)):
-        info = VariableInfo()
-        info.variable_id = f"past_key_values.{i // 2}.{('key', 'value')[i % 2]}"
-        info.data_type = Type.f32
-        info.data_shape = PartialShape([-1, kv_heads, -1, head_dim])
-        variables.append(Variable(info))
-        before = opset13.gather(opset13.read_value(start, variables[-1]), beams, axis)
+        name = f"past_key_values.{i // 2}.{('key', 'value')[i % 2]}"
+        before, variable = remembered(name, inputs[0], beams, kv_heads, head_dim)
+        variables.append(variable)
         for reader in list(given.output(0).get_target_inputs()):
             reader.replace_source_output(before.output(0))
-        sinks.append(opset13.assign(result.input(0).get_source_output().get_node(), variables[-1]))
+        sinks.append(opset13.assign(result.input(0).get_source_output().get_node(), variable))
     results[0].output(0).get_tensor().set_names({"logits"})
     made = ov.Model([results[0]], sinks, [*inputs[: len(_INPUTS)], beams], variables, "gyroquant")
     made.validate_nodes_and_infer_types()
     return made
-
-
-def _name(given: Any, name: str) -> None:
-    """Plugins look inputs up by this name as well as by that of the tensor."""
-    given.set_friendly_name(name)
-    given.output(0).get_tensor().set_names({name})

@@ -1,0 +1,66 @@
+"""OpenVINO, and how to have it compute in fp32 throughout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gyroquant.errors import InputError
+from gyroquant.export.openvino import MODEL
+from gyroquant.runtimes.base import Runtime
+
+
+class OpenVinoRuntime(Runtime):
+    """OpenVINO's CPU plugin, or another of its devices."""
+
+    formats = ("openvino",)
+    title = "OpenVINO"
+
+    def __init__(self, folder: Path, exact: bool, device: str = "CPU"):
+        super().__init__(folder, exact)
+        try:
+            import openvino as ov
+        except ImportError as error:
+            raise InputError('OpenVINO is not installed: pip install "gyroquant[openvino]"') from error
+        core = ov.Core()
+        if device not in core.available_devices:
+            raise InputError(f"OpenVINO has no device {device} here; it has {', '.join(core.available_devices)}")
+        settings = exact_settings() if exact and device == "CPU" else {}
+        self._request = core.compile_model(str(folder / MODEL), device, settings).create_infer_request()
+        self._length = 0
+
+    @classmethod
+    def on_devices(cls, folder: Path) -> Iterator[tuple[str, Runtime]]:
+        import openvino as ov
+
+        core = ov.Core()
+        for device in core.available_devices:
+            yield f"{device}, {core.get_property(device, 'FULL_DEVICE_NAME')}", cls(folder, False, device)
+
+    def start(self) -> None:
+        self._request.reset_state()
+        self._length = 0
+
+    def feed(self, ids: Tensor) -> Tensor:
+        total = self._length + ids.shape[1]
+        inputs = {
+            "input_ids": ids.numpy(),
+            "attention_mask": torch.ones(1, total, dtype=torch.long).numpy(),
+            "position_ids": torch.arange(self._length, total)[None].numpy(),
+            "beam_idx": torch.zeros(1, dtype=torch.int32).numpy(),
+        }
+        self._request.infer(inputs)
+        self._length = total
+        return torch.from_numpy(self._request.get_tensor("logits").data[0].copy()).float()
+
+
+def exact_settings() -> dict[str, str]:
+    """What makes the CPU plugin compute in fp32 throughout, to compare with."""
+    return {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
+        "KV_CACHE_PRECISION": "f32",
+    }

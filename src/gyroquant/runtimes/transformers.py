@@ -1,0 +1,42 @@
+"""transformers, which reads several formats and our own folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gyroquant.errors import InputError
+from gyroquant.export.gguf import FILE
+from gyroquant.runtimes.base import Runtime
+
+
+class TransformersRuntime(Runtime):
+    """transformers, with whatever it needs for a format; with gyroquant for the folders that gyroquant wrote."""
+
+    formats = ("dense", "compressed-tensors", "gptq")
+    title = "transformers"
+
+    def __init__(self, folder: Path, exact: bool):
+        super().__init__(folder, exact)
+        from transformers import AutoModelForCausalLM
+
+        options: dict[str, Any] = {"dtype": torch.float32 if exact else "auto"}
+        if (folder / FILE).exists():
+            options["gguf_file"] = FILE
+        try:
+            self._model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+        except (OSError, ImportError, ValueError, KeyError) as error:
+            raise InputError(f"transformers does not open {folder} here: {error}") from error
+        self._past: Any = None
+
+    def start(self) -> None:
+        self._past = None
+
+    @torch.no_grad()
+    def feed(self, ids: Tensor) -> Tensor:
+        out = self._model(input_ids=ids, past_key_values=self._past, use_cache=True)
+        self._past = out.past_key_values
+        return out.logits[0].float()

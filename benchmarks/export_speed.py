@@ -1,6 +1,6 @@
 """Speed of exports as ratios in one run, against the same program with the model in 16 bits.
 
-    python benchmarks/export_speed.py MODEL --out FOLDER [--tokens 64] [--prompt 256] [--rounds 3]
+    python benchmarks/export_speed.py MODEL --text FILE --out FOLDER [--tokens 64] [--prompt 256] [--rounds 3]
 
 On OpenVINO our W4 and W2 (fused, and W2 with R4 online) as it runs them by default. On llama.cpp, where its Python
 binding is installed, our W4 and W2 beside its own Q4_0 and Q2_K of the model as it was. Weights are rounded to nearest
@@ -52,8 +52,7 @@ def exported(given: argparse.Namespace, row: tuple[str, list[str] | None, str, s
     alone = [*WIDE, 'weights.ignore=["re:^(?!model.layers.0.self_attn.k_proj$).*"]']
     out = given.out / ("plain" if changes is None else name.replace(" ", "_"))
     if not out.exists():
-        text = ["word " * 4096] if changes and any("R1" in one for one in changes) else None
-        pipeline.run(prepare(given.model, out, gq.load_recipe("rtn", changes or alone), text))
+        pipeline.run(prepare(given.model, out, gq.load_recipe("rtn", changes or alone), given.text))
     options = {"requantize": requantize} if requantize else {}
     gq.export(out, kind, place, check=False, **options)
     return place
@@ -63,7 +62,8 @@ def main() -> None:
     """Makes what is missing, measures, and prints both tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--out", type=Path, required=True)
+    for name in ("--text", "--out"):
+        parser.add_argument(name, type=Path, required=True)
     for option, value in (("--tokens", 64), ("--prompt", 256), ("--rounds", 3)):
         parser.add_argument(option, type=int, default=value)
     given = parser.parse_args()

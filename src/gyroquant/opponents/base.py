@@ -1,0 +1,134 @@
+"""What a program is that we are compared with: what it can be asked for, and what it deploys."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from gyroquant.errors import InputError
+
+SIDES = Path(__file__).parent / "sides"
+_TAIL = 2000  # characters of what a program printed that its failure is told with
+
+
+@dataclass(frozen=True)
+class Size:
+    """The size that everybody is asked for: `group_size` input channels share a scale, -1 is a whole row."""
+
+    bits: int
+    group_size: int
+    symmetric: bool = False
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run of an opponent.
+
+    `model` is a Hugging Face folder with plain weights and a tokenizer; `tokens` a safetensors file that holds the
+    calibration text as `tokens`, shape (samples, length), int64; `out` an empty folder that the run may fill.
+    """
+
+    model: Path
+    tokens: Path
+    out: Path
+    size: Size
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an opponent deployed.
+
+    `dense` is what our own evaluation opens: a Hugging Face folder with the weights that its files stand for, or a
+    GGUF file. `true_bits` is everything its files store for the rounded layers of the blocks, over the number of their
+    weights; `bytes` the size of its own files; `seconds` and `peak_memory_bytes` are of its own process, with loading
+    and saving.
+    """
+
+    dense: Path
+    true_bits: float
+    bytes: int
+    seconds: float
+    peak_memory_bytes: int
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+class OpponentError(InputError):
+    """An opponent that cannot run, or did not; the message is the reason that a comparison shows."""
+
+
+class Opponent(ABC):
+    """A program that we are compared with. Instances hold nothing; a file each, registered by being a subclass."""
+
+    kinds: ClassVar[dict[str, type[Opponent]]] = {}
+
+    name: ClassVar[str]
+    home: ClassVar[str]
+    """Where it is to be had: owner/name on GitHub."""
+    requirements: ClassVar[tuple[str, ...]]
+    """What pip installs into its own environment, pinned, beside our own version of PyTorch."""
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]]
+    """Ways to use it, by name, and the settings of each; they are part of what a result is named by."""
+    installing: ClassVar[Mapping[str, str]] = {}
+    """Environment variables while it is installed."""
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if "name" in cls.__dict__:
+            Opponent.kinds[cls.name] = cls
+
+    @abstractmethod
+    def problem(self, variant: str, size: Size) -> str:
+        """Why it cannot be asked for this size, in a line; empty if it can."""
+
+    @abstractmethod
+    def run(self, variant: str, task: Task, python: Path) -> Outcome:
+        """Has it quantize a model with the interpreter of its environment.
+
+        Raises OpponentError with the reason when it fails.
+        """
+
+
+def run_side(python: Path, script: str, arguments: list[str], report: Path, timeout: float | None = None) -> Any:
+    """Runs a script of `sides` with another interpreter and returns the JSON that it wrote to `report`.
+
+    Scripts never import gyroquant. What they print goes to a log beside the report. Raises OpponentError with the end
+    of it when they fail or write nothing.
+    """
+    log = report.with_suffix(".log")
+    with log.open("w") as sink:
+        try:
+            done = subprocess.run(
+                [str(python), "-I", str(SIDES / script), *arguments, "--report", str(report)],
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+                timeout=timeout,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise OpponentError(f"{script} did not end within {timeout:.0f} s") from error
+    if done.returncode != 0 or not report.exists():
+        raise OpponentError(_reason(script, done.returncode, log))
+    return json.loads(report.read_text())
+
+
+def _reason(script: str, status: int, log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(errors="replace")[-_TAIL:].splitlines() if line.strip()]
+    last = lines[-1] if lines else "it printed nothing"
+    if status < 0:
+        return f"{script} was killed by {signal.Signals(-status).name}; its last line: {last}"
+    return f"{script} ended with status {status}: {last}"
+
+
+def folder_bytes(folder: Path) -> int:
+    """The size of all files in a folder, in bytes."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+__all__ = ["SIDES", "Opponent", "OpponentError", "Outcome", "Size", "Task", "folder_bytes", "run_side"]

@@ -4,8 +4,9 @@
 
 Rounds MODEL to nearest for each recipe on a grid of its own (transforms proved on `--text`; what is compared is the
 file, not its quality), and by the recipes of four papers on a small calibration set, writes each format that holds it
-and verifies it on two windows of 256 tokens of `--test`. What stands in FOLDER/results.json is not run again. Sizes are
-of all files of an export; perplexity by default is beside our own in fp32.
+and verifies it on two windows of 256 tokens of `--test`. What stands in FOLDER/results.json is not run again, except
+speed and memory with `--speed`: they need a machine that does nothing else. Sizes are of all files of an export;
+perplexity by default is beside our own in fp32.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import gyroquant as gq
 from gyroquant import pipeline
 from gyroquant.deploy import formats
 from gyroquant.errors import GyroquantError
+from gyroquant.footprint import footprint
 from gyroquant.job import prepare
 
 FUSED = ["transform.R1={method: hadamard, random_signs: true}", "transform.R2={method: hadamard, random_signs: true}"]
@@ -31,6 +33,7 @@ def weights(bits: int, group: int, symmetric: bool, midrise: bool = False) -> li
     return [*changes, "weights.midrise=true"] if midrise else changes
 
 
+PROMPT, TOKENS = list(range(1000, 1256)), 32  # read and written where speed alone is measured again
 SMALL = ["calibration.nsamples=16", "calibration.seqlen=512"]
 # What is rounded alike, by the recipe that it comes from; the model has no dimension of which 128 is a divisor but the
 # feed-forward's, so that groups of 128 are tried on down_proj alone.
@@ -98,6 +101,7 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="NAME")
     names = [one["format"] for one in formats()]
     parser.add_argument("--formats", nargs="+", choices=names, default=names, metavar="NAME")
+    parser.add_argument("--speed", action="store_true", help="measure the speed of what is there again")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     path = given.out / "results.json"
@@ -110,6 +114,10 @@ def main() -> None:
             key = f"{recipe} / {name}"
             if key not in found:
                 found[key] = cell(given, recipe, name)
+                path.write_text(json.dumps(found, indent=1) + "\n")
+            elif given.speed and "ways" in found[key]:
+                place = given.out / f"{recipe.replace(' ', '_')}.{name}"
+                found[key]["ways"]["default"] |= footprint(name, place, PROMPT, TOKENS, exact=False)
                 path.write_text(json.dumps(found, indent=1) + "\n")
             print(line(recipe, name, found[key]), flush=True)
 

@@ -8,6 +8,7 @@ import pytest
 import saving
 import tiny
 
+from gyroquant import footprint as room
 from gyroquant.errors import InputError
 from gyroquant.footprint import footprint
 
@@ -26,4 +27,13 @@ def test_a_larger_model_takes_more_memory(tmp_path: Path) -> None:
 
 def test_a_model_that_does_not_open_says_why(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"does not run as dense in a process of its own: .*InputError"):
+        footprint("dense", tmp_path, [3], 1, exact=True)
+
+
+def test_a_program_that_is_killed_says_by_what(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed = tmp_path / "python"
+    killed.write_text("#!/bin/sh\nkill -SEGV $$\n")
+    killed.chmod(0o755)
+    monkeypatch.setattr(room.sys, "executable", str(killed))
+    with pytest.raises(InputError, match=r"in a process of its own: it was killed by SIGSEGV"):
         footprint("dense", tmp_path, [3], 1, exact=True)

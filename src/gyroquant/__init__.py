@@ -2,6 +2,7 @@
 
 from gyroquant import maps
 from gyroquant.api import evaluate, load, quantize
+from gyroquant.comparison import compare
 from gyroquant.deploy import export, verify_export
 from gyroquant.environment import gyroquant_version
 from gyroquant.errors import (
@@ -29,6 +30,7 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "UnsupportedModelError",
+    "compare",
     "evaluate",
     "export",
     "load",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -26,13 +27,19 @@ def footprint(format_name: str, folder: Path, prompt: list[int], tokens: int, ex
     Raises InputError with what the process said when it fails.
     """
     asked = {"format": format_name, "folder": str(folder), "prompt": prompt, "tokens": tokens, "exact": exact}
-    command = [sys.executable, "-m", "gyroquant.footprint"]
+    command = [sys.executable, "-c", "from gyroquant.footprint import main; main()"]
     done = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True, check=False)
     if done.returncode:
-        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise InputError(f"{folder} does not run as {format_name} in a process of its own: {said[-1]}")
+        raise InputError(f"{folder} does not run as {format_name} in a process of its own: {_reason(done)}")
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
+
+
+def _reason(done: subprocess.CompletedProcess[str]) -> str:
+    """Why a process failed, in a line."""
+    if done.returncode < 0:
+        return f"it was killed by {signal.Signals(-done.returncode).name}"
+    return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
 
 
 def _measured(asked: dict[str, Any]) -> dict[str, float]:
@@ -56,5 +63,6 @@ def _measured(asked: dict[str, Any]) -> dict[str, float]:
     }
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Measures what is asked for on stdin, and says it on stdout."""
     sys.stdout.write(json.dumps(_measured(json.load(sys.stdin))) + "\n")

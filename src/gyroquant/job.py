@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from gyroquant.calibration.observers import Pairing
 from gyroquant.calibration.stream import Stream
-from gyroquant.calibration.text import Text, load_text, sample, tokenize
+from gyroquant.calibration.text import Text, TokenBatch, load_text, sample, tokenize
 from gyroquant.environment import native_bfloat16
 from gyroquant.errors import InputError, RecipeError, UnsupportedModelError
 from gyroquant.export.folder import check_destination, check_room
@@ -68,7 +68,7 @@ class Job:
     output: Output
     tokenizer: Any
     quantizers: list[Attachment] = field(default_factory=list)
-    text: Text | None = None
+    text: Text | TokenBatch | None = None
     tokens: Tensor | None = None
     grids: dict[str, Grid] = field(default_factory=dict)
     rounded: dict[str, QuantizedWeight] = field(default_factory=dict)
@@ -137,7 +137,7 @@ def prepare(
     model: str | Path | PreTrainedModel,
     out: str | Path,
     recipe: str | Path | Mapping[str, Any] | Recipe,
-    calibration: str | Path | Sequence[str] | None = None,
+    calibration: str | Path | Sequence[str] | TokenBatch | None = None,
     *,
     tokenizer: Any = None,
     dense: bool = False,
@@ -158,7 +158,7 @@ def prepare(
     plan, targets, quantizers = plan_all(store.graph, recipe)
     _check_forms(store, plan, targets, quantizers, dense, recipe.finish)
     source = calibration if calibration is not None else recipe.calibration.text
-    text = load_text(source) if source is not None else None
+    text = source if source is None or isinstance(source, TokenBatch) else load_text(source)
     output = Output(
         folder=out,
         dtype=saved_dtype(save_dtype, store.dtype),
@@ -337,10 +337,12 @@ def _tokens(job: Job) -> Tensor | None:
             need = "calibrates" if calibrates else "is proved"
             raise InputError(f"this recipe {need} on text: give --text FILE (or a dataset's name)")
         return None
-    ids = tokenize(job.text, job.tokenizer, job.store.config.vocab_size)
     limit = getattr(job.store.config, "max_position_embeddings", None)
     if limit and settings.seqlen > limit:
         raise InputError(f"--seqlen {settings.seqlen} is longer than the {limit} positions that the model knows")
+    if isinstance(job.text, TokenBatch):
+        return job.text.take(settings.nsamples, settings.seqlen)
+    ids = tokenize(job.text, job.tokenizer, job.store.config.vocab_size)
     return sample(ids, settings.nsamples, settings.seqlen, settings.seed, job.text.name)
 
 

@@ -39,9 +39,10 @@ def _read_yaml(text: str, where: str) -> dict[str, Any]:
     return data
 
 
-_SUFFIX = re.compile(
+SIZED = re.compile(
     r"^(?P<name>.+?)-w(?P<bits>\d)(?:a(?P<activations>\d{1,2}))?(?:kv(?P<cache>\d{1,2}))?(?:g(?P<group>\d+))?$", re.I
 )
+"""A recipe's name with bits and group size behind it."""
 
 
 def find_recipe(name: str) -> tuple[dict[str, Any], list[str]]:
@@ -58,7 +59,7 @@ def find_recipe(name: str) -> tuple[dict[str, Any], list[str]]:
     known = preset_names()
     if name in known:
         return {"name": name} | _read_yaml((_presets() / f"{name}.yaml").read_text(encoding="utf-8"), name), []
-    short = _SUFFIX.match(name)
+    short = SIZED.match(name)
     if short and short["name"] in known:
         places = {"bits": "weights.bits", "group": "weights.group_size"}
         places |= {"activations": "activations.bits", "cache": "kv_cache.bits"}
@@ -92,6 +93,11 @@ def with_effort(data: Mapping[str, Any], effort: str | None) -> tuple[dict[str, 
         there = ", ".join(["default", *efforts])
         raise RecipeError(f"{name} has no effort {effort!r}; what it has: {there}")
     return data | {"name": f"{name} ({effort})"}, efforts[effort]
+
+
+def has_effort(name: str, effort: str | None) -> bool:
+    """Whether a recipe has an effort of that name."""
+    return effort is not None and effort in (find_recipe(name)[0].get("efforts") or {})
 
 
 def _is_changes(changes: Any) -> bool:

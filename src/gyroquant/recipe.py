@@ -190,6 +190,15 @@ class Recipe(BaseModel):
             flat[name] = dumped[0] if len(dumped) == 1 else dumped
         return flat
 
+    @property
+    def random(self) -> bool:
+        """Whether a run depends on the seed beyond the choice of calibration windows."""
+        weights = self.weights
+        if self.learn is not None or self.finish is not None or weights.tune is not None:
+            return True
+        drawn = any(step.method.random for steps in self.transform.values() for step in steps)
+        return drawn or isinstance(weights.solver, ModelSolver)
+
     def to_dict(self) -> dict[str, Any]:
         """The recipe as it would be written in YAML; `parse` reads it back."""
         data = self.model_dump(mode="json")

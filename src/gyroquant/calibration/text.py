@@ -37,6 +37,22 @@ class Text:
         return hashlib.sha256(self.content.encode()).hexdigest()
 
 
+@dataclass(frozen=True)
+class TokenBatch:
+    """Windows of a text that somebody has tokenized and chosen, `ids` of shape (samples, length), and what text."""
+
+    name: str
+    sha256: str
+    ids: Tensor
+
+    def take(self, nsamples: int, seqlen: int) -> Tensor:
+        """The first of them, shape (nsamples, seqlen). Raises InputError when there are fewer, or of another length."""
+        if len(self.ids) < nsamples or self.ids.shape[1] != seqlen:
+            there = " windows of ".join(map(str, self.ids.shape))
+            raise InputError(f"{self.name} is given as {there} tokens, not as {nsamples} windows of {seqlen}")
+        return self.ids[:nsamples]
+
+
 def load_text(source: str | Path | Sequence[str], split: Split = "train") -> Text:
     """The text of a local file, of a list of strings, or of a dataset on the hub.
 

@@ -15,6 +15,7 @@ import typer
 
 from gyroquant.cli.chat import chat
 from gyroquant.cli.common import AsJson, Debug, print_json
+from gyroquant.cli.compare import compare
 from gyroquant.cli.deploy import export, formats, verify_export
 
 app = typer.Typer(
@@ -268,6 +269,7 @@ app.command()(export)
 app.command("verify-export")(verify_export)
 app.command()(formats)
 app.command()(chat)
+app.command()(compare)
 
 rotations = typer.Typer(no_args_is_help=True, help="Rotations as files: take them out of a run, change, use again.")
 app.add_typer(rotations, name="rotations")

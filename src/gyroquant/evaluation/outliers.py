@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from gyroquant.calibration.observers import Moments, observing
 from gyroquant.calibration.stream import Stream
+from gyroquant.maps import blocks, hadamard
 from gyroquant.models.online import attached
 from gyroquant.models.runner import BlockRunner, evaluating
 from gyroquant.models.store import WeightStore
@@ -20,20 +23,59 @@ SITE_OF_BASIS = {"residual": "R1", "attn_in": "attn_in", "mlp_in": "mlp_in", "at
 
 @dataclass(frozen=True)
 class Outliers:
-    """Figures of the activations at one site of one block; see `calibration.observers.Moments`."""
+    """Figures of the activations at one site of one block; see `calibration.observers.Moments`.
+
+    `mass` has, by the size b of blocks, two means over tokens, each over the token's rms: of the bound on the largest
+    entry behind Hadamards of b, the largest l1 mass of a block over sqrt(b) (MixQuant, arXiv 2601.22347), and of the
+    largest entry that is really there.
+    """
 
     site: str
     block: int
     kurtosis: float
     max_over_rms: float
     rms: float
+    mass: dict[int, tuple[float, float]] = field(default_factory=dict)
+
+
+class Spread(Moments):
+    """Moments and, for each size of blocks that divides the input, MixQuant's bound and what it bounds."""
+
+    def __init__(self, n: int, sizes: Sequence[int] = ()):
+        super().__init__(n)
+        self.maps = {size: blocks(hadamard(size), n) for size in sizes if n % size == 0}
+        self.masses = {size: torch.zeros(2, dtype=torch.float64) for size in self.maps}
+        self.tokens = 0
+
+    def __call__(self, x: Tensor) -> None:
+        super().__call__(x)
+        x = x.float()
+        rms = x.square().mean(1).sqrt().clamp_min(1e-12)
+        self.tokens += len(x)
+        for size, rotation in self.maps.items():
+            bound = x.abs().view(len(x), -1, size).sum(-1).amax(1) / size**0.5
+            largest = rotation.apply(x).abs().amax(1)
+            self.masses[size] += torch.stack([(bound / rms).sum(), (largest / rms).sum()]).double().cpu()
+
+    @property
+    def mass(self) -> dict[int, tuple[float, float]]:
+        """Bound and largest entry by the size of blocks."""
+        means = {size: sums / max(1, self.tokens) for size, sums in self.masses.items()}
+        return {size: (float(both[0]), float(both[1])) for size, both in means.items()}
 
 
 @torch.no_grad()
 def measure_outliers(
-    store: WeightStore, input_ids: Tensor, device: str = "cpu", progress: Stages | None = None
+    store: WeightStore,
+    input_ids: Tensor,
+    device: str = "cpu",
+    progress: Stages | None = None,
+    sizes: Sequence[int] = (),
 ) -> list[Outliers]:
-    """The outlier figures of every observed site and block for `input_ids`, shape (sequences, length)."""
+    """The outlier figures of every observed site and block for `input_ids`, shape (sequences, length).
+
+    `sizes` are those of the blocks whose l1 mass is measured too.
+    """
     graph = store.graph
     found: list[Outliers] = []
     model = store.skeleton()
@@ -43,7 +85,7 @@ def measure_outliers(
         stream.free_outer()
         for i, group in enumerate(graph.blocks):
             online = graph.in_block(i, store.online)
-            with attached(model, online), observing(model, group, online, Moments) as observed:
+            with attached(model, online), observing(model, group, online, partial(Spread, sizes=sizes)) as observed:
                 stream.run(i, store.read(graph.block_params(i)))
             found += _by_site(i, {key: group_basis(group, key) for key, _ in observed}, observed)
             advance()
@@ -56,9 +98,9 @@ def group_basis(group: object, key: str) -> str:
     return readers.get(key, key).rpartition(".")[2]
 
 
-def _by_site(block: int, bases: dict[str, str], observed: dict[tuple[str, int | None], Moments]) -> list[Outliers]:
+def _by_site(block: int, bases: dict[str, str], observed: dict[tuple[str, int | None], Spread]) -> list[Outliers]:
     """One row a site; several inputs of one site (experts) are averaged."""
-    groups: dict[str, list[Moments]] = defaultdict(list)
+    groups: dict[str, list[Spread]] = defaultdict(list)
     for (key, _), moments in observed.items():
         site = SITE_OF_BASIS.get(bases[key])
         if site:
@@ -69,7 +111,12 @@ def _by_site(block: int, bases: dict[str, str], observed: dict[tuple[str, int | 
 
     return [
         Outliers(
-            site, block, mean([m.kurtosis for m in ms]), mean([m.max_over_rms for m in ms]), mean([m.rms for m in ms])
+            site,
+            block,
+            mean([m.kurtosis for m in ms]),
+            mean([m.max_over_rms for m in ms]),
+            mean([m.rms for m in ms]),
+            {size: (mean([m.mass[size][0] for m in ms]), mean([m.mass[size][1] for m in ms])) for size in ms[0].mass},
         )
         for site, ms in groups.items()
     ]

@@ -43,15 +43,35 @@ class WindowScores:
     agree: Tensor | None = None
 
 
-def _hidden(store: WeightStore, ids: Tensor, dtype: torch.dtype, device: str, advance: Advance) -> tuple[Stream, Any]:
-    """A stream that has passed through all blocks, and the parameters for its head."""
+def _hidden(
+    store: WeightStore, ids: Tensor, dtype: torch.dtype, device: str, advance: Advance, known: Tensor | None = None
+) -> tuple[Stream, Any]:
+    """A stream that has passed through all blocks, or is told where that leads, and the parameters for its head."""
     graph = store.graph
     outer = store.read(graph.outer_params())
     runner = BlockRunner(store.skeleton(), graph)
     stream = Stream(runner, ids, outer, dtype, device=device)
     stream.free_outer()
-    stream.run_all(store, advance)
+    if known is None:
+        stream.run_all(store, advance)
+    else:
+        stream.hidden = known
     return stream, outer
+
+
+@torch.no_grad()
+def last_hidden(
+    store: WeightStore,
+    input_ids: Tensor,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    progress: Stages | None = None,
+) -> Tensor:
+    """What leaves the last block for `input_ids`, shape (windows, length): (windows, length, hidden), in `dtype`."""
+    with evaluating(store.skeleton()), (progress or Stages()).stage("evaluate", len(store.graph.blocks)) as advance:
+        stream, _ = _hidden(store, input_ids, dtype, device, advance)
+    assert stream.hidden is not None
+    return stream.hidden
 
 
 def _pairs(stores: list[WeightStore], streams: list[tuple[Stream, Any]]) -> Iterator[tuple[int, int, list[Tensor]]]:
@@ -70,8 +90,12 @@ def score_windows(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     progress: Stages | None = None,
+    known: Tensor | None = None,
 ) -> WindowScores:
-    """Scores `input_ids`, shape (windows, length): all tokens but a window's first are predicted from those before."""
+    """Scores `input_ids`, shape (windows, length): all tokens but a window's first are predicted from those before.
+
+    `known` is what `last_hidden` gave for the model `against`, on the same tokens and in the same dtype.
+    """
     stores = [store] if against is None else [store, against]
     if against is not None and against.config.vocab_size != store.config.vocab_size:
         raise InputError(f"{against.label} has another vocabulary than {store.label}: they cannot be compared")
@@ -79,14 +103,15 @@ def score_windows(
     chunk = max(1, _CHUNK_BYTES // width)
     totals = torch.zeros(3, len(input_ids), dtype=torch.float64)
     pieces = range(0, len(input_ids), chunk)
-    steps = sum(len(one.graph.blocks) for one in stores) * len(pieces)
+    steps = sum(len(one.graph.blocks) for one in stores if one is store or known is None) * len(pieces)
     with (progress or Stages()).stage("evaluate", steps) as advance:
         for first in pieces:
             ids = input_ids[first : first + chunk]
             streams = []
             for one in stores:
                 with evaluating(one.skeleton()):
-                    streams.append(_hidden(one, ids, dtype, device, advance))
+                    there = known[first : first + chunk] if one is against and known is not None else None
+                    streams.append(_hidden(one, ids, dtype, device, advance, there))
             for number, start, logs in _pairs(stores, streams):
                 totals[:, first + number] += _sums(ids[number], start, logs)
     scores = WindowScores(totals[0], input_ids.shape[1] - 1)

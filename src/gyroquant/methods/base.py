@@ -57,6 +57,11 @@ class Method(BaseModel, ABC):
         if isinstance(name, str):
             Method.kinds[name] = cls
 
+    @property
+    def random(self) -> bool:
+        """Whether its maps depend on the seed."""
+        return False
+
     def check(self, site: Site, context: Context) -> None:
         """Raises RecipeError for options that do not fit a site, before anything is measured."""
 

@@ -26,6 +26,10 @@ class DuQuant(Method):
     block: Annotated[int, Field(ge=2)] = 128
     steps: Annotated[int, Field(ge=1, le=4096)] = 256
 
+    @property
+    def random(self) -> bool:
+        return True
+
     def choose(self, site: Site, context: Context) -> Map:
         size = max(d for d in range(1, min(self.block, site.n) + 1) if site.n % d == 0)
         spread = spreading(size, context.generator(site))

@@ -19,5 +19,9 @@ class Hadamard(BlockwiseMethod):
     method: Literal["hadamard"] = "hadamard"
     random_signs: bool = False
 
+    @property
+    def random(self) -> bool:
+        return self.random_signs
+
     def one_block(self, n: int, generator: torch.Generator) -> Map:
         return random_signs(n, generator) @ hadamard(n) if self.random_signs else hadamard(n)

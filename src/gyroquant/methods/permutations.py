@@ -78,6 +78,10 @@ class RandomPermutation(_Spread):
 
     method: Literal["random_permutation"] = "random_permutation"
 
+    @property
+    def random(self) -> bool:
+        return True
+
     def order(self, site: Site, context: Context, size: int) -> Tensor:
         return torch.randperm(site.n, generator=context.generator(site))
 

@@ -15,5 +15,9 @@ class RandomOrthogonal(BlockwiseMethod):
 
     method: Literal["orthogonal"] = "orthogonal"
 
+    @property
+    def random(self) -> bool:
+        return True
+
     def one_block(self, n: int, generator: torch.Generator) -> Map:
         return random_orthogonal(n, generator)

@@ -263,3 +263,39 @@ def _fuzz_cell(finding: Finding | None) -> str:
     if finding.fault:
         return "WRONG"
     return "refused" if finding.error is None else f"{finding.error:.0e}"
+
+
+def compared(comparison: Mapping[str, Any], out: str) -> list[Any]:
+    """What `compare` found: a table and a verdict for every number of bits and text, and what was not run."""
+    by_key = {cell["key"]: cell for cell in comparison["cells"]}
+    shown: list[Any] = [f"note: {note}" for note in comparison["notes"]]
+    header = ("", "true bits", "perplexity", "95 %", "KL", "p against best", "proof", "minutes")
+    for judged in comparison["verdict"]:
+        rows = [_compared(by_key[row["key"]], row, judged) for row in judged["rows"]]
+        base = comparison["original"]["tests"][judged["test"]]["perplexity"]
+        title = f"{judged['bits']} bits on {judged['test']}; the original has {base:.2f}"
+        shown += [table(title, header, rows, right=range(1, len(header))), judged["text"], ""]
+    rest = [cell for cell in comparison["cells"] if cell["status"] != "done"]
+    if rest:
+        rows = [(cell["label"], cell["status"], cell["reason"]) for cell in rest]
+        shown.append(table("not run", ("", "", "why"), rows))
+    return [*shown, f"{out}/index.html has it all"]
+
+
+def _compared(cell: Mapping[str, Any], row: Mapping[str, Any], judged: Mapping[str, Any]) -> tuple[str, ...]:
+    score = cell["tests"][judged["test"]]
+    low, high = score["perplexity_interval"]
+    proof = "" if cell["proof_error"] is None else f"{cell['proof_error']:.0e}"
+    against = "best" if row["key"] == judged["best"] else f"{row['against_best']['p']:.4f}"
+    kl = "" if score["kl"] is None else f"{score['kl']:.3f}"
+    name = cell["label"] + (" *" if row["key"] in judged["front"] else "")
+    return (
+        name,
+        f"{cell['true_bits']:.3f}",
+        f"{score['perplexity']:.4g}",
+        f"{low:.4g} to {high:.4g}",
+        kl,
+        against,
+        proof,
+        f"{cell['measured']['seconds'] / 60:.1f}",
+    )

@@ -1,0 +1,69 @@
+"""The folder of a comparison: every cell a file, written whole or not at all, so that folders can be merged."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from gyroquant.errors import InputError
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Writes JSON under another name, on the disk, and then puts it in place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(data, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+class Results:
+    """The results of cells in a folder, by key."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder / "cells"
+
+    def path(self, key: str) -> Path:
+        """Where the result of a cell is."""
+        return self.folder / f"{key}.json"
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        """A result that is there. Raises InputError for a file that is none."""
+        path = self.path(key)
+        if not path.exists():
+            return None
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(found, dict) or found.get("key") != key or "status" not in found:
+                raise ValueError("it is not the result of this cell")
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path} is damaged ({error}): delete it, and the cell is run again") from error
+        return found
+
+    def put(self, result: Mapping[str, Any]) -> None:
+        """Keeps the result of a cell."""
+        write_json(self.path(result["key"]), result)
+
+    def merge(self, others: Iterable[Path]) -> int:
+        """Takes over the results of other folders that are not here; returns how many.
+
+        Raises InputError for a folder that holds none.
+        """
+        taken = 0
+        for other in others:
+            files = sorted((other / "cells").glob("*.json"))
+            if not files:
+                raise InputError(f"{other} holds no results to merge (it has no cells/*.json)")
+            for file in files:
+                if not self.path(file.stem).exists():
+                    result = Results(other).get(file.stem)
+                    if result is not None and result["status"] == "done":
+                        self.put(result)
+                        taken += 1
+        return taken

@@ -1,0 +1,202 @@
+"""What all cells of a comparison need, made once: tokens, what the original makes of them, its outliers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gyroquant.calibration.stream import Stream
+from gyroquant.calibration.text import TokenBatch, load_text, sample, tokenize, windows
+from gyroquant.comparison.files import write_json
+from gyroquant.errors import InputError
+from gyroquant.evaluation.outliers import measure_outliers
+from gyroquant.evaluation.perplexity import last_hidden, score_windows, summary
+from gyroquant.models.runner import BlockRunner, evaluating
+from gyroquant.models.store import WeightStore
+from gyroquant.progress import Stages
+
+MASS_SIZES = (16, 32, 64, 128, 256, 512)
+_RUN, _VALUES = 32, 16  # weights in a row, and values that they have at most on a grid of 4 bits
+_LOOKED_AT = 8  # windows of calibration text that outliers are measured on
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A text that models are measured on: windows that do not overlap, the first `windows` of them (None: all)."""
+
+    source: str
+    window: int
+    windows: int | None = None
+
+
+def fingerprint(store: WeightStore) -> str:
+    """sha256 of a model: of its parameters, whatever file they lie in, and of its configuration."""
+    total = hashlib.sha256()
+    config = store.config.to_dict()
+    for key in ("_name_or_path", "transformers_version", "quantization_config", "dtype", "architectures"):
+        config.pop(key, None)
+    total.update(json.dumps(config, sort_keys=True, default=str).encode())
+    for name in sorted(store.shapes):
+        tensor = store.read([name])[name].float().contiguous()
+        total.update(f"{name} {tuple(tensor.shape)}".encode())
+        total.update(tensor.numpy().tobytes())
+    return total.hexdigest()
+
+
+class Shared:
+    """A folder of what cells share; what is there is not made again.
+
+    `facts` are the original's measurements: `tests` (an evaluation each), `outliers`, and `forward_seconds`, what one
+    pass over the calibration tokens took.
+    """
+
+    def __init__(self, folder: Path, store: WeightStore, dtype: str):
+        self.folder, self.store, self.dtype = folder, store, dtype
+
+    def calibration(self, text: str | Path, nsamples: int, seqlen: int, seed: int) -> Path:
+        """The file of the calibration tokens, shape (samples, length), and of what text they are."""
+        path = self.folder / f"calibration-{nsamples}.safetensors"
+        if not path.exists():
+            source = load_text(text)
+            ids = tokenize(source, self.store.tokenizer(), self.store.config.vocab_size)
+            tokens = sample(ids, nsamples, seqlen, seed, source.name)
+            _save({"tokens": tokens}, path, {"name": source.name, "sha256": source.sha256})
+        return path
+
+    def test(self, name: str, test: Trial, progress: Stages) -> Path:
+        """The file of a test's tokens, shape (windows, length), and of what leaves the original's last block."""
+        path = self.folder / f"test-{_plain(name)}.safetensors"
+        if not path.exists():
+            ids = trial_windows(test, self.store)
+            _save({"ids": ids, "hidden": last_hidden(self.store, ids, DTYPES[self.dtype], progress=progress)}, path, {})
+        return path
+
+    def facts(self, calibration: Path, tests: Mapping[str, Path], progress: Stages) -> dict[str, Any]:
+        """The original's measurements."""
+        path = self.folder / f"original-{calibration.stem}.json"
+        if not path.exists():
+            tokens = read_tokens(calibration).ids
+            seen = measure_outliers(self.store, tokens[:_LOOKED_AT], progress=progress, sizes=MASS_SIZES)
+            facts = {
+                "tests": {name: measured(self.store, None, file, self.dtype, progress) for name, file in tests.items()},
+                "outliers": [asdict(row) for row in seen],
+                "forward_seconds": forward_seconds(self.store, tokens),
+            }
+            write_json(path, facts)
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found
+
+
+def trial_windows(test: Trial, store: WeightStore) -> Tensor:
+    """The tokens of a test, shape (windows, length). Raises InputError for a window that does not fit the model."""
+    limit = getattr(store.config, "max_position_embeddings", None)
+    if test.window < 2 or (limit and test.window > limit):
+        raise InputError(f"a window of {test.window} tokens does not fit a model of {limit} positions")
+    source = load_text(test.source, split="test")
+    ids = tokenize(source, store.tokenizer(), store.config.vocab_size)
+    return windows(ids, test.window, source.name)[: test.windows].clone()
+
+
+def read_tokens(path: Path) -> TokenBatch:
+    """The calibration tokens of a comparison."""
+    with safe_open(path, framework="pt") as file:
+        about = file.metadata()
+        return TokenBatch(about["name"], about["sha256"], file.get_tensor("tokens"))
+
+
+def measured(
+    store: WeightStore, original: WeightStore | None, test: Path, dtype: str, progress: Stages | None = None
+) -> dict[str, Any]:
+    """Perplexity and divergence of a model on a test, with each window's, which paired comparisons are made of."""
+    with safe_open(test, framework="pt") as file:
+        ids = file.get_tensor("ids")
+        known = None if original is None else file.get_tensor("hidden")
+    scores = score_windows(store, ids, original, DTYPES[dtype], progress=progress, known=known)
+    found = summary(scores) | {"window_losses": _rounded((scores.loss / scores.predicted).tolist()), "window_kl": None}
+    if scores.kl is not None:
+        found["window_kl"] = _rounded((scores.kl / scores.predicted).tolist())
+    return found
+
+
+@torch.no_grad()
+def forward_seconds(store: WeightStore, tokens: Tensor) -> float:
+    """Seconds of one pass of the original, block by block, over tokens of shape (samples, length); in bfloat16."""
+    model, started = store.skeleton(), time.perf_counter()
+    with evaluating(model):
+        outer = store.read(store.graph.outer_params())
+        stream = Stream(BlockRunner(model, store.graph), tokens, outer, torch.bfloat16)
+        stream.run_all(store)
+        for _ in stream.logits(outer):
+            pass
+    return time.perf_counter() - started
+
+
+def plain_folder(shared: Shared) -> Path:
+    """A Hugging Face folder of the original that other programs open: its own, or one made of it, in fp32."""
+    store = shared.store
+    own = getattr(store, "folder", None)
+    if own is not None:
+        return Path(own)
+    folder = shared.folder / "plain"
+    if not folder.exists():
+        partial = folder.with_name("plain.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        config = type(store.config).from_dict(store.config.to_dict() | {"quantization_config": None})
+        config.dtype = "float32"
+        config.save_pretrained(partial)
+        store.tokenizer().save_pretrained(partial)
+        weights = {name: tensor.float().contiguous() for name, tensor in store.read(store.shapes).items()}
+        save_file(weights, partial / "model.safetensors", {"format": "pt"})
+        partial.replace(folder)
+    return folder
+
+
+def own_grid(store: WeightStore) -> list[str]:
+    """What has to be said of a model whose weights lie on a coarse grid already: rounding to that grid is no loss.
+
+    Weights do where every 32 of them in a row have at most 16 values; the first block's are looked at.
+    """
+    group = store.graph.blocks[0]
+    names = [op.weight for op in group.linears if op.entry.quantize and not op.entry.stacked]
+    found = 0
+    for tensor in store.read(names).values():
+        if tensor.numel() % _RUN:
+            return []
+        runs = tensor.float().reshape(-1, _RUN).sort(1).values
+        found = max(found, int((runs.diff(dim=1) != 0).sum(1).max()) + 1)
+    if not names or found > _VALUES:
+        return []
+    bits = (found - 1).bit_length()
+    return [
+        f"The original's weights lie on a grid already: no {_RUN} of them in a row have more than {found} values. "
+        f"Without a rotation, rounding to {bits} bits in groups of {_RUN} costs it nothing, and results at {bits} bits "
+        "and more say little about rounding of other models."
+    ]
+
+
+def _rounded(values: Sequence[float]) -> list[float]:
+    return [round(value, 9) for value in values]
+
+
+def _plain(name: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "-." else "_" for letter in name)
+
+
+def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
+    partial.replace(path)

@@ -1,0 +1,86 @@
+"""Where cells run does not change what comes out, and a worker that dies is no loss."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import threading
+import time
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import gyroquant as gq
+from gyroquant.comparison import pool
+from gyroquant.comparison.pool import LocalPool, make_pool
+
+
+def test_the_first_cell_runs_alone_then_as_many_as_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    local = LocalPool(workers=4, threads=1)
+    monkeypatch.setattr(pool, "available_memory", lambda: 10 * 10**9)
+    assert local.slots(0) == 1
+    assert local.slots(10**9) == 4
+    assert local.slots(4 * 10**9) == 2
+    assert local.slots(40 * 10**9) == 1  # one always runs: it may be smaller than the largest
+
+
+def test_workers_share_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool.os, "sched_getaffinity", lambda pid: set(range(8)))
+    assert (make_pool(None, None, None).workers, make_pool(None, None, None).threads) == (1, 8)
+    assert (make_pool(None, 4, None).workers, make_pool(None, 4, None).threads) == (4, 2)
+    assert make_pool(None, 4, 1).threads == 1
+
+
+def test_cells_of_a_local_pool_run_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    both = threading.Barrier(2, timeout=20)
+    monkeypatch.setattr(pool, "run_cell", lambda spec, log: {"at": both.wait(), "is": spec["is"]})
+    local = LocalPool(workers=2, threads=1)
+    futures: list[Future[dict[str, Any]]] = [local.submit({"is": i}, tmp_path / "log") for i in range(2)]
+    assert sorted(future.result(timeout=30)["is"] for future in futures) == [0, 1]
+
+
+def test_ray_that_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    with pytest.raises(gq.InputError, match=r"pip install 'gyroquant\[ray\]'"):
+        make_pool("local", None, None)
+
+
+def _workers() -> list[int]:
+    """The processes that run a cell for Ray."""
+    found = subprocess.run(["pgrep", "-f", "ray::run_cell"], capture_output=True, text=True, check=False)
+    return [int(pid) for pid in found.stdout.split()]
+
+
+@pytest.mark.slow
+def test_ray_gives_the_same_though_one_of_its_workers_is_killed(
+    folders: dict[str, Path], corpus: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("ray")
+    options = {"bits": [2], "group_sizes": [16], "nsamples": 4, "seqlen": 32, "window": 32, "max_windows": 4}
+    given = (folders["llama"], ["quarot"])
+    killed: list[int] = []
+
+    def kill() -> None:
+        deadline = time.monotonic() + 120
+        while not killed and time.monotonic() < deadline:
+            for pid in _workers()[:1]:
+                time.sleep(1)
+                os.kill(pid, signal.SIGKILL)
+                killed.append(pid)
+            time.sleep(0.1)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    found = gq.compare(*given, tmp_path / "ray", corpus, corpus, **options, ray="local", workers=2, threads=1)
+    killer.join()
+    assert killed
+    assert all(cell["status"] == "done" for cell in found["cells"])
+    alone = gq.compare(*given, tmp_path / "alone", corpus, corpus, **options, threads=1)
+    for one in (found, alone):
+        for cell in one["cells"]:
+            del cell["measured"], cell["forward_equivalents"]
+    assert json.loads(json.dumps(found)) == json.loads(json.dumps(alone))

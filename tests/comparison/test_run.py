@@ -1,0 +1,239 @@
+"""A comparison runs what is missing, once, survives being killed, and ends the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+
+import gyroquant as gq
+from gyroquant.comparison import pool, worker
+from gyroquant.opponents import Opponent, OpponentError, Outcome, Size, Task
+
+SMALL: dict[str, Any] = {"bits": [2], "group_sizes": [16], "nsamples": 4, "seqlen": 32, "window": 32, "max_windows": 4}
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Has cells run in this process, which takes a moment instead of seconds; holds their names in order."""
+    order: list[str] = []
+
+    def run_cell(spec: Any, log: Path) -> dict[str, Any]:
+        order.append(spec["cell"]["label"])
+        (Path(spec["scratch"]) / str(len(order))).mkdir()
+        return worker.answered(json.loads(json.dumps(spec)) | {"scratch": f"{spec['scratch']}/{len(order)}"})
+
+    monkeypatch.setattr("gyroquant.comparison.pool.run_cell", run_cell)
+    return order
+
+
+def compared(folder: Path, corpus: Path, out: Path, recipes: list[str], **changes: Any) -> dict[str, Any]:
+    return gq.compare(folder, recipes, out, corpus, corpus, **{**SMALL, **changes})
+
+
+def lasting(comparison: dict[str, Any]) -> dict[str, Any]:
+    """A comparison without what a clock said."""
+    cells = [
+        {k: v for k, v in cell.items() if k not in ("measured", "forward_equivalents")} for cell in comparison["cells"]
+    ]
+    return {**comparison, "cells": cells}
+
+
+def test_everything_is_measured_once_and_said_three_times(
+    folders: dict[str, Path], corpus: Path, tmp_path: Path, at_once: list[str]
+) -> None:
+    out = tmp_path / "out"
+    found = compared(folders["llama"], corpus, out, ["quarot"], seeds=2)
+    assert at_once == ["rtn W2 g16", "gptq W2 g16", "quarot W2 g16", "quarot W2 g16, seed 1"]
+    assert json.loads((out / "comparison.json").read_text()) == json.loads(json.dumps(found))
+    assert (out / "comparison.md").exists()
+    assert (out / "index.html").exists()
+    quarot = found["cells"][2]
+    own = gq.load_recipe("quarot", ["weights.bits=2", "weights.group_size=16", "weights.symmetric=false"])
+    own = gq.load_recipe(own, ["activations=null", "kv_cache=null", "calibration.nsamples=4", "calibration.seqlen=32"])
+    gq.quantize(folders["llama"], own, corpus, tmp_path / "alone")
+    alone = gq.evaluate(tmp_path / "alone", corpus, folders["llama"], window=32, max_windows=4)
+    (score,) = quarot["tests"].values()
+    assert score["perplexity"] == pytest.approx(alone["perplexity"], rel=1e-6)
+    assert score["kl"] == pytest.approx(alone["kl"], rel=1e-4)
+    assert quarot["true_bits"] == alone["true_bits_per_weight"]
+    assert 0 < quarot["proof_error"] < 1e-4
+    assert quarot["transformed"] is True
+    assert {layer["block"] for layer in quarot["layers"]} == {0, 1}
+    assert {layer["module"] for layer in quarot["layers"]} >= {"self_attn.q_proj", "mlp.down_proj"}
+    assert {row["site"] for row in quarot["outliers"]} == {"attn_in", "R2", "mlp_in", "R4"}
+    assert quarot["outliers"][0]["mass"]["16"][0] >= quarot["outliers"][0]["mass"]["16"][1]
+    assert len(found["verdict"]) == 1
+    assert len(found["verdict"][0]["rows"]) == 3  # seeds are one row
+
+    again = compared(folders["llama"], corpus, out, ["quarot"], seeds=2)
+    assert len(at_once) == 4
+    assert again == found
+
+
+def test_what_is_new_is_run_and_folders_are_merged(
+    folders: dict[str, Path], corpus: Path, tmp_path: Path, at_once: list[str]
+) -> None:
+    compared(folders["llama"], corpus, tmp_path / "a", [])
+    compared(folders["llama"], corpus, tmp_path / "b", ["quarot"], merge=[tmp_path / "a"])
+    assert at_once == ["rtn W2 g16", "gptq W2 g16", "quarot W2 g16"]
+    found = compared(folders["llama"], corpus, tmp_path / "a", ["quarot"], merge=[tmp_path / "b"])
+    assert len(at_once) == 3
+    assert all(cell["status"] == "done" for cell in found["cells"])
+
+
+def test_a_failure_is_a_row_with_its_reason_and_is_tried_again(
+    folders: dict[str, Path], corpus: Path, tmp_path: Path, at_once: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = lambda *given: (_ for _ in ()).throw(gq.ProofError("folding R1 changed the model"))  # noqa: E731
+    with monkeypatch.context() as patch:
+        patch.setattr(worker.pipeline, "run", broken)
+        found = compared(folders["llama"], corpus, tmp_path, [])
+    assert [(cell["status"], cell["reason"]) for cell in found["cells"]] == [
+        ("failed", "folding R1 changed the model")
+    ] * 2
+    assert found["verdict"] == []
+    found = compared(folders["llama"], corpus, tmp_path, [])
+    assert [cell["status"] for cell in found["cells"]] == ["done", "done"]
+
+
+def test_a_budget_begins_nothing_that_would_not_be_done(
+    folders: dict[str, Path], corpus: Path, tmp_path: Path, at_once: list[str]
+) -> None:
+    compared(folders["llama"], corpus, tmp_path, [], bits=[2])
+    found = compared(folders["llama"], corpus, tmp_path, [], bits=[2, 3], budget=1e-6)
+    assert [cell["status"] for cell in found["cells"]] == ["done", "missing", "done", "missing"]
+    assert "no time for it in the budget" in found["cells"][1]["reason"]
+    assert len(at_once) == 2
+
+
+def test_bad_input_is_refused_before_any_work(folders: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for changes, message in (
+        ({"dtype": "float8"}, "dtype is 'float8'"),
+        ({"presets": ["large"], "window": None, "max_windows": None}, "there is no preset 'large'"),
+        ({"seeds": 0}, "at least 1"),
+        ({"opponents": ["nobody"]}, "there is no opponent 'nobody'"),
+        ({"window": 4096}, "does not fit a model of 128 positions"),
+        ({"workers": 0}, "--workers is 0"),
+    ):
+        with pytest.raises(gq.InputError, match=message):
+            compared(folders["llama"], corpus, out, ["gptq"], **changes)
+    with pytest.raises(gq.InputError, match="no text file"):
+        compared(folders["llama"], tmp_path / "none.txt", out, ["gptq"])
+
+
+def test_two_at_once_in_one_folder_are_refused(folders: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+    with FileLock(tmp_path / ".lock"), pytest.raises(gq.InputError, match="another comparison runs in"):
+        compared(folders["llama"], corpus, tmp_path, [])
+
+
+def test_another_program_is_asked_and_one_that_is_not_installed_is_a_row(
+    folders: dict[str, Path], corpus: Path, tmp_path: Path, at_once: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Program(Opponent):
+        home, requirements, variants = "owner/name", ("program==1",), {"fast": {}}
+
+        def problem(self, variant: str, size: Size) -> str:
+            return ""
+
+        def run(self, variant: str, task: Task, python: Path) -> Outcome:
+            assert (variant, python, task.size.bits) == ("fast", Path("/python"), 2)
+            assert not list(task.out.iterdir())
+            return Outcome(task.model, 2.5, 1000, 3.0, 10**9, {"program": "1"})
+
+    def absent(*given: Any) -> Path:
+        raise OpponentError("program is not installed: --make-environments")
+
+    monkeypatch.setitem(Opponent.kinds, "program", Program)
+    monkeypatch.setattr("gyroquant.opponents.environment.python_of", absent)
+    found = compared(folders["llama"], corpus, tmp_path, [], opponents=["program"])
+    assert (found["cells"][2]["status"], found["cells"][2]["reason"]) == (
+        "refused",
+        "program is not installed: --make-environments",
+    )
+    monkeypatch.setattr("gyroquant.opponents.environment.python_of", lambda *given: Path("/python"))
+    found = compared(folders["llama"], corpus, tmp_path, [], opponents=["program"])
+    (score,) = found["cells"][2]["tests"].values()
+    assert score["kl"] == pytest.approx(0, abs=1e-9)  # it deployed the original
+    assert found["cells"][2]["true_bits"] == 2.5
+    assert found["verdict"][0]["best"] == found["cells"][2]["key"]
+    assert found["verdict"][0]["baseline"] != found["cells"][2]["key"]
+
+
+COMMAND = """
+import json, sys
+import gyroquant as gq
+gq.compare(*json.loads(sys.argv[1]), **json.loads(sys.argv[2]))
+"""
+
+
+def start(given: list[Any], options: dict[str, Any]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", COMMAND, json.dumps(given), json.dumps(options)])
+
+
+def test_interrupted_it_goes_on_and_ends_the_same(
+    folders: dict[str, Path], corpus: Path, tmp_path: Path, at_once: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = compared(folders["llama"], corpus, tmp_path / "whole", ["quarot"])
+    usual = pool.run_cell
+
+    def interrupted(spec: Any, log: Path) -> dict[str, Any]:
+        if len(at_once) == 5:
+            raise KeyboardInterrupt
+        return usual(spec, log)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pool, "run_cell", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            compared(folders["llama"], corpus, tmp_path / "out", ["quarot"])
+    assert not (tmp_path / "out" / "comparison.json").exists()
+    found = compared(folders["llama"], corpus, tmp_path / "out", ["quarot"])
+    assert at_once[3:] == at_once[:3]  # none was run twice
+    assert lasting(found) == lasting(whole)
+
+
+@pytest.mark.slow
+def test_killed_it_goes_on_and_ends_the_same(folders: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+    """The real thing: processes, of which the first is killed as soon as one cell is there."""
+    given = [str(folders["llama"]), [], str(tmp_path / "out"), str(corpus), str(corpus)]
+    first = start(given, SMALL)
+    cells = tmp_path / "out" / "cells"
+    deadline = time.monotonic() + 120
+    while not list(cells.glob("*.json")):
+        assert first.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    (there,) = cells.glob("*.json")
+    before = there.read_bytes()
+    assert start(given, SMALL).wait() == 0
+    assert there.read_bytes() == before
+    killed = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    undisturbed = gq.compare(folders["llama"], [], tmp_path / "whole", corpus, corpus, **SMALL)
+    assert lasting(killed) == lasting(json.loads(json.dumps(undisturbed)))
+    assert not list((tmp_path / "out" / "scratch").iterdir())  # what the killed one left is gone
+
+
+def test_a_cell_whose_process_dies_is_started_again_and_then_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counter = tmp_path / "count"
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\necho x >> {counter}\nkill -KILL $$\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(worker.sys, "executable", str(program))
+    spec = {"cell": {"key": "k", "label": "it"}, "scratch": str(tmp_path), "threads": 1}
+    found = worker.run_cell(spec, tmp_path / "logs" / "k.log")
+    assert found["status"] == "failed"
+    assert "SIGKILL" in found["reason"]
+    assert counter.read_text() == "x\nx\n"

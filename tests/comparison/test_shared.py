@@ -1,0 +1,97 @@
+"""What cells share is what each would have made for itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import save_file
+
+import gyroquant as gq
+from gyroquant import pipeline
+from gyroquant.comparison.shared import Shared, Trial, fingerprint, measured, own_grid, plain_folder, read_tokens
+from gyroquant.evaluation.perplexity import last_hidden
+from gyroquant.job import prepare
+from gyroquant.models.source import open_model
+from gyroquant.progress import Stages
+
+
+def test_calibration_tokens_are_those_that_a_run_takes_from_the_text(
+    tmp_path: Path, folders: dict[str, Path], corpus: Path
+) -> None:
+    shared = Shared(tmp_path / "shared", open_model(folders["llama"]), "float32")
+    batch = read_tokens(shared.calibration(corpus, 8, 32, 0))
+    recipe = gq.load_recipe("gptq", ["calibration.nsamples=5", "calibration.seqlen=32", "weights.group_size=16"])
+    job = prepare(folders["llama"], tmp_path / "a", recipe, corpus)
+    again = prepare(folders["llama"], tmp_path / "b", recipe, batch)
+    assert job.tokens is not None
+    assert torch.equal(job.tokens, again.tokens)
+    assert (again.text.name, again.text.sha256) == (job.text.name, job.text.sha256)
+    with pytest.raises(gq.InputError, match="8 windows of 32 tokens, not as 9 windows of 32"):
+        batch.take(9, 32)
+
+
+def test_a_measurement_is_that_of_evaluate(tmp_path: Path, folders: dict[str, Path], corpus: Path) -> None:
+    store, other = open_model(folders["llama"]), open_model(tiny.build("llama", seed=3))
+    shared = Shared(tmp_path / "shared", store, "float32")
+    file = shared.test("a test/of it", Trial(str(corpus), 32, 5), Stages())
+    found = measured(other, store, file, "float32")
+    wanted = gq.evaluate(other.model, corpus, store.folder, window=32, max_windows=5, tokenizer=store.tokenizer())
+    for key in ("perplexity", "kl", "top1_agreement"):
+        assert found[key] == pytest.approx(wanted[key], rel=1e-6)
+    assert sum(found["window_losses"]) / 5 == pytest.approx(wanted["loss"], rel=1e-6)
+    assert len(found["window_kl"]) == 5
+    file.touch()
+    stamp = file.stat().st_mtime_ns
+    assert shared.test("a test/of it", Trial(str(corpus), 32, 5), Stages()).stat().st_mtime_ns == stamp
+
+
+def test_known_hidden_states_are_really_used(folders: dict[str, Path], tmp_path: Path, corpus: Path) -> None:
+    store = open_model(folders["llama"])
+    shared = Shared(tmp_path, store, "float32")
+    file = shared.test("t", Trial(str(corpus), 32, 2), Stages())
+    ids = tiny.tokens(store.skeleton(), 2, 32)
+    save_file({"ids": ids, "hidden": last_hidden(store, ids).flip(0).contiguous()}, file)
+    assert measured(open_model(folders["llama"]), store, file, "float32")["kl"] > 0.01  # those of the other window
+
+
+def test_a_fingerprint_is_of_the_weights_not_of_the_files(tmp_path: Path, folders: dict[str, Path]) -> None:
+    here = fingerprint(open_model(folders["llama"]))
+    model = tiny.build("llama")
+    model.save_pretrained(tmp_path / "again", max_shard_size="20KB")
+    assert fingerprint(open_model(tmp_path / "again")) == here
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] += 1e-3
+    assert fingerprint(open_model(model)) != here
+
+
+def test_weights_on_a_coarse_grid_are_told(folders: dict[str, Path]) -> None:
+    assert own_grid(open_model(folders["llama"])) == []
+    model = tiny.build("llama")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for weight in (p for p in layer.parameters() if p.dim() == 2):
+                groups = weight.view(-1, 32)
+                step = groups.abs().amax(1, keepdim=True) / 7
+                weight.copy_(((groups / step).round() * step).view_as(weight))
+    (note,) = own_grid(open_model(model))
+    assert "rounding to 4 bits in groups of 32 costs it nothing" in note
+
+
+def test_a_gguf_file_becomes_a_folder_that_others_open(
+    tmp_path: Path, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert plain_folder(Shared(tmp_path, open_model(folders["llama"]), "float32")) == folders["llama"]
+    model = tiny.build("llama_tied")
+    recipe = gq.load_recipe("rtn", ["weights.bits=8", "weights.group_size=32", "weights.symmetric=true"])
+    model.save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    pipeline.run(prepare(tmp_path / "model", tmp_path / "out", recipe))
+    gq.export(tmp_path / "out", "gguf", tmp_path / "gguf", check=False)
+    store = open_model(tmp_path / "gguf" / "model.gguf")
+    monkeypatch.setattr(store, "tokenizer", tiny.tokenizer)  # GGUF has no name for the tiny one
+    made = plain_folder(Shared(tmp_path / "shared", store, "float32"))
+    assert fingerprint(open_model(made)) == fingerprint(store)
+    assert open_model(made).tied == store.tied

@@ -1,0 +1,289 @@
+"""Plots of a comparison as Vega-Lite specifications: true bits against what is lost, and seeds.
+
+Every specification holds its data and has parameters (`test`, `bits`, ...) with which the page chooses what it shows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import quantiles
+from typing import Any
+
+from gyroquant.report.comparison_inside import seeds as several_seeds
+from gyroquant.report.comparison_rows import (
+    FAMILIES,
+    NONE,
+    Column,
+    Row,
+    by_seed,
+    columns,
+    family,
+    number,
+    perplexity,
+    rows,
+    short,
+    sizes,
+    tests,
+)
+
+Spec = dict[str, Any]
+
+
+def legend(values: Sequence[Any], unit: str = "", **settings: Any) -> Spec:
+    """A legend under a plot, in as many columns as a document has room for; the page fits them to its own width."""
+    longest = max((len(f"{value}{unit}") for value in values), default=1)
+    words = {"labelExpr": f"datum.label + '{unit}'"} if unit else {}
+    columns = max(1, 600 // (7 * longest + 46))
+    return {"orient": "bottom", "title": None, "values": values, "columns": columns, **words, **settings}
+
+
+def frame(description: str, height: int, params: Mapping[str, Any], **rest: Any) -> Spec:
+    """A specification that is as wide as its place, with parameters and their first values."""
+    return {
+        "description": description,
+        "width": "container",
+        "height": height,
+        "autosize": {"type": "fit-x", "contains": "padding", "resize": True},
+        "params": [{"name": name, "value": value} for name, value in params.items()],
+        **rest,
+    }
+
+
+def rounded(value: Any, digits: int = 5) -> float | None:
+    """A number to so many significant digits, to keep the page small."""
+    found = number(value)
+    return None if found is None else float(f"{found:.{digits}g}")
+
+
+def ticks(values: Iterable[float]) -> list[float]:
+    """Places for ticks on a logarithmic axis over `values`, all positive."""
+    found = list(values)
+    low, high = (math.floor(math.log10(end)) for end in (min(found), max(found)))
+    steps = (1, 1.5, 2, 3, 5, 7)
+    return [float(f"{step}e{power}") for power in range(low, high + 1) for step in steps] + [10.0 ** (high + 1)]
+
+
+def lowest_seeds(comparison: Mapping[str, Any], test: str) -> list[Row]:
+    """The rows that a plot shows a recipe and size by: as in the verdict, the lowest seed that was done."""
+    first = {group[0]["key"] for group in by_seed(comparison)}
+    return [row for row in rows(comparison, test) if row.cell["key"] in first]
+
+
+def front(points: Iterable[Row]) -> list[Row]:
+    """Those that nothing of as few bits surpasses, by true bits."""
+    best, found = math.inf, []
+    for row in sorted(points, key=lambda row: (row.cell["true_bits"], row.gap)):
+        if row.gap is not None and row.gap < best:
+            best = row.gap
+            found.append(row)
+    return found
+
+
+def fronts(comparison: Mapping[str, Any], test: str) -> dict[str, list[Row]]:
+    """The fronts of one text: of "all", and of each budget, where the verdict's is taken if it has one."""
+    points = [row for row in lowest_seeds(comparison, test) if row.gap is not None]
+    judged = {one["bits"]: one["front"] for one in comparison["verdict"] if one["test"] == test}
+    found = {"all": front(points)}
+    for bits in sizes(comparison):
+        here = [row for row in points if row.cell["bits"] == bits]
+        of_verdict = [row for row in here if row.cell["key"] in judged.get(bits, ())]
+        found[str(bits)] = sorted(of_verdict, key=lambda row: row.cell["true_bits"]) or front(here)
+    return found
+
+
+def _corners(along: Sequence[Row]) -> set[str]:
+    """The keys of those on a front that there is room to name: of several nearly above one another the last."""
+    bits = [row.cell["true_bits"] for row in along]
+    room = 0.06 * (bits[-1] - bits[0]) if bits else 0.0
+    after = [*bits[1:], math.inf]
+    return {row.cell["key"] for row, here, there in zip(along, bits, after, strict=True) if there - here > room}
+
+
+def _hover(row: Row, shown: Sequence[Column]) -> dict[str, str]:
+    """What the pointer shows of a cell: every column, as the table prints it."""
+    said = {"family": row.family}
+    for column in shown:
+        beside = column.beside(row)
+        if column.text(row) != NONE:
+            said[column.heading] = column.text(row) + (f" ({beside})" if beside else "")
+    if row.spread:
+        said["over seeds"] = f"{perplexity(row.spread[0])} to {perplexity(row.spread[1])}"
+    return said
+
+
+def pareto(comparison: Mapping[str, Any]) -> Spec | None:
+    """True bits against ln(perplexity / original) with the front; parameters `test` and `bits`."""
+    shown = columns(comparison)
+    points: list[dict[str, Any]] = []
+    steps: list[dict[str, Any]] = []
+    hover: dict[str, str] = {}
+    for test in tests(comparison):
+        along = fronts(comparison, test)
+        for row in lowest_seeds(comparison, test):
+            if row.gap is None or number(row.cell["true_bits"]) is None:
+                continue
+            said = {}
+            for heading, words in _hover(row, shown).items():
+                said[hover.setdefault(heading, f"c{len(hover)}")] = words  # headings may hold what fields must not
+            low, high = row.interval or (None, None)
+            place = {"test": test, "x": rounded(row.cell["true_bits"], 7), "y": rounded(row.gap), "name": row.name}
+            place |= {"low": rounded(low), "high": rounded(high), "budget": row.cell["bits"], "lost": row.family}
+            on = [scope for scope, found in along.items() if row.cell["key"] in _corners(found)]
+            points.append(place | {"corners": on} | said)
+        for scope, found in along.items():
+            ends = [{"x": rounded(row.cell["true_bits"], 7), "y": rounded(row.gap)} for row in found]
+            steps += [{"test": test, "scope": scope, "order": n} | end for n, end in enumerate(ends)]
+    if not points:
+        return None
+    return frame(
+        "True bits per weight against the logarithm of how much perplexity has grown, one point a method and size.",
+        460,
+        {"test": tests(comparison)[0], "bits": "all"},
+        data={"values": points},
+        layer=_pareto_layers(points, steps, {"method": "name"} | hover),
+    )
+
+
+def _pareto_layers(points: list[dict[str, Any]], steps: list[dict[str, Any]], hover: Mapping[str, str]) -> list[Spec]:
+    ends = [point[key] for point in points for key in ("y", "low", "high") if point[key] is not None]
+    gaps = [point["y"] for point in points]
+    scale: dict[str, Any] = {"type": "log", "nice": False, "padding": 14}
+    if min(ends) > 0:
+        values = ticks(ends)
+    elif min(gaps) > 0:  # an interval that reaches zero is cut where a logarithmic axis ends
+        scale |= {"domainMin": min(gaps) / 2, "clamp": True}
+        values = ticks(gaps)
+    else:
+        small = max(1e-3, min((abs(gap) for gap in gaps if gap), default=1e-3))
+        scale |= {"type": "symlog", "constant": small}
+        above = ticks([small, max(*map(abs, gaps), 2 * small)])
+        values = sorted({0.0, *above, *(-one for one in above)})
+    x = {"field": "x", "type": "quantitative", "title": "true bits a weight", "scale": {"zero": False, "padding": 20}}
+    x["axis"] = {"tickCount": {"expr": "width / 80"}}
+    axis = {"values": values, "format": "~g", "labelOverlap": "greedy"}
+    y = {"field": "y", "type": "quantitative", "title": "ln perplexity gap (nats)", "scale": scale, "axis": axis}
+    there = [point["lost"] for point in points]
+    families = {"field": "lost", "type": "nominal", "scale": {"domain": list(FAMILIES)}}
+    present = [one for one in FAMILIES if one in there]
+    families["legend"] = legend(present, symbolType="circle")
+    bits = sorted({point["budget"] for point in points})
+    shapes = {"field": "budget", "type": "nominal", "scale": {"domain": bits}, "legend": None}
+    if len(bits) > 1:
+        shapes["legend"] = legend(
+            bits,
+            " bits",
+            symbolFillColor="transparent",
+            symbolStrokeColor="gray",
+        )
+    here = {"filter": "datum.test == test && (bits == 'all' || datum.budget == bits)"}
+    hollow: Spec = {"condition": {"test": f"datum.lost == '{FAMILIES[0]}'", "value": 0}, "value": 0.75}
+    side = "scale('x', datum.x) > 0.72 * width"
+    label = {
+        "type": "text",
+        "dx": {"expr": f"{side} ? -11 : 11"},
+        "dy": -9,
+        "align": {"expr": f"{side} ? 'right' : 'left'"},
+    }
+    return [
+        {
+            "data": {"values": steps},
+            "transform": [{"filter": "datum.test == test && datum.scope == toString(bits)"}],
+            "mark": {"type": "line", "style": "front", "interpolate": "step-after"},
+            "encoding": {"x": x, "y": y, "order": {"field": "order"}},
+        },
+        {
+            "transform": [here, {"filter": "isValid(datum.low)"}],
+            "mark": {"type": "rule", "strokeWidth": 1.5, "opacity": 0.55},
+            "encoding": {"x": x, "y": y | {"field": "low"}, "y2": {"field": "high"}, "color": families},
+        },
+        {
+            "transform": [here],
+            "mark": {"type": "point", "size": 90, "strokeWidth": 2, "opacity": 1},
+            "encoding": {
+                "x": x,
+                "y": y,
+                "color": families,
+                "fill": {key: value for key, value in families.items() if key != "legend"},
+                "fillOpacity": hollow,
+                "shape": shapes,
+                "tooltip": [{"field": key, "title": title, "type": "nominal"} for title, key in hover.items()],
+            },
+        },
+        {
+            "transform": [here, {"filter": "indexof(datum.corners, toString(bits)) >= 0"}],
+            "mark": label,
+            "encoding": {
+                "x": x,
+                "y": y,
+                "text": {"field": "name"},
+                "opacity": {"condition": {"test": "width < 480", "value": 0}, "value": 1},
+            },
+        },
+    ]
+
+
+def seeds(comparison: Mapping[str, Any]) -> Spec | None:
+    """Perplexity over the seeds of the rotations; boxes where there are five or more. Parameters `test` and `bits`."""
+    values = []
+    for test in tests(comparison):
+        for group, measured in several_seeds(comparison, test):
+            for n, (cell, value) in enumerate(zip(group, measured, strict=True)):
+                place = {"test": test, "bits": cell["bits"], "recipe": short(comparison, cell), "seed": cell["seed"]}
+                values.append(
+                    place | {"perplexity": rounded(value, 6), "family": family(cell)} | _box(measured, n == 0)
+                )
+    if not values:
+        return None
+    y: Spec = {"field": "recipe", "type": "nominal", "title": None, "sort": {"field": "middle", "op": "min"}}
+    y["axis"] = {"labelLimit": 130, "domain": False, "ticks": False}
+    budgets = {value["bits"] for value in values}
+    present = [one for one in FAMILIES if any(value["family"] == one for value in values)]
+    color = {"field": "family", "type": "nominal", "scale": {"domain": list(FAMILIES)}}
+    color["legend"] = legend(present, symbolType="circle")
+    once, many = {"filter": "datum.first_of"}, {"filter": "datum.first_of && datum.seeds >= 5"}
+
+    def at(field: str, end: str | None = None) -> Spec:
+        x = {"field": field, "type": "quantitative", "title": "perplexity", "scale": {"zero": False, "padding": 12}}
+        x["axis"] = {"tickCount": {"expr": "width / 70"}}
+        return {"x": x, "y": y, "color": color} | ({"x2": {"field": end}} if end else {})
+
+    tooltip = [{"field": name} for name in ("recipe", "seed", "perplexity")]
+    return frame(
+        "Perplexity over the seeds of the rotations, one row a recipe.",
+        44 * max(len({one["recipe"] for one in values if one["bits"] == bits}) for bits in budgets),
+        {"test": tests(comparison)[0], "bits": min(budgets)},
+        data={"values": values},
+        transform=[{"filter": "datum.test == test && datum.bits == bits"}],
+        layer=[
+            {"transform": [once], "mark": {"type": "rule", "strokeWidth": 1.5}, "encoding": at("low", "high")},
+            {
+                "transform": [many],
+                "mark": {"type": "bar", "height": 22, "fillOpacity": 0.18, "strokeWidth": 1.5, "cornerRadius": 2},
+                "encoding": at("quarter", "three_quarters")
+                | {"stroke": {k: v for k, v in color.items() if k != "legend"}},
+            },
+            {
+                "transform": [once],
+                "mark": {"type": "tick", "thickness": 3, "height": 22, "opacity": 1},
+                "encoding": at("middle"),
+            },
+            {
+                "mark": {"type": "point", "filled": True, "size": 46, "opacity": 0.8},
+                "encoding": at("perplexity") | {"tooltip": tooltip},
+            },
+        ],
+    )
+
+
+def _box(values: Sequence[float], first: bool) -> dict[str, Any]:
+    """What a box plot is drawn from; `first` marks one of the points of a box, for what is drawn once."""
+    quarter, middle, three_quarters = quantiles(values, n=4, method="inclusive")
+    box = {
+        "low": min(values),
+        "quarter": quarter,
+        "middle": middle,
+        "three_quarters": three_quarters,
+        "high": max(values),
+    }
+    return {key: rounded(value, 6) for key, value in box.items()} | {"seeds": len(values), "first_of": first}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import re
@@ -95,7 +96,7 @@ def test_it_is_well_formed(page: str) -> None:
     assert len(found.ids) == len(set(found.ids))
     assert found.headings[0] == "h1"
     assert found.headings.count("h1") == 1
-    assert all(int(b[1]) - int(a[1]) <= 1 for a, b in zip(found.headings, found.headings[1:], strict=False))
+    assert all(int(b[1]) - int(a[1]) <= 1 for a, b in itertools.pairwise(found.headings))
     assert all(f'href="#{one}"' not in page or one in found.ids for one in found.ids)
 
 
@@ -167,7 +168,7 @@ def test_text_is_text(tmp_path: Path) -> None:
     assert len(found.scripts) == 4
     assert "<script>alert" not in page
     assert "{{ 7*7 }}" in page
-    assert any(EVIL in str(one) for one in data_of(page)["plots"]["pareto"]["data"]["values"])
+    assert any(one["name"] == EVIL.replace("\u2028", " ") for one in data_of(page)["plots"]["pareto"]["data"]["values"])
     assert "<script>" not in re.sub(r"(`{3,})sh\n.*?\n\1", "", markdown(hostile()), flags=re.DOTALL).replace("\\<", "")
 
 
@@ -217,7 +218,7 @@ def test_a_section_without_data_is_left_out_and_said_to_be(
     change(comparison)
     page = made(comparison, tmp_path)
     assert plot not in data_of(page)["plots"]
-    assert f'data-plot="{plot}"' not in page
+    assert f'data-plot="{plot}" role' not in page
     assert 'id="absent"' in page
     assert markdown(comparison)
 
@@ -289,7 +290,7 @@ def test_the_front_falls_and_its_steps_are_those_of_the_verdict() -> None:
     steps = spec["layer"][0]["data"]["values"]
     along = [one for one in steps if one["test"] == "wikitext-2" and one["scope"] == "all"]
     assert along == sorted(along, key=lambda one: one["x"])
-    assert all(a["y"] > b["y"] for a, b in zip(along, along[1:], strict=False))
+    assert all(a["y"] > b["y"] for a, b in itertools.pairwise(along))
     budget = comparison["verdict"][0]
     assert len([one for one in steps if one["test"] == "wikitext-2" and one["scope"] == "2"]) == len(budget["front"])
 
@@ -319,7 +320,7 @@ def test_other_formats_and_places_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", presets.preset_names())
 def test_the_family_of_every_recipe_of_the_package_is_right(name: str) -> None:
     recipe = load_recipe(name)
-    turned = any(step.method not in ("smooth", "awq") for steps in recipe.transform.values() for step in steps)
+    turned = any(step.method.method not in ("smooth", "awq") for steps in recipe.transform.values() for step in steps)
     found = rows.family({"kind": "recipe", "name": name})
     if name.startswith("gyro"):
         assert found == rows.OURS

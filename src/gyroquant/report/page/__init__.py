@@ -35,7 +35,7 @@ def plots(comparison: Mapping[str, Any]) -> dict[str, Spec]:
     _check(comparison)
     made = {"pareto": pareto, "layers": layers, "outliers": outliers, "mass": mass, "seeds": seeds}
     found = {name: make(comparison) for name, make in made.items()}
-    return {name: spec for name, spec in found.items() if spec is not None}
+    return {name: _clean(spec) for name, spec in found.items() if spec is not None}
 
 
 def svg(spec: Spec, theme: str = "light") -> str:
@@ -65,7 +65,7 @@ def write_page(comparison: Mapping[str, Any], path: Path) -> None:
     )
     template = environment.from_string((files / "page.html").read_text(encoding="utf-8"))
     drawn = plots(comparison)
-    data = {"plots": drawn, "themes": THEMES, "ranges": ranges(comparison)}
+    data = {"plots": drawn, "themes": THEMES, "ranges": _clean(ranges(comparison))}
     text = template.render(
         page=page(comparison, drawn),
         plots=bool(drawn),
@@ -100,15 +100,18 @@ def _bundle() -> str:
 
 def _embedded(data: Any) -> str:
     """JSON as it can stand in a page: nothing in it ends the element, nor is anything but JSON."""
-    text = json.dumps(_finite(data), allow_nan=False, separators=(",", ":"))
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _finite(value: Any) -> Any:
+def _clean(value: Any) -> Any:
+    """A specification without what its expressions cannot quote, separators of lines, and what JSON has no word for."""
     if isinstance(value, Mapping):
-        return {key: _finite(one) for key, one in value.items()}
+        return {_clean(key): _clean(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
+        return [_clean(one) for one in value]
+    if isinstance(value, str):
+        return value.replace("\u2028", " ").replace("\u2029", " ")
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -92,23 +92,27 @@ def fronts(comparison: Mapping[str, Any], test: str) -> dict[str, list[Row]]:
     return found
 
 
-def _corners(along: Sequence[Row]) -> set[str]:
-    """The keys of those on a front that there is room to name: of several nearly above one another the last."""
+def _corners(along: Sequence[Row]) -> dict[str, list[float | None]]:
+    """The keys of those on a front that are named, of several nearly above one another the last, each with the place
+    of the one named before it."""
     bits = [row.cell["true_bits"] for row in along]
     room = 0.06 * (bits[-1] - bits[0]) if bits else 0.0
-    after = [*bits[1:], math.inf]
-    return {row.cell["key"] for row, here, there in zip(along, bits, after, strict=True) if there - here > room}
+    after = [*bits[1:], math.inf][: len(bits)]
+    found = [row for row, here, there in zip(along, bits, after, strict=True) if there - here > room]
+    before: list[list[float | None]] = [[None, None]]
+    before += [[rounded(row.cell["true_bits"], 7), rounded(row.gap)] for row in found]
+    return {row.cell["key"]: place for row, place in zip(found, before, strict=False)}
 
 
 def _hover(row: Row, shown: Sequence[Column]) -> dict[str, str]:
     """What the pointer shows of a cell: every column, as the table prints it."""
-    said = {"family": row.family}
+    said = {"Family": row.family}
     for column in shown:
         beside = column.beside(row)
         if column.text(row) != NONE:
             said[column.heading] = column.text(row) + (f" ({beside})" if beside else "")
     if row.spread:
-        said["over seeds"] = f"{perplexity(row.spread[0])} to {perplexity(row.spread[1])}"
+        said["Over seeds"] = f"{perplexity(row.spread[0])} to {perplexity(row.spread[1])}"
     return said
 
 
@@ -120,6 +124,7 @@ def pareto(comparison: Mapping[str, Any]) -> Spec | None:
     hover: dict[str, str] = {}
     for test in tests(comparison):
         along = fronts(comparison, test)
+        corners = {scope: _corners(found) for scope, found in along.items()}
         for row in lowest_seeds(comparison, test):
             if row.gap is None or number(row.cell["true_bits"]) is None:
                 continue
@@ -129,19 +134,20 @@ def pareto(comparison: Mapping[str, Any]) -> Spec | None:
             low, high = row.interval or (None, None)
             place = {"test": test, "x": rounded(row.cell["true_bits"], 7), "y": rounded(row.gap), "name": row.name}
             place |= {"low": rounded(low), "high": rounded(high), "budget": row.cell["bits"], "lost": row.family}
-            on = [scope for scope, found in along.items() if row.cell["key"] in _corners(found)]
-            points.append(place | {"corners": on} | said)
+            named = {scope: found[row.cell["key"]] for scope, found in corners.items() if row.cell["key"] in found}
+            points.append(place | {"corners": named} | said)
         for scope, found in along.items():
             ends = [{"x": rounded(row.cell["true_bits"], 7), "y": rounded(row.gap)} for row in found]
             steps += [{"test": test, "scope": scope, "order": n} | end for n, end in enumerate(ends)]
     if not points:
         return None
+    points = [dict.fromkeys(hover.values(), NONE) | point for point in points]
     return frame(
         "True bits per weight against the logarithm of how much perplexity has grown, one point a method and size.",
         460,
         {"test": tests(comparison)[0], "bits": "all"},
         data={"values": points},
-        layer=_pareto_layers(points, steps, {"method": "name"} | hover),
+        layer=_pareto_layers(points, steps, {"Method": "name"} | hover),
     )
 
 
@@ -178,12 +184,16 @@ def _pareto_layers(points: list[dict[str, Any]], steps: list[dict[str, Any]], ho
         )
     here = {"filter": "datum.test == test && (bits == 'all' || datum.budget == bits)"}
     hollow: Spec = {"condition": {"test": f"datum.lost == '{FAMILIES[0]}'", "value": 0}, "value": 0.75}
-    side = "scale('x', datum.x) > 0.72 * width"
+    # Below a point of the front there is nothing, nor to the left of it: names stand there, if there is room.
+    narrow = "scale('x', datum.x) < 7 * length(datum.name) + 12"
+    near = "abs(scale('x', datum.x) - scale('x', datum.before[0])) < 7 * length(datum.name) + 12"
+    level = "abs(scale('y', datum.y) - scale('y', datum.before[1])) < 16"
+    crowded = f"(isValid(datum.before[0]) && {near} && {level})"
     label = {
         "type": "text",
-        "dx": {"expr": f"{side} ? -11 : 11"},
-        "dy": -9,
-        "align": {"expr": f"{side} ? 'right' : 'left'"},
+        "dx": {"expr": f"{narrow} ? 10 : -10"},
+        "dy": 14,
+        "align": {"expr": f"{narrow} ? 'left' : 'right'"},
     }
     return [
         {
@@ -198,6 +208,20 @@ def _pareto_layers(points: list[dict[str, Any]], steps: list[dict[str, Any]], ho
             "encoding": {"x": x, "y": y | {"field": "low"}, "y2": {"field": "high"}, "color": families},
         },
         {
+            "transform": [
+                here,
+                {"calculate": "datum.corners[toString(bits)]", "as": "before"},
+                {"filter": "isValid(datum.before)"},
+            ],
+            "mark": label,
+            "encoding": {
+                "x": x,
+                "y": y,
+                "text": {"field": "name"},
+                "opacity": {"condition": {"test": f"width < 480 || {crowded}", "value": 0}, "value": 1},
+            },
+        },
+        {
             "transform": [here],
             "mark": {"type": "point", "size": 90, "strokeWidth": 2, "opacity": 1},
             "encoding": {
@@ -208,16 +232,6 @@ def _pareto_layers(points: list[dict[str, Any]], steps: list[dict[str, Any]], ho
                 "fillOpacity": hollow,
                 "shape": shapes,
                 "tooltip": [{"field": key, "title": title, "type": "nominal"} for title, key in hover.items()],
-            },
-        },
-        {
-            "transform": [here, {"filter": "indexof(datum.corners, toString(bits)) >= 0"}],
-            "mark": label,
-            "encoding": {
-                "x": x,
-                "y": y,
-                "text": {"field": "name"},
-                "opacity": {"condition": {"test": "width < 480", "value": 0}, "value": 1},
             },
         },
     ]

@@ -41,13 +41,14 @@ def layers(comparison: Mapping[str, Any]) -> Spec | None:
     there, spans = measures(comparison), ranges(comparison)
     if not there:
         return None
-    values = []
+    values: list[dict[str, Any]] = []
     modules: dict[str, None] = {}
     for name, cell in with_layers(comparison).items():
         for (module, block), one in layer_values(cell).items():
             modules[last(module)] = None
             figures = {measure: rounded(value, 4) for measure, value in one.items()}
             values.append({"recipe": name, "module": last(module), "block": block, **figures})
+    blocks = sorted({value["block"] for value in values})
     first, measure = next(name for name in spans if there[0] in spans[name]), there[0]
     low, high = spans[first][measure]
     power = "measure == 'decibels' ? {} : log({}) / LN10"
@@ -86,7 +87,13 @@ def layers(comparison: Mapping[str, Any]) -> Spec | None:
                 "field": "block",
                 "type": "ordinal",
                 "title": "block",
-                "axis": {"labelAngle": 0, "labelOverlap": "greedy", "domain": False, "ticks": False},
+                "axis": {
+                    "labelAngle": 0,
+                    "labelOverlap": False,
+                    "values": blocks[:: next(step for step in (1, 2, 5, 10, 20, 50) if len(blocks) <= 10 * step)],
+                    "domain": False,
+                    "ticks": False,
+                },
             },
             "y": {
                 "field": "module",

@@ -39,7 +39,7 @@ async function draw(plot) {
   for (const one of spec.params) if (one.name in values) one.value = values[one.name];
   views.get(plot.id)?.finalize();
   const made = await window.vegaEmbed(plot, spec, {
-    mode: "vega-lite", renderer: "svg", actions: false, config: data.themes[theme()], tooltip: { disableDefaultStyle: false },
+    mode: "vega-lite", renderer: "svg", actions: false, config: data.themes[theme()], tooltip: { disableDefaultStyle: true },
   });
   views.set(plot.id, made.view);
 }

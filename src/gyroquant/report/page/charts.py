@@ -151,7 +151,8 @@ def pareto(comparison: Mapping[str, Any]) -> Spec | None:
     )
 
 
-def _pareto_layers(points: list[dict[str, Any]], steps: list[dict[str, Any]], hover: Mapping[str, str]) -> list[Spec]:
+def _gap_axis(points: Sequence[Mapping[str, Any]]) -> Spec:
+    """The axis of the gap: logarithmic, and linear around zero where there are gaps that are not above it."""
     ends = [point[key] for point in points for key in ("y", "low", "high") if point[key] is not None]
     gaps = [point["y"] for point in points]
     scale: dict[str, Any] = {"type": "log", "nice": False, "padding": 14}
@@ -165,76 +166,67 @@ def _pareto_layers(points: list[dict[str, Any]], steps: list[dict[str, Any]], ho
         scale |= {"type": "symlog", "constant": small}
         above = ticks([small, max(*map(abs, gaps), 2 * small)])
         values = sorted({0.0, *above, *(-one for one in above)})
+    axis = {"values": values, "format": "~g", "labelOverlap": "greedy"}
+    return {"field": "y", "type": "quantitative", "title": "ln perplexity gap (nats)", "scale": scale, "axis": axis}
+
+
+def _pareto_layers(points: list[dict[str, Any]], steps: list[dict[str, Any]], hover: Mapping[str, str]) -> list[Spec]:
     x = {"field": "x", "type": "quantitative", "title": "true bits a weight", "scale": {"zero": False, "padding": 20}}
     x["axis"] = {"tickCount": {"expr": "width / 80"}}
-    axis = {"values": values, "format": "~g", "labelOverlap": "greedy"}
-    y = {"field": "y", "type": "quantitative", "title": "ln perplexity gap (nats)", "scale": scale, "axis": axis}
-    there = [point["lost"] for point in points]
+    place = {"x": x, "y": _gap_axis(points)}
     families = {"field": "lost", "type": "nominal", "scale": {"domain": list(FAMILIES)}}
-    present = [one for one in FAMILIES if one in there]
-    families["legend"] = legend(present, symbolType="circle")
+    there = [point["lost"] for point in points]
+    color = families | {"legend": legend([one for one in FAMILIES if one in there], symbolType="circle")}
     bits = sorted({point["budget"] for point in points})
-    shapes = {"field": "budget", "type": "nominal", "scale": {"domain": bits}, "legend": None}
+    shape = {"field": "budget", "type": "nominal", "scale": {"domain": bits}, "legend": None}
     if len(bits) > 1:
-        shapes["legend"] = legend(
-            bits,
-            " bits",
-            symbolFillColor="transparent",
-            symbolStrokeColor="gray",
-        )
+        shape["legend"] = legend(bits, " bits", symbolFillColor="transparent", symbolStrokeColor="gray")
     here = {"filter": "datum.test == test && (bits == 'all' || datum.budget == bits)"}
     hollow: Spec = {"condition": {"test": f"datum.lost == '{FAMILIES[0]}'", "value": 0}, "value": 0.75}
-    # Below a point of the front there is nothing, nor to the left of it: names stand there, if there is room.
-    narrow = "scale('x', datum.x) < 7 * length(datum.name) + 12"
-    near = "abs(scale('x', datum.x) - scale('x', datum.before[0])) < 7 * length(datum.name) + 12"
-    level = "abs(scale('y', datum.y) - scale('y', datum.before[1])) < 16"
-    crowded = f"(isValid(datum.before[0]) && {near} && {level})"
-    label = {
-        "type": "text",
-        "dx": {"expr": f"{narrow} ? 10 : -10"},
-        "dy": 14,
-        "align": {"expr": f"{narrow} ? 'left' : 'right'"},
-    }
+    tooltip = [{"field": key, "title": title, "type": "nominal"} for title, key in hover.items()]
     return [
         {
             "data": {"values": steps},
             "transform": [{"filter": "datum.test == test && datum.scope == toString(bits)"}],
             "mark": {"type": "line", "style": "front", "interpolate": "step-after"},
-            "encoding": {"x": x, "y": y, "order": {"field": "order"}},
+            "encoding": place | {"order": {"field": "order"}},
         },
         {
             "transform": [here, {"filter": "isValid(datum.low)"}],
             "mark": {"type": "rule", "strokeWidth": 1.5, "opacity": 0.55},
-            "encoding": {"x": x, "y": y | {"field": "low"}, "y2": {"field": "high"}, "color": families},
+            "encoding": place | {"y": place["y"] | {"field": "low"}, "y2": {"field": "high"}, "color": color},
         },
-        {
-            "transform": [
-                here,
-                {"calculate": "datum.corners[toString(bits)]", "as": "before"},
-                {"filter": "isValid(datum.before)"},
-            ],
-            "mark": label,
-            "encoding": {
-                "x": x,
-                "y": y,
-                "text": {"field": "name"},
-                "opacity": {"condition": {"test": f"width < 480 || {crowded}", "value": 0}, "value": 1},
-            },
-        },
+        _names(here, place),
         {
             "transform": [here],
             "mark": {"type": "point", "size": 90, "strokeWidth": 2, "opacity": 1},
-            "encoding": {
-                "x": x,
-                "y": y,
-                "color": families,
-                "fill": {key: value for key, value in families.items() if key != "legend"},
-                "fillOpacity": hollow,
-                "shape": shapes,
-                "tooltip": [{"field": key, "title": title, "type": "nominal"} for title, key in hover.items()],
-            },
+            "encoding": place
+            | {"color": color, "fill": families, "fillOpacity": hollow, "shape": shape, "tooltip": tooltip},
         },
     ]
+
+
+def _names(here: Spec, place: Spec) -> Spec:
+    """The names of the corners of the front: below and to the left there is nothing, so they stand there."""
+    narrow = "scale('x', datum.x) < 7 * length(datum.name) + 12"
+    near = "abs(scale('x', datum.x) - scale('x', datum.before[0])) < 7 * length(datum.name) + 12"
+    level = "abs(scale('y', datum.y) - scale('y', datum.before[1])) < 16"
+    hidden = f"width < 480 || (isValid(datum.before[0]) && {near} && {level})"
+    return {
+        "transform": [
+            here,
+            {"calculate": "datum.corners[toString(bits)]", "as": "before"},
+            {"filter": "isValid(datum.before)"},
+        ],
+        "mark": {
+            "type": "text",
+            "dx": {"expr": f"{narrow} ? 10 : -10"},
+            "dy": 14,
+            "align": {"expr": f"{narrow} ? 'left' : 'right'"},
+        },
+        "encoding": place
+        | {"text": {"field": "name"}, "opacity": {"condition": {"test": hidden, "value": 0}, "value": 1}},
+    }
 
 
 def seeds(comparison: Mapping[str, Any]) -> Spec | None:

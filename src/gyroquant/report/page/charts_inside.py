@@ -24,6 +24,7 @@ from gyroquant.report.comparison_rows import short, sizes
 from gyroquant.report.page.charts import Spec, frame, legend, rounded, ticks
 
 AFTER = "after the recipe"
+_POWER = "measure == 'decibels' ? {} : log({}) / LN10"  # what a colour stands for
 FIGURES = {"max_over_rms": "largest entry over the rms", "kurtosis": "kurtosis (3 is a Gaussian's)"}
 
 
@@ -51,25 +52,6 @@ def layers(comparison: Mapping[str, Any]) -> Spec | None:
     blocks = sorted({value["block"] for value in values})
     first, measure = next(name for name in spans if there[0] in spans[name]), there[0]
     low, high = spans[first][measure]
-    power = "measure == 'decibels' ? {} : log({}) / LN10"
-    color = {
-        "field": "value",
-        "type": "quantitative",
-        "scale": {
-            "domainMin": {"expr": power.format("low", "low")},
-            "domainMax": {"expr": power.format("high", "high")},
-            "clamp": True,
-            "nice": False,
-            "zero": False,
-        },
-        "legend": {
-            "orient": "bottom",
-            "title": None,
-            "gradientLength": {"expr": "min(width, 260)"},
-            "tickCount": 4,
-            "labelExpr": "measure == 'decibels' ? datum.label + ' dB' : format(pow(10, datum.value), '.2~g')",
-        },
-    }
     hover = [{"field": name, "type": "nominal"} for name in ("recipe", "module", "block", "error", "decibels")]
     return frame(
         "Error of each rounded layer, by block and module.",
@@ -79,7 +61,7 @@ def layers(comparison: Mapping[str, Any]) -> Spec | None:
         data={"values": values},
         transform=[
             {"filter": "datum.recipe == recipe && isValid(datum[measure])"},
-            {"calculate": power.format("datum.decibels", "datum.error"), "as": "value"},
+            {"calculate": _POWER.format("datum.decibels", "datum.error"), "as": "value"},
         ],
         mark={"type": "rect", "tooltip": True},
         encoding={
@@ -102,10 +84,32 @@ def layers(comparison: Mapping[str, Any]) -> Spec | None:
                 "sort": list(modules),
                 "axis": {"labelLimit": 110, "domain": False, "ticks": False},
             },
-            "color": color,
+            "color": _error_color(),
             "tooltip": hover,
         },
     )
+
+
+def _error_color() -> Spec:
+    """Colours of decibels, or of the logarithm of an error, from the parameter `low` to the parameter `high`."""
+    return {
+        "field": "value",
+        "type": "quantitative",
+        "scale": {
+            "domainMin": {"expr": _POWER.format("low", "low")},
+            "domainMax": {"expr": _POWER.format("high", "high")},
+            "clamp": True,
+            "nice": False,
+            "zero": False,
+        },
+        "legend": {
+            "orient": "bottom",
+            "title": None,
+            "gradientLength": {"expr": "min(width, 260)"},
+            "tickCount": 4,
+            "labelExpr": "measure == 'decibels' ? datum.label + ' dB' : format(pow(10, datum.value), '.2~g')",
+        },
+    }
 
 
 def _lines(comparison: Mapping[str, Any]) -> Iterable[tuple[str, int | None, Iterable[Mapping[str, Any]]]]:

@@ -85,10 +85,10 @@ def _tests(comparison: Mapping[str, Any], place: str) -> dict[str, Any]:
     return _control(f"{place}-test", "Text", "test", place, there, there[0] if there else "")
 
 
-def _bits(place: str, plot: str, there: Iterable[int], every: bool = False, value: Any = None) -> dict[str, Any]:
+def _bits(place: str, plot: str, there: Iterable[int], value: Any, every: bool = False) -> dict[str, Any]:
     sizes = [(bits, f"{bits} bits") for bits in sorted(set(there))]
     options = [("all", "all"), *sizes] if every and len(sizes) > 1 else sizes
-    return _control(f"{place}-bits", "Budget", "bits", plot, options, value if value is not None else options[:1])
+    return _control(f"{place}-bits", "Budget", "bits", plot, options, value)
 
 
 def _values(spec: Spec) -> dict[str, Any]:
@@ -141,7 +141,7 @@ def _pareto(comparison: Mapping[str, Any], plots: Mapping[str, Spec]) -> dict[st
     there = {one["budget"] for one in plots["pareto"]["data"]["values"]}
     return {
         "test": _tests(comparison, "pareto"),
-        "bits": _bits("pareto", "pareto", there, every=True, value="all"),
+        "bits": _bits("pareto", "pareto", there, "all", every=True),
         "captions": captions,
     }
 
@@ -157,7 +157,7 @@ def _table(comparison: Mapping[str, Any]) -> dict[str, Any]:
         "columns": shown,
         "tables": tables,
         "test": _tests(comparison, "table"),
-        "bits": _bits("table", "", (cell["bits"] for cell in comparison["cells"]), every=True, value="all"),
+        "bits": _bits("table", "", (cell["bits"] for cell in comparison["cells"]), "all", every=True),
         "families": [(name, index) for index, name in enumerate(FAMILIES) if name in families],
     }
 
@@ -218,7 +218,7 @@ def _outliers(comparison: Mapping[str, Any], plots: Mapping[str, Spec]) -> dict[
     return {
         "site": _control("outliers-site", "Site", "site", target, sites, values["site"]),
         "measure": _control("outliers-measure", "Height", "measure", target, FIGURES.items(), values["measure"]),
-        "bits": _bits("outliers", target, there, value=values["bits"]),
+        "bits": _bits("outliers", target, there, values["bits"]),
         "table": inside.outliers_table(comparison),
     }
 
@@ -242,7 +242,7 @@ def _seeds(comparison: Mapping[str, Any], plots: Mapping[str, Spec]) -> dict[str
     there = {one["bits"] for one in plots["seeds"]["data"]["values"]}
     return {
         "test": _tests(comparison, "seeds-plot"),
-        "bits": _bits("seeds", "seeds-plot", there, value=_values(plots["seeds"])["bits"]),
+        "bits": _bits("seeds", "seeds-plot", there, _values(plots["seeds"])["bits"]),
         "table": inside.seeds_table(comparison),
     }
 

@@ -29,6 +29,8 @@ from gyroquant.models.store import WeightStore
 from gyroquant.opponents import Opponent, OpponentError
 from gyroquant.progress import Stages
 from gyroquant.recipe import parse
+from gyroquant.report.comparison_markdown import markdown
+from gyroquant.report.page import write_page
 
 FORMAT = 1
 BASELINES = ("rtn", "gptq")
@@ -86,7 +88,7 @@ def run(
             work.find_programs(environments, make_environments)
             work.all(out)
             comparison = _comparison(work, conditions, wanted, facts, str(model), str(calibration))
-            _write(out, comparison)
+            _write(out, comparison, progress)
             return comparison
     except Timeout as error:
         raise InputError(f"another comparison runs in {out}: wait for it, or choose another folder") from error
@@ -317,12 +319,13 @@ def _command(model: str, wanted: Wanted, calibration: str, run: _Run) -> str:
     return shlex.join(words + [word for change in wanted.changes for word in ("--set", change)])
 
 
-def _write(out: Path, comparison: Mapping[str, Any]) -> None:
-    from gyroquant.report.page import markdown, write_page
-
+def _write(out: Path, comparison: Mapping[str, Any], progress: Stages) -> None:
     write_json(out / "comparison.json", comparison)
     (out / "comparison.md").write_text(markdown(comparison), encoding="utf-8")
-    write_page(comparison, out / "index.html")
+    try:
+        write_page(comparison, out / "index.html")
+    except InputError as error:  # the numbers are there, whatever the page lacks
+        progress.warn(f"there is no page: {error}")
 
 
 __all__ = ["BASELINES", "Limits", "run"]

@@ -1,0 +1,112 @@
+"""A comparison as Markdown: the verdict, a table a budget, and what is inside, with the same numbers as the page."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from gyroquant.report.comparison_inside import Table, layers_table, mass_table, outliers_table, seeds_table
+from gyroquant.report.comparison_rows import (
+    Column,
+    Row,
+    budgets,
+    columns,
+    counts,
+    introduction,
+    model_facts,
+    original_line,
+    rows,
+    sizes,
+    tests,
+)
+
+
+def markdown(comparison: Mapping[str, Any]) -> str:
+    """The report on a comparison, the content of its ``comparison.json``, as Markdown with tables."""
+    missing = counts(comparison)
+    lines = [
+        f"# {_plain(comparison['name'])}",
+        f"{_plain(model_facts(comparison))}. Made {comparison['made']}.",
+        _plain(introduction(comparison)) + (f" Without a result: {missing}." if missing else ""),
+        *(f"> {_plain(note)}" for note in comparison["notes"]),
+        "## Verdict",
+        *_verdict(comparison),
+        *_results(comparison),
+    ]
+    for title, table in (
+        ("Errors of the layers", layers_table(comparison)),
+        ("Outliers, means over blocks", outliers_table(comparison)),
+        ("l1 mass of blocks", mass_table(comparison)),
+        ("Perplexity over seeds", seeds_table(comparison)),
+    ):
+        if any(any(cell.strip("-/ ") for cell in row[1:]) for row in table.rows):
+            lines += [f"## {title}", _table(table)]
+    return "\n\n".join([*lines, "## To repeat it", *_repeat(comparison)]) + "\n"
+
+
+def _verdict(comparison: Mapping[str, Any]) -> Iterable[str]:
+    for found in budgets(comparison):
+        yield f"### {found[0]['bits']} bits"
+        commands: list[str] = []
+        for budget in found:
+            on = f"On {budget['test']}: " if len(found) > 1 else ""
+            yield _plain(on + budget["text"])
+            if budget["command"] and budget["command"] not in commands:
+                commands.append(budget["command"])
+                yield _code(budget["command"])
+    if not comparison["verdict"]:
+        yield "There is none: no method has a result yet."
+
+
+def _results(comparison: Mapping[str, Any]) -> Iterable[str]:
+    shown = [column for column in columns(comparison) if column.key != "bits"]
+    for test in tests(comparison):
+        for bits in sizes(comparison):
+            found = [row for row in rows(comparison, test) if row.cell["bits"] == bits]
+            if not found:
+                continue
+            original = original_line(comparison, test)
+            yield f"## {bits} bits, {_plain(test)}"
+            if original:
+                yield f"The original: perplexity {original}. Intervals are 95 %; p is against the best."
+            headings = ("method", *(column.heading for column in shown))
+            yield _table(Table(headings, [(_method(row), *_cells(row, shown)) for row in found]))
+
+
+def _method(row: Row) -> str:
+    words = [row.name, *([f"({row.seed})"] if row.seed else []), *(f"*{role}*" for role in row.roles)]
+    if not row.done:
+        reason = row.cell["reason"]
+        words.append(f"{row.cell['status']}{f': {reason}' if reason else ''}")
+    return " ".join(words)
+
+
+def _cells(row: Row, shown: Sequence[Column]) -> Iterable[str]:
+    for column in shown:
+        beside = column.beside(row)
+        yield column.text(row) + (f" ({beside})" if beside else "")
+
+
+def _repeat(comparison: Mapping[str, Any]) -> Iterable[str]:
+    if comparison["command"]:
+        yield _code(comparison["command"])
+    for name in ("settings", "versions"):
+        pairs = ", ".join(f"{key} {value}" for key, value in comparison[name].items())
+        if pairs:
+            yield _plain(f"{name.capitalize()}: {pairs}.")
+
+
+def _table(table: Table) -> str:
+    lines = [table.headings, ("---", *["---:"] * (len(table.headings) - 1)), *table.rows]
+    return "\n".join(f"| {' | '.join(map(_plain, line))} |" for line in lines)
+
+
+def _plain(text: str) -> str:
+    """Text on one line that is no markup: neither HTML nor a table nor a link."""
+    return re.sub(r"([\\`<>|\[\]])", r"\\\1", " ".join(str(text).split()))
+
+
+def _code(command: str) -> str:
+    fence = "`" * max(3, 1 + max(map(len, re.findall(r"`+", command)), default=0))
+    return f"{fence}sh\n{command}\n{fence}"

@@ -23,6 +23,7 @@ ROOMS = [
     "chat",
     "footprint",
     "runtimes",
+    "opponents",
     "api",
     "pipeline",
     "elsewhere",

@@ -52,7 +52,16 @@ class Brevitas(Opponent):
 
     def options(self, variant: str, size: Size, seed: int) -> list[str]:
         """What its front door is asked for."""
-        groups = ["per_channel"] if size.group_size == -1 else ["per_group", "--weight-group-size", str(size.group_size)]
+        groups = (
+            ["per_channel"] if size.group_size == -1 else ["per_group", "--weight-group-size", str(size.group_size)]
+        )
         kind = ["sym"] if size.symmetric else ["asym", "--quantize-weight-zero-point"]
-        grid = ["--weight-bit-width", str(size.bits), "--weight-quant-granularity", *groups, "--weight-quant-type", *kind]
+        grid = [
+            "--weight-bit-width",
+            str(size.bits),
+            "--weight-quant-granularity",
+            *groups,
+            "--weight-quant-type",
+            *kind,
+        ]
         return [*grid, "--seed", str(seed), *self.variants[variant]["options"]]

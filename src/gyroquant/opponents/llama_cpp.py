@@ -58,7 +58,7 @@ class LlamaCpp(Opponent):
 
     def run(self, variant: str, task: Task, python: Path) -> Outcome:
         settings = self.variants[variant]
-        store = _opened(task.model)
+        store = opened(task.model)
         _check_columns(store, variant, settings["block"])
         files, dense = task.out / "files", task.out / "dense"
         files.mkdir()
@@ -88,11 +88,11 @@ class _Plain(PackedStore):
     _index = CheckpointStore._index
 
     @cached_property
-    def description(self) -> dict[str, Any]:  # type: ignore[override]
+    def description(self) -> dict[str, Any]:
         return {"tensors": dict.fromkeys(self.shapes)}
 
 
-def _opened(folder: Path) -> PackedStore:
+def opened(folder: Path) -> PackedStore:
     """Raises OpponentError for a model that llama.cpp does not run as it is meant."""
     store = _Plain(folder)
     problems = Gguf().problems(Needs(store.config.model_type, (), (), store.config))

@@ -13,9 +13,9 @@ _AWQ = {"awq": True, "scale_estimation": True}
 
 
 class Nncf(Opponent):
-    """`nncf.compress_weights` on the model as OpenVINO IR, which is what it deploys. Codes are stored with an fp16 scale
-    a group and, on asymmetric grids, a zero point; embedding and head are left as they are (`all_layers=False`, no
-    backup type). Variants whose name says "symmetric" take symmetric grids whatever is asked for: at 2 and 3 bits it
+    """`nncf.compress_weights` on the model as OpenVINO IR, which is what it deploys. Codes are stored with an fp16
+    scale a group and, on asymmetric grids, a zero point; embedding and head are left as they are (`all_layers=False`,
+    no backup type). Variants whose name says "symmetric" take symmetric grids whatever is asked for: at 2 and 3 bits it
     has no others.
     """
 

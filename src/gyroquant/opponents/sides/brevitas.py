@@ -8,18 +8,22 @@ other runtimes or have no such grid. So what a grid of its kind stores is writte
 fp16 scale a group and a zero point of as many bits as a code. The plain weights are computed from these.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import platform
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 START = time.perf_counter()
 CHECKED = 32  # tokens that what is read back is compared on
 
 
-def arguments():
+def arguments() -> argparse.Namespace:
+    """What the script was told."""
     parser = argparse.ArgumentParser()
     for name in ("model", "tokens", "files", "dense", "report"):
         parser.add_argument(f"--{name}", type=Path, required=True)
@@ -27,13 +31,13 @@ def arguments():
     return parser.parse_args()
 
 
-def peak_memory():
+def peak_memory() -> int:
     """The most memory that this process has held so far, in bytes."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return 1024 * int(line.split()[1])
 
 
-def quantized(given, tokens):
+def quantized(given: argparse.Namespace, tokens: Any) -> Any:
     """The model as the front door returns it. It can be told names of data sets only, and sends blocks to a GPU by
     name: both functions are replaced, by one that returns our tokens and one that leaves blocks where they are.
     """
@@ -49,7 +53,7 @@ def quantized(given, tokens):
     return main.quantize_llm(args, extra)[1].eval()
 
 
-def packed(values, bits):
+def packed(values: Any, bits: int) -> Any:
     """Small numbers packed to their bits, lowest first."""
     import numpy as np
 
@@ -57,7 +61,7 @@ def packed(values, bits):
     return np.packbits(table.astype(np.uint8), bitorder="little")
 
 
-def stored(layer):
+def stored(layer: Any) -> tuple[dict[str, Any], Any]:
     """What a layer's grid stores, as arrays by part, and the weight that this stands for."""
     import numpy as np
     import torch
@@ -80,13 +84,15 @@ def stored(layer):
     return arrays, ((codes + low - zero) * scale.float()).reshape(layer.weight.shape)
 
 
-def taken_apart(model):
+def taken_apart(model: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, int]]:
     """Everything that a quantized model stores, its plain weights by name, and how many bits its rounded ones take."""
     import torch
     from brevitas.nn import QuantLinear
 
     layers = {f"{name}.weight": one for name, one in model.named_modules() if isinstance(one, QuantLinear)}
-    arrays, plain, size, weights = {}, {}, 0, 0
+    arrays: dict[str, Any] = {}
+    plain: dict[str, Any] = {}
+    size, weights = 0, 0
     for name, layer in layers.items():
         parts, plain[name] = stored(layer)
         arrays |= {f"{name}_{part}": torch.from_numpy(array) for part, array in parts.items()}
@@ -99,7 +105,7 @@ def taken_apart(model):
     return arrays, plain, {"stored_bytes": size, "weights": weights, "layers": len(layers)}
 
 
-def dense_model(model, plain):
+def dense_model(model: Any, plain: dict[str, Any]) -> Any:
     """A model of transformers with plain weights; its head is a parameter of its own where a rotation untied it."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -113,7 +119,8 @@ def dense_model(model, plain):
     return made.eval()
 
 
-def main():
+def main() -> None:
+    """Quantizes, saves, computes the plain weights, compares, reports."""
     given = arguments()
     import torch
     from safetensors.torch import load_file, save_file

@@ -4,19 +4,24 @@ Run with the interpreter of llama.cpp's environment: python -I llama_cpp.py --mo
 --kind TYPE [--imatrix] --out FILE --dense FILE --report FILE. Never imports gyroquant.
 """
 
+from __future__ import annotations
+
 import argparse
 import ctypes
 import json
 import platform
+import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 START = time.perf_counter()
 CHECKED = 32  # tokens that what is read back is compared on
 
 
-def arguments():
+def arguments() -> argparse.Namespace:
+    """What the script was told."""
     parser = argparse.ArgumentParser()
     for name in ("model", "tokens", "plain", "out", "dense", "report"):
         parser.add_argument(f"--{name}", type=Path, required=True)
@@ -25,13 +30,13 @@ def arguments():
     return parser.parse_args()
 
 
-def peak_memory():
+def peak_memory() -> int:
     """The most memory that this process has held so far, in bytes."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return 1024 * int(line.split()[1])
 
 
-def squares(folder, tokens):
+def squares(folder: Path, tokens: Any) -> dict[str, Any]:
     """The mean square of every input of the blocks' linear layers over all tokens, by llama.cpp's names of weights."""
     import gguf
     import torch
@@ -39,10 +44,10 @@ def squares(folder, tokens):
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
-    sums = {}
+    sums: dict[str, Any] = {}
 
-    def watch(name):
-        def hook(_, inputs):
+    def watch(name: str) -> Any:
+        def hook(_: Any, inputs: Any) -> None:
             sums[name] = sums.get(name, 0) + inputs[0].double().square().flatten(0, -2).sum(0)
 
         return hook
@@ -56,14 +61,14 @@ def squares(folder, tokens):
     return {name: (total / tokens.numel()).float().numpy() for name, total in sums.items()}
 
 
-def matrix(library, found):
+def matrix(library: Any, found: dict[str, Any]) -> Any:
     """Arrays by name as llama.h has them: a list that ends with a nameless one. Holds the arrays' memory."""
     pointer = ctypes.POINTER(ctypes.c_float)
     entries = [(name.encode(), one.ctypes.data_as(pointer), one.size) for name, one in found.items()]
     return (library.llama_model_imatrix_data * (len(entries) + 1))(*entries)
 
 
-def rewrite(library, complaints, source, target, kind, data=None):
+def rewrite(library: Any, complaints: list[str], source: Path, target: Path, kind: str, data: Any = None) -> None:
     """Writes a GGUF file again with its blocks in another type; embedding and head stay plain."""
     settings = library.llama_model_quantize_default_params()
     settings.ftype = 0 if kind == "F32" else getattr(library, f"LLAMA_FTYPE_MOSTLY_{kind}")
@@ -75,22 +80,22 @@ def rewrite(library, complaints, source, target, kind, data=None):
         raise SystemExit(f"llama.cpp does not write {kind}: {' '.join(complaints)}")
 
 
-def listen(library):
+def listen(library: Any) -> tuple[list[str], Any]:
     """Collects what llama.cpp complains of, and prints everything that it says into the log."""
-    complaints = []
+    complaints: list[str] = []
 
-    def said(level, text, _):
+    def said(level: int, text: bytes, _: Any) -> None:
         line = text.decode(errors="replace")
         if level == 4:
             complaints.append(line.strip())
-        print(line, end="")
+        sys.stdout.write(line)
 
     callback = library.llama_log_callback(said)
     library.llama_log_set(callback, ctypes.c_void_p(0))
     return complaints, callback
 
 
-def reload_error(library, path, tokens):
+def reload_error(library: Any, path: Path, tokens: Any) -> float:
     """The relative error of logits between transformers and llama.cpp, both in fp32 with the weights of `path`."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -106,7 +111,8 @@ def reload_error(library, path, tokens):
     return float((found - expected).norm() / expected.norm())
 
 
-def main():
+def main() -> None:
+    """Quantizes, decodes, compares, reports."""
     given = arguments()
     import llama_cpp as library
     from safetensors.torch import load_file

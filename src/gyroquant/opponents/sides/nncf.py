@@ -4,12 +4,15 @@ Run with the interpreter of NNCF's environment: python -I nncf.py --model FOLDER
 FOLDER --mode INT4_ASYM --group-size 64 [--awq] [--scale-estimation] [--gptq] --report FILE. Never imports gyroquant.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import platform
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 START = time.perf_counter()
 CHECKED = 32  # tokens that what is read back is compared on
@@ -17,7 +20,8 @@ PREFIX = "self.decoder."  # of a parameter's name in the graph of `Logits`
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0", "KV_CACHE_PRECISION": "f32"}
 
 
-def arguments():
+def arguments() -> argparse.Namespace:
+    """What the script was told."""
     parser = argparse.ArgumentParser()
     for name in ("model", "tokens", "files", "dense", "report"):
         parser.add_argument(f"--{name}", type=Path, required=True)
@@ -28,23 +32,23 @@ def arguments():
     return parser.parse_args()
 
 
-def peak_memory():
+def peak_memory() -> int:
     """The most memory that this process has held so far, in bytes."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return 1024 * int(line.split()[1])
 
 
-def graph_of(model):
+def graph_of(model: Any) -> Any:
     """The graph of a model without a cache: ids of shape (1, length) to logits."""
     import openvino as ov
     import torch
 
     class Logits(torch.nn.Module):
-        def __init__(self, decoder):
+        def __init__(self, decoder: Any):
             super().__init__()
             self.decoder = decoder
 
-        def forward(self, input_ids):
+        def forward(self, input_ids: Any) -> Any:
             length = input_ids.shape[1]
             hidden = torch.full((length, length), torch.finfo(torch.float32).min).triu(1)
             positions = torch.arange(length)[None]
@@ -57,7 +61,7 @@ def graph_of(model):
         return ov.convert_model(Logits(model), example_input=example, input=[("input_ids", [1, -1])])
 
 
-def compressed(graph, tokens, given):
+def compressed(graph: Any, tokens: Any, given: argparse.Namespace) -> Any:
     """The graph with the weights of the blocks rounded; embedding and head stay as they are."""
     import nncf
 
@@ -78,13 +82,13 @@ def compressed(graph, tokens, given):
     )
 
 
-def numbers(node):
+def numbers(node: Any) -> tuple[Any, int]:
     """What a constant or a piece of graph that decompresses one stands for, in fp32, and its stored bytes."""
     import numpy as np
 
     kind = node.get_type_name()
     if kind == "Constant":
-        return unpacked(node), node.get_byte_size()
+        return node.get_data(dtype=np.float32), node.get_byte_size()
     first, size = numbers(node.input_value(0).get_node())
     if kind == "Convert":
         return first, size
@@ -96,14 +100,7 @@ def numbers(node):
     raise SystemExit(f"the IR decompresses a weight by {kind}, which is not known here")
 
 
-def unpacked(constant):
-    """A constant in fp32."""
-    import numpy as np
-
-    return constant.get_data(dtype=np.float32)
-
-
-def insertion(matmul):
+def insertion(matmul: Any) -> tuple[Any, str]:
     """The scales by which AWQ multiplies the inputs of a layer, if it inserted some, and the name of that node."""
     todo = [matmul.input_value(0).get_node()]
     for node in todo:
@@ -116,9 +113,10 @@ def insertion(matmul):
     return None, ""
 
 
-def deployed(graph):
-    """Every rounded weight of a graph by its parameter's name: its numbers, AWQ's scales multiplied in, and its bytes."""
-    found, used = {}, set()
+def deployed(graph: Any) -> dict[str, tuple[Any, int]]:
+    """Every rounded weight of a graph by its parameter's name: numbers, AWQ's scales multiplied in, and bytes."""
+    found: dict[str, tuple[Any, int]] = {}
+    used: set[str] = set()
     for matmul in graph.get_ordered_ops():
         if matmul.get_type_name() != "MatMul":
             continue
@@ -140,7 +138,7 @@ def deployed(graph):
     return found
 
 
-def reload_error(path, model, tokens):
+def reload_error(path: Path, model: Any, tokens: Any) -> float:
     """The relative error of logits between the IR, run by OpenVINO in fp32, and the plain weights."""
     import openvino as ov
     import torch
@@ -153,7 +151,8 @@ def reload_error(path, model, tokens):
     return float((found - expected).norm() / expected.norm())
 
 
-def main():
+def main() -> None:
+    """Compresses, saves, reads back, compares, reports."""
     given = arguments()
     import openvino as ov
     import torch

@@ -1,0 +1,53 @@
+from pathlib import Path
+
+import pytest
+from opposing import error, interpreter, task
+
+from gyroquant.opponents import OpponentError, Size
+from gyroquant.opponents.nncf import Nncf
+
+
+def test_it_has_no_asymmetric_grids_of_few_bits() -> None:
+    assert "INT2_SYM" in Nncf().problem("GPTQ", Size(2, 64))
+    assert "INT3_SYM" in Nncf().problem("data-free", Size(3, 64))
+    assert not Nncf().problem("symmetric, GPTQ", Size(2, 64))
+    assert not Nncf().problem("GPTQ", Size(2, 64, symmetric=True))
+    assert not Nncf().problem("GPTQ", Size(4, 64))
+    assert "not of 5" in Nncf().problem("GPTQ", Size(5, 64))
+
+
+@pytest.mark.parametrize(
+    ("variant", "size", "expected"),
+    [
+        ("data-free", Size(4, 64), "--mode INT4_ASYM --group-size 64"),
+        ("data-free", Size(4, -1, symmetric=True), "--mode INT4_SYM --group-size -1"),
+        ("GPTQ", Size(4, 128), "--mode INT4_ASYM --group-size 128 --gptq"),
+        ("symmetric, AWQ + scale estimation", Size(2, 64), "--mode INT2_SYM --group-size 64 --awq --scale-estimation"),
+    ],
+)
+def test_what_it_is_asked_for(variant: str, size: Size, expected: str) -> None:
+    assert " ".join(Nncf().arguments(variant, size)) == expected
+
+
+def test_a_size_that_it_has_not_is_refused_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(OpponentError, match="INT2_SYM"):
+        Nncf().run("GPTQ", task(tmp_path, tmp_path / "out", Size(2, 64)), tmp_path / "python")
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("variant", "bits", "true_bits", "largest"),
+    [
+        ("AWQ + scale estimation", 4, 4 + (16 + 4) / 32, 0.2),
+        ("symmetric, GPTQ", 2, 2 + 16 / 32 + 8 * 14 / 61440, 1.0),  # and one byte of zero point in each of 14 layers
+    ],
+)
+def test_it_deploys_a_model_of_the_size_asked_for(
+    variant: str, bits: int, true_bits: float, largest: float, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    model = folders["llama"]
+    found = Nncf().run(variant, task(model, tmp_path / "out", Size(bits, 32)), interpreter(Nncf))
+    assert found.true_bits == pytest.approx(true_bits, abs=1e-9)
+    assert 0 < error(found, model) < largest
+    assert found.bytes > 61440 * true_bits / 8

@@ -26,7 +26,7 @@ from gyroquant.errors import InputError
 from gyroquant.evaluation.tasks import check_tasks
 from gyroquant.models.source import open_model
 from gyroquant.models.store import WeightStore
-from gyroquant.opponents import Opponent, OpponentError
+from gyroquant.opponents import Opponent, OpponentError, environment
 from gyroquant.progress import Stages
 from gyroquant.recipe import parse
 from gyroquant.report.comparison_markdown import markdown
@@ -145,15 +145,13 @@ class _Run:
         waiting = [cell for cell in self.missing() if cell.kind == "opponent"]
         if not waiting:
             return
-        from gyroquant.opponents.environment import default_folder, python_of
-
         for cell in waiting:
             name = cell.name.partition(":")[0]
             if name not in self.programs:
+                place = folder or environment.default_folder()
                 try:
-                    self.programs[name] = str(
-                        python_of(Opponent.kinds[name], folder or default_folder(), make, self.progress)
-                    )
+                    program = environment.python_of(Opponent.kinds[name], place, make, self.progress)
+                    self.programs[name] = str(program)
                 except OpponentError as error:
                     self.refused[cell.key] = str(error)
 

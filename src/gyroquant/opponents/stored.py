@@ -1,0 +1,87 @@
+"""True bits of a checkpoint that another program wrote: what its files store for the layers that are rounded."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from gyroquant.opponents.base import OpponentError
+
+_BITS = {
+    **dict.fromkeys(("F64", "I64", "U64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
+}
+_IN_BLOCK = re.compile(r"\.\d+\..+\.weight$")
+_ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate)$")  # of a mixture of experts; nobody rounds them
+
+
+class _Header(NamedTuple):
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def bits(self) -> int:
+        return math.prod(self.shape) * _BITS[self.dtype]
+
+
+def true_bits(files: Path, original: Path) -> float:
+    """Bits that the safetensors files in `files` store a weight of the linear layers in the blocks of `original`.
+
+    Counts every tensor under a layer's name (codes, scales, zero points, orders, transforms) except its bias. A layer
+    that a program left unrounded counts with all its bits, so that nobody gains by leaving one out. Both are folders;
+    only headers are read. Raises OpponentError if a layer is not there or a file cannot be read.
+    """
+    stored, weights = _headers(files), layer_weights(original)
+    total = 0
+    for module in weights:
+        bits = [header.bits for name, header in stored.items() if name.startswith(module + ".") and not _bias(name)]
+        if not bits:
+            raise OpponentError(f"{files} stores nothing for the layer {module}")
+        total += sum(bits)
+    return total / sum(weights.values())
+
+
+def layer_weights(original: Path) -> dict[str, int]:
+    """Numbers of weights of the linear layers in the blocks of a model's folder, by the names of their modules."""
+    headers = _headers(original)
+    names = (name for name, header in headers.items() if _IN_BLOCK.search(name) and len(header.shape) == 2)
+    modules = (name.removesuffix(".weight") for name in names)
+    found = {module: math.prod(headers[module + ".weight"].shape) for module in modules if not _ROUTER.search(module)}
+    if not found:
+        raise OpponentError(f"{original} has no linear layers in blocks that its names tell of")
+    return found
+
+
+def _bias(name: str) -> bool:
+    return name.endswith(".bias")
+
+
+def _headers(folder: Path) -> dict[str, _Header]:
+    files = sorted(folder.rglob("*.safetensors"))
+    if not files:
+        raise OpponentError(f"{folder} holds no safetensors file")
+    return {name: header for path in files for name, header in _read(path).items()}
+
+
+def _read(path: Path) -> dict[str, _Header]:
+    # not safe_open, which has no number of bits for each dtype and opens the data too
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            entries = json.loads(file.read(length))
+        entries.pop("__metadata__", None)
+        found = {name: _Header(entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise OpponentError(f"{path} is no safetensors file: {error}") from error
+    for name, header in found.items():
+        if header.dtype not in _BITS:
+            raise OpponentError(f"{path}: {name} is of the unknown type {header.dtype}")
+    return found
+
+
+__all__ = ["layer_weights", "true_bits"]

@@ -45,7 +45,7 @@ def test_lists_numbers_and_times_are_read(monkeypatch: pytest.MonkeyPatch) -> No
     assert given[1] == ["gsr", "gyro"]
     assert options["bits"] == [2, 3]
     assert options["group_sizes"] == [64, -1]
-    assert options["budget"] == 5400
+    assert options["limits"].budget == 5400
     assert options["opponents"] == ["nncf", "llama.cpp:Q2_K"]
     assert options["seeds"] == 3
     assert "note: a grid" in printed

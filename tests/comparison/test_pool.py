@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import gyroquant as gq
-from gyroquant.comparison import pool
+from gyroquant.comparison import Limits, pool
 from gyroquant.comparison.pool import LocalPool, make_pool
 
 
@@ -75,11 +75,13 @@ def test_ray_gives_the_same_though_one_of_its_workers_is_killed(
 
     killer = threading.Thread(target=kill)
     killer.start()
-    found = gq.compare(*given, tmp_path / "ray", corpus, corpus, **options, ray="local", workers=2, threads=1)
+    found = gq.compare(
+        *given, tmp_path / "ray", corpus, corpus, **options, limits=Limits(workers=2, threads=1, ray="local")
+    )
     killer.join()
     assert killed
     assert all(cell["status"] == "done" for cell in found["cells"])
-    alone = gq.compare(*given, tmp_path / "alone", corpus, corpus, **options, threads=1)
+    alone = gq.compare(*given, tmp_path / "alone", corpus, corpus, **options, limits=Limits(threads=1))
     for one in (found, alone):
         for cell in one["cells"]:
             del cell["measured"], cell["forward_equivalents"]

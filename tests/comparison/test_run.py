@@ -15,7 +15,7 @@ import pytest
 from filelock import FileLock
 
 import gyroquant as gq
-from gyroquant.comparison import pool, worker
+from gyroquant.comparison import Limits, pool, worker
 from gyroquant.opponents import Opponent, OpponentError, Outcome, Size, Task
 
 SMALL: dict[str, Any] = {"bits": [2], "group_sizes": [16], "nsamples": 4, "seqlen": 32, "window": 32, "max_windows": 4}
@@ -109,7 +109,7 @@ def test_a_budget_begins_nothing_that_would_not_be_done(
     folders: dict[str, Path], corpus: Path, tmp_path: Path, at_once: list[str]
 ) -> None:
     compared(folders["llama"], corpus, tmp_path, [], bits=[2])
-    found = compared(folders["llama"], corpus, tmp_path, [], bits=[2, 3], budget=1e-6)
+    found = compared(folders["llama"], corpus, tmp_path, [], bits=[2, 3], limits=Limits(budget=1e-6))
     assert [cell["status"] for cell in found["cells"]] == ["done", "missing", "done", "missing"]
     assert "no time for it in the budget" in found["cells"][1]["reason"]
     assert len(at_once) == 2
@@ -123,7 +123,7 @@ def test_bad_input_is_refused_before_any_work(folders: dict[str, Path], corpus: 
         ({"seeds": 0}, "at least 1"),
         ({"opponents": ["nobody"]}, "there is no opponent 'nobody'"),
         ({"window": 4096}, "does not fit a model of 128 positions"),
-        ({"workers": 0}, "--workers is 0"),
+        ({"limits": Limits(workers=0)}, "--workers is 0"),
     ):
         with pytest.raises(gq.InputError, match=message):
             compared(folders["llama"], corpus, out, ["gptq"], **changes)
@@ -165,7 +165,8 @@ def test_another_program_is_asked_and_one_that_is_not_installed_is_a_row(
     (score,) = found["cells"][2]["tests"].values()
     assert score["kl"] == pytest.approx(0, abs=1e-9)  # it deployed the original
     assert found["cells"][2]["true_bits"] == 2.5
-    assert found["verdict"][0]["best"] == found["cells"][2]["key"]
+    (row,) = (row for row in found["verdict"][0]["rows"] if row["key"] == found["cells"][2]["key"])
+    assert row["gap"] == pytest.approx(0, abs=1e-9)
     assert found["verdict"][0]["baseline"] != found["cells"][2]["key"]
 
 

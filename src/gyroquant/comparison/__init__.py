@@ -13,90 +13,53 @@ from gyroquant.errors import InputError
 from gyroquant.evaluation.perplexity import PRESETS
 from gyroquant.progress import Stages
 
+Texts = str | Path | Sequence[str | Path]
+
 
 def compare(
     model: str | Path,
     recipes: Sequence[str],
     out: str | Path,
     calibration: str | Path,
-    test: str | Path | Sequence[str | Path] = "wikitext2",
+    test: Texts = "wikitext2",
     *,
     presets: Sequence[str] = ("bbt",),
     window: int | None = None,
     max_windows: int | None = None,
-    opponents: Sequence[str] = (),
-    bits: Sequence[int] = (2, 3, 4),
-    group_sizes: Sequence[int] = (64,),
-    symmetric: bool = False,
-    seeds: int = 1,
-    nsamples: int = 64,
-    seqlen: int = 512,
-    tasks: Sequence[str] = (),
-    task_limit: int | None = None,
-    effort: str | None = None,
-    changes: Sequence[str] = (),
-    keep_activations: bool = False,
     dtype: str = "float32",
-    budget: float | None = None,
-    workers: int | None = None,
-    threads: int | None = None,
-    ray: str | None = None,
+    limits: Limits | None = None,
     environments: str | Path | None = None,
     make_environments: bool = False,
     merge: Iterable[str | Path] = (),
     progress: Stages | None = None,
+    **grid: Any,
 ) -> dict[str, Any]:
     """Runs recipes and other programs head to head and judges them; returns what it writes as `comparison.json`.
 
-    `out` is the folder of results: every cell of recipes x bits x group sizes x seeds is a file there, named by what
-    makes it, beside the same comparison as `comparison.md` and as a page, `index.html`. A second call runs only what is
-    missing, a killed one goes on where it was; `merge` takes over the results of other folders. A name such as `gyro`
-    stands for gyro-w2 at 2 bits, and so on; `rtn` and `gptq` on the model as it is are always among the recipes. The
-    rounding of activations and cache is taken out of recipes unless `keep_activations`.
+    `out` is the folder of results: every cell is a file there, named by what makes it, beside the same comparison as
+    `comparison.md` and as a page, `index.html`. A second call runs only what is missing, a killed one goes on where it
+    was; `merge` takes over the results of other folders. A name such as `gyro` stands for gyro-w2 at 2 bits, and so on;
+    `rtn` and `gptq` on the model as it is are always among the recipes. `grid` is what they are crossed with, and how:
+    opponents, bits, group_sizes, symmetric, seeds (how many), nsamples, seqlen, tasks, task_limit, effort, changes,
+    keep_activations, as in `comparison.cells.Wanted`.
 
     Every cell calibrates on the same windows of `calibration`, and is measured on each text of `test` in the windows of
-    each of `presets` (see `evaluate`), or of `window` and `max_windows`, against the original; and in `tasks` of
-    lm-evaluation-harness, on the first `task_limit` questions of each. `budget` is in seconds: no cell is begun that
-    would not be done by then. At most `workers` cells run at once, as far as memory has room; `ray` is a cluster's
-    address, or ``local``. Opponents run in environments of their own in the folder `environments`, made on demand with
-    `make_environments`.
+    each of `presets` (see `evaluate`), or of `window` and `max_windows`, against the original. Opponents run in
+    environments of their own in the folder `environments`, made on demand with `make_environments`.
 
     Raises GyroquantError for whatever cannot be right, before any work. A cell that fails is a row that says why.
     """
-    texts = [test] if isinstance(test, (str, Path)) else list(test)
-    for preset in presets:
-        if preset not in PRESETS:
-            raise InputError(f"there is no preset {preset!r}; presets are {', '.join(PRESETS)}")
+    seeds = grid.pop("seeds", 1)
     if seeds < 1:
         raise InputError(f"seeds is {seeds}, and has to be at least 1")
-    ways = {preset: PRESETS[preset] for preset in presets}
-    if window or max_windows:
-        window = window or PRESETS["standard"][0]
-        ways = {f"{max_windows or 'all'} windows of {window}": (window, max_windows)}
-    tests = {f"{Path(text).name}, {way}": Trial(str(text), *ways[way]) for text in texts for way in ways}
-    wanted = Wanted(
-        recipes=list(recipes),
-        opponents=list(opponents),
-        bits=list(bits),
-        group_sizes=list(group_sizes),
-        symmetric=symmetric,
-        seeds=list(range(seeds)),
-        nsamples=nsamples,
-        seqlen=seqlen,
-        tasks=list(tasks),
-        task_limit=task_limit,
-        effort=effort,
-        changes=list(changes),
-        keep_activations=keep_activations,
-    )
     return run(
         model,
-        wanted,
+        Wanted(recipes=list(recipes), seeds=tuple(range(seeds)), **grid),
         out,
         calibration,
-        tests,
+        _trials([test] if isinstance(test, (str, Path)) else test, presets, window, max_windows),
         dtype=dtype,
-        limits=Limits(budget, workers, threads, ray),
+        limits=limits or Limits(),
         environments=None if environments is None else Path(environments),
         make_environments=make_environments,
         merge=merge,
@@ -104,4 +67,18 @@ def compare(
     )
 
 
-__all__ = ["compare"]
+def _trials(
+    texts: Sequence[str | Path], presets: Sequence[str], window: int | None, count: int | None
+) -> dict[str, Trial]:
+    """What is measured on what, by a name for people."""
+    for preset in presets:
+        if preset not in PRESETS:
+            raise InputError(f"there is no preset {preset!r}; presets are {', '.join(PRESETS)}")
+    ways = {preset: PRESETS[preset] for preset in presets}
+    if window or count:
+        window = window or PRESETS["standard"][0]
+        ways = {f"{count or 'all'} windows of {window}": (window, count)}
+    return {f"{Path(text).name}, {way}": Trial(str(text), *ways[way]) for text in texts for way in ways}
+
+
+__all__ = ["Limits", "Wanted", "compare"]

@@ -229,6 +229,8 @@ def _opponent_cells(name: str, size: Size, nsamples: int) -> Iterator[Cell]:
     if only and only not in opponent.variants:
         raise InputError(f"{name} has no variant {only!r}; there are {', '.join(opponent.variants)}")
     for variant in [only] if only else opponent.variants:
+        if opponent.variants[variant].get("bits", size.bits) != size.bits:
+            continue  # a type of another size
         settings = {"variant": variant, **opponent.variants[variant], "nsamples": nsamples}
         settings["requirements"] = list(opponent.requirements)
         refusal = opponent.problem(variant, size) or None

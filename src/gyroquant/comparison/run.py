@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import shutil
 import time
@@ -102,7 +103,11 @@ def _conditions(
         model=fingerprint(store),
         calibration={"sha256": load_text(calibration).sha256, "seqlen": wanted.seqlen, "seed": 0},
         tests={
-            name: {"sha256": load_text(test.source, split="test").sha256, "window": test.window, "count": test.windows}
+            name: {
+                "sha256": load_text(test.source, split="test").sha256,
+                "window": test.window,
+                "windows": test.windows,
+            }
             for name, test in tests.items()
         },
         dtype=dtype,
@@ -289,8 +294,12 @@ def _comparison(
             "model_type": graph.config.model_type,
             "blocks": len(graph.blocks),
             "hidden": graph.hidden,
+            "weights": sum(math.prod(op.shape) for block in graph.blocks for op in block.linears if op.entry.quantize),
         },
-        "texts": {"calibration": dict(conditions.calibration), "tests": dict(conditions.tests)},
+        "texts": {
+            "calibration": {"name": Path(calibration).name, **conditions.calibration},
+            "tests": {name: _text(name, about, facts) for name, about in conditions.tests.items()},
+        },
         "settings": {key: _plain(value) for key, value in vars(wanted).items()} | {"dtype": run.shared.dtype},
         "versions": versions(),
         "notes": own_grid(store),
@@ -298,6 +307,12 @@ def _comparison(
         "cells": cells,
         "verdict": verdict(cells, facts["tests"]),
     }
+
+
+def _text(name: str, about: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """A text that is measured on, with how much of it really is."""
+    count = len(facts["tests"][name]["window_losses"])
+    return {"name": name.rpartition(", ")[0] or name, **about, "windows": count, "tokens": count * about["window"]}
 
 
 def _plain(value: Any) -> Any:

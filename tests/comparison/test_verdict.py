@@ -36,10 +36,13 @@ def test_a_difference_in_every_window_is_significant_and_one_that_cancels_is_not
     better = paired([x - 0.1 for x in BASE], BASE)
     assert better["significant"]
     assert better["difference"] == pytest.approx(-0.1)
-    assert better["p"] < 0.001
+    assert better["p"] == 2 / 2**8  # the smallest that eight windows can give
     noise = [x + (0.1 if i % 2 else -0.1) for i, x in enumerate(BASE)]
     assert not paired(noise, BASE)["significant"]
     assert paired(noise, BASE)["p"] > 0.5
+    assert not paired(BASE[:4], [x + 1 for x in BASE[:4]])["significant"]  # and four can give none that counts
+    many = paired([0.1] * 100, [0.0] * 100)
+    assert many["p"] == 1 / 10_000
     assert paired(BASE, BASE) == {"difference": 0.0, "interval": [0.0, 0.0], "p": 1.0, "significant": False}
 
 

@@ -52,7 +52,8 @@ def test_everything_is_measured_once_and_said_three_times(
 ) -> None:
     out = tmp_path / "out"
     found = compared(folders["llama"], corpus, out, ["quarot"], seeds=2)
-    assert at_once == ["rtn W2 g16", "gptq W2 g16", "quarot W2 g16", "quarot W2 g16, seed 1"]
+    assert at_once == ["rtn W2 g16", "gptq W2 g16", "quarot W2 g16", "quarot W2 g16"]
+    assert [cell["seed"] for cell in found["cells"]] == [0, 0, 0, 1]
     assert json.loads((out / "comparison.json").read_text()) == json.loads(json.dumps(found))
     assert (out / "comparison.md").exists()
     assert (out / "index.html").exists()

@@ -59,10 +59,9 @@ class Cell:
 
     @property
     def label(self) -> str:
-        """What people call it."""
+        """What people call it, whatever its seed."""
         group = "a row" if self.size.group_size == -1 else f"g{self.size.group_size}"
-        seed = f", seed {self.seed}" if self.seed else ""
-        return f"{self.name} W{self.size.bits} {group}{seed}"
+        return f"{self.name} W{self.size.bits} {group}"
 
     def to_dict(self) -> dict[str, Any]:
         """What a comparison says of the cell, whatever came of it."""

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from gyroquant.opponents import Opponent, Size, Task
 from gyroquant.opponents.base import Outcome
 
+LARGEST = 0.5  # error of logits: a tiny random model has 0.3 at 4 bits by any program, an unrelated one has 1.4
 _VARIABLE = "GYROQUANT_ENVIRONMENTS"
 
 

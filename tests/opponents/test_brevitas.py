@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from opposing import error, interpreter, opened, task
+from opposing import LARGEST, error, interpreter, opened, task
 from safetensors.torch import load_file
 
 from gyroquant.opponents import Size
@@ -40,7 +40,7 @@ def test_it_deploys_a_model_of_the_size_asked_for(
     model = folders["llama_tied"]
     found = Brevitas().run(variant, task(model, tmp_path / "out", size), interpreter(Brevitas))
     assert found.true_bits == pytest.approx(true_bits, abs=1e-9)
-    assert 0 < error(found, model) < 0.25
+    assert 0 < error(found, model) < LARGEST
     rotated = variant.startswith("rotation")
     plain, original = opened(found.dense).state_dict(), opened(model).state_dict()
     name = "model.embed_tokens.weight"

@@ -1,7 +1,7 @@
 from pathlib import Path
 
 import pytest
-from opposing import error, interpreter, task
+from opposing import LARGEST, error, interpreter, task
 
 from gyroquant.opponents import OpponentError, Size
 from gyroquant.opponents.nncf import Nncf
@@ -39,7 +39,7 @@ def test_a_size_that_it_has_not_is_refused_before_any_work(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("variant", "bits", "true_bits", "largest"),
     [
-        ("AWQ + scale estimation", 4, 4 + (16 + 4) / 32, 0.2),
+        ("AWQ + scale estimation", 4, 4 + (16 + 4) / 32, LARGEST),
         ("symmetric, GPTQ", 2, 2 + 16 / 32 + 8 * 14 / 61440, 1.0),  # and one byte of zero point in each of 14 layers
     ],
 )

@@ -20,6 +20,7 @@ from typing import Any
 
 START = time.perf_counter()
 CHECKED = 32  # tokens that what is read back is compared on
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def arguments() -> argparse.Namespace:
@@ -100,8 +101,11 @@ def taken_apart(model: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, i
         weights += layer.weight.numel()
     inner = tuple(name.removesuffix("weight") for name in layers)
     for name, value in model.named_parameters(remove_duplicate=False):
-        if not name.startswith(inner):
-            arrays[name] = plain[name] = value.detach().clone()
+        if not name.startswith(inner) or name.endswith(".bias"):
+            plain[name] = value.detach().clone()
+    for name, value in plain.items():
+        if name not in layers and (name != HEAD or not torch.equal(value, plain[EMBEDDING])):
+            arrays[name] = value
     return arrays, plain, {"stored_bytes": size, "weights": weights, "layers": len(layers)}
 
 
@@ -111,8 +115,7 @@ def dense_model(model: Any, plain: dict[str, Any]) -> Any:
     from transformers import AutoModelForCausalLM
 
     config = model.config
-    embedding = plain[next(name for name in plain if name.endswith("embed_tokens.weight"))]
-    config.tie_word_embeddings = config.tie_word_embeddings and torch.equal(plain["lm_head.weight"], embedding)
+    config.tie_word_embeddings = config.tie_word_embeddings and torch.equal(plain[HEAD], plain[EMBEDDING])
     made = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     made.load_state_dict(plain)
     made.tie_weights()

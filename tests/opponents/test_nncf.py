@@ -10,7 +10,7 @@ from gyroquant.opponents.nncf import Nncf
 def test_it_has_no_asymmetric_grids_of_few_bits() -> None:
     assert "INT2_SYM" in Nncf().problem("GPTQ", Size(2, 64))
     assert "INT3_SYM" in Nncf().problem("data-free", Size(3, 64))
-    assert not Nncf().problem("symmetric, GPTQ", Size(2, 64))
+    assert not Nncf().problem("symmetric GPTQ", Size(2, 64))
     assert not Nncf().problem("GPTQ", Size(2, 64, symmetric=True))
     assert not Nncf().problem("GPTQ", Size(4, 64))
     assert "not of 5" in Nncf().problem("GPTQ", Size(5, 64))
@@ -22,7 +22,7 @@ def test_it_has_no_asymmetric_grids_of_few_bits() -> None:
         ("data-free", Size(4, 64), "--mode INT4_ASYM --group-size 64"),
         ("data-free", Size(4, -1, symmetric=True), "--mode INT4_SYM --group-size -1"),
         ("GPTQ", Size(4, 128), "--mode INT4_ASYM --group-size 128 --gptq"),
-        ("symmetric, AWQ + scale estimation", Size(2, 64), "--mode INT2_SYM --group-size 64 --awq --scale-estimation"),
+        ("symmetric AWQ + scale estimation", Size(2, 64), "--mode INT2_SYM --group-size 64 --awq --scale-estimation"),
     ],
 )
 def test_what_it_is_asked_for(variant: str, size: Size, expected: str) -> None:
@@ -40,7 +40,7 @@ def test_a_size_that_it_has_not_is_refused_before_any_work(tmp_path: Path) -> No
     ("variant", "bits", "true_bits", "largest"),
     [
         ("AWQ + scale estimation", 4, 4 + (16 + 4) / 32, LARGEST),
-        ("symmetric, GPTQ", 2, 2 + 16 / 32 + 8 * 14 / 61440, 1.0),  # and one byte of zero point in each of 14 layers
+        ("symmetric GPTQ", 2, 2 + 16 / 32 + 8 * 14 / 61440, 1.0),  # and one byte of zero point in each of 14 layers
     ],
 )
 def test_it_deploys_a_model_of_the_size_asked_for(

@@ -18,7 +18,7 @@ Tests = Annotated[list[str] | None, typer.Option(help="A text to measure on; may
 Presets = Annotated[list[str] | None, typer.Option(help="bbt (8 windows of 1024), standard (all, of 2048).")]
 Window = Annotated[int | None, typer.Option(help="Tokens in a window to measure on, instead of a preset.")]
 Windows = Annotated[int | None, typer.Option(help="At most this many windows.")]
-Opponents = Annotated[str | None, typer.Option(help="Other programs, such as auto-round,NNCF,llama.cpp:Q2_K.")]
+Opponents = Annotated[str | None, typer.Option(help="Other programs, such as auto-round,nncf,llama.cpp:Q2_K.")]
 Tasks = Annotated[str | None, typer.Option(help="Zero-shot tasks of lm-evaluation-harness, with commas.")]
 Changes = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change every recipe.")]
 Keep = Annotated[bool, typer.Option("--keep-activations", help="Round activations and KV cache where a recipe does.")]

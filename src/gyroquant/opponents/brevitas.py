@@ -21,7 +21,7 @@ class Brevitas(Opponent):
     and, on asymmetric grids, a zero point of as many bits as a code.
     """
 
-    name = "Brevitas"
+    name = "brevitas"
     home = "Xilinx/brevitas"
     requirements = ("brevitas[llm,hadamard]==0.13.4", "transformers==5.23.0")
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {

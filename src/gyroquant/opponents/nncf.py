@@ -19,7 +19,7 @@ class Nncf(Opponent):
     has no others.
     """
 
-    name = "NNCF"
+    name = "nncf"
     home = "openvinotoolkit/nncf"
     requirements = ("nncf==3.4.0", "openvino==2026.4.1", "transformers==5.23.0", "safetensors==0.8.0")
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -27,9 +27,9 @@ class Nncf(Opponent):
         "AWQ + scale estimation": _AWQ,
         "GPTQ": {"gptq": True},
         "AWQ + scale estimation + GPTQ": {**_AWQ, "gptq": True},
-        "symmetric, data-free": {"symmetric": True},
-        "symmetric, AWQ + scale estimation": {**_AWQ, "symmetric": True},
-        "symmetric, GPTQ": {"gptq": True, "symmetric": True},
+        "symmetric data-free": {"symmetric": True},
+        "symmetric AWQ + scale estimation": {**_AWQ, "symmetric": True},
+        "symmetric GPTQ": {"gptq": True, "symmetric": True},
     }
 
     def problem(self, variant: str, size: Size) -> str:

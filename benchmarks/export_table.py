@@ -34,6 +34,7 @@ def weights(bits: int, group: int, symmetric: bool, midrise: bool = False) -> li
 
 
 PROMPT, TOKENS = list(range(1000, 1256)), 32  # read and written where speed alone is measured again
+LEARN = ["learn.round_weights=true", "learn.steps=10", "learn.batch_size=2"]
 SMALL = ["calibration.nsamples=16", "calibration.seqlen=512"]
 # What is rounded alike, by the recipe that it comes from; the model has no dimension of which 128 is a divisor but the
 # feed-forward's, so that groups of 128 are tried on down_proj alone.
@@ -54,7 +55,7 @@ RECIPES: dict[str, tuple[str, list[str]]] = {
     "W2 a scale a row, midrise, R4 online": ("rtn", [*ONLINE, *weights(2, -1, True, True)]),
     "BBT-spectral W4 g64": ("bbt-spectral", [*SMALL, "weights.bits=4"]),
     "GSR W4 g64": ("gsr", SMALL),
-    "SpinQuant no_had W4": ("spinquant-no-had", [*SMALL, "activations=null", "learn.steps=10", "learn.batch_size=2"]),
+    "SpinQuant no_had W4": ("spinquant-no-had", [*SMALL, "activations=null", *LEARN]),
     "MixQuant (PeRQ) W4": ("perq", [*SMALL, "activations=null"]),
 }
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,15 +44,14 @@ _WORD = 32  # readers unpack as many numbers at a time
 class Gptq(Format):
     """A GPTQ checkpoint: one width, one group size and one kind of zero points for all rounded layers of the blocks.
 
-    It is of version 1, which more readers understand, where no zero point is 0, and of version 2 elsewhere: minus one
-    would come back as the largest code, or as none, depending on the reader. With `always_second` it is of version 2
-    in any case.
+    Of symmetric grids it is of version 1, which more readers understand, of others of version 2: GPTQModel takes zero
+    points minus one of a program that it does not know only where they mean nothing, and minus one of 0 would come back
+    as the largest code, or as none, depending on the reader.
     """
 
     name = "gptq"
     title = "GPTQ checkpoint"
     carries = Carries(weights=(WeightType("qweight", bits=(2, 3, 4, 8)),))
-    always_second: ClassVar[bool] = False
 
     def problems(self, needs: Needs) -> list[str]:
         return [*super().problems(needs), *_one_kind(needs), *_in_blocks(needs), *_whole_words(needs)]
@@ -61,7 +60,7 @@ class Gptq(Format):
         """As in `Format`. Raises InputError, before anything is written, for outputs that do not fill whole words."""
         _check_outputs(store)
         kinds: dict[tuple[int, int, bool], None] = {}
-        zeros: dict[str, Tensor] = {}  # of all layers: only when all are known is the version
+        zeros: dict[str, Tensor] = {}
         negative = NegativeScales()
 
         def encode(op: LinearOp, weight: QuantizedWeight) -> dict[str, Tensor]:
@@ -72,7 +71,7 @@ class Gptq(Format):
 
         write_tensors(store, folder, encode)
         ((bits, group_size, symmetric),) = kinds
-        second = self.always_second or not all(bool((zero > 0).all()) for zero in zeros.values())
+        second = not symmetric
         less = 0 if second else 1
         packed = {f"{name}.qzeros": _pack(zero - less, bits).T for name, zero in zeros.items()}
         folder.add(original_names(store, packed))

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import gyroquant as gq
-from gyroquant.comparison import Limits, pool
+from gyroquant.comparison import Limits, pool, worker
 from gyroquant.comparison.pool import LocalPool, make_pool
 
 
@@ -37,10 +37,26 @@ def test_workers_share_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_cells_of_a_local_pool_run_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     both = threading.Barrier(2, timeout=20)
-    monkeypatch.setattr(pool, "run_cell", lambda spec, log: {"at": both.wait(), "is": spec["is"]})
+    monkeypatch.setattr(pool, "run_cell", lambda spec, log, processes: {"at": both.wait(), "is": spec["is"]})
     local = LocalPool(workers=2, threads=1)
     futures: list[Future[dict[str, Any]]] = [local.submit({"is": i}, tmp_path / "log") for i in range(2)]
     assert sorted(future.result(timeout=30)["is"] for future in futures) == [0, 1]
+
+
+def test_a_pool_that_is_closed_ends_what_runs_and_starts_nothing_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    program, started = tmp_path / "python", tmp_path / "started"
+    program.write_text(f"#!/bin/sh\necho x >> {started}\nexec sleep 600\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(worker.sys, "executable", str(program))
+    local = LocalPool(workers=1, threads=1)
+    future = local.submit({"cell": {"key": "k"}, "scratch": str(tmp_path), "threads": 1}, tmp_path / "log" / "k.log")
+    while not started.exists():
+        time.sleep(0.01)
+    local.close()
+    assert future.result(timeout=30)["status"] == "failed"
+    assert started.read_text() == "x\n"
 
 
 def test_ray_that_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Has cells run in this process, which takes a moment instead of seconds; holds their names in order."""
     order: list[str] = []
 
-    def run_cell(spec: Any, log: Path) -> dict[str, Any]:
+    def run_cell(spec: Any, log: Path, processes: Any) -> dict[str, Any]:
         order.append(spec["cell"]["label"])
         (Path(spec["scratch"]) / str(len(order))).mkdir()
         return worker.answered(json.loads(json.dumps(spec)) | {"scratch": f"{spec['scratch']}/{len(order)}"})
@@ -188,10 +188,10 @@ def test_interrupted_it_goes_on_and_ends_the_same(
     whole = compared(folders["llama"], corpus, tmp_path / "whole", ["quarot"])
     usual = pool.run_cell
 
-    def interrupted(spec: Any, log: Path) -> dict[str, Any]:
+    def interrupted(spec: Any, log: Path, processes: Any) -> dict[str, Any]:
         if len(at_once) == 5:
             raise KeyboardInterrupt
-        return usual(spec, log)
+        return usual(spec, log, processes)
 
     with monkeypatch.context() as patch:
         patch.setattr(pool, "run_cell", interrupted)

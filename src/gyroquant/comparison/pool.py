@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from gyroquant.comparison.worker import run_cell
+from gyroquant.comparison.worker import Processes, run_cell
 from gyroquant.errors import InputError
 
 _SLACK = 1.25  # how much more memory than the largest so far a cell is given room for
@@ -23,7 +23,7 @@ class LocalPool:
 
     def __init__(self, workers: int, threads: int):
         self.workers, self.threads = workers, threads
-        self._waiters = ThreadPoolExecutor(workers)
+        self._waiters, self._processes = ThreadPoolExecutor(workers), Processes()
 
     def slots(self, peak: int) -> int:
         """How many cells may run at once, when the largest so far took `peak` bytes (0: none has run)."""
@@ -33,10 +33,11 @@ class LocalPool:
 
     def submit(self, spec: Mapping[str, Any], log: Path) -> Future[dict[str, Any]]:
         """Starts a cell."""
-        return self._waiters.submit(run_cell, spec, log)
+        return self._waiters.submit(run_cell, spec, log, self._processes)
 
     def close(self) -> None:
-        """Waits for nothing more."""
+        """Ends what still runs, after an interruption."""
+        self._processes.end()
         self._waiters.shutdown(wait=False, cancel_futures=True)
 
 

@@ -9,8 +9,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,35 @@ _PR_SET_PDEATHSIG = 1
 _ATTEMPTS = 2  # a process that was killed is started once more
 
 
-def run_cell(spec: Mapping[str, Any], log: Path) -> dict[str, Any]:
+class Processes:
+    """The processes that cells run in, so that all can be ended."""
+
+    def __init__(self) -> None:
+        self._alive: set[subprocess.Popen[bytes]] = set()
+        self._over, self._lock = False, threading.Lock()
+
+    def run(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> int:
+        """Runs a command, its output in a log; returns its status. After `end`, none is begun: as if it was killed."""
+        with log.open("w") as sink:
+            with self._lock:
+                if self._over:
+                    return -signal.SIGTERM
+                process = subprocess.Popen(command, stdout=sink, stderr=sink, env=environment)
+                self._alive.add(process)
+            try:
+                return process.wait()
+            finally:
+                self._alive.discard(process)
+
+    def end(self) -> None:
+        """Kills what runs and lets nothing else begin."""
+        with self._lock:
+            self._over = True
+        for process in list(self._alive):
+            process.kill()
+
+
+def run_cell(spec: Mapping[str, Any], log: Path, processes: Processes | None = None) -> dict[str, Any]:
     """Runs a cell in a process of its own and returns its result; a killed process is started once more.
 
     `spec` is what `perform` takes, and `threads`. Never raises for what a cell does: a failure
@@ -49,9 +78,7 @@ def run_cell(spec: Mapping[str, Any], log: Path) -> dict[str, Any]:
         command = [sys.executable, "-c", "from gyroquant.comparison.worker import main; main()", str(asked)]
         environment = os.environ | {"OMP_NUM_THREADS": str(spec["threads"]), "TOKENIZERS_PARALLELISM": "false"}
         for _ in range(_ATTEMPTS):
-            with log.open("w") as sink:
-                done = subprocess.run([*command, str(answer)], stdout=sink, stderr=sink, env=environment, check=False)
-            status = done.returncode
+            status = (processes or Processes()).run([*command, str(answer)], environment, log)
             if status == 0 and answer.exists():
                 found: dict[str, Any] = json.loads(answer.read_text())
                 return found

@@ -123,8 +123,10 @@ def test_scales_are_learned_beside_rotations(name: str, objective: str) -> None:
         "activations.bits=3",
         "learn.batch_size=6",
     ]
+    if objective == "kl":  # straight through the rounding to 3 bits, steps of scales are mostly noise
+        changes.append("learn.gradient=spans")
     model, store, _, result = learned(name, objective, *changes, rounded=True)
-    assert min(result.losses[-3:]) < result.losses[0]
+    assert sum(result.losses[-3:]) / 3 < result.losses[0]
     proof = prove(store, result.plan, BlockRunner(model, store.graph), tiny.tokens(model), 5e-6)
     assert proof.worst_block_error < 5e-6
     for site in ("attn_in", "mlp_in", "R4"):

@@ -54,6 +54,9 @@ class Work:
 
     def __init__(self, description: str | None, packages: tuple[str, ...]):
         self.given = arguments(description)
+        for name in ("model", "tokens", "out", "report"):
+            setattr(self.given, name, getattr(self.given, name).absolute())
+        os.chdir(self.given.out)  # some write logs to wherever they are
         self.packages = packages
         self.files = self.given.out / "files"
         self.tokens = load_file(self.given.tokens)["tokens"]

@@ -141,7 +141,7 @@ def test_another_program_is_asked_and_one_that_is_not_installed_is_a_row(
     folders: dict[str, Path], corpus: Path, tmp_path: Path, at_once: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Program(Opponent):
-        home, requirements, variants = "owner/name", ("program==1",), {"fast": {}}
+        home, requirements, variants = "owner/name", ("program==1",), {"fast": {}, "slow": {}}
 
         def problem(self, variant: str, size: Size) -> str:
             return ""
@@ -151,18 +151,23 @@ def test_another_program_is_asked_and_one_that_is_not_installed_is_a_row(
             assert not list(task.out.iterdir())
             return Outcome(task.model, 2.5, 1000, 3.0, 10**9, {"program": "1"})
 
+    tried: list[Any] = []
+
     def absent(*given: Any) -> Path:
+        tried.append(given)
         raise OpponentError("program is not installed: --make-environments")
 
     monkeypatch.setitem(Opponent.kinds, "program", Program)
     monkeypatch.setattr("gyroquant.opponents.environment.python_of", absent)
     found = compared(folders["llama"], corpus, tmp_path, [], opponents=["program"])
+    assert len(tried) == 1  # once for both of its variants
+    assert found["cells"][3]["status"] == "refused"
     assert (found["cells"][2]["status"], found["cells"][2]["reason"]) == (
         "refused",
         "program is not installed: --make-environments",
     )
     monkeypatch.setattr("gyroquant.opponents.environment.python_of", lambda *given: Path("/python"))
-    found = compared(folders["llama"], corpus, tmp_path, [], opponents=["program"])
+    found = compared(folders["llama"], corpus, tmp_path, [], opponents=["program:fast"])
     (score,) = found["cells"][2]["tests"].values()
     assert score["kl"] == pytest.approx(0, abs=1e-9)  # it deployed the original
     assert found["cells"][2]["true_bits"] == 2.5

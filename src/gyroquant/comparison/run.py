@@ -147,18 +147,17 @@ class _Run:
 
     def find_programs(self, folder: Path | None, make: bool) -> None:
         """Finds the interpreters of opponents that have something to run; who has none is refused with the reason."""
-        waiting = [cell for cell in self.missing() if cell.kind == "opponent"]
-        if not waiting:
-            return
-        for cell in waiting:
+        place, absent = folder or environment.default_folder(), dict[str, str]()
+        for cell in [one for one in self.missing() if one.kind == "opponent"]:
             name = cell.name.partition(":")[0]
-            if name not in self.programs:
-                place = folder or environment.default_folder()
+            if name not in self.programs and name not in absent:
                 try:
                     program = environment.python_of(Opponent.kinds[name], place, make, self.progress)
                     self.programs[name] = str(program)
                 except OpponentError as error:
-                    self.refused[cell.key] = str(error)
+                    absent[name] = str(error)
+            if name in absent:
+                self.refused[cell.key] = absent[name]
 
     def missing(self) -> list[Cell]:
         """The cells that have to be run, the most telling first: low bits, and one seed of everything before others."""

@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections import defaultdict
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
 from gyroquant.calibration.measure import Want, measure
 from gyroquant.calibration.observers import AbsMax, MeanAbs
 from gyroquant.calibration.text import load_text, sample, tokenize
-from gyroquant.maps import Identity, Permutation, blocks, hadamard
+from gyroquant.evaluation.outliers import Spread
+from gyroquant.maps import Identity, Permutation
 from gyroquant.methods.permutations import massdiff, zigzag
 from gyroquant.models.fold import FoldPlan
 from gyroquant.models.sites import find_sites
@@ -27,22 +29,18 @@ from gyroquant.models.source import open_model
 SIZES = (16, 32, 64, 128, 256, 512)
 
 
-class Peaks:
-    """Bound and largest entry, over each token's rms, for every block size and permutation that it is given."""
+class Orders:
+    """A `Spread` for every block size and permutation, of what the permutation makes of an input."""
 
-    def __init__(self, maps):
-        self.maps = maps
-        self.sums = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
-        self.count = 0
+    def __init__(self, n, maps):
+        self.seen = {key: (m, Spread(n, (key[0],))) for key, m in maps.items()}
 
     def __call__(self, x):
-        rms = x.square().mean(1).sqrt().clamp_min(1e-12)
-        self.count += len(x)
-        for key, (m, size) in self.maps.items():
-            y = m.apply(x)
-            bound = y.abs().view(len(x), -1, size).sum(-1).amax(1) / size**0.5
-            largest = blocks(hadamard(size), x.shape[1]).apply(y).abs().amax(1)
-            self.sums[key] += torch.stack([(bound / rms).sum(), (largest / rms).sum()]).double()
+        for m, spread in self.seen.values():
+            spread(m.apply(x))
+
+    def mass(self, size, name):
+        return self.seen[size, name][1].mass[size]
 
 
 def measured(store, ids, wants):
@@ -74,14 +72,14 @@ def main() -> None:
                 "absmax": Permutation(torch.argsort(magnitude, descending=True)),
                 "MassDiff": Permutation(massdiff(mass, size)),
             }
-            maps |= {(size, name): (m, size) for name, m in orders.items()}
-        second.append(Want(want.site, (lambda n, maps=maps: Peaks(maps),)))
+            maps |= {(size, name): m for name, m in orders.items()}
+        second.append(Want(want.site, (partial(Orders, maps=maps),)))
     measured(store, ids, second)
     rows = []
     for size in SIZES:
         for name in ("none", "random", "zigzag", "absmax", "MassDiff"):
             seen = [next(iter(want.seen.values())) for want in second]
-            bound, largest = (sum(float(s.sums[size, name][k]) / s.count for s in seen) / len(seen) for k in (0, 1))
+            bound, largest = (fmean(s.mass(size, name)[k] for s in seen) for k in (0, 1))
             rows.append({"block": size, "permutation": name, "bound": bound, "largest": largest})
     print("| block | permutation | bound / rms | largest / rms |\n|--:|---|--:|--:|")
     for row in rows:

@@ -12,16 +12,14 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from gyroquant import pipeline
-from gyroquant.calibration.text import load_text, tokenize, windows
+from gyroquant.calibration.text import load_text
 from gyroquant.environment import versions
 from gyroquant.errors import InputError
-from gyroquant.evaluation.perplexity import PRESETS, score_windows, summary
+from gyroquant.evaluation.perplexity import DTYPES, PRESETS, score_windows, summary, text_windows
 from gyroquant.job import prepare
 from gyroquant.models.source import open_model
 from gyroquant.progress import Stages
 from gyroquant.recipe import Recipe
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def quantize(
@@ -101,14 +99,8 @@ def evaluate(
     store = open_model(model)
     other = None if against is None else open_model(against)
     source = load_text(text, split="test")
-    ids = tokenize(source, tokenizer or store.tokenizer(), store.config.vocab_size)
-    limit = getattr(store.config, "max_position_embeddings", None)
-    if length < 2 or (limit and length > limit):
-        raise InputError(
-            f"a window of {length} tokens does not fit a model of {limit} positions (and needs at least 2)"
-        )
-    batch = windows(ids, length, source.name)[:count]
-    scores = score_windows(store, batch, other, _DTYPES[dtype], device, progress)
+    batch = text_windows(source, store, length, count, tokenizer)
+    scores = score_windows(store, batch, other, DTYPES[dtype], device, progress)
     return summary(scores) | {
         "model": store.label,
         "against": None if other is None else other.label,

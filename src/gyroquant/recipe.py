@@ -191,6 +191,12 @@ class Recipe(BaseModel):
         return flat
 
     @property
+    def rotates(self) -> bool:
+        """Whether weights are rounded in another basis than their own; scales alone change none."""
+        turned = any(step.method.structure != "diagonal" for steps in self.transform.values() for step in steps)
+        return turned or self.weights.basis is not None
+
+    @property
     def random(self) -> bool:
         """Whether a run depends on the seed beyond the choice of calibration windows."""
         weights = self.weights

@@ -67,7 +67,7 @@ def test_everything_is_measured_once_and_said_three_times(
     assert score["kl"] == pytest.approx(alone["kl"], rel=1e-4)
     assert quarot["true_bits"] == alone["true_bits_per_weight"]
     assert 0 < quarot["proof_error"] < 1e-4
-    assert quarot["transformed"] is True
+    assert quarot["rotated"] is True
     assert {layer["block"] for layer in quarot["layers"]} == {0, 1}
     assert {layer["module"] for layer in quarot["layers"]} >= {"self_attn.q_proj", "mlp.down_proj"}
     assert {row["site"] for row in quarot["outliers"]} == {"attn_in", "R2", "mlp_in", "R4"}

@@ -108,6 +108,7 @@ def _cells(
             "command": f"gyroquant quantize SmolLM2-135M-Instruct out --recipe {name} --set seed={seed}",
             "status": "done",
             "reason": None,
+            "rotated": kind == "recipe" and not name.startswith(("rtn", "gptq")),
         }
         if name.startswith("AutoAWQ") and bits != 4:
             cell |= {"status": "refused", "reason": f"its kernels hold 4 bits only, not {bits}"}

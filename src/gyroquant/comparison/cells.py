@@ -6,7 +6,7 @@ import hashlib
 import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from gyroquant.errors import GyroquantError, InputError
@@ -45,7 +45,7 @@ class Cell:
     """One run: of one of our recipes, or of another program.
 
     `settings` is the whole recipe as data, or a variant of an opponent with its settings. A cell with a `refusal` can
-    not be run, and says why.
+    not be run, and says why. `rotated` is whether a recipe changes the basis that weights are rounded in.
     """
 
     kind: Literal["recipe", "opponent"]
@@ -55,6 +55,7 @@ class Cell:
     settings: Mapping[str, Any]
     command: str = ""
     refusal: str | None = None
+    rotated: bool = False
     key: str = field(default="", compare=False)
 
     @property
@@ -75,6 +76,7 @@ class Cell:
             "symmetric": self.size.symmetric,
             "seed": self.seed,
             "command": self.command,
+            "rotated": self.rotated,
         }
 
 
@@ -89,7 +91,7 @@ def named(cell: Cell, conditions: Conditions) -> Cell:
     what: dict[str, Any] = {"kind": cell.kind, "settings": done, "seed": cell.seed}
     if cell.kind == "opponent":
         what |= {"name": cell.name, "size": vars(cell.size)}
-    return Cell(**{**vars(cell), "key": digest(what | {"conditions": vars(conditions)})})
+    return replace(cell, key=digest(what | {"conditions": vars(conditions)}))
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,9 @@ def _recipe_cells(wanted: Wanted, name: str, size: Size, model: str, graph: Mode
     for seed in wanted.seeds if recipe.random else wanted.seeds[:1]:
         seeded = load_recipe(recipe, [f"seed={seed}"])
         command = shlex.join(_command(model, preset, effort, [*changes, f"seed={seed}"]))
-        yield Cell("recipe", seeded.name, size, seed, seeded.to_dict(), command, _refusal(graph, seeded))
+        yield Cell(
+            "recipe", seeded.name, size, seed, seeded.to_dict(), command, _refusal(graph, seeded), seeded.rotates
+        )
 
 
 def _preset(name: str, bits: int) -> tuple[str | None, bool]:

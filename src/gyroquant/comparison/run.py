@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from statistics import median
@@ -20,10 +20,11 @@ from gyroquant.calibration.text import load_text
 from gyroquant.comparison.cells import Cell, Conditions, Wanted, grid, named
 from gyroquant.comparison.files import Results, write_json
 from gyroquant.comparison.pool import Pool, make_pool
-from gyroquant.comparison.shared import DTYPES, Shared, Trial, fingerprint, own_grid, plain_folder
+from gyroquant.comparison.shared import Shared, Trial, fingerprint, own_grid, plain_folder
 from gyroquant.comparison.verdict import verdict
 from gyroquant.environment import versions
 from gyroquant.errors import InputError
+from gyroquant.evaluation.perplexity import DTYPES
 from gyroquant.evaluation.tasks import check_tasks
 from gyroquant.models.source import open_model
 from gyroquant.models.store import WeightStore
@@ -74,7 +75,7 @@ def run(
         check_tasks(wanted.tasks)
     store = open_model(model)
     baseline = [name for name in BASELINES if name not in wanted.recipes]
-    wanted = Wanted(**{**vars(wanted), "recipes": [*baseline, *wanted.recipes]})
+    wanted = replace(wanted, recipes=[*baseline, *wanted.recipes])
     conditions = _conditions(store, wanted, calibration, tests, dtype)
     cells = [named(cell, conditions) for cell in grid(wanted, str(model), store.graph)]
     out.mkdir(parents=True, exist_ok=True)
@@ -83,8 +84,7 @@ def run(
             results = Results(out)
             results.merge(map(Path, merge))
             shared = Shared(out / "shared" / conditions.name, store, dtype)
-            work = _Run(str(model), cells, results, shared, limits, progress)
-            work.tasks = conditions.tasks
+            work = _Run(str(model), cells, results, shared, limits, progress, conditions.tasks)
             facts = work.prepare(calibration, tests, wanted)
             work.find_programs(environments, make_environments)
             work.all(out)
@@ -120,16 +120,22 @@ class _Run:
     """A comparison that is being made."""
 
     def __init__(
-        self, model: str, cells: list[Cell], results: Results, shared: Shared, limits: Limits, progress: Stages
+        self,
+        model: str,
+        cells: list[Cell],
+        results: Results,
+        shared: Shared,
+        limits: Limits,
+        progress: Stages,
+        tasks: Mapping[str, int],
     ):
         self.model, self.cells, self.results, self.shared = model, cells, results, shared
-        self.limits, self.progress = limits, progress
+        self.limits, self.progress, self.tasks = limits, progress, tasks
         self.programs: dict[str, str] = {}
         self.refused: dict[str, str] = {cell.key: cell.refusal for cell in cells if cell.refusal}
         self.left: dict[str, str] = {}
         self.calibration = self.matched = Path()  # as many windows as any recipe asks for, and as many as are matched
         self.tests: dict[str, Path] = {}
-        self.tasks: Mapping[str, int] = {}
 
     def prepare(self, text: str | Path, tests: Mapping[str, Trial], wanted: Wanted) -> dict[str, Any]:
         """Makes what cells share; returns the original's measurements."""
@@ -223,7 +229,7 @@ class _Run:
 
     def _spec(self, cell: Cell, scratch: Path, threads: int) -> dict[str, Any]:
         spec = {
-            "cell": cell.to_dict() | {"transformed": _transformed(cell)},
+            "cell": cell.to_dict(),
             "settings": dict(cell.settings),
             "model": str(Path(self.model).absolute()) if Path(self.model).exists() else self.model,
             "calibration": str(self.calibration.absolute()),
@@ -257,7 +263,7 @@ class _Run:
         rows = []
         for cell in self.cells:
             found = self.results.get(cell.key)
-            row = cell.to_dict() | {"transformed": _transformed(cell)}
+            row = cell.to_dict()
             if found is not None and found["status"] == "done":
                 row = found | row
                 row["forward_equivalents"] = found["measured"]["seconds"] / forward_seconds
@@ -269,12 +275,6 @@ class _Run:
                 row |= {"status": "missing", "reason": self.left.get(cell.key, "it was not run")}
             rows.append(row)
         return rows
-
-
-def _transformed(cell: Cell) -> bool:
-    """Whether a recipe changes the basis that weights are rounded in."""
-    weights = cell.settings.get("weights")
-    return bool(cell.settings.get("transform")) or bool(isinstance(weights, dict) and weights.get("basis"))
 
 
 def _comparison(

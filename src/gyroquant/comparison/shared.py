@@ -17,19 +17,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gyroquant.calibration.stream import Stream
-from gyroquant.calibration.text import TokenBatch, load_text, sample, tokenize, windows
+from gyroquant.calibration.text import TokenBatch, load_text, sample, tokenize
 from gyroquant.comparison.files import write_json
-from gyroquant.errors import InputError
 from gyroquant.evaluation.outliers import measure_outliers
-from gyroquant.evaluation.perplexity import last_hidden, score_windows, summary
+from gyroquant.evaluation.perplexity import DTYPES, last_hidden, score_windows, summary, text_windows
 from gyroquant.models.runner import BlockRunner, evaluating
 from gyroquant.models.store import WeightStore
 from gyroquant.progress import Stages
 
-MASS_SIZES = (16, 32, 64, 128, 256, 512)
+_MASS_SIZES = (16, 32, 64, 128, 256, 512)
 _RUN, _VALUES = 32, 16  # weights in a row, and values that they have at most on a grid of 4 bits
 _LOOKED_AT = 8  # windows of calibration text that outliers are measured on
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ class Shared:
         """The file of a test's tokens, shape (windows, length), and of what leaves the original's last block."""
         path = self.folder / f"test-{_plain(name)}.safetensors"
         if not path.exists():
-            ids = trial_windows(test, self.store)
+            ids = text_windows(load_text(test.source, split="test"), self.store, test.window, test.windows).clone()
             _save({"ids": ids, "hidden": last_hidden(self.store, ids, DTYPES[self.dtype], progress=progress)}, path, {})
         return path
 
@@ -87,26 +85,14 @@ class Shared:
         """The original's measurements."""
         path = self.folder / f"original-{calibration.stem}.json"
         if not path.exists():
-            tokens = read_tokens(calibration).ids
-            seen = measure_outliers(self.store, tokens[:_LOOKED_AT], progress=progress, sizes=MASS_SIZES)
             facts = {
                 "tests": {name: measured(self.store, None, file, self.dtype, progress) for name, file in tests.items()},
-                "outliers": [asdict(row) for row in seen],
-                "forward_seconds": forward_seconds(self.store, tokens),
+                "outliers": outliers(self.store, calibration, progress),
+                "forward_seconds": forward_seconds(self.store, read_tokens(calibration).ids),
             }
             write_json(path, facts)
         found: dict[str, Any] = json.loads(path.read_text())
         return found
-
-
-def trial_windows(test: Trial, store: WeightStore) -> Tensor:
-    """The tokens of a test, shape (windows, length). Raises InputError for a window that does not fit the model."""
-    limit = getattr(store.config, "max_position_embeddings", None)
-    if test.window < 2 or (limit and test.window > limit):
-        raise InputError(f"a window of {test.window} tokens does not fit a model of {limit} positions")
-    source = load_text(test.source, split="test")
-    ids = tokenize(source, store.tokenizer(), store.config.vocab_size)
-    return windows(ids, test.window, source.name)[: test.windows].clone()
 
 
 def read_tokens(path: Path) -> TokenBatch:
@@ -114,6 +100,12 @@ def read_tokens(path: Path) -> TokenBatch:
     with safe_open(path, framework="pt") as file:
         about = file.metadata()
         return TokenBatch(about["name"], about["sha256"], file.get_tensor("tokens"))
+
+
+def outliers(store: WeightStore, calibration: Path, progress: Stages | None = None) -> list[dict[str, Any]]:
+    """What enters the layers of a model, whose maps are in place, on some of the calibration text."""
+    tokens = read_tokens(calibration).ids[:_LOOKED_AT]
+    return [asdict(row) for row in measure_outliers(store, tokens, progress=progress, sizes=_MASS_SIZES)]
 
 
 def measured(

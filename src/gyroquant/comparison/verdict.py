@@ -6,68 +6,16 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
-_RESAMPLES = 10_000
-_LEVEL = 0.95
-_EXHAUSTIVE = 13  # windows whose signs are turned in all ways
+from gyroquant.evaluation.paired import front, paired
+from gyroquant.report.comparison_rows import perplexity
 
 Result = Mapping[str, Any]
-
-
-def paired(first: Sequence[float], second: Sequence[float], seed: int = 0) -> dict[str, Any]:
-    """Whether two models differ on the same windows: the mean difference in nats a token, the interval of 95 % from a
-    bootstrap over windows, and the two-sided p of a test that turns the signs of windows' differences at random.
-
-    That test is exact however few windows there are: of n the smallest p is 2^(1 - n). `significant` is p < 0.05.
-    """
-    gaps = torch.tensor(first, dtype=torch.float64) - torch.tensor(second, dtype=torch.float64)
-    low, high = _bounds(_resampled(gaps, seed))
-    p = _turned(gaps, seed)
-    return {"difference": float(gaps.mean()), "interval": [low, high], "p": p, "significant": p < 1 - _LEVEL}
-
-
-def _turned(gaps: Tensor, seed: int) -> float:
-    """How often a mean is as far from 0 when signs are turned: all ways of them, or as many at random, and this one."""
-    count = len(gaps)
-    if count <= _EXHAUSTIVE:
-        signs = 1 - 2 * ((torch.arange(2**count)[:, None] >> torch.arange(count)) & 1)
-    else:
-        generator = torch.Generator().manual_seed(seed)
-        signs = 1 - 2 * torch.randint(0, 2, (_RESAMPLES, count), generator=generator)
-        signs[0] = 1
-    means = (signs * gaps).mean(1).abs()
-    return float((means >= float(gaps.mean().abs()) * (1 - 1e-12)).double().mean())
-
-
-def _resampled(values: Tensor, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    picks = torch.randint(0, len(values), (_RESAMPLES, len(values)), generator=generator)
-    return values[picks].mean(1)
-
-
-def _bounds(means: Tensor) -> tuple[float, float]:
-    tail = (1 - _LEVEL) / 2
-    low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=means.dtype))
-    return float(low), float(high)
-
-
-def front(points: Mapping[str, tuple[float, float]]) -> list[str]:
-    """The keys of which no other has both fewer bits and a smaller gap, by their bits; points are (bits, gap)."""
-    kept: list[str] = []
-    lowest = math.inf
-    for key in sorted(points, key=lambda key: (points[key], key)):
-        if points[key][1] < lowest:
-            kept.append(key)
-            lowest = points[key][1]
-    return kept
 
 
 def verdict(cells: Sequence[Result], original: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A judgement for every number of bits and every test; cells that are not done do not count.
 
-    Rotation is judged against the best of our recipes that changes no basis.
+    Rotation is judged against the best of our recipes that rotates nothing.
     """
     judged = []
     for bits in sorted({cell["bits"] for cell in cells}):
@@ -83,7 +31,7 @@ def _budget(bits: int, test: str, cells: Sequence[Result], original: Mapping[str
     loss = {cell["key"]: cell["tests"][test]["loss"] for cell in first}
     by_key = {cell["key"]: cell for cell in first}
     best = by_key[min(loss, key=lambda key: (loss[key], key))]
-    plain = [cell for cell in first if not cell["transformed"] and cell["kind"] == "recipe"]
+    plain = [cell for cell in first if not cell["rotated"] and cell["kind"] == "recipe"]
     baseline = min(plain, key=lambda cell: (loss[cell["key"]], cell["key"]), default=None)
     rows = [_row(cell, best, baseline, original, test, cells) for cell in sorted(first, key=lambda c: loss[c["key"]])]
     points = {cell["key"]: (cell["true_bits"], loss[cell["key"]] - original["loss"]) for cell in first}
@@ -147,7 +95,7 @@ def _words(
     def said(cell: Result) -> str:
         score = cell["tests"][test]
         low, high = score["perplexity_interval"]
-        scores = f"{number(score['perplexity'])}, {number(low)} to {number(high)}"
+        scores = f"{perplexity(score['perplexity'])}, {perplexity(low)} to {perplexity(high)}"
         return f"{cell['name']} ({scores}, {cell['true_bits']:.3f} bits)"
 
     lines = [f"Lowest perplexity: {said(best)}."]
@@ -159,7 +107,7 @@ def _words(
     else:
         test_result = paired(best["tests"][test]["window_losses"], baseline["tests"][test]["window_losses"])
         factor = math.exp(-test_result["difference"])
-        what = f"{said(baseline)}, the best that changes no basis"
+        what = f"{said(baseline)}, the best that rotates nothing"
         if test_result["significant"]:
             lines.append(
                 f"Its perplexity is {factor:.2f} times lower than that of {what} (p = {test_result['p']:.4f})."
@@ -183,10 +131,3 @@ def _ours(chosen: Result, cells: Sequence[Result], loss: Mapping[str, float], sa
     weight = "significantly" if result["significant"] else "not significantly"
     sign = "worse" if result["difference"] > 0 else "better"
     return [f"{who}: {said(nearest)}, {weight} {sign}."]
-
-
-def number(value: float) -> str:
-    """A perplexity for people."""
-    if value >= 1e5:
-        return f"{value:.1e}"
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 100 else f"{value:.2f}"

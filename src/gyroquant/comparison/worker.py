@@ -12,7 +12,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,9 @@ from transformers import AutoModelForCausalLM
 
 from gyroquant import pipeline
 from gyroquant.comparison.files import write_json
-from gyroquant.comparison.shared import MASS_SIZES, measured, read_tokens
+from gyroquant.comparison.shared import measured, outliers, read_tokens
 from gyroquant.environment import versions
 from gyroquant.errors import GyroquantError
-from gyroquant.evaluation.outliers import measure_outliers
 from gyroquant.evaluation.tasks import score_tasks
 from gyroquant.job import prepare
 from gyroquant.models.source import open_model
@@ -32,7 +30,6 @@ from gyroquant.models.store import WeightStore
 from gyroquant.opponents import Opponent, Size, Task
 from gyroquant.opponents.base import folder_bytes
 
-_LOOKED_AT = 8  # windows of calibration text that outliers are measured on
 _PR_SET_PDEATHSIG = 1
 _ATTEMPTS = 2  # a process that was killed is started once more
 
@@ -141,7 +138,7 @@ def _recipe(spec: Mapping[str, Any], scratch: Path) -> dict[str, Any]:
         "warnings": manifest["warnings"],
         "measured": {"seconds": seconds, "peak_memory_bytes": manifest["peak_memory_bytes"]},
         "layers": [_layer(layer) for layer in manifest["layers"]],
-        "outliers": _outliers(open_model(out), Path(spec["calibration"])),
+        "outliers": outliers(open_model(out), Path(spec["calibration"])),
     }
 
 
@@ -169,12 +166,6 @@ def _layer(layer: Mapping[str, Any]) -> dict[str, Any]:
         "weight_error": layer["weight_error"],
         "decibels": None if limit is None else limit["decibels"],
     }
-
-
-def _outliers(store: WeightStore, calibration: Path) -> list[dict[str, Any]]:
-    """What enters the layers of the deployed model, whose maps are in place."""
-    tokens = read_tokens(calibration).ids[:_LOOKED_AT]
-    return [asdict(row) for row in measure_outliers(store, tokens, sizes=MASS_SIZES)]
 
 
 def _opponent(spec: Mapping[str, Any], scratch: Path) -> dict[str, Any]:

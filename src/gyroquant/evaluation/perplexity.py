@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gyroquant.calibration.stream import Stream
+from gyroquant.calibration.text import Text, tokenize, windows
 from gyroquant.errors import InputError
 from gyroquant.models.online import attached
 from gyroquant.models.runner import BlockRunner, evaluating
@@ -27,6 +28,24 @@ PRESETS = {"standard": (2048, None), "bbt": (1024, 8)}
 """Window length and number of windows: the whole text in windows of 2048, or the first 8,192 tokens in windows of
 1,024.
 """
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""What models can be measured in."""
+
+
+def text_windows(text: Text, store: WeightStore, length: int, count: int | None, tokenizer: Any = None) -> Tensor:
+    """The first `count` windows (None: all) of a text, shape (windows, length), for a model.
+
+    Raises InputError for a window that does not fit the model, and for a text that has none.
+    """
+    limit = getattr(store.config, "max_position_embeddings", None)
+    if length < 2 or (limit and length > limit):
+        raise InputError(
+            f"a window of {length} tokens does not fit a model of {limit} positions (and needs at least 2)"
+        )
+    ids = tokenize(text, tokenizer or store.tokenizer(), store.config.vocab_size)
+    return windows(ids, length, text.name)[:count]
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,12 @@ class Outcome:
     peak_memory_bytes: int
     versions: dict[str, str] = field(default_factory=dict)
 
+    @classmethod
+    def reported(cls, report: Mapping[str, Any], dense: Path, files: Path, true_bits: float) -> Outcome:
+        """What a script that has ended well says of its run: `files` is the folder of the program's own."""
+        measured = (report["seconds"], report["peak_memory_bytes"], report["versions"])
+        return cls(dense, true_bits, folder_bytes(files), *measured)
+
 
 class OpponentError(InputError):
     """An opponent that cannot run, or did not; the message is the reason that a comparison shows."""
@@ -95,7 +101,7 @@ class Opponent(ABC):
         """
 
 
-def run_side(python: Path, script: str, arguments: list[str], report: Path, timeout: float | None = None) -> Any:
+def run_side(python: Path, script: str, arguments: list[str], report: Path) -> Any:
     """Runs a script of `sides` with another interpreter and returns the JSON that it wrote to `report`.
 
     Scripts never import gyroquant. What they print goes to a log beside the report. Raises OpponentError with the end
@@ -103,16 +109,8 @@ def run_side(python: Path, script: str, arguments: list[str], report: Path, time
     """
     log = report.with_suffix(".log")
     with log.open("w") as sink:
-        try:
-            done = subprocess.run(
-                [str(python), "-I", str(SIDES / script), *arguments, "--report", str(report)],
-                stdout=sink,
-                stderr=subprocess.STDOUT,
-                timeout=timeout,
-                check=False,
-            )
-        except subprocess.TimeoutExpired as error:
-            raise OpponentError(f"{script} did not end within {timeout:.0f} s") from error
+        command = [str(python), "-I", str(SIDES / script), *arguments, "--report", str(report)]
+        done = subprocess.run(command, stdout=sink, stderr=subprocess.STDOUT, check=False)
     if done.returncode != 0 or not report.exists():
         raise OpponentError(_reason(script, done.returncode, log))
     return json.loads(report.read_text())

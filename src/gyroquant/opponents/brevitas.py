@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from gyroquant.opponents.base import Opponent, Outcome, Size, Task, folder_bytes, run_side
+from gyroquant.opponents.base import Opponent, Outcome, Size, Task, run_side
 
 _BITS = range(2, 9)
 _ROTATED = ("--rotation", "fused_no_fx", "--replace-rmsnorm", "--rotation-mode", "had", "--rotation-sdpa-regions")
@@ -41,14 +41,7 @@ class Brevitas(Opponent):
         arguments: list[Any] = ["--model", task.model, "--tokens", task.tokens, "--files", files, "--dense", dense]
         arguments.append("--options=" + " ".join(self.options(variant, task.size, task.seed)))
         report = run_side(python, "brevitas.py", [str(one) for one in arguments], task.out / "report.json")
-        return Outcome(
-            dense,
-            8 * report["stored_bytes"] / report["weights"],
-            folder_bytes(files),
-            report["seconds"],
-            report["peak_memory_bytes"],
-            report["versions"],
-        )
+        return Outcome.reported(report, dense, files, 8 * report["stored_bytes"] / report["weights"])
 
     def options(self, variant: str, size: Size, seed: int) -> list[str]:
         """What its front door is asked for."""

@@ -72,14 +72,7 @@ class LlamaCpp(Opponent):
             report = run_side(python, "llama_cpp.py", [str(one) for one in arguments], task.out / "report.json")
         finally:
             plain.unlink(missing_ok=True)
-        return Outcome(
-            dense / path.name,
-            stored_bits(store, path),
-            path.stat().st_size,
-            report["seconds"],
-            report["peak_memory_bytes"],
-            report["versions"],
-        )
+        return Outcome.reported(report, dense / path.name, files, stored_bits(store, path))
 
 
 class _Plain(PackedStore):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from gyroquant.opponents.base import Opponent, OpponentError, Outcome, Size, Task, folder_bytes, run_side
+from gyroquant.opponents.base import Opponent, OpponentError, Outcome, Size, Task, run_side
 
 _SYMMETRIC_ONLY = (2, 3)
 _AWQ = {"awq": True, "scale_estimation": True}
@@ -51,14 +51,7 @@ class Nncf(Opponent):
         arguments = ["--model", task.model, "--tokens", task.tokens, "--files", files, "--dense", dense]
         arguments += self.arguments(variant, task.size)
         report = run_side(python, "nncf.py", [str(one) for one in arguments], task.out / "report.json")
-        return Outcome(
-            dense,
-            8 * report["stored_bytes"] / report["weights"],
-            folder_bytes(files),
-            report["seconds"],
-            report["peak_memory_bytes"],
-            report["versions"],
-        )
+        return Outcome.reported(report, dense, files, 8 * report["stored_bytes"] / report["weights"])
 
     def arguments(self, variant: str, size: Size) -> list[str]:
         """What its script is told to ask for."""

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import ClassVar
 
-from gyroquant.opponents.base import Opponent, OpponentError, Outcome, Size, Task, folder_bytes, run_side
+from gyroquant.opponents.base import Opponent, OpponentError, Outcome, Size, Task, run_side
 from gyroquant.opponents.stored import true_bits
 
 
@@ -38,14 +38,7 @@ class Scripted(Opponent):
         files, dense = task.out / "files", task.out / "dense"
         if not (dense / "config.json").exists():
             raise OpponentError(f"{self.script} ended well and left no model in {dense}")
-        return Outcome(
-            dense=dense,
-            true_bits=true_bits(files, task.model),
-            bytes=folder_bytes(files),
-            seconds=report["seconds"],
-            peak_memory_bytes=report["peak_memory_bytes"],
-            versions=report["versions"],
-        )
+        return Outcome.reported(report, dense, files, true_bits(files, task.model))
 
     def _arguments(self, variant: str, task: Task) -> list[str]:
         size = task.size

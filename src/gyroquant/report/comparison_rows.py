@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,8 +12,6 @@ from gyroquant.report.console import size
 
 UNROTATED, OURS, PAPERS, OPPONENTS = "not rotated", "gyroquant's own", "recipes of papers", "other programs"
 FAMILIES = (UNROTATED, OURS, PAPERS, OPPONENTS)
-# Recipes that rotate and permute nothing; scales alone (AWQ, SmoothQuant) are no rotation.
-_UNROTATED = {"rtn", "gptq", "gptaq", "qronos", "signround", "awq", "smoothquant"}
 NONE = "-"
 
 Cell = Mapping[str, Any]
@@ -39,10 +36,9 @@ def family(cell: Cell) -> str:
     """The family of methods that a cell belongs to, one of FAMILIES."""
     if cell["kind"] == "opponent":
         return OPPONENTS
-    name = re.sub(r"(-w\d.*| \(.*\))$", "", cell["name"].lower())
-    if name.startswith("gyro"):
+    if cell["name"].startswith("gyro"):
         return OURS
-    return UNROTATED if name in _UNROTATED else PAPERS
+    return PAPERS if cell["rotated"] else UNROTATED
 
 
 def tests(comparison: Mapping[str, Any]) -> list[str]:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import quantiles
 from typing import Any
 
+from gyroquant.evaluation.paired import front as undominated
 from gyroquant.report.comparison_inside import seeds as several_seeds
 from gyroquant.report.comparison_rows import (
     FAMILIES,
@@ -72,12 +73,8 @@ def lowest_seeds(comparison: Mapping[str, Any], test: str) -> list[Row]:
 
 def front(points: Iterable[Row]) -> list[Row]:
     """Those that nothing of as few bits surpasses, by true bits."""
-    best, found = math.inf, []
-    for row in sorted(points, key=lambda row: (row.cell["true_bits"], row.gap)):
-        if row.gap is not None and row.gap < best:
-            best = row.gap
-            found.append(row)
-    return found
+    found = {row.cell["key"]: row for row in points}
+    return [found[key] for key in undominated({k: (r.cell["true_bits"], r.gap or 0.0) for k, r in found.items()})]
 
 
 def fronts(comparison: Mapping[str, Any], test: str) -> dict[str, list[Row]]:

@@ -156,7 +156,7 @@ def test_interrupting_leaves_nothing(folders: dict[str, Path], corpus: Path, tmp
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     deadline = time.monotonic() + 60
-    while not list(tmp_path.glob(".out.partial-*")) and process.poll() is None and time.monotonic() < deadline:
+    while not list(tmp_path.glob(".out.partial")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     process.send_signal(signal.SIGINT)
     _, messages = process.communicate(timeout=60)

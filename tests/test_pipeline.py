@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import load_file
 
 import gyroquant as gq
-from gyroquant import blockwise, pipeline
+from gyroquant import blocks, blockwise, pipeline
 from gyroquant.calibration.stream import Stream
 from gyroquant.grids import Grid
 from gyroquant.job import prepare
@@ -71,14 +71,14 @@ def test_what_is_loaded_is_what_was_rounded(
 ) -> None:
     """The weights in memory during the run and the ones read back from the files are equal bit for bit."""
     deployed: dict[str, torch.Tensor] = {}
-    original = pipeline.round_block
+    original = blocks.round_block
 
     def keep(*args: object, **kwargs: object) -> object:
         result = original(*args, **kwargs)  # type: ignore[arg-type]
         deployed.update(result[2])
         return result
 
-    monkeypatch.setattr(pipeline, "round_block", keep)
+    monkeypatch.setattr(blocks, "round_block", keep)
     without = ["transform.R4=null", "transform.qk=null"] if name == "gpt2" else []  # it has neither gate nor RoPE
     run(folders[name], tmp_path / "out", recipe, corpus, "weights.bits=3", *without)
     loaded = gq.load(tmp_path / "out", dtype=torch.float32)

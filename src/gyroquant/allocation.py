@@ -25,15 +25,14 @@ from gyroquant.rounding.stage import Part, round_part
 
 
 @torch.no_grad()
-def allocate(job: Job, progress: Stages, warn: Warn) -> dict[str, Any] | None:
-    """Gives every layer its bits, in ``job.grids``, and says what was measured; None where the recipe does not ask.
+def allocate(job: Job, progress: Stages, warn: Warn) -> dict[str, Any]:
+    """The bits of every layer, for a recipe that has them chosen, and what was measured for it.
 
     The folded model runs block by block, unrounded, on the calibration text. Beside it run, on some windows, as many
     models as there are choices, each with one layer rounded: memory holds their hidden states.
     """
     settings = job.recipe.weights.allocate
-    if settings is None:
-        return None
+    assert settings is not None
     assert job.tokens is not None
     grids = grids_by_bits(job.recipe.weights.grid, settings.bits)
     outer = folded_outer(job.plan, job.store.read(job.graph.outer_params()))
@@ -44,13 +43,20 @@ def allocate(job: Job, progress: Stages, warn: Warn) -> dict[str, Any] | None:
     inside = {name for name, _ in sizes}
     room = int(settings.budget * sum(_count(job, name) for name in inside))
     chosen = choose(costs, sizes, room)
-    job.grids |= {name: grids[bits] for name, bits in chosen.items()}
     taken = sum(sizes[choice] for choice in chosen.items())
     return {
         "bits": chosen,
         "per_weight": taken / sum(_count(job, name) for name in inside),
         "divergence": {name: {str(bits): costs[name, bits] for bits in grids} for name in chosen},
     }
+
+
+def give(job: Job, bits: Mapping[str, int]) -> None:
+    """Puts the grids of these bits, by name of the layer's weight, into the job."""
+    settings = job.recipe.weights.allocate
+    assert settings is not None
+    grids = grids_by_bits(job.recipe.weights.grid, settings.bits)
+    job.grids |= {name: grids[number] for name, number in bits.items()}
 
 
 def _count(job: Job, name: str) -> int:

@@ -34,13 +34,15 @@ def quantize(
     device: str = "cpu",
     save_dtype: str = "auto",
     offload: str | Path | None = None,
+    fresh: bool = False,
     progress: Stages | None = None,
 ) -> PreTrainedModel:
     """Transforms, proves, rounds and saves a model, and returns it loaded back from what was saved.
 
     `model` is a name on the hub, a folder, a GGUF file or a transformers model; `calibration` a text file, a list of
     strings or a dataset; `out` a folder that does not exist yet (left out: nothing is kept on disk). The manifest is
-    the attribute `gyroquant_manifest` of the result. Raises a GyroquantError before any work for whatever cannot be
+    the attribute `gyroquant_manifest` of the result. A run into `out` that was stopped is gone on with, unless it is to
+    be `fresh`. Raises a GyroquantError before any work for whatever cannot be
     done.
     """
     with tempfile.TemporaryDirectory() as scratch:
@@ -56,6 +58,7 @@ def quantize(
             device=device,
             save_dtype=save_dtype,
             offload=offload,
+            fresh=fresh,
         )
         manifest = pipeline.run(job, progress)
         loaded = load(place, device=device)

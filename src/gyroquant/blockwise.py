@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -31,8 +32,12 @@ def round_block(
     advance: Any,
     warnings: list[str],
     tune: SignRound | None,
+    checkpoint: Path | None = None,
 ) -> tuple[dict[str, QuantizedWeight], list[LayerReport], dict[str, Tensor]]:
-    """Observes, rounds and tunes a block; returns codes, errors and the block's weights as they will be deployed."""
+    """Observes, rounds and tunes a block; returns codes, errors and the block's weights as they will be deployed.
+
+    `checkpoint` is the file that the state of tuning is kept in.
+    """
     model = job.store.skeleton()
     if stream and job.centers_keys:
         _center_keys(job, index, tensors, stream, advance)
@@ -50,7 +55,7 @@ def round_block(
         else:
             rounded |= round_part(Part(group, targets, tensors, observed, online), how)
     if stream and tune is not None:
-        rounded = tune_rounded(job, index, tensors, rounded, stream, tune, advance)
+        rounded = tune_rounded(job, index, tensors, rounded, stream, tune, advance, checkpoint)
     reports = judge_part(Part(group, job.targets, tensors, observed, online), rounded)
     deployed = {name: tensor.to(job.output.dtype) for name, tensor in tensors.items() if name not in rounded}
     deployed |= decoded(job, rounded)
@@ -81,6 +86,7 @@ def tune_rounded(
     stream: Stream,
     tune: SignRound,
     advance: Any,
+    checkpoint: Path | None = None,
 ) -> dict[str, QuantizedWeight]:
     """Tunes what a solver made of a block that was observed: towards what the unrounded model gave."""
     assert stream.hidden is not None
@@ -91,7 +97,7 @@ def tune_rounded(
 
     with attached(job.store.skeleton(), job.running_in(index)):
         tuner = BlockTuner(tensors, job.targets, rounded, stream.hidden, stream.original, run, stream.batch)
-        return tune_block(tune, tuner, job.recipe.seed + index, advance)
+        return tune_block(tune, tuner, job.recipe.seed + index, advance, checkpoint)
 
 
 def _center_keys(job: Job, index: int, tensors: Mapping[str, Tensor], stream: Stream, advance: Any) -> None:

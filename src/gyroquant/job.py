@@ -41,7 +41,8 @@ from gyroquant.rounding.stage import Rounding, find_targets, layer_name
 class Output:
     """Where the result goes and how: `dtype` is that of parameters which are not rounded.
 
-    `dense` writes rounded weights as plain numbers; `offload` is a folder for activations while it runs.
+    `dense` writes rounded weights as plain numbers; `offload` is a folder for activations while it runs; `fresh` does
+    not go on from where a run before was stopped.
     """
 
     folder: Path
@@ -50,6 +51,7 @@ class Output:
     overwrite: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     offload: Path | None = None
+    fresh: bool = False
 
 
 @dataclass
@@ -82,6 +84,12 @@ class Job:
     def needs_stream(self) -> bool:
         """Whether the model has to be run on the calibration text."""
         return self.recipe.weights.needs_statistics or self.centers_keys
+
+    @property
+    def rounds_head(self) -> bool:
+        """Whether something around the blocks is rounded too."""
+        inside = {op.weight for group in self.graph.blocks for op in group.linears}
+        return any(name not in inside for name in self.targets)
 
     def rounding(self, warn: Warn, grid: Grid | None = None) -> Rounding:
         """How the layers are rounded: each to its own grid, or all to this one; to nearest where a solver from outside
@@ -145,6 +153,7 @@ def prepare(
     device: str = "cpu",
     save_dtype: str = "auto",
     offload: str | Path | None = None,
+    fresh: bool = False,
 ) -> Job:
     """Checks a quantization before any work: recipe, model, sites, group sizes, text, destination, room on the disk.
 
@@ -166,6 +175,7 @@ def prepare(
         overwrite=overwrite,
         device=torch.device(device),
         offload=Path(offload) if offload else None,
+        fresh=fresh,
     )
     job = Job(store, recipe, plan, targets, output, tokenizer or _tokenizer(store, text is not None), quantizers, text)
     job.tokens = _tokens(job)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gyroquant.allocation import allocate
-from gyroquant.blockwise import observed_in_turn, round_block
+from gyroquant.allocation import allocate, give
+from gyroquant.blocks import round_model
 from gyroquant.calibration.measure import Want, measure
-from gyroquant.calibration.observers import observing
-from gyroquant.calibration.stream import Stream
 from gyroquant.calibration.text import load_text, sample, tokenize
 from gyroquant.elsewhere import round_elsewhere
 from gyroquant.environment import peak_memory_bytes, steady_memory, versions
@@ -24,25 +22,22 @@ from gyroquant.errors import InputError
 from gyroquant.export.folder import OutputFolder
 from gyroquant.export.hf import keep_online
 from gyroquant.export.memory import write_folded
-from gyroquant.export.writer import DenseWriter, PackedWriter
-from gyroquant.grids import QuantizedWeight
+from gyroquant.export.writer import DenseWriter, PackedWriter, Writer
 from gyroquant.job import Job, learning_setting, plan_all
+from gyroquant.journal import Journal
 from gyroquant.learning import finish, learn
 from gyroquant.learning.rotations import FILE_NAME, rotations_of, write_rotations
 from gyroquant.maps import dump
-from gyroquant.models.fold import FoldPlan, fold
-from gyroquant.models.graph import LinearOp
-from gyroquant.models.online import attached
+from gyroquant.models.fingerprint import fingerprint
+from gyroquant.models.fold import FoldPlan
 from gyroquant.models.packed import PackedStore
-from gyroquant.models.prove import Proof, folded_outer, prove
+from gyroquant.models.prove import Proof, prove
 from gyroquant.models.runner import BlockRunner, evaluating
 from gyroquant.models.source import open_model
 from gyroquant.models.store import ModuleStore, WeightStore
-from gyroquant.planning import needs_measuring, plan_folds
+from gyroquant.planning import dump_plan, load_plan, needs_measuring, plan_folds
 from gyroquant.progress import Stages
 from gyroquant.recipe import Recipe, load_recipe
-from gyroquant.rounding.judge import LayerReport, judge_part
-from gyroquant.rounding.stage import Part, round_part
 
 Calibration = str | Path | Sequence[str] | Tensor
 
@@ -148,71 +143,117 @@ def run(job: Job, progress: Stages | None = None) -> dict[str, Any]:
     """Proves, rounds and saves; returns the manifest that it also writes as `gyroquant.json`.
 
     The destination appears only when all of it is there. Raises ProofError before anything is written when the fold is
-    not exact.
+    not exact. What is done lies in a journal beside the destination until then: after a crash, the same job goes on
+    from there and ends with the same bytes. Raises InputError when another process writes the destination, or when
+    another job was left unfinished there.
     """
     progress = progress or Stages()
     started = time.perf_counter()
     steady_memory()
-    warnings: list[str] = []
-    with evaluating(job.store.skeleton()):
-        if job.measures:
-            assert job.tokens is not None
-            tokens, dtype = job.tokens, job.compute_dtype
-            job.plan = _measured_plan(
-                job.store, job.recipe, tokens, dtype, job.output.device, progress, job.output.offload
-            )
-        learned = _learn(job, progress)
-        proof = _prove(job.store, job.plan, proof_sample(job), job.recipe, progress)
-        allocation = allocate(job, progress, warnings.append)
+    with Journal(job.output.folder, job.output.fresh) as journal, evaluating(job.store.skeleton()):
+        model = fingerprint(job.store)
+        if journal.begin(_facts(job, model)):
+            progress.warn(f"going on from where a run before was stopped ({journal.folder})")
+        warnings: list[str] = []
+        _measure(job, journal, progress)
+        learned = _learn(job, journal, progress)
+        proof = journal.stage("proof", lambda: _prove_job(job, progress).to_dict())
+        allocation = _allocate(job, journal, progress, warnings)
         job.rounded = round_elsewhere(job, progress)
         with OutputFolder(job.output.folder, job.output.overwrite) as folder:
             writer = (DenseWriter if job.output.dense else PackedWriter)(folder, job.store, job.output.dtype)
-            layers = _round(job, writer, progress, warnings)
+            layers = round_model(job, writer, journal, progress, warnings)
             writer.online([*job.plan.online, *job.quantizers])
             folder.merge()
-            manifest = _manifest(job, proof, layers, writer, warnings)
+            manifest = _manifest(job, model, proof, layers, writer, warnings)
             writer.finish(job.tokenizer, manifest["untied"])
             manifest["learned"], manifest["allocation"] = learned, allocation
-            manifest["finished"] = _finish(job, folder.partial, progress)
+            manifest["finished"] = _finish(job, folder.partial, journal, progress)
+            _write_rotations(job, folder.partial)
             manifest["seconds"] = round(time.perf_counter() - started, 3)
             manifest["peak_memory_bytes"] = peak_memory_bytes()
-            rotations = rotations_of(job.plan, job.recipe.learn.sites) if job.recipe.learn is not None else {}
-            if rotations:
-                write_rotations(folder.partial / FILE_NAME, rotations)
             folder.json("gyroquant.json", manifest)
             folder.commit()
-    _checkpoint(job).unlink(missing_ok=True)
+        journal.close()
     for text in warnings:
         progress.warn(text)
     return manifest
 
 
-def _checkpoint(job: Job) -> Path:
-    """Where the state of learned rotations is kept until the result is there."""
-    return job.output.folder.with_name(f".{job.output.folder.name}.rotations.safetensors")
+def _facts(job: Job, model: str) -> dict[str, Any]:
+    """Everything that the result depends on, to know a run again by."""
+    recipe, output, machine = job.recipe.to_dict(), job.output, versions()
+    for told in (recipe, machine):
+        for label in ("name", "description", "platform"):
+            told.pop(label, None)
+    text = None if job.tokens is None else hashlib.sha256(job.tokens.cpu().contiguous().numpy().data).hexdigest()
+    how = {"dtype": str(output.dtype), "dense": output.dense, "device": str(output.device)}
+    return {"model": model, "text": text, "recipe": recipe, "output": how, "versions": machine}
 
 
-def _learn(job: Job, progress: Stages) -> dict[str, Any] | None:
+def _measure(job: Job, journal: Journal, progress: Stages) -> None:
+    """Has the maps measured that are chosen by what is measured, and puts them into the job's plan."""
+    if not job.measures:
+        return
+    record = journal.get("measured")
+    if record is None:
+        assert job.tokens is not None
+        how = (job.compute_dtype, job.output.device, progress, job.output.offload)
+        maps, arrays = dump_plan(_measured_plan(job.store, job.recipe, job.tokens, *how))
+        journal.put("measured", arrays, {"maps": maps})
+        record = journal.get("measured")
+    assert record is not None
+    job.plan = load_plan(job.graph, job.recipe, record["maps"], journal.tensors("measured"))
+
+
+def _learn(job: Job, journal: Journal, progress: Stages) -> dict[str, Any] | None:
     """Learns the rotations that the recipe asks for, puts them into the plan and says how it went."""
     if job.recipe.learn is None:
         return None
     started = time.perf_counter()
     setting = learning_setting(job.recipe, job.tokens, job.targets, job.quantizers, job.compute_dtype)
-    result = learn(job.store, job.plan, job.recipe.learn, setting, progress, _checkpoint(job))
+    result = learn(job.store, job.plan, job.recipe.learn, setting, progress, journal.path("learning"))
     job.plan = result.plan
     return {"losses": result.losses, "drift": result.drift, "seconds": round(time.perf_counter() - started, 3)}
 
 
-def _finish(job: Job, folder: Path, progress: Stages) -> dict[str, Any] | None:
+def _prove_job(job: Job, progress: Stages) -> Proof:
+    return _prove(job.store, job.plan, proof_sample(job), job.recipe, progress)
+
+
+def _allocate(job: Job, journal: Journal, progress: Stages, warnings: list[str]) -> dict[str, Any] | None:
+    """Gives layers their bits where the recipe asks for it, and says what was measured."""
+
+    def choose() -> dict[str, Any]:
+        said: list[str] = []
+        return {"found": allocate(job, progress, said.append), "warnings": said}
+
+    if job.recipe.weights.allocate is None:
+        return None
+    kept = journal.stage("allocation", choose)
+    warnings += kept["warnings"]
+    found: dict[str, Any] = kept["found"]
+    give(job, found["bits"])
+    return found
+
+
+def _finish(job: Job, folder: Path, journal: Journal, progress: Stages) -> dict[str, Any] | None:
     """Gives a folder that is whole but for its manifest the last touch that the recipe asks for."""
     if job.recipe.finish is None:
         return None
     assert job.tokens is not None
-    started, store = time.perf_counter(), open_model(folder)
+    started, store, state = time.perf_counter(), open_model(folder), journal.path("finishing")
     assert isinstance(store, PackedStore)
     with evaluating(store.skeleton()):
-        done = finish(store, job.store, job.tokens, job.recipe.finish, job.compute_dtype, job.recipe.seed, progress)
+        how = (job.recipe.finish, job.compute_dtype, job.recipe.seed)
+        done = finish(store, job.store, job.tokens, *how, progress, state)
     return done | {"seconds": round(time.perf_counter() - started, 3)}
+
+
+def _write_rotations(job: Job, folder: Path) -> None:
+    rotations = rotations_of(job.plan, job.recipe.learn.sites) if job.recipe.learn is not None else {}
+    if rotations:
+        write_rotations(folder / FILE_NAME, rotations)
 
 
 def proof_sample(job: Job) -> Tensor:
@@ -223,80 +264,15 @@ def proof_sample(job: Job) -> Tensor:
     return job.tokens[: settings.nsamples, : settings.seqlen]
 
 
-@torch.no_grad()
-def _round(job: Job, writer: Any, progress: Stages, warnings: list[str]) -> list[LayerReport]:
-    """Folds, observes, rounds and writes one block after another, each calibrated on the rounded ones before it."""
-    graph, layers = job.graph, list[LayerReport]()
-    outer = folded_outer(job.plan, job.store.read(graph.outer_params()))
-    runner = BlockRunner(job.store.skeleton(), graph)
-    stream = None
-    if job.needs_stream:
-        assert job.tokens is not None
-        stream = job.stream(runner, job.tokens, outer, job.output.offload)
-    head = {name: op for name, op in job.targets.items() if op in graph.outer.linears}
-    if not head:
-        writer.add(_saved(outer, job.output.dtype))
-        del outer
-    tune = job.recipe.weights.tune
-    total = len(graph.blocks)
-    if stream:
-        turns = sum(len(observed_in_turn(job, i)) for i in range(total))
-        runs = 1 + int(job.centers_keys) + int(job.recipe.weights.correct_bias)
-        total = stream.steps * (turns + total * runs) + total * (tune.iters if tune else 0)
-    with progress.stage("round", total) as advance:
-        for i, group in enumerate(graph.blocks):
-            tensors = fold(job.plan, job.store.read(graph.block_params(i)))
-            rounded, reports, tensors = round_block(job, i, group, tensors, stream, advance, warnings, tune)
-            layers += reports
-            writer.add(_saved(tensors, job.output.dtype, rounded), _by_op(job, rounded))
-            if stream:
-                with attached(runner.model, job.running_in(i)):
-                    stream.run(i, tensors, progress=advance)
-            else:
-                advance()
-    if head:
-        layers += _round_head(job, outer, stream, writer, warnings)
-    return layers
-
-
-def _by_op(job: Job, rounded: Mapping[str, QuantizedWeight]) -> list[tuple[LinearOp, QuantizedWeight]]:
-    return [(job.targets[name], weight) for name, weight in rounded.items()]
-
-
-def _round_head(
-    job: Job, outer: dict[str, Tensor], stream: Stream | None, writer: Any, warnings: list[str]
-) -> list[LayerReport]:
-    """Rounds the head, which reads what leaves the last norm."""
-    model, group = job.store.skeleton(), job.graph.outer
-    observed: dict[Any, Any] = {}
-    if stream:
-        online = job.running_around()
-        with attached(model, online), observing(model, group, [], stream.observer) as observed:
-            stream.observe_head(outer)
-    part = Part(group, job.targets, outer, observed, [])
-    rounded = round_part(part, job.rounding(warnings.append))
-    reports = judge_part(part, rounded)
-    writer.add(_saved(outer, job.output.dtype, rounded), _by_op(job, rounded))
-    return reports
-
-
-def _saved(
-    tensors: Mapping[str, Tensor], dtype: torch.dtype, rounded: Mapping[str, QuantizedWeight] | None = None
-) -> dict[str, Tensor]:
-    """The parameters that are stored as they are, in the dtype of the output."""
-    saved = {name: tensor.to(dtype) for name, tensor in tensors.items() if name not in (rounded or {})}
-    for name, tensor in saved.items():
-        if not bool(tensor.isfinite().all()):
-            raise InputError(f"{name} is too large for {dtype}; choose another with --save-dtype bfloat16 or float32")
-    return saved
-
-
-def _manifest(job: Job, proof: Proof, layers: list[LayerReport], writer: Any, warnings: list[str]) -> dict[str, Any]:
+def _manifest(
+    job: Job, model: str, proof: dict[str, Any], layers: list[dict[str, Any]], writer: Writer, warnings: list[str]
+) -> dict[str, Any]:
     recipe, text = job.recipe, job.text
     original = job.store.read(job.graph.outer_params())
     return {
         "gyroquant": versions()["gyroquant"],
         "model": job.store.label,
+        "model_sha256": model,
         "model_type": job.store.config.model_type,
         "recipe": recipe.to_dict(),
         "seed": recipe.seed,
@@ -304,9 +280,9 @@ def _manifest(job: Job, proof: Proof, layers: list[LayerReport], writer: Any, wa
         "calibration_dtype": str(job.compute_dtype).removeprefix("torch.") if job.needs_stream else None,
         "sites": [{"site": site.label, "map": dump(m, {}), "online": online} for site, m, online in job.plan.folded],
         "untied": list(job.plan.unties(original)),
-        "proof": proof.to_dict(),
+        "proof": proof,
         "bits": writer.bits(),
-        "layers": [asdict(layer) for layer in layers],
+        "layers": layers,
         "warnings": warnings,
         "versions": versions(),
     }

@@ -6,13 +6,15 @@ pass is only needed where one measured map lies behind another in the same basis
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from gyroquant.calibration.measure import Want
-from gyroquant.maps import Diagonal, Householder, Map, PairRotation, Permutation
+from gyroquant.maps import Diagonal, Householder, Map, PairRotation, Permutation, dump, load
 from gyroquant.methods import Context, Method
 from gyroquant.models.fold import FoldPlan
 from gyroquant.models.graph import ModelGraph
@@ -34,14 +36,20 @@ class _Pending:
         return self.site in (other.site, "linear") or inside.get(self.site) == other.site
 
 
-def plan_folds(graph: ModelGraph, recipe: Recipe, measure: Measure | None = None) -> FoldPlan:
+Choose = Callable[[Method, Site, Recipe, Want | None], Map]
+"""The map for a site: what a method makes of what was measured there."""
+
+
+def plan_folds(
+    graph: ModelGraph, recipe: Recipe, measure: Measure | None = None, choose: Choose | None = None
+) -> FoldPlan:
     """Chooses a map for every site that the recipe names and plans its fold.
 
     Without `measure`, methods that need statistics are planned with stand-ins: good for checking, not for folding.
     Raises UnsupportedModelError or RecipeError, with the reason, for whatever cannot be done exactly; nothing is
     touched.
     """
-    plan = FoldPlan(graph)
+    plan, choose = FoldPlan(graph), choose or _choose
     pending = [_Pending(name, step) for name in SITE_NAMES for step in recipe.transform.get(name, ())]
     while pending:
         wants: list[tuple[_Pending, Want]] = []
@@ -54,14 +62,26 @@ def plan_folds(graph: ModelGraph, recipe: Recipe, measure: Measure | None = None
                 waiting.append(one)
             else:
                 for site in _sites(graph, one):
-                    plan.add(site, _choose(one.step.method, site, recipe, None), one.step.online)
+                    plan.add(site, choose(one.step.method, site, recipe, None), one.step.online)
         if measure is not None and wants:
             measure(plan, [want for _, want in wants])
         for one, want in wants:
-            plan.add(want.site, _choose(one.step.method, want.site, recipe, want), one.step.online)
+            plan.add(want.site, choose(one.step.method, want.site, recipe, want), one.step.online)
         done = {id(one) for one, _ in wants}
         pending = [one for one in waiting if id(one) not in done]
     return plan
+
+
+def dump_plan(plan: FoldPlan) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """The maps of a plan, in its order, as data and arrays."""
+    arrays: dict[str, Tensor] = {}
+    return [dump(m, arrays, f"map.{i}") for i, (_, m, _) in enumerate(plan.folded)], arrays
+
+
+def load_plan(graph: ModelGraph, recipe: Recipe, maps: Iterable[dict[str, Any]], arrays: dict[str, Tensor]) -> FoldPlan:
+    """The plan of a recipe with the maps that `dump_plan` gave, whether they were measured, learned or neither."""
+    kept = iter([load(spec, arrays) for spec in maps])
+    return plan_folds(graph, recipe, lambda plan, wants: None, lambda method, site, recipe, want: next(kept))
 
 
 def _sites(graph: ModelGraph, one: _Pending) -> list[Site]:

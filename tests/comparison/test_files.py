@@ -7,17 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from gyroquant.comparison.files import Results, write_json
+from gyroquant.comparison.files import Results
 from gyroquant.errors import InputError
+from gyroquant.files import put_json
 
 DONE = {"key": "a" * 12, "status": "done", "reason": None}
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
-    write_json(path, {"a": 1})
+    put_json(path, {"a": 1})
     with pytest.raises(TypeError):
-        write_json(path, {"a": object()})
+        put_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}
 
 

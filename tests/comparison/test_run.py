@@ -15,7 +15,9 @@ import pytest
 from filelock import FileLock
 
 import gyroquant as gq
-from gyroquant.comparison import Limits, pool, worker
+from gyroquant import processes
+from gyroquant.comparison import Limits, worker
+from gyroquant.comparison import run as running
 from gyroquant.opponents import Opponent, OpponentError, Outcome, Size, Task
 
 SMALL: dict[str, Any] = {"bits": [2], "group_sizes": [16], "nsamples": 4, "seqlen": 32, "window": 32, "max_windows": 4}
@@ -31,7 +33,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         (Path(spec["scratch"]) / str(len(order))).mkdir()
         return worker.answered(json.loads(json.dumps(spec)) | {"scratch": f"{spec['scratch']}/{len(order)}"})
 
-    monkeypatch.setattr("gyroquant.comparison.pool.run_cell", run_cell)
+    monkeypatch.setattr(running, "run_cell", run_cell)
     return order
 
 
@@ -191,7 +193,7 @@ def test_interrupted_it_goes_on_and_ends_the_same(
     folders: dict[str, Path], corpus: Path, tmp_path: Path, at_once: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = compared(folders["llama"], corpus, tmp_path / "whole", ["quarot"])
-    usual = pool.run_cell
+    usual = running.run_cell
 
     def interrupted(spec: Any, log: Path, processes: Any) -> dict[str, Any]:
         if len(at_once) == 5:
@@ -199,7 +201,7 @@ def test_interrupted_it_goes_on_and_ends_the_same(
         return usual(spec, log, processes)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pool, "run_cell", interrupted)
+        patch.setattr(running, "run_cell", interrupted)
         with pytest.raises(KeyboardInterrupt):
             compared(folders["llama"], corpus, tmp_path / "out", ["quarot"])
     assert not (tmp_path / "out" / "comparison.json").exists()
@@ -238,7 +240,7 @@ def test_a_cell_whose_process_dies_is_started_again_and_then_told(
     program = tmp_path / "python"
     program.write_text(f"#!/bin/sh\necho x >> {counter}\nkill -KILL $$\n")
     program.chmod(0o755)
-    monkeypatch.setattr(worker.sys, "executable", str(program))
+    monkeypatch.setattr(processes.sys, "executable", str(program))
     spec = {"cell": {"key": "k", "label": "it"}, "scratch": str(tmp_path), "threads": 1}
     found = worker.run_cell(spec, tmp_path / "logs" / "k.log")
     assert found["status"] == "failed"

@@ -11,9 +11,10 @@ from safetensors.torch import save_file
 
 import gyroquant as gq
 from gyroquant import pipeline
-from gyroquant.comparison.shared import Shared, Trial, fingerprint, measured, own_grid, plain_folder, read_tokens
+from gyroquant.comparison.shared import Shared, Trial, measured, own_grid, plain_folder, read_tokens
 from gyroquant.evaluation.perplexity import last_hidden
 from gyroquant.job import prepare
+from gyroquant.models.fingerprint import fingerprint
 from gyroquant.models.source import open_model
 from gyroquant.progress import Stages
 

@@ -6,11 +6,12 @@ import struct
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
 import gyroquant as gq
-from gyroquant import pipeline
+from gyroquant import journal, pipeline
 from gyroquant.errors import InputError
 from gyroquant.export import folder as module
 from gyroquant.export.folder import OutputFolder, check_destination, check_room
@@ -107,21 +108,37 @@ def test_a_small_disk_is_noticed_before_any_work(
         prepare(folders["llama"], tmp_path / "out", gq.load_recipe("rtn", ["weights.group_size=16"]))
 
 
-def test_a_disk_that_fills_up_leaves_nothing(
+def test_a_disk_that_fills_up_keeps_what_is_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folders: dict[str, Path]
 ) -> None:
     calls = 0
-    original = module.write_piece
+    original = journal.save_file
 
-    def full(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    def full(tensors: dict[str, torch.Tensor], path: Path) -> None:
         nonlocal calls
         calls += 1
-        original(path, tensors)
+        original(tensors, path)
         if calls == 2:
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(module, "write_piece", full)
-    job = prepare(folders["llama"], tmp_path / "out", gq.load_recipe("rtn", ["weights.group_size=16"]))
-    with pytest.raises(OSError, match="No space left"):
-        pipeline.run(job)
-    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(journal, "save_file", full)
+    recipe = gq.load_recipe("rtn", ["weights.group_size=16"])
+    with pytest.raises(OSError, match="No space left") as error:
+        pipeline.run(prepare(folders["llama"], tmp_path / "out", recipe))
+    assert error.value.kept == tmp_path / ".out.journal"  # type: ignore[attr-defined]
+    assert [path.name for path in tmp_path.iterdir()] == [".out.journal"]
+    pipeline.run(prepare(folders["llama"], tmp_path / "out", recipe))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert calls == 2 + tiny.build("llama").config.num_hidden_layers  # all but the one group that was done
+
+
+def test_a_replacement_that_was_killed_half_way_is_mended(tmp_path: Path) -> None:
+    (tmp_path / ".out.old").mkdir()
+    (tmp_path / ".out.old" / "kept").write_text("kept")
+    (tmp_path / ".out.partial").mkdir()
+    with OutputFolder(tmp_path / "out", overwrite=True) as folder:
+        assert (tmp_path / "out" / "kept").exists()
+        folder.json("new", {})
+        folder.commit()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["new"]

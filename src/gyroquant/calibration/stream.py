@@ -79,6 +79,11 @@ class Stream:
         """How many batches one run of a block takes, and so how often it reports progress."""
         return -(-len(self.input_ids) // self.batch)
 
+    @property
+    def states(self) -> list[Tensor]:
+        """The hidden states as they are, those of the original behind them: what is to be kept to go on later."""
+        return [state for state in (self.hidden, self.original) if state is not None]
+
     def free_outer(self) -> None:
         """Lets go of the parameters around the blocks, which the blocks do not need."""
         self._outer = {}

@@ -74,6 +74,7 @@ def quantize(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace OUT, once the new result is complete.")
     ] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Do not go on from where a run before was stopped.")] = False,
     format: Annotated[
         str | None, typer.Option("--format", help="Export OUT as well, into OUT/FORMAT; see `gyroquant formats`.")
     ] = None,
@@ -98,6 +99,7 @@ def quantize(
         device=device,
         save_dtype=save_dtype,
         offload=offload,
+        fresh=fresh,
     )
     if format is not None:
         deploy.check_job(format, job)
@@ -328,14 +330,24 @@ def main() -> None:
         app(prog_name="gyroquant")
     except SystemExit as done:
         if done.code == _INTERRUPTED:  # typer turns Ctrl-C into this status
-            print("gyroquant: interrupted; nothing was left behind", file=sys.stderr)
+            print(f"gyroquant: interrupted; {_left(done)}", file=sys.stderr)
         raise
     except Exception as error:
         if debug:
             traceback.print_exc()
         if stopped:  # compiled code may put an error of its own in place of the interruption
-            _fail("interrupted; nothing was left behind", _INTERRUPTED)
+            _fail(f"interrupted; {_left(error)}", _INTERRUPTED)
         _fail(_message(error), 1)
+
+
+def _left(error: BaseException | None) -> str:
+    """What an error has left on the disk: the journal of a run that can go on, or nothing."""
+    while error is not None:
+        kept = getattr(error, "kept", None)
+        if kept is not None:
+            return f"the same command goes on from there (what is done is kept in {kept})"
+        error = error.__cause__ or error.__context__
+    return "nothing was left behind"
 
 
 def _message(error: Exception) -> str:
@@ -345,10 +357,10 @@ def _message(error: Exception) -> str:
     if isinstance(error, GyroquantError):
         return str(error)
     if isinstance(error, MemoryError):
-        return "out of memory; use fewer or shorter samples (--nsamples, --seqlen) or --offload DIR"
+        return f"out of memory; use fewer or shorter samples (--nsamples, --seqlen) or --offload DIR; {_left(error)}"
     if isinstance(error, OSError):
         place = f": {error.filename}" if error.filename else ""
-        return f"{error.strerror or error}{place}; nothing was left behind"
+        return f"{error.strerror or error}{place}; {_left(error)}"
     return f"unexpected {type(error).__name__}: {error}\nThis is a bug; run again with --debug to see where"
 
 

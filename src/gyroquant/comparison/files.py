@@ -3,24 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from gyroquant.errors import InputError
-
-
-def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Writes JSON under another name, on the disk, and then puts it in place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(data, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+from gyroquant.files import put_json
 
 
 class Results:
@@ -48,7 +36,7 @@ class Results:
 
     def put(self, result: Mapping[str, Any]) -> None:
         """Keeps the result of a cell."""
-        write_json(self.path(result["key"]), result)
+        put_json(self.path(result["key"]), result)
 
     def merge(self, others: Iterable[Path]) -> int:
         """Takes over the results of other folders that are not here; returns how many.

@@ -18,17 +18,20 @@ from filelock import FileLock, Timeout
 
 from gyroquant.calibration.text import load_text
 from gyroquant.comparison.cells import Cell, Conditions, Wanted, grid, named
-from gyroquant.comparison.files import Results, write_json
-from gyroquant.comparison.pool import Pool, make_pool
-from gyroquant.comparison.shared import Shared, Trial, fingerprint, own_grid, plain_folder
+from gyroquant.comparison.files import Results
+from gyroquant.comparison.shared import Shared, Trial, own_grid, plain_folder
 from gyroquant.comparison.verdict import verdict
+from gyroquant.comparison.worker import run_cell
 from gyroquant.environment import versions
 from gyroquant.errors import InputError
 from gyroquant.evaluation.perplexity import DTYPES
 from gyroquant.evaluation.tasks import check_tasks
+from gyroquant.files import put_json
+from gyroquant.models.fingerprint import fingerprint
 from gyroquant.models.source import open_model
 from gyroquant.models.store import WeightStore
 from gyroquant.opponents import Opponent, OpponentError, environment
+from gyroquant.pool import Pool, make_pool
 from gyroquant.progress import Stages
 from gyroquant.recipe import parse
 from gyroquant.report.comparison_markdown import markdown
@@ -183,7 +186,7 @@ class _Run:
         scratch = out / "scratch"
         shutil.rmtree(scratch, ignore_errors=True)  # what a killed run has left: the folder is locked
         scratch.mkdir()
-        pool = make_pool(self.limits.ray, self.limits.workers, self.limits.threads)
+        pool = make_pool(run_cell, self.limits.ray, self.limits.workers, self.limits.threads)
         began, running = time.monotonic(), dict[Future[dict[str, Any]], Cell]()
         try:
             with self.progress.stage("compare", len(waiting)) as advance:
@@ -332,7 +335,7 @@ def _command(model: str, wanted: Wanted, calibration: str, run: _Run) -> str:
 
 
 def _write(out: Path, comparison: Mapping[str, Any], progress: Stages) -> None:
-    write_json(out / "comparison.json", comparison)
+    put_json(out / "comparison.json", comparison)
     (out / "comparison.md").write_text(markdown(comparison), encoding="utf-8")
     try:
         write_page(comparison, out / "index.html")

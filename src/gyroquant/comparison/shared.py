@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import time
@@ -18,9 +17,9 @@ from torch import Tensor
 
 from gyroquant.calibration.stream import Stream
 from gyroquant.calibration.text import TokenBatch, load_text, sample, tokenize
-from gyroquant.comparison.files import write_json
 from gyroquant.evaluation.outliers import measure_outliers
 from gyroquant.evaluation.perplexity import DTYPES, last_hidden, score_windows, summary, text_windows
+from gyroquant.files import put_json
 from gyroquant.models.runner import BlockRunner, evaluating
 from gyroquant.models.store import WeightStore
 from gyroquant.progress import Stages
@@ -37,20 +36,6 @@ class Trial:
     source: str
     window: int
     windows: int | None = None
-
-
-def fingerprint(store: WeightStore) -> str:
-    """sha256 of a model: of its parameters, whatever file they lie in, and of its configuration."""
-    total = hashlib.sha256()
-    config = store.config.to_dict()
-    for key in ("_name_or_path", "transformers_version", "quantization_config", "dtype", "architectures"):
-        config.pop(key, None)
-    total.update(json.dumps(config, sort_keys=True, default=str).encode())
-    for name in sorted(store.shapes):
-        tensor = store.read([name])[name].float().contiguous()
-        total.update(f"{name} {tuple(tensor.shape)}".encode())
-        total.update(tensor.numpy().tobytes())
-    return total.hexdigest()
 
 
 class Shared:
@@ -90,7 +75,7 @@ class Shared:
                 "outliers": outliers(self.store, calibration, progress),
                 "forward_seconds": forward_seconds(self.store, read_tokens(calibration).ids),
             }
-            write_json(path, facts)
+            put_json(path, facts)
         found: dict[str, Any] = json.loads(path.read_text())
         return found
 

@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
-import json
-import os
-import signal
-import subprocess
-import sys
 import tempfile
-import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +12,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from gyroquant import pipeline
-from gyroquant.comparison.files import write_json
 from gyroquant.comparison.shared import measured, outliers, read_tokens
 from gyroquant.environment import versions
 from gyroquant.errors import GyroquantError
@@ -29,37 +21,7 @@ from gyroquant.models.source import open_model
 from gyroquant.models.store import WeightStore
 from gyroquant.opponents import Opponent, Size, Task
 from gyroquant.opponents.base import folder_bytes
-
-_PR_SET_PDEATHSIG = 1
-_ATTEMPTS = 2  # a process that was killed is started once more
-
-
-class Processes:
-    """The processes that cells run in, so that all can be ended."""
-
-    def __init__(self) -> None:
-        self._alive: set[subprocess.Popen[bytes]] = set()
-        self._over, self._lock = False, threading.Lock()
-
-    def run(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> int:
-        """Runs a command, its output in a log; returns its status. After `end`, none is begun: as if it was killed."""
-        with log.open("w") as sink:
-            with self._lock:
-                if self._over:
-                    return -signal.SIGTERM
-                process = subprocess.Popen(command, stdout=sink, stderr=sink, env=environment)
-                self._alive.add(process)
-            try:
-                return process.wait()
-            finally:
-                self._alive.discard(process)
-
-    def end(self) -> None:
-        """Kills what runs and lets nothing else begin."""
-        with self._lock:
-            self._over = True
-        for process in list(self._alive):
-            process.kill()
+from gyroquant.processes import DiedError, Processes, run_apart, serve
 
 
 def run_cell(spec: Mapping[str, Any], log: Path, processes: Processes | None = None) -> dict[str, Any]:
@@ -68,32 +30,16 @@ def run_cell(spec: Mapping[str, Any], log: Path, processes: Processes | None = N
     `spec` is what `perform` takes, and `threads`. Never raises for what a cell does: a failure
     is a result with the reason.
     """
-    log.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=spec["scratch"], prefix=".cell-") as scratch:
-        asked, answer = Path(scratch) / "spec.json", Path(scratch) / "result.json"
-        write_json(asked, {**spec, "scratch": scratch})
-        command = [sys.executable, "-c", "from gyroquant.comparison.worker import main; main()", str(asked)]
-        environment = os.environ | {"OMP_NUM_THREADS": str(spec["threads"]), "TOKENIZERS_PARALLELISM": "false"}
-        for _ in range(_ATTEMPTS):
-            status = (processes or Processes()).run([*command, str(answer)], environment, log)
-            if status == 0 and answer.exists():
-                found: dict[str, Any] = json.loads(answer.read_text())
-                return found
-            if status > 0:
-                return failed(spec["cell"], _last_line(log) or f"its process ended with status {status}")
-    name = signal.Signals(-status).name
-    hint = ", most likely for want of memory" if name == "SIGKILL" else ""
-    return failed(spec["cell"], f"its process was killed by {name}{hint}, {_ATTEMPTS} times")
+        try:
+            return run_apart(__name__, {**spec, "scratch": scratch}, Path(scratch), log, processes)
+        except DiedError as error:
+            return failed(spec["cell"], str(error))
 
 
 def failed(cell: Mapping[str, Any], reason: str) -> dict[str, Any]:
     """The result of a cell that did not come to an end."""
     return {**cell, "status": "failed", "reason": reason}
-
-
-def _last_line(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1] if lines else ""
 
 
 def perform(spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -190,17 +136,7 @@ def _opponent(spec: Mapping[str, Any], scratch: Path) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Performs what the file of the first argument asks for, and writes the result to that of the second."""
-    _die_with_parent()
-    asked, answer = map(Path, sys.argv[1:3])
-    write_json(answer, answered(json.loads(asked.read_text())))
+__all__ = ["answered", "failed", "perform", "run_cell"]
 
-
-def _die_with_parent() -> None:
-    """On Linux, has this process killed when the one that waits for it is gone, so that none is left behind."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-__all__ = ["answered", "failed", "main", "perform", "run_cell"]
+if __name__ == "__main__":
+    serve(answered)

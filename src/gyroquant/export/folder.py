@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gyroquant.errors import InputError
 from gyroquant.export.shards import merge, merge_torch, write_piece
+from gyroquant.files import locked, sync, sync_tree
 
 
 def check_destination(out: Path, overwrite: bool = False) -> None:
@@ -42,18 +43,34 @@ def check_room(out: Path, needed: int) -> None:
 
 class OutputFolder:
     """A context in which pieces of weights are written; `commit` puts the folder in place, leaving without it removes
-    all.
+    all. What a process that was killed has left is mended by the next one that makes the same folder.
     """
 
     def __init__(self, out: Path, overwrite: bool = False):
         check_destination(out, overwrite)
         self.out = out.absolute()
-        self.partial = self.out.with_name(f".{self.out.name}.partial-{uuid.uuid4().hex[:8]}")
+        self.partial, self._old = (self.out.with_name(f".{self.out.name}.{state}") for state in ("partial", "old"))
         self._pieces: list[Path] = []
+        self._taken: set[Path] = set()
+        self._held = ExitStack()
 
     def __enter__(self) -> OutputFolder:
-        self.partial.mkdir(parents=True)
+        self._held.enter_context(locked(self.out))
+        try:
+            if self._old.exists() and not self.out.exists():  # killed between the two renamings of a replacement
+                self._old.rename(self.out)
+            shutil.rmtree(self._old, ignore_errors=True)
+            shutil.rmtree(self.partial, ignore_errors=True)
+            self.partial.mkdir(parents=True)
+        except BaseException:
+            self._held.close()
+            raise
         return self
+
+    def take(self, piece: Path) -> None:
+        """Counts a piece that lies elsewhere among those of the folder, and leaves it where it is."""
+        self._pieces.append(piece)
+        self._taken.add(piece)
 
     def add(self, tensors: dict[str, Tensor]) -> None:
         """Writes some tensors; they need not stay in memory."""
@@ -67,7 +84,7 @@ class OutputFolder:
 
     def merge(self) -> None:
         """Puts the pieces together as the folder's safetensors files."""
-        merge(self._pieces, self.partial)
+        merge(self._pieces, self.partial, keep=self._taken)
         self._pieces = []
 
     def torch_file(self, name: str, aliases: Mapping[str, str]) -> None:
@@ -76,17 +93,17 @@ class OutputFolder:
         self._pieces = []
 
     def commit(self) -> None:
-        """Puts the folder in place under its name."""
+        """Puts the folder in place under its name, once all of it is on the disk."""
+        sync_tree(self.partial)
         if self.out.exists():
-            old = self.out.with_name(f".{self.out.name}.old-{uuid.uuid4().hex[:8]}")
-            self.out.rename(old)
-            self.partial.rename(self.out)
-            shutil.rmtree(old)
-        else:
-            self.partial.rename(self.out)
+            self.out.rename(self._old)
+        self.partial.rename(self.out)
+        sync(self.out.parent)
+        shutil.rmtree(self._old, ignore_errors=True)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.partial.exists():
-            shutil.rmtree(self.partial, ignore_errors=True)
+        with self._held:
+            if self.partial.exists():
+                shutil.rmtree(self.partial, ignore_errors=True)

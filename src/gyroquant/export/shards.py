@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -48,8 +48,12 @@ def _plan(pieces: Iterable[Path], max_bytes: int) -> list[list[tuple[Path, dict[
     return shards
 
 
-def merge(pieces: Iterable[Path], folder: Path, max_bytes: int = _MAX_SHARD) -> None:
-    """Puts pieces together as `model.safetensors`, or as numbered shards with an index, and deletes them one by one."""
+def merge(
+    pieces: Iterable[Path], folder: Path, max_bytes: int = _MAX_SHARD, keep: Container[Path] = frozenset()
+) -> None:
+    """Puts pieces together as `model.safetensors`, or as numbered shards with an index, and deletes them one by one,
+    but those to `keep`.
+    """
     shards = _plan(pieces, max_bytes)
     names = (
         ["model.safetensors"]
@@ -72,7 +76,8 @@ def merge(pieces: Iterable[Path], folder: Path, max_bytes: int = _MAX_SHARD) -> 
             out.write(struct.pack("<Q", len(text)) + text)
             for path, _, start, _ in parts:
                 _append(out, path, start)
-                path.unlink()
+                if path not in keep:
+                    path.unlink()
     if len(shards) > 1:
         total = sum(length for parts in shards for *_, length in parts)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +34,28 @@ def saved_dtype(name: str, source: torch.dtype) -> torch.dtype:
     return _SAVED[name]
 
 
+@dataclass
+class Piece:
+    """A group of parameters as it is stored: arrays, and `notes`, plain data, on what they are and how many bits."""
+
+    arrays: dict[str, Tensor]
+    entries: dict[str, dict[str, Any]] = field(default_factory=dict)
+    stored_bits: dict[str, int] = field(default_factory=dict)
+    rounded_weights: int = 0
+    other_bits: int = 0
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "arrays"}
+
+    def count(self, op: LinearOp, arrays: Mapping[str, Tensor]) -> None:
+        """Counts what is stored for a rounded parameter, by the parts of its arrays' names."""
+        self.rounded_weights += int(torch.Size(op.shape).numel())
+        for name, array in arrays.items():
+            part = name.rpartition("_")[2]
+            self.stored_bits[part] = self.stored_bits.get(part, 0) + stored_bits({name: array})
+
+
 class Writer(ABC):
     """Writes a model group by group and counts what it writes."""
 
@@ -42,8 +66,16 @@ class Writer(ABC):
         self._plain_bits = 0
 
     @abstractmethod
-    def add(self, plain: dict[str, Tensor], rounded: Rounded = ()) -> None:
-        """Writes the parameters of one group: those stored as they are, and rounded ones."""
+    def piece(self, plain: dict[str, Tensor], rounded: Rounded = ()) -> Piece:
+        """The parameters of one group as they are stored: those stored as they are, and rounded ones."""
+
+    def take(self, file: Path, notes: Mapping[str, Any]) -> None:
+        """Takes a piece that was written, by its notes, among those of the folder."""
+        self.folder.take(file)
+        self._rounded_weights += notes["rounded_weights"]
+        self._plain_bits += notes["other_bits"]
+        for part, bits in notes["stored_bits"].items():
+            self._parts[part] = self._parts.get(part, 0) + bits
 
     @abstractmethod
     def online(self, attachments: Iterable[Attachment]) -> None:
@@ -66,12 +98,6 @@ class Writer(ABC):
         if tokenizer is not None:
             tokenizer.save_pretrained(self.folder.partial)
 
-    def _count(self, op: LinearOp, arrays: dict[str, Tensor]) -> None:
-        self._rounded_weights += int(torch.Size(op.shape).numel())
-        for name, array in arrays.items():
-            part = name.rpartition("_")[2]
-            self._parts[part] = self._parts.get(part, 0) + stored_bits({name: array})
-
     def bits(self) -> dict[str, Any]:
         """What was really stored. `per_weight` is bits per rounded weight, online maps and padding included."""
         rounded = sum(self._parts.values())
@@ -92,14 +118,19 @@ class PackedWriter(Writer):
         super().__init__(folder, store, dtype)
         self.description = Description()
 
-    def add(self, plain: dict[str, Tensor], rounded: Rounded = ()) -> None:
-        tensors = dict(plain)
-        self._plain_bits += stored_bits(plain)
+    def piece(self, plain: dict[str, Tensor], rounded: Rounded = ()) -> Piece:
+        piece = Piece(dict(plain), other_bits=stored_bits(plain))
         for op, weight in rounded:
-            arrays = self.description.add_tensor(op, weight)
-            self._count(op, arrays)
-            tensors |= arrays
-        self.folder.add(tensors)
+            arrays = {f"{op.weight}_{part}": array for part, array in weight.pack().items()}
+            piece.entries[op.weight] = self.description.entry(op, weight)
+            piece.count(op, arrays)
+            piece.arrays |= arrays
+        return piece
+
+    def take(self, file: Path, notes: Mapping[str, Any]) -> None:
+        super().take(file, notes)
+        for name, entry in notes["entries"].items():
+            self.description.add_tensor(name, entry)
 
     def online(self, attachments: Iterable[Attachment]) -> None:
         arrays: dict[str, Tensor] = {}
@@ -118,14 +149,14 @@ class PackedWriter(Writer):
 class DenseWriter(Writer):
     """Rounded weights written out as plain numbers under the names of the original checkpoint."""
 
-    def add(self, plain: dict[str, Tensor], rounded: Rounded = ()) -> None:
-        self._plain_bits += stored_bits(plain)
-        tensors = dict(plain)
+    def piece(self, plain: dict[str, Tensor], rounded: Rounded = ()) -> Piece:
+        piece, tensors = Piece({}, other_bits=stored_bits(plain)), dict(plain)
         for op, weight in rounded:
             dense = from_matrix(weight.dequantize(), op.shape, op.entry.transposed).to(self.dtype)
-            self._count(op, {f"{op.weight}_dense": dense})
+            piece.count(op, {f"{op.weight}_dense": dense})
             tensors[op.weight] = dense
-        self.folder.add(revert_weight_conversion(self.store.skeleton(), tensors))
+        piece.arrays = revert_weight_conversion(self.store.skeleton(), tensors)
+        return piece
 
     def online(self, attachments: Iterable[Attachment]) -> None:
         assert not list(attachments), "checked before any work"

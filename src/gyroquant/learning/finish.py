@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -21,12 +22,16 @@ from torch import Tensor
 
 from gyroquant.calibration.stream import Stream
 from gyroquant.grids import QuantizedWeight, straight_through
+from gyroquant.journal import get_state, put_state
 from gyroquant.learning.objectives import divergence
 from gyroquant.models.online import Attachment, attached
 from gyroquant.models.packed import PackedStore, from_matrix
 from gyroquant.models.runner import BlockRunner, Call, pass_back
 from gyroquant.models.store import WeightStore
 from gyroquant.progress import Stages
+
+_CHECKPOINT = 5  # steps between states that are kept
+_MARK = "finish"  # the journal knows what a state belongs to
 
 
 class Finish(BaseModel):
@@ -62,9 +67,10 @@ def finish(
     dtype: torch.dtype,
     seed: int,
     progress: Stages,
+    checkpoint: Path | None = None,
 ) -> dict[str, Any]:
     """Tunes a packed folder in place, on tokens of shape (samples, length), more samples than are held out, and says
-    how it went.
+    how it went. With `checkpoint`, a file, the state is kept there now and then, and what was stopped goes on from it.
     """
     blocks = len(original.graph.blocks)
     outer = original.read(original.graph.outer_params())
@@ -74,13 +80,17 @@ def finish(
     model = _Model(store, settings, dtype)
     batches = _Batches(model, stream, outer, tokens, settings)
     with progress.stage("finish", settings.steps + 2) as advance:
-        before = batches.held_out()
+        losses: list[float] = [] if checkpoint is None else batches.resume(checkpoint)
+        before = batches.before if losses else batches.held_out()
+        batches.before = before
         advance()
-        losses = []
         for step in range(settings.steps):
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-            picks = torch.randperm(len(tokens) - settings.held_out, generator=generator)[: settings.batch_size]
-            losses.append(batches.step(picks.tolist(), step))
+            if step >= len(losses):
+                generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+                picks = torch.randperm(len(tokens) - settings.held_out, generator=generator)[: settings.batch_size]
+                losses.append(batches.step(picks.tolist(), step))
+                if checkpoint is not None and len(losses) % _CHECKPOINT == 0:
+                    batches.save(checkpoint, losses)
             advance()
         after = batches.held_out()
         advance()
@@ -159,6 +169,29 @@ class _Batches:
         self.runner = BlockRunner(model.store.skeleton(), model.graph)
         self._outer = original.local(outer)
         self._adam = torch.optim.Adam(model.moved.values(), lr=settings.lr)
+        self.before = math.inf  # the divergence on what is held out, before the first step
+
+    def save(self, path: Path, losses: list[float]) -> None:
+        """Keeps what moves and the optimizer's state."""
+        tensors = {f"value.{name}": tensor for name, tensor in self.model.moved.items()}
+        for name, tensor in self.model.moved.items():
+            tensors |= {f"{kind}.{name}": value for kind, value in self._adam.state[tensor].items()}
+        put_state(path, tensors, _MARK, [self.before, losses])
+
+    @torch.no_grad()
+    def resume(self, path: Path) -> list[float]:
+        """Takes up a state that was kept; returns the losses until then, none where nothing was kept."""
+        found = get_state(path, _MARK)
+        if found is None:
+            return []
+        tensors, (self.before, losses) = found
+        for name, tensor in self.model.moved.items():
+            tensor.copy_(tensors[f"value.{name}"])
+            kinds = ("step", "exp_avg", "exp_avg_sq")
+            self._adam.state[tensor] = {
+                kind: tensors[f"{kind}.{name}"] for kind in kinds if f"{kind}.{name}" in tensors
+            }
+        return list(losses)
 
     def _online(self, index: int) -> list[Attachment]:
         return self.model.graph.in_block(index, self.model.store.online)

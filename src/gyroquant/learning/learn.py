@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -11,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from gyroquant.errors import InputError
 from gyroquant.grids import Grid
+from gyroquant.journal import get_state, put_state
 from gyroquant.learning.live import learnable, with_values
 from gyroquant.learning.objectives import BlockOutputs, EndToEnd, FourthPowers, Kurtosis, Loss, RoundedModel
 from gyroquant.learning.parameters import Place, Steps, largest_drift
@@ -78,7 +76,8 @@ def learn(
         while len(state.losses) < settings.steps:
             state.step(loss, _batch(setting, settings, len(state.losses)))
             advance()
-            if checkpoint is not None and len(state.losses) % settings.checkpoint_every == 0:
+            done = len(state.losses)
+            if checkpoint is not None and (done % settings.checkpoint_every == 0 or done == settings.steps):
                 state.save(checkpoint, mark)
     return Learned(with_values(plan, places, state.values), state.losses, largest_drift(places, state.values))
 
@@ -150,22 +149,19 @@ class _State:
         tensors = {f"value.{label}": value for label, value in self.values.items()}
         for kind, kept in self.steps.kept():
             tensors |= {f"{kind}.{label}": one.contiguous() for label, one in kept.items()}
-        temporary = path.with_suffix(".tmp")
-        save_file(tensors, temporary, metadata={"mark": mark, "losses": json.dumps(self.losses)})
-        temporary.replace(path)
+        put_state(path, tensors, mark, self.losses)
 
     def resume(self, path: Path, mark: str) -> None:
         """Takes up the state of a checkpoint with the same mark; any other file is started over."""
-        with contextlib.suppress(OSError, SafetensorError), safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("mark") != mark:
-                return
-            for label in self.values:
-                self.values[label] = file.get_tensor(f"value.{label}").clone()
-                for kind, kept in self.steps.kept():
-                    if f"{kind}.{label}" in file.keys():
-                        kept[label] = file.get_tensor(f"{kind}.{label}").clone()
-            self.losses = json.loads(metadata["losses"])
+        found = get_state(path, mark)
+        if found is None:
+            return
+        tensors, self.losses = found
+        for label in self.values:
+            self.values[label] = tensors[f"value.{label}"]
+            for kind, kept in self.steps.kept():
+                if f"{kind}.{label}" in tensors:
+                    kept[label] = tensors[f"{kind}.{label}"]
 
 
 def _mark(store: WeightStore, plan: FoldPlan, settings: Learn, setting: Setting) -> str:

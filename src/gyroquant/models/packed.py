@@ -65,20 +65,26 @@ class Description:
         self._cache: list[dict[str, Any]] = []
 
     def _grid(self, grid: Grid) -> int:
-        spec = grid.model_dump(mode="json")  # without what a grid may know of one weight, which is in its arrays
+        return self._numbered(grid.model_dump(mode="json"))  # without what it may know of a weight, which is in arrays
+
+    def _numbered(self, spec: dict[str, Any]) -> int:
         if spec not in self._grids:
             self._grids.append(spec)
         return self._grids.index(spec)
 
-    def add_tensor(self, op: LinearOp, weight: QuantizedWeight) -> dict[str, Tensor]:
-        """Notes a rounded parameter; returns the arrays to store for it."""
-        entry: dict[str, Any] = {"grid": self._grid(weight.grid)}
+    @staticmethod
+    def entry(op: LinearOp, weight: QuantizedWeight) -> dict[str, Any]:
+        """What there is to note of a rounded parameter, its grid as data."""
+        entry: dict[str, Any] = {"grid": weight.grid.model_dump(mode="json")}
         if op.entry.transposed:
             entry["transposed"] = True
         if weight.basis is not None:
             entry["basis"] = weight.basis.describe()
-        self._tensors[op.weight] = entry
-        return {f"{op.weight}_{part}": array for part, array in weight.pack().items()}
+        return entry
+
+    def add_tensor(self, name: str, entry: Mapping[str, Any]) -> None:
+        """Notes a rounded parameter by its `entry`."""
+        self._tensors[name] = {**entry, "grid": self._numbered(entry["grid"])}
 
     def add_online(self, one: Attachment) -> dict[str, Tensor]:
         """Notes what runs with the model; returns the arrays to store for it, none for a map that was noted before."""

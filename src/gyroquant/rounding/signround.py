@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -16,12 +18,14 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from gyroquant.grids import QuantizedWeight
+from gyroquant.journal import get_state, put_state
 from gyroquant.models.graph import LinearOp
 from gyroquant.models.packed import as_matrix, from_matrix
 from gyroquant.models.runner import pass_back
 from gyroquant.progress import Advance
 from gyroquant.rounding.tunable import TunableWeight
 
+_CHECKPOINT = 20  # steps between states that are kept
 Run = Callable[[Mapping[str, Tensor], Tensor], Tensor]
 """A block on some weights: hidden states in, hidden states out, both of shape (sequences, length, hidden)."""
 
@@ -57,6 +61,34 @@ class SignRound(BaseModel):
         done = step / self.iters
         falling = {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2, "constant": 1.0}
         return (lr or 1 / self.iters) * falling[self.schedule]
+
+
+@dataclass
+class _State:
+    """How far tuning is: what moves (with its rate), the best of it so far with its loss, and where chance stands."""
+
+    moving: list[tuple[Tensor, float | None]]
+    generator: torch.Generator
+    done: int = 0
+    best: list[Tensor] | None = None
+    least: float = math.inf
+
+    def save(self, path: Path, mark: str) -> None:
+        tensors = {f"moving.{i}": tensor for i, (tensor, _) in enumerate(self.moving)}
+        tensors |= {f"best.{i}": tensor for i, tensor in enumerate(self.best or ())}
+        put_state(path, tensors | {"generator": self.generator.get_state()}, mark, [self.done, self.least])
+
+    def resume(self, path: Path, mark: str) -> None:
+        """Takes up a state with the same mark; any other file is started over."""
+        found = get_state(path, mark)
+        if found is None:
+            return
+        tensors, (self.done, self.least) = found
+        self.generator.set_state(tensors["generator"])
+        self.best = [tensors[f"best.{i}"] for i in range(len(self.moving))] if "best.0" in tensors else None
+        with torch.no_grad():
+            for i, (tensor, _) in enumerate(self.moving):
+                tensor.copy_(tensors[f"moving.{i}"])
 
 
 class BlockTuner:
@@ -120,29 +152,41 @@ class BlockTuner:
                 pass_back(rounded, leaves)
         return total
 
-    def tune(self, settings: SignRound, seed: int, progress: Advance = lambda: None) -> dict[str, QuantizedWeight]:
-        """Tunes and returns the weights, or those that were there where nothing was gained."""
-        generator = torch.Generator().manual_seed(seed)
-        moving = self._moving(settings)
-        best, least = None, math.inf
+    def tune(
+        self, settings: SignRound, seed: int, progress: Advance = lambda: None, checkpoint: Path | None = None
+    ) -> dict[str, QuantizedWeight]:
+        """Tunes and returns the weights, or those that were there where nothing was gained.
+
+        With `checkpoint`, a file, the state is kept there now and then, and what was stopped goes on from it.
+        """
+        state = _State(self._moving(settings), torch.Generator().manual_seed(seed))
+        if checkpoint is not None:
+            state.resume(checkpoint, str(seed))
         for step in range(settings.iters):
-            picks = torch.randperm(len(self.hidden), generator=generator)[: settings.batch_size].tolist()
-            loss = self.loss(picks, backward=True)
-            if settings.best and loss < least:
-                best, least = [tensor.detach().clone() for tensor, _ in moving], loss
-            with torch.no_grad():
-                for tensor, lr in moving:
-                    if tensor.grad is not None:
-                        tensor.sub_(tensor.grad.sign(), alpha=settings.rate(lr, step))
-                        tensor.grad = None
-            for one in self.tunable.values():
-                one.limit()
+            if step >= state.done:
+                self._step(settings, state, step)
+                if checkpoint is not None and state.done % _CHECKPOINT == 0:
+                    state.save(checkpoint, str(seed))
             progress()
-        if best is not None:
+        if state.best is not None:
             with torch.no_grad():
-                for (tensor, _), value in zip(moving, best, strict=True):
+                for (tensor, _), value in zip(state.moving, state.best, strict=True):
                     tensor.copy_(value)
-        return self._better(settings, generator)
+        return self._better(settings, state.generator)
+
+    def _step(self, settings: SignRound, state: _State, step: int) -> None:
+        picks = torch.randperm(len(self.hidden), generator=state.generator)[: settings.batch_size].tolist()
+        loss = self.loss(picks, backward=True)
+        if settings.best and loss < state.least:
+            state.best, state.least = [tensor.detach().clone() for tensor, _ in state.moving], loss
+        with torch.no_grad():
+            for tensor, lr in state.moving:
+                if tensor.grad is not None:
+                    tensor.sub_(tensor.grad.sign(), alpha=settings.rate(lr, step))
+                    tensor.grad = None
+        for one in self.tunable.values():
+            one.limit()
+        state.done = step + 1
 
     def _moving(self, settings: SignRound) -> list[tuple[Tensor, float | None]]:
         found: list[tuple[Tensor, float | None]] = []
@@ -165,7 +209,9 @@ class BlockTuner:
         return after if tuned < self.loss(picks, backward=False) else self.rounded
 
 
-def tune_block(settings: SignRound, tuner: BlockTuner, seed: int, progress: Any) -> dict[str, QuantizedWeight]:
+def tune_block(
+    settings: SignRound, tuner: BlockTuner, seed: int, progress: Any, checkpoint: Path | None = None
+) -> dict[str, QuantizedWeight]:
     """As `BlockTuner.tune`, from within code that computes without gradients."""
     with torch.enable_grad():
-        return tuner.tune(settings, seed, progress)
+        return tuner.tune(settings, seed, progress, checkpoint)

@@ -1,39 +1,42 @@
-"""Where cells run: processes on this machine, as many as memory has room for, or the workers of a Ray cluster."""
+"""Where work runs: processes on this machine, as many as memory has room for, or the workers of a Ray cluster."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from gyroquant.comparison.worker import Processes, run_cell
 from gyroquant.errors import InputError
+from gyroquant.processes import Processes
 
-_SLACK = 1.25  # how much more memory than the largest so far a cell is given room for
+Task = Callable[..., dict[str, Any]]
+"""Does what a spec asks for in a process of its own: (spec, log, and on this machine Processes) -> answer."""
+
+_SLACK = 1.25  # how much more memory than the largest so far a task is given room for
 _RETRIES = 3
 
 
 class LocalPool:
     """Processes on this machine, at most `workers`, each with `threads` threads.
 
-    The first cell runs alone: what memory it takes tells how many there is room for.
+    The first task runs alone: what memory it takes tells how many there is room for.
     """
 
-    def __init__(self, workers: int, threads: int):
-        self.workers, self.threads = workers, threads
+    def __init__(self, task: Task, workers: int, threads: int):
+        self.task, self.workers, self.threads = task, workers, threads
         self._waiters, self._processes = ThreadPoolExecutor(workers), Processes()
 
     def slots(self, peak: int) -> int:
-        """How many cells may run at once, when the largest so far took `peak` bytes (0: none has run)."""
+        """How many may run at once, when the largest so far took `peak` bytes (0: none has run)."""
         if not peak:
             return 1
         return max(1, min(self.workers, int(available_memory() // (peak * _SLACK))))
 
     def submit(self, spec: Mapping[str, Any], log: Path) -> Future[dict[str, Any]]:
-        """Starts a cell."""
-        return self._waiters.submit(run_cell, spec, log, self._processes)
+        """Starts the task for a spec."""
+        return self._waiters.submit(self.task, spec, log, self._processes)
 
     def close(self) -> None:
         """Ends what still runs, after an interruption."""
@@ -48,7 +51,7 @@ class RayPool:
     names from all of its machines. Raises InputError where Ray is not installed.
     """
 
-    def __init__(self, address: str | None, threads: int, workers: int | None = None):
+    def __init__(self, task: Task, address: str | None, threads: int, workers: int | None = None):
         try:
             import ray
         except ImportError as error:
@@ -56,14 +59,14 @@ class RayPool:
         self._ray, self.threads = ray, threads
         local = {"num_cpus": threads * workers} if address is None and workers else {}
         ray.init(address=address, ignore_reinit_error=True, log_to_driver=False, include_dashboard=False, **local)
-        self._task = ray.remote(run_cell).options(num_cpus=threads, max_retries=_RETRIES)
+        self._task = ray.remote(task).options(num_cpus=threads, max_retries=_RETRIES)
 
     def slots(self, peak: int) -> int:
-        """How many cells the cluster has processors for."""
+        """How many the cluster has processors for."""
         return max(1, int(self._ray.cluster_resources().get("CPU", 1) // self.threads))
 
     def submit(self, spec: Mapping[str, Any], log: Path) -> Future[dict[str, Any]]:
-        """Gives a cell to the cluster."""
+        """Gives the task for a spec to the cluster."""
         found: Future[dict[str, Any]] = self._task.remote(dict(spec), log).future()
         return found
 
@@ -75,16 +78,18 @@ class RayPool:
 Pool = LocalPool | RayPool
 
 
-def make_pool(ray: str | None, workers: int | None, threads: int | None) -> Pool:
-    """The pool that is asked for: `ray` is an address, ``local`` for a cluster of this machine's own, None for none."""
+def make_pool(task: Task, ray: str | None, workers: int | None, threads: int | None) -> Pool:
+    """The pool that is asked for, for a task: `ray` is an address, ``local`` for a cluster of this machine's own, None
+    for none.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for name, value in (("workers", workers), ("threads", threads)):
         if value is not None and value < 1:
             raise InputError(f"--{name} is {value}, and has to be at least 1")
     each = threads or max(1, cores // (workers or 1))
     if ray is not None:
-        return RayPool(None if ray == "local" else ray, each, workers)
-    return LocalPool(workers or 1, each)
+        return RayPool(task, None if ray == "local" else ray, each, workers)
+    return LocalPool(task, workers or 1, each)
 
 
 def available_memory() -> int:

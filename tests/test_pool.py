@@ -15,12 +15,17 @@ from typing import Any
 import pytest
 
 import gyroquant as gq
-from gyroquant.comparison import Limits, pool, worker
-from gyroquant.comparison.pool import LocalPool, make_pool
+from gyroquant import pool, processes
+from gyroquant.comparison import Limits, worker
+from gyroquant.pool import LocalPool, make_pool
+
+
+def nothing(spec: Any, log: Path, processes: Any = None) -> dict[str, Any]:
+    return {}
 
 
 def test_the_first_cell_runs_alone_then_as_many_as_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    local = LocalPool(workers=4, threads=1)
+    local = LocalPool(nothing, workers=4, threads=1)
     monkeypatch.setattr(pool, "available_memory", lambda: 10 * 10**9)
     assert local.slots(0) == 1
     assert local.slots(10**9) == 4
@@ -30,15 +35,14 @@ def test_the_first_cell_runs_alone_then_as_many_as_there_is_room_for(monkeypatch
 
 def test_workers_share_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool.os, "sched_getaffinity", lambda pid: set(range(8)))
-    assert (make_pool(None, None, None).workers, make_pool(None, None, None).threads) == (1, 8)
-    assert (make_pool(None, 4, None).workers, make_pool(None, 4, None).threads) == (4, 2)
-    assert make_pool(None, 4, 1).threads == 1
+    assert (make_pool(nothing, None, None, None).workers, make_pool(nothing, None, None, None).threads) == (1, 8)
+    assert (make_pool(nothing, None, 4, None).workers, make_pool(nothing, None, 4, None).threads) == (4, 2)
+    assert make_pool(nothing, None, 4, 1).threads == 1
 
 
-def test_cells_of_a_local_pool_run_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_tasks_of_a_local_pool_run_at_once(tmp_path: Path) -> None:
     both = threading.Barrier(2, timeout=20)
-    monkeypatch.setattr(pool, "run_cell", lambda spec, log, processes: {"at": both.wait(), "is": spec["is"]})
-    local = LocalPool(workers=2, threads=1)
+    local = LocalPool(lambda spec, log, processes: {"at": both.wait(), "is": spec["is"]}, workers=2, threads=1)
     futures: list[Future[dict[str, Any]]] = [local.submit({"is": i}, tmp_path / "log") for i in range(2)]
     assert sorted(future.result(timeout=30)["is"] for future in futures) == [0, 1]
 
@@ -49,8 +53,8 @@ def test_a_pool_that_is_closed_ends_what_runs_and_starts_nothing_again(
     program, started = tmp_path / "python", tmp_path / "started"
     program.write_text(f"#!/bin/sh\necho x >> {started}\nexec sleep 600\n")
     program.chmod(0o755)
-    monkeypatch.setattr(worker.sys, "executable", str(program))
-    local = LocalPool(workers=1, threads=1)
+    monkeypatch.setattr(processes.sys, "executable", str(program))
+    local = LocalPool(worker.run_cell, workers=1, threads=1)
     future = local.submit({"cell": {"key": "k"}, "scratch": str(tmp_path), "threads": 1}, tmp_path / "log" / "k.log")
     while not started.exists():
         time.sleep(0.01)
@@ -62,7 +66,7 @@ def test_a_pool_that_is_closed_ends_what_runs_and_starts_nothing_again(
 def test_ray_that_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with pytest.raises(gq.InputError, match=r"pip install 'gyroquant\[ray\]'"):
-        make_pool("local", None, None)
+        make_pool(nothing, "local", None, None)
 
 
 def _workers() -> list[int]:

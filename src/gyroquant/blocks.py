@@ -1,0 +1,173 @@
+"""All blocks in turn: each calibrated on what the rounded ones before it give, and kept as soon as it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gyroquant.blockwise import observed_in_turn, round_block
+from gyroquant.calibration.observers import observing
+from gyroquant.calibration.stream import Stream
+from gyroquant.errors import InputError
+from gyroquant.export.writer import Rounded, Writer
+from gyroquant.grids import QuantizedWeight
+from gyroquant.job import Job
+from gyroquant.journal import Journal
+from gyroquant.models.fold import fold
+from gyroquant.models.online import CacheQuantizer, attached
+from gyroquant.models.prove import folded_outer
+from gyroquant.models.runner import BlockRunner
+from gyroquant.models.sites import attention_module
+from gyroquant.progress import Advance, Stages
+from gyroquant.rounding.judge import LayerReport, judge_part
+from gyroquant.rounding.stage import Part, round_part
+
+_OUTER = "outer"
+TUNING = "tuning"
+
+
+@torch.no_grad()
+def round_model(
+    job: Job, writer: Writer, journal: Journal, progress: Stages, warnings: list[str]
+) -> list[dict[str, Any]]:
+    """Folds, observes, rounds and keeps every block that the journal has not; returns the reports of all layers."""
+    outer = folded_outer(job.plan, job.store.read(job.graph.outer_params()))
+    runner, stream = BlockRunner(job.store.skeleton(), job.graph), None
+    if job.needs_stream:
+        assert job.tokens is not None
+        stream = job.stream(runner, job.tokens, outer, job.output.offload)
+    records = []
+    if not job.rounds_head:
+        records.append(_outer(job, outer, None, writer, journal))
+        outer = {}
+    steps, behind = [_steps(job, stream, i) for i in range(len(job.graph.blocks))], 0
+    with progress.stage("round", sum(steps)) as advance:
+        for i, count in enumerate(steps):
+            record = journal.get(block_name(i))
+            if record is None:
+                if stream is not None and behind != i:
+                    journal.get_states(records[-1]["states"], stream.states)
+                record, behind = keep_block(job, i, writer, journal, stream, advance), i + 1
+            else:
+                _restore_keys(job, i, record)
+                for _ in range(count):
+                    advance()
+            writer.take(journal.path(block_name(i)), record["notes"])
+            records.append(record)
+    if job.rounds_head:
+        if stream is not None and behind != len(steps) and journal.get(_OUTER) is None:
+            journal.get_states(records[-1]["states"], stream.states)
+        records.append(_outer(job, outer, stream, writer, journal))
+    for record in records:
+        warnings += record["warnings"]
+    return [layer for record in records for layer in record["layers"]]
+
+
+def block_name(index: int) -> str:
+    """What the journal calls a block."""
+    return f"block-{index:05d}"
+
+
+def _steps(job: Job, stream: Stream | None, index: int) -> int:
+    """How often work on a block reports progress."""
+    if stream is None:
+        return 1
+    tune, runs = job.recipe.weights.tune, 1 + int(job.centers_keys) + int(job.recipe.weights.correct_bias)
+    return stream.steps * (len(observed_in_turn(job, index)) + runs) + (tune.iters if tune else 0)
+
+
+def keep_block(
+    job: Job, index: int, writer: Writer, journal: Journal, stream: Stream | None, advance: Advance
+) -> dict[str, Any]:
+    """Rounds a block whose inputs are in `stream`, carries these through it and keeps all of it; returns the record."""
+    tensors = fold(job.plan, job.store.read(job.graph.block_params(index)))
+    said: list[str] = []
+    tuning = journal.path(TUNING)
+    rounded, reports, deployed = round_block(
+        job, index, job.graph.blocks[index], tensors, stream, advance, said, job.recipe.weights.tune, tuning
+    )
+    piece = writer.piece(_saved(deployed, job.output.dtype, rounded), _by_op(job, rounded))
+    record: dict[str, Any] = {"notes": piece.notes, "layers": [asdict(one) for one in reports], "warnings": said}
+    record["key_mean"] = _key_mean(job, index)
+    if stream is None:
+        advance()
+    else:
+        with attached(job.store.skeleton(), job.running_in(index)):
+            stream.run(index, deployed, progress=advance)
+        last = index == len(job.graph.blocks) - 1 and not job.rounds_head
+        record["states"] = [] if last else journal.put_states(index, stream.states)
+    journal.put(block_name(index), piece.arrays, record)
+    tuning.unlink(missing_ok=True)
+    return record
+
+
+def _cache_quantizer(job: Job, index: int) -> int | None:
+    """The place among a job's quantizers of the one for a block's keys and values, if there is one."""
+    module = attention_module(job.graph.blocks[index]) if job.centers_keys else None
+    there = [n for n, one in enumerate(job.quantizers) if isinstance(one, CacheQuantizer) and one.module == module]
+    return there[0] if there else None
+
+
+def _key_mean(job: Job, index: int) -> list[Any] | None:
+    """The mean of a block's keys, as data, where it was measured."""
+    place = _cache_quantizer(job, index)
+    if place is None:
+        return None
+    mean = getattr(job.quantizers[place], "key_mean", None)
+    return None if mean is None else [str(mean.dtype).removeprefix("torch."), mean.tolist()]
+
+
+def _restore_keys(job: Job, index: int, record: Mapping[str, Any]) -> None:
+    """Gives a block's cache quantizer the mean of the keys that its record has."""
+    place = _cache_quantizer(job, index)
+    one = None if place is None else job.quantizers[place]
+    if isinstance(one, CacheQuantizer) and place is not None and record["key_mean"] is not None:
+        dtype, values = record["key_mean"]
+        job.quantizers[place] = replace(one, key_mean=torch.tensor(values, dtype=getattr(torch, dtype)))
+
+
+def _outer(
+    job: Job, outer: dict[str, Tensor], stream: Stream | None, writer: Writer, journal: Journal
+) -> dict[str, Any]:
+    """Keeps what lies around the blocks; the head, which reads what leaves the last norm, may be rounded."""
+    record = journal.get(_OUTER)
+    if record is None:
+        said: list[str] = []
+        rounded, reports = _round_head(job, outer, stream, said) if job.rounds_head else ({}, [])
+        piece = writer.piece(_saved(outer, job.output.dtype, rounded), _by_op(job, rounded))
+        record = {"notes": piece.notes, "layers": [asdict(one) for one in reports], "warnings": said}
+        journal.put(_OUTER, piece.arrays, record)
+    writer.take(journal.path(_OUTER), record["notes"])
+    return record
+
+
+def _round_head(
+    job: Job, outer: dict[str, Tensor], stream: Stream | None, warnings: list[str]
+) -> tuple[dict[str, QuantizedWeight], list[LayerReport]]:
+    model, group = job.store.skeleton(), job.graph.outer
+    observed: dict[Any, Any] = {}
+    if stream:
+        with attached(model, job.running_around()), observing(model, group, [], stream.observer) as observed:
+            stream.observe_head(outer)
+    part = Part(group, job.targets, outer, observed, [])
+    rounded = round_part(part, job.rounding(warnings.append))
+    return rounded, judge_part(part, rounded)
+
+
+def _by_op(job: Job, rounded: Mapping[str, QuantizedWeight]) -> Rounded:
+    return [(job.targets[name], weight) for name, weight in rounded.items()]
+
+
+def _saved(
+    tensors: Mapping[str, Tensor], dtype: torch.dtype, rounded: Mapping[str, QuantizedWeight]
+) -> dict[str, Tensor]:
+    """The parameters that are stored as they are, in the dtype of the output."""
+    saved = {name: tensor.to(dtype) for name, tensor in tensors.items() if name not in rounded}
+    for name, tensor in saved.items():
+        if not bool(tensor.isfinite().all()):
+            raise InputError(f"{name} is too large for {dtype}; choose another with --save-dtype bfloat16 or float32")
+    return saved

@@ -1,0 +1,89 @@
+"""Files that are there whole or not at all, whatever happens while they are written, and one writer at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from gyroquant.errors import InputError
+
+_CHUNK = 1 << 22
+
+
+def sync(path: Path) -> None:
+    """Has the system put a file, or the names in a folder, on the disk."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows opens no folders, and keeps their names by itself
+    number = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def sync_tree(folder: Path) -> None:
+    """Has the system put everything in a folder on the disk."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            sync(path)
+    for path in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
+        sync(path)
+
+
+def put(path: Path, write: Callable[[Path], object]) -> None:
+    """Has `write` make a file under another name, sees it on the disk, and only then gives it its own name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        write(partial)
+        sync(partial)
+        partial.replace(path)
+        sync(path.parent)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+
+
+def put_json(path: Path, data: Any) -> None:
+    """Writes JSON as `put` does."""
+    text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+    put(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file, read piece by piece."""
+    total = hashlib.sha256()
+    with path.open("rb") as file:
+        while data := file.read(_CHUNK):
+            total.update(data)
+    return total.hexdigest()
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Holds the right to write `out`, a folder or a file. The system takes it back from a process that dies.
+
+    May be held more than once by the same thread. Raises InputError when another process holds it.
+    """
+    path = out.absolute().with_name(f".{out.name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, timeout=0, is_singleton=True)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise InputError(f"another run writes {out}: wait for it, or choose another name") from error
+    try:
+        yield
+    finally:
+        if lock.lock_counter == 1:
+            with suppress(OSError):  # Windows deletes no file that is open
+                path.unlink()
+        lock.release()

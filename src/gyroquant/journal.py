@@ -1,0 +1,232 @@
+"""What a run has done so far, on the disk, so that nothing of it is lost: the same command goes on from there.
+
+Beside the folder that a run is to make lies its journal until that folder is in place: what the run is of, the results
+of stages that are done, every rounded block, and the hidden states behind the last of them. Each of these files is
+written under another name, seen on the disk, and renamed; a block counts once its record is there, which comes last and
+holds the checksums of what it speaks of. So whenever the process dies, the journal is that of a moment between two
+blocks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gyroquant.errors import GyroquantError, InputError
+from gyroquant.files import file_digest, locked, put
+
+_FORMAT = 1
+_HEAD = "run"
+_ROWS = 1 << 24  # bytes of hidden states that are written at once
+
+
+class Journal:
+    """The journal of the run that makes `out`; a context in which no other run can have it.
+
+    Leaving it after an error of the user's to mend (GyroquantError), or before anything was done, removes it; after an
+    interruption, a full disk or want of memory it stays, and the error's attribute `kept` tells where. `fresh` throws
+    away what is there.
+    """
+
+    def __init__(self, out: Path, fresh: bool = False):
+        self.out, self.fresh = out.absolute(), fresh
+        self.folder = self.out.with_name(f".{self.out.name}.journal")
+        self._held = ExitStack()
+
+    def __enter__(self) -> Journal:
+        self._held.enter_context(locked(self.out))
+        return self
+
+    def begin(self, facts: Mapping[str, Any]) -> bool:
+        """Opens the journal of a run of which `facts`, plain data, tell everything that its result depends on.
+
+        Returns whether there is something to go on from. Raises InputError, naming what differs, when what is there
+        belongs to another run.
+        """
+        if self.fresh:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for left in self.folder.glob(".*.partial"):
+            left.unlink()
+        facts = json.loads(json.dumps({"format": _FORMAT, **facts}))
+        known = self.read(_HEAD)
+        if known is None:
+            self.write(_HEAD, facts)
+            return False
+        if known != facts:
+            raise _OtherRunError(
+                f"{self.out} has an unfinished run with other settings: {_differences(known, facts)}. Run that one "
+                "again to finish it, or give --fresh to start over"
+            )
+        return True
+
+    def _record(self, name: str) -> Path:
+        return self.folder / f"{name}.json"
+
+    def path(self, name: str) -> Path:
+        """Where the tensors of a group lie, or the state of a stage that is under way."""
+        return self.folder / f"{name}.safetensors"
+
+    def write(self, name: str, data: Any) -> None:
+        """Keeps plain data with its checksum."""
+        text = json.dumps(data)
+        whole = json.dumps({"sha256": _digest(text), "data": text})
+        put(self._record(name), lambda partial: partial.write_text(whole, encoding="utf-8"))
+
+    def read(self, name: str) -> Any | None:
+        """Plain data that was kept, None for none. Raises InputError when it is damaged."""
+        path = self._record(name)
+        if not path.exists():
+            return None
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if found["sha256"] == _digest(found["data"]):
+                return json.loads(found["data"])
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        raise self._damaged(path)
+
+    def stage(self, name: str, make: Callable[[], Any]) -> Any:
+        """The result of a stage, plain data: what was kept of it, or what `make` gives now."""
+        if self.read(name) is None:
+            self.write(name, {"result": make()})
+        found: dict[str, Any] = self.read(name) or {}
+        return found["result"]
+
+    def put(self, name: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        """Keeps a group of tensors, and with them a record."""
+        path = self.path(name)
+        plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        put(path, lambda partial: save_file(plain, partial))
+        self.write(name, {**record, "tensors": file_digest(path)})
+
+    def get(self, name: str) -> dict[str, Any] | None:
+        """The record of a group, None for one that was not kept. Raises InputError when group or record is damaged."""
+        record: dict[str, Any] | None = self.read(name)
+        if record is not None:
+            self._check(self.path(name), record["tensors"])
+        return record
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors of a group."""
+        with safe_open(self.path(name), framework="pt") as file:
+            return {key: file.get_tensor(key).clone() for key in file.keys()}
+
+    def put_states(self, turn: int, states: Iterable[Tensor]) -> list[dict[str, str]]:
+        """Keeps large tensors beside those of the turn before; returns what `get_states` wants to know."""
+        kept = []
+        for number, state in enumerate(states):
+            path = self.folder / f"states-{turn % 2}-{number}.bin"
+            kept.append({"file": path.name, "sha256": _write_raw(path, state)})
+        return kept
+
+    def get_states(self, kept: Iterable[Mapping[str, str]], states: Iterable[Tensor]) -> None:
+        """Fills tensors with what was kept. Raises InputError when that is damaged."""
+        for known, state in zip(kept, states, strict=True):
+            path = self.folder / known["file"]
+            data = memoryview(_raw(state))
+            self._check(path, known["sha256"], len(data))
+            with path.open("rb") as file:
+                file.readinto(data)
+
+    def _check(self, path: Path, digest: str, size: int | None = None) -> None:
+        if not path.exists() or size not in (None, path.stat().st_size) or file_digest(path) != digest:
+            raise self._damaged(path)
+
+    def _damaged(self, path: Path) -> InputError:
+        return _OtherRunError(
+            f"{path} is damaged: it is not what the run has written there. Give --fresh to start over, on another disk "
+            "if this one fails"
+        )
+
+    def close(self) -> None:
+        """The folder is in place: the journal goes."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._held:
+            if error is None or isinstance(error, _OtherRunError):
+                return
+            names = {path.name for path in self.folder.glob("[!.]*")} - {self._record(_HEAD).name}
+            if isinstance(error, GyroquantError) or not names:
+                self.close()
+            else:
+                error.kept = self.folder  # type: ignore[attr-defined]
+
+
+def put_state(path: Path, tensors: Mapping[str, Tensor], mark: str, data: Any) -> None:
+    """Keeps the state of a stage that is under way: tensors, plain data, and a `mark` of what they depend on."""
+    plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    put(path, lambda partial: save_file(plain, partial, {"mark": mark, "data": json.dumps(data)}))
+
+
+def get_state(path: Path, mark: str) -> tuple[dict[str, Tensor], Any] | None:
+    """A state with this mark; None for any other file, which is one to start over from."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("mark") == mark:
+                return {key: file.get_tensor(key).clone() for key in file.keys()}, json.loads(metadata["data"])
+    except (OSError, SafetensorError):
+        pass
+    return None
+
+
+class _OtherRunError(InputError):
+    """What is there is not ours to remove."""
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _raw(tensor: Tensor) -> Any:
+    """The memory of a tensor on the CPU, as bytes."""
+    return tensor.view(torch.uint8).reshape(-1).numpy()
+
+
+def _write_raw(path: Path, tensor: Tensor) -> str:
+    total = hashlib.sha256()
+
+    def write(partial: Path) -> None:
+        data = memoryview(_raw(tensor.detach().contiguous()))
+        with partial.open("wb") as file:
+            for start in range(0, len(data), _ROWS):
+                total.update(data[start : start + _ROWS])
+                file.write(data[start : start + _ROWS])
+
+    put(path, write)
+    return total.hexdigest()
+
+
+def _differences(known: Any, facts: Any) -> str:
+    ours, theirs = dict(_leaves(facts)), dict(_leaves(known))
+    names = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+    told = [f"{name} was {_short(theirs.get(name))}, now {_short(ours.get(name))}" for name in names[:4]]
+    return "; ".join(told) + (f"; and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _short(value: Any) -> str:
+    text = "not set" if value is None else str(value)
+    return text if len(text) <= 24 else text[:12] + "..."
+
+
+def _leaves(data: Any, name: str = "") -> Iterable[tuple[str, Any]]:
+    if isinstance(data, dict) and data:
+        for key, value in data.items():
+            yield from _leaves(value, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, data

@@ -1,0 +1,172 @@
+"""The journal of a run: what it keeps, what it goes on from, and what it refuses."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import faulty
+import pytest
+import torch
+from faulty import Fault
+
+import gyroquant as gq
+from gyroquant import blocks, pipeline
+from gyroquant.files import locked
+from gyroquant.job import prepare
+from gyroquant.journal import Journal, get_state, put_state
+
+FIRST = "block-00000.json"
+
+
+def killed(folders: dict[str, Path], out: Path, corpus: Path, name: str = "gptq", at: int | str = FIRST) -> Path:
+    """The journal of a run that was killed when a block was done, or at another step."""
+    fault = Fault("kill", at, before=isinstance(at, int))
+    code, _ = faulty.disturbed(fault, partial(faulty.quantize, folders["llama"], out, corpus, name))
+    assert code == -signal.SIGKILL
+    return out.with_name(f".{out.name}.journal")
+
+
+def test_no_block_is_rounded_twice(
+    folders: dict[str, Path], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounded, original = [], blocks.round_block
+
+    def count(job: object, index: int, *rest: object) -> object:
+        rounded.append(index)
+        return original(job, index, *rest)  # type: ignore[arg-type]
+
+    killed(folders, tmp_path / "out", corpus)
+    monkeypatch.setattr(blocks, "round_block", count)
+    faulty.quantize(folders["llama"], tmp_path / "out", corpus, "gptq")
+    assert rounded == [1]
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith((".out", "out"))] == ["out"]
+
+
+def test_what_differs_is_told_and_nothing_is_thrown_away(
+    folders: dict[str, Path], corpus: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    there = killed(folders, out, corpus)
+    before = sorted(path.name for path in there.iterdir())
+    (tmp_path / "text.txt").write_text(corpus.read_text()[500:])
+    other = gq.load_recipe("gptq", [*faulty.SMALL, "weights.bits=3"])
+    for model, recipe, text, what in (
+        (folders["llama"], other, corpus, r"recipe\.weights\.bits was 4, now 3"),
+        (folders["llama_tied"], gq.load_recipe("gptq", faulty.SMALL), corpus, "model was"),
+        (folders["llama"], gq.load_recipe("gptq", faulty.SMALL), tmp_path / "text.txt", "text was"),
+    ):
+        with pytest.raises(gq.InputError, match=f"unfinished run with other settings: {what}.*--fresh"):
+            pipeline.run(prepare(model, out, recipe, text))
+        assert sorted(path.name for path in there.iterdir()) == before
+    pipeline.run(prepare(folders["llama"], out, other, corpus, fresh=True))
+    assert not there.exists()
+
+
+@pytest.mark.parametrize("name", ["block-00000.safetensors", "block-00000.json", "proof.json", "states-0-0.bin"])
+def test_damage_is_noticed(name: str, folders: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    there = killed(folders, out, corpus)
+    data = bytearray((there / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (there / name).write_bytes(data)
+    with pytest.raises(gq.InputError, match=f"{name} is damaged.*--fresh"):
+        faulty.quantize(folders["llama"], out, corpus, "gptq")
+    assert not out.exists()
+    assert (there / name).exists()
+    faulty.quantize(folders["llama"], out, corpus, "gptq", fresh=True)
+
+
+def test_stages_go_on_inside(folders: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+    """Wherever tuning, learning or finishing was when the run died, its state is there and is taken up."""
+    name, seen = "learned, measured, tuned and finished", set()
+    code, steps = faulty.disturbed(None, partial(faulty.quantize, folders["llama"], tmp_path / "all", corpus, name))
+    assert code == 0
+    for number in range(0, steps, steps // 16):
+        there = killed(folders, tmp_path / str(number) / "out", corpus, name, number)
+        seen |= {path.stem for path in there.glob("*.safetensors")} & {"learning", "tuning", "finishing", "measured"}
+    assert seen == {"learning", "tuning", "finishing", "measured"}
+
+
+def test_an_error_of_the_users_leaves_nothing_and_an_interruption_what_is_done(tmp_path: Path) -> None:
+    for error, kept in ((gq.InputError("x"), False), (KeyboardInterrupt(), True), (MemoryError(), True)):
+        with pytest.raises(type(error)) as found, Journal(tmp_path / "out") as journal:
+            journal.begin({"a": 1})
+            journal.stage("proof", lambda: 1)
+            raise error
+        assert (tmp_path / ".out.journal").exists() == kept == hasattr(found.value, "kept")
+    with pytest.raises(KeyboardInterrupt) as found, Journal(tmp_path / "new") as journal:
+        journal.begin({"a": 1})
+        raise KeyboardInterrupt
+    assert not hasattr(found.value, "kept")
+    assert [path.name for path in tmp_path.iterdir()] == [".out.journal"]
+
+
+def test_states_are_known_by_their_mark(tmp_path: Path) -> None:
+    path, tensors = tmp_path / "state", {"a": torch.arange(3)}
+    assert get_state(path, "x") is None
+    put_state(path, tensors, "x", [1, float("inf")])
+    found = get_state(path, "x")
+    assert found is not None
+    assert torch.equal(found[0]["a"], tensors["a"])
+    assert found[1] == [1, float("inf")]
+    assert get_state(path, "y") is None
+    path.write_bytes(path.read_bytes()[:-1])
+    assert get_state(path, "x") is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hidden_states_come_back_bit_for_bit(dtype: torch.dtype, tmp_path: Path) -> None:
+    states = [torch.randn(3, 5, 7).to(dtype), torch.randn(3, 5, 7).to(dtype)]
+    with Journal(tmp_path / "out") as journal:
+        journal.begin({})
+        first = journal.put_states(0, states)
+        journal.put_states(1, [state + 1 for state in states])  # the turn before stays
+        back = [torch.empty_like(state) for state in states]
+        journal.get_states(first, back)
+        assert all(torch.equal(a, b) for a, b in zip(states, back, strict=True))
+        with pytest.raises(gq.InputError, match="damaged"):
+            journal.get_states(first, [torch.empty(3, 5, 6, dtype=dtype) for _ in states])
+
+
+def hold(out: Path, ready: object, over: object) -> None:
+    """Holds a lock until it is killed."""
+    with locked(out):
+        ready.set()  # type: ignore[attr-defined]
+        over.wait()  # type: ignore[attr-defined]
+
+
+def test_a_second_run_is_refused_until_the_first_is_dead(
+    folders: dict[str, Path], corpus: Path, tmp_path: Path
+) -> None:
+    context = multiprocessing.get_context("spawn")
+    ready, over, out = context.Event(), context.Event(), tmp_path / "out"
+    other = context.Process(target=hold, args=(out, ready, over))
+    other.start()
+    assert ready.wait(120)
+    with pytest.raises(gq.InputError, match=r"another run writes .*out: wait for it, or choose another name"):
+        faulty.quantize(folders["llama"], out, corpus, "rtn")
+    other.kill()
+    other.join()
+    faulty.quantize(folders["llama"], out, corpus, "rtn")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_interrupted_command_says_that_it_goes_on(folders: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "gyroquant", "quantize", str(folders["llama"]), str(tmp_path / "out")]
+    command += ["--recipe", "gptq", "--text", str(corpus), "--seqlen", "128", "--set", "weights.group_size=16"]
+    command += ["--set", "weights.tune.iters=100000", "--nsamples", "8", "--set", "calibration.dtype=float32"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob(".out.journal/tuning*")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, messages = process.communicate(timeout=60)
+    assert process.returncode == 130, messages
+    assert "interrupted; the same command goes on from there" in messages
+    assert [path.name for path in tmp_path.iterdir()] == [".out.journal"]

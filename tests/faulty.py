@@ -8,6 +8,7 @@ or after it.
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 import multiprocessing
 import os
@@ -26,8 +27,6 @@ import torch
 import gyroquant as gq
 from gyroquant import files, journal, pipeline
 from gyroquant.job import prepare
-from gyroquant.learning import finish
-from gyroquant.rounding import signround
 
 SMALL = ["weights.group_size=16", "calibration.nsamples=8", "calibration.seqlen=32", "calibration.dtype=float32"]
 RECIPES = {
@@ -92,6 +91,16 @@ def disturbed(fault: Fault | None, work: Callable[[], object]) -> tuple[int, int
         return child.exitcode, Path(counter.name).stat().st_size
 
 
+def told(work: Callable[[], object]) -> tuple[int, str]:
+    """Does work in a child without a fault; returns its exit code, and what error it told of."""
+    with tempfile.NamedTemporaryFile() as message:
+        child = _CONTEXT.Process(target=_teller, args=(work, message.name))
+        child.start()
+        child.join()
+        assert child.exitcode is not None
+        return child.exitcode, Path(message.name).read_text()
+
+
 def _child(fault: Fault | None, work: Callable[[], object], counter: str) -> None:
     with Path(counter).open("ab", buffering=0) as file:
         _Steps(fault, file.fileno()).watch()
@@ -100,6 +109,14 @@ def _child(fault: Fault | None, work: Callable[[], object], counter: str) -> Non
         except OSError as error:
             traceback.print_exc()
             sys.exit(3 if error.errno == errno.ENOSPC else 1)
+
+
+def _teller(work: Callable[[], object], message: str) -> None:
+    try:
+        work()
+    except gq.GyroquantError as error:
+        Path(message).write_text(str(error))
+        sys.exit(1)
 
 
 class _Steps:
@@ -112,15 +129,18 @@ class _Steps:
         for owner, name in (
             (files, "sync"),
             (journal, "save_file"),
+            (journal, "_copy"),
             (Path, "write_text"),
             (Path, "replace"),
             (Path, "rename"),
             (Path, "unlink"),
             (shutil, "rmtree"),
         ):
-            setattr(owner, name, self._counted(getattr(owner, name), name in ("save_file", "write_text")))
-        signround._CHECKPOINT = 2
-        finish._CHECKPOINT = 1
+            setattr(owner, name, self._counted(getattr(owner, name), name in ("save_file", "_copy", "write_text")))
+        for module, steps in (("gyroquant.rounding.signround", 2), ("gyroquant.learning.finish", 1)):
+            stage = importlib.import_module(module)
+            assert hasattr(stage, "_CHECKPOINT")
+            stage._CHECKPOINT = steps  # type: ignore[attr-defined]
 
     def _counted(self, step: Callable[..., Any], writes: bool) -> Callable[..., Any]:
         def counted(*args: Any, **kwargs: Any) -> Any:

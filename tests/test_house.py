@@ -28,6 +28,7 @@ ROOMS = [
     "api",
     "pipeline",
     "elsewhere",
+    "apart",
     "allocation",
     "blocks",
     "blockwise",

@@ -17,7 +17,7 @@ import pytest
 import gyroquant as gq
 from gyroquant import pool, processes
 from gyroquant.comparison import Limits, worker
-from gyroquant.pool import LocalPool, make_pool
+from gyroquant.pool import LocalPool, Workers, make_pool
 
 
 def nothing(spec: Any, log: Path, processes: Any = None) -> dict[str, Any]:
@@ -35,9 +35,9 @@ def test_the_first_cell_runs_alone_then_as_many_as_there_is_room_for(monkeypatch
 
 def test_workers_share_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool.os, "sched_getaffinity", lambda pid: set(range(8)))
-    assert (make_pool(nothing, None, None, None).workers, make_pool(nothing, None, None, None).threads) == (1, 8)
-    assert (make_pool(nothing, None, 4, None).workers, make_pool(nothing, None, 4, None).threads) == (4, 2)
-    assert make_pool(nothing, None, 4, 1).threads == 1
+    assert (make_pool(nothing, Workers()).workers, make_pool(nothing, Workers()).threads) == (1, 8)
+    assert (make_pool(nothing, Workers(4)).workers, make_pool(nothing, Workers(4)).threads) == (4, 2)
+    assert make_pool(nothing, Workers(4, 1)).threads == 1
 
 
 def test_tasks_of_a_local_pool_run_at_once(tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_a_pool_that_is_closed_ends_what_runs_and_starts_nothing_again(
 def test_ray_that_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with pytest.raises(gq.InputError, match=r"pip install 'gyroquant\[ray\]'"):
-        make_pool(nothing, "local", None, None)
+        make_pool(nothing, Workers(ray="local"))
 
 
 def _workers() -> list[int]:

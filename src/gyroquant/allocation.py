@@ -23,6 +23,9 @@ from gyroquant.rounding.allocate import Choice, choose, grids_by_bits
 from gyroquant.rounding.base import Warn
 from gyroquant.rounding.stage import Part, round_part
 
+ALLOCATION = "allocation"
+"""What a run's journal calls the bits that were given out."""
+
 
 @torch.no_grad()
 def allocate(job: Job, progress: Stages, warn: Warn) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from gyroquant.errors import InputError
 from gyroquant.evaluation.perplexity import DTYPES, PRESETS, score_windows, summary, text_windows
 from gyroquant.job import prepare
 from gyroquant.models.source import open_model
+from gyroquant.pool import Workers
 from gyroquant.progress import Stages
 from gyroquant.recipe import Recipe
 
@@ -35,6 +36,7 @@ def quantize(
     save_dtype: str = "auto",
     offload: str | Path | None = None,
     fresh: bool = False,
+    workers: Workers | None = None,
     progress: Stages | None = None,
 ) -> PreTrainedModel:
     """Transforms, proves, rounds and saves a model, and returns it loaded back from what was saved.
@@ -42,8 +44,8 @@ def quantize(
     `model` is a name on the hub, a folder, a GGUF file or a transformers model; `calibration` a text file, a list of
     strings or a dataset; `out` a folder that does not exist yet (left out: nothing is kept on disk). The manifest is
     the attribute `gyroquant_manifest` of the result. A run into `out` that was stopped is gone on with, unless it is to
-    be `fresh`. Raises a GyroquantError before any work for whatever cannot be
-    done.
+    be `fresh`. With `workers`, blocks are rounded side by side. Raises a GyroquantError before any work for whatever
+    cannot be done.
     """
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(out) if out is not None else Path(scratch) / "model"
@@ -59,6 +61,7 @@ def quantize(
             save_dtype=save_dtype,
             offload=offload,
             fresh=fresh,
+            workers=workers,
         )
         manifest = pipeline.run(job, progress)
         loaded = load(place, device=device)

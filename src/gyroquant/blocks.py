@@ -13,7 +13,8 @@ from gyroquant.blockwise import observed_in_turn, round_block
 from gyroquant.calibration.observers import observing
 from gyroquant.calibration.stream import Stream
 from gyroquant.errors import InputError
-from gyroquant.export.writer import Rounded, Writer
+from gyroquant.export.folder import OutputFolder
+from gyroquant.export.writer import DenseWriter, PackedWriter, Rounded, Writer
 from gyroquant.grids import QuantizedWeight
 from gyroquant.job import Job
 from gyroquant.journal import Journal
@@ -50,7 +51,7 @@ def round_model(
             record = journal.get(block_name(i))
             if record is None:
                 if stream is not None and behind != i:
-                    journal.get_states(records[-1]["states"], stream.states)
+                    _catch_up(job, i, records[-1], stream, journal)
                 record, behind = keep_block(job, i, writer, journal, stream, advance), i + 1
             else:
                 _restore_keys(job, i, record)
@@ -60,7 +61,7 @@ def round_model(
             records.append(record)
     if job.rounds_head:
         if stream is not None and behind != len(steps) and journal.get(_OUTER) is None:
-            journal.get_states(records[-1]["states"], stream.states)
+            _catch_up(job, len(steps), records[-1], stream, journal)
         records.append(_outer(job, outer, stream, writer, journal))
     for record in records:
         warnings += record["warnings"]
@@ -80,13 +81,59 @@ def _steps(job: Job, stream: Stream | None, index: int) -> int:
     return stream.steps * (len(observed_in_turn(job, index)) + runs) + (tune.iters if tune else 0)
 
 
+def writer_of(job: Job, folder: OutputFolder | None = None) -> Writer:
+    """The writer of a job's pieces; without a folder one that only makes them."""
+    return (DenseWriter if job.output.dense else PackedWriter)(folder, job.store, job.output.dtype)
+
+
+def carry(
+    job: Job,
+    index: int,
+    stream: Stream,
+    unrounded: Mapping[str, Tensor],
+    deployed: Mapping[str, Tensor] | None = None,
+    advance: Advance = lambda: None,
+) -> None:
+    """Carries the text through a block, to what the next one is calibrated on: as deployed, or as it was unrounded."""
+    if job.recipe.calibration.inputs == "original":
+        with attached(job.store.skeleton(), job.plan.online_in(index)):
+            stream.run(index, unrounded, progress=advance)
+        if stream.original is not None and stream.hidden is not None:
+            stream.original.copy_(stream.hidden)
+        return
+    assert deployed is not None
+    with attached(job.store.skeleton(), job.running_in(index)):
+        stream.run(index, deployed, progress=advance)
+
+
+def folded_block(job: Job, index: int) -> dict[str, Tensor]:
+    """A block's parameters with the job's maps folded in."""
+    return fold(job.plan, job.store.read(job.graph.block_params(index)))
+
+
+def _catch_up(job: Job, index: int, record: Mapping[str, Any], stream: Stream, journal: Journal) -> None:
+    """Brings a stream that is at the first block in front of block `index`: `record` is that of the one before."""
+    if "states" in record:
+        journal.get_states(record["states"], stream.states)
+    else:  # blocks were rounded side by side
+        for before in range(index):
+            carry(job, before, stream, folded_block(job, before))
+
+
 def keep_block(
-    job: Job, index: int, writer: Writer, journal: Journal, stream: Stream | None, advance: Advance
+    job: Job,
+    index: int,
+    writer: Writer,
+    journal: Journal,
+    stream: Stream | None,
+    advance: Advance = lambda: None,
+    apart: bool = False,
 ) -> dict[str, Any]:
-    """Rounds a block whose inputs are in `stream`, carries these through it and keeps all of it; returns the record."""
-    tensors = fold(job.plan, job.store.read(job.graph.block_params(index)))
-    said: list[str] = []
-    tuning = journal.path(TUNING)
+    """Rounds a block whose inputs are in `stream`, and keeps it; returns the record. The text is carried on and kept,
+    too, unless another process rounds the next block, `apart` from this one.
+    """
+    tensors, said = folded_block(job, index), list[str]()
+    tuning = journal.path(f"{TUNING}-{index}" if apart else TUNING)
     rounded, reports, deployed = round_block(
         job, index, job.graph.blocks[index], tensors, stream, advance, said, job.recipe.weights.tune, tuning
     )
@@ -95,11 +142,10 @@ def keep_block(
     record["key_mean"] = _key_mean(job, index)
     if stream is None:
         advance()
-    else:
-        with attached(job.store.skeleton(), job.running_in(index)):
-            stream.run(index, deployed, progress=advance)
+    elif not apart:
+        carry(job, index, stream, tensors, deployed, advance)
         last = index == len(job.graph.blocks) - 1 and not job.rounds_head
-        record["states"] = [] if last else journal.put_states(index, stream.states)
+        record["states"] = [] if last else journal.put_states(f"states-{index % 2}", stream.states)
     journal.put(block_name(index), piece.arrays, record)
     tuning.unlink(missing_ok=True)
     return record

@@ -30,6 +30,7 @@ from gyroquant.models.runner import BlockRunner
 from gyroquant.models.source import open_model
 from gyroquant.models.store import WeightStore
 from gyroquant.planning import needs_measuring, plan_folds
+from gyroquant.pool import Workers
 from gyroquant.recipe import Recipe, load_recipe
 from gyroquant.rounding.allocate import grids_by_bits
 from gyroquant.rounding.base import ModelSolver, Warn
@@ -42,7 +43,7 @@ class Output:
     """Where the result goes and how: `dtype` is that of parameters which are not rounded.
 
     `dense` writes rounded weights as plain numbers; `offload` is a folder for activations while it runs; `fresh` does
-    not go on from where a run before was stopped.
+    not go on from where a run before was stopped; `workers` round blocks side by side.
     """
 
     folder: Path
@@ -52,6 +53,7 @@ class Output:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     offload: Path | None = None
     fresh: bool = False
+    workers: Workers | None = None
 
 
 @dataclass
@@ -154,6 +156,7 @@ def prepare(
     save_dtype: str = "auto",
     offload: str | Path | None = None,
     fresh: bool = False,
+    workers: Workers | None = None,
 ) -> Job:
     """Checks a quantization before any work: recipe, model, sites, group sizes, text, destination, room on the disk.
 
@@ -176,6 +179,7 @@ def prepare(
         device=torch.device(device),
         offload=Path(offload) if offload else None,
         fresh=fresh,
+        workers=workers,
     )
     job = Job(store, recipe, plan, targets, output, tokenizer or _tokenizer(store, text is not None), quantizers, text)
     job.tokens = _tokens(job)
@@ -184,6 +188,7 @@ def prepare(
     _check_held_out(job)
     _check_elsewhere(job.graph, targets, recipe)
     _check_bias(job.graph, recipe)
+    _check_workers(job)
     check_room(out, expected_bytes(job) * 2)  # pieces and the files they are put together in
     return job
 
@@ -327,6 +332,21 @@ def _check_elsewhere(graph: ModelGraph, targets: Mapping[str, LinearOp], recipe:
                 f"the solver {recipe.weights.solver.name} rounds plain linear layers of blocks, and {layer_name(op)} "
                 "is none: put it into weights.ignore, or take another solver"
             )
+
+
+def _check_workers(job: Job) -> None:
+    """Refuses workers for blocks that cannot be rounded side by side."""
+    if job.output.workers is None:
+        return
+    if job.recipe.calibration.inputs != "original":
+        raise InputError(
+            "blocks are rounded one after the other, each on what the rounded ones before it give: --workers and --ray "
+            "need --set calibration.inputs=original"
+        )
+    if isinstance(job.recipe.weights.solver, ModelSolver):
+        raise InputError(f"--workers and --ray are not for {job.recipe.weights.solver.name}, which takes whole models")
+    if not Path(job.store.label).exists():
+        raise InputError("--workers and --ray need a model in a folder or a file, which the workers can open")
 
 
 def _tokenizer(store: WeightStore, required: bool) -> Any:

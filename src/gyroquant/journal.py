@@ -14,6 +14,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,7 +29,7 @@ from gyroquant.files import file_digest, locked, put
 
 _FORMAT = 1
 _HEAD = "run"
-_ROWS = 1 << 24  # bytes of hidden states that are written at once
+_PART = 1 << 24  # bytes of hidden states that are copied at once
 
 
 class Journal:
@@ -82,7 +83,7 @@ class Journal:
         """Keeps plain data with its checksum."""
         text = json.dumps(data)
         whole = json.dumps({"sha256": _digest(text), "data": text})
-        put(self._record(name), lambda partial: partial.write_text(whole, encoding="utf-8"))
+        put(self._record(name), lambda place: place.write_text(whole, encoding="utf-8"))
 
     def read(self, name: str) -> Any | None:
         """Plain data that was kept, None for none. Raises InputError when it is damaged."""
@@ -108,7 +109,7 @@ class Journal:
         """Keeps a group of tensors, and with them a record."""
         path = self.path(name)
         plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        put(path, lambda partial: save_file(plain, partial))
+        put(path, lambda place: save_file(plain, place))
         self.write(name, {**record, "tensors": file_digest(path)})
 
     def get(self, name: str) -> dict[str, Any] | None:
@@ -123,22 +124,31 @@ class Journal:
         with safe_open(self.path(name), framework="pt") as file:
             return {key: file.get_tensor(key).clone() for key in file.keys()}
 
-    def put_states(self, turn: int, states: Iterable[Tensor]) -> list[dict[str, str]]:
-        """Keeps large tensors beside those of the turn before; returns what `get_states` wants to know."""
+    def put_states(self, name: str, states: Iterable[Tensor | Path]) -> list[dict[str, str]]:
+        """Keeps large tensors, in memory or in files of their raw bytes; returns what `get_states` wants to know."""
         kept = []
         for number, state in enumerate(states):
-            path = self.folder / f"states-{turn % 2}-{number}.bin"
-            kept.append({"file": path.name, "sha256": _write_raw(path, state)})
+            path, total = self.folder / f"{name}-{number}.bin", hashlib.sha256()
+            put(path, partial(_copy, state, total))
+            kept.append({"file": path.name, "sha256": total.hexdigest()})
         return kept
 
-    def get_states(self, kept: Iterable[Mapping[str, str]], states: Iterable[Tensor]) -> None:
-        """Fills tensors with what was kept. Raises InputError when that is damaged."""
+    def get_states(self, kept: Iterable[Mapping[str, str]], states: Iterable[Tensor | Path]) -> None:
+        """Fills tensors, or files, with what was kept. Raises InputError when that is damaged."""
         for known, state in zip(kept, states, strict=True):
             path = self.folder / known["file"]
-            data = memoryview(_raw(state))
-            self._check(path, known["sha256"], len(data))
+            self._check(path, known["sha256"], state.stat().st_size if isinstance(state, Path) else state.nbytes)
             with path.open("rb") as file:
-                file.readinto(data)
+                if isinstance(state, Path):
+                    with state.open("r+b") as there:  # a file that is mapped stays the same file
+                        shutil.copyfileobj(file, there, _PART)
+                else:
+                    file.readinto(_raw(state))
+
+    def drop_states(self, name: str) -> None:
+        """Deletes large tensors that were kept."""
+        for path in self.folder.glob(f"{name}-*.bin"):
+            path.unlink(missing_ok=True)
 
     def _check(self, path: Path, digest: str, size: int | None = None) -> None:
         if not path.exists() or size not in (None, path.stat().st_size) or file_digest(path) != digest:
@@ -170,7 +180,7 @@ class Journal:
 def put_state(path: Path, tensors: Mapping[str, Tensor], mark: str, data: Any) -> None:
     """Keeps the state of a stage that is under way: tensors, plain data, and a `mark` of what they depend on."""
     plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    put(path, lambda partial: save_file(plain, partial, {"mark": mark, "data": json.dumps(data)}))
+    put(path, lambda place: save_file(plain, place, {"mark": mark, "data": json.dumps(data)}))
 
 
 def get_state(path: Path, mark: str) -> tuple[dict[str, Tensor], Any] | None:
@@ -195,21 +205,22 @@ def _digest(text: str) -> str:
 
 def _raw(tensor: Tensor) -> Any:
     """The memory of a tensor on the CPU, as bytes."""
-    return tensor.view(torch.uint8).reshape(-1).numpy()
+    return tensor.view(torch.uint8).reshape(-1).numpy().data
 
 
-def _write_raw(path: Path, tensor: Tensor) -> str:
-    total = hashlib.sha256()
-
-    def write(partial: Path) -> None:
-        data = memoryview(_raw(tensor.detach().contiguous()))
-        with partial.open("wb") as file:
-            for start in range(0, len(data), _ROWS):
-                total.update(data[start : start + _ROWS])
-                file.write(data[start : start + _ROWS])
-
-    put(path, write)
-    return total.hexdigest()
+def _copy(state: Tensor | Path, total: Any, target: Path) -> None:
+    """Writes the bytes of a state into a file, part by part, and adds them to a checksum."""
+    with ExitStack() as opened:
+        into = opened.enter_context(target.open("wb"))
+        if isinstance(state, Path):
+            file = opened.enter_context(state.open("rb"))
+            parts: Iterable[Any] = iter(lambda: file.read(_PART), b"")
+        else:
+            data = _raw(state.detach().contiguous())
+            parts = (data[start : start + _PART] for start in range(0, len(data), _PART))
+        for part in parts:
+            total.update(part)
+            into.write(part)
 
 
 def _differences(known: Any, facts: Any) -> str:

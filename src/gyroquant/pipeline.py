@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gyroquant.allocation import allocate, give
-from gyroquant.blocks import round_model
+from gyroquant.allocation import ALLOCATION, allocate, give
+from gyroquant.apart import round_apart
+from gyroquant.blocks import round_model, writer_of
 from gyroquant.calibration.measure import Want, measure
 from gyroquant.calibration.text import load_text, sample, tokenize
 from gyroquant.elsewhere import round_elsewhere
@@ -22,7 +23,7 @@ from gyroquant.errors import InputError
 from gyroquant.export.folder import OutputFolder
 from gyroquant.export.hf import keep_online
 from gyroquant.export.memory import write_folded
-from gyroquant.export.writer import DenseWriter, PackedWriter, Writer
+from gyroquant.export.writer import Writer
 from gyroquant.job import Job, learning_setting, plan_all
 from gyroquant.journal import Journal
 from gyroquant.learning import finish, learn
@@ -161,7 +162,9 @@ def run(job: Job, progress: Stages | None = None) -> dict[str, Any]:
         allocation = _allocate(job, journal, progress, warnings)
         job.rounded = round_elsewhere(job, progress)
         with OutputFolder(job.output.folder, job.output.overwrite) as folder:
-            writer = (DenseWriter if job.output.dense else PackedWriter)(folder, job.store, job.output.dtype)
+            if job.output.workers is not None:
+                round_apart(job, journal, job.output.workers, progress)
+            writer = writer_of(job, folder)
             layers = round_model(job, writer, journal, progress, warnings)
             writer.online([*job.plan.online, *job.quantizers])
             folder.merge()
@@ -183,6 +186,8 @@ def run(job: Job, progress: Stages | None = None) -> dict[str, Any]:
 def _facts(job: Job, model: str) -> dict[str, Any]:
     """Everything that the result depends on, to know a run again by."""
     recipe, output, machine = job.recipe.to_dict(), job.output, versions()
+    if output.workers is not None:
+        machine["threads"] = output.workers.each
     for told in (recipe, machine):
         for label in ("name", "description", "platform"):
             told.pop(label, None)
@@ -230,7 +235,7 @@ def _allocate(job: Job, journal: Journal, progress: Stages, warnings: list[str])
 
     if job.recipe.weights.allocate is None:
         return None
-    kept = journal.stage("allocation", choose)
+    kept = journal.stage(ALLOCATION, choose)
     warnings += kept["warnings"]
     found: dict[str, Any] = kept["found"]
     give(job, found["bits"])

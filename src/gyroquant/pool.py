@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -78,18 +79,33 @@ class RayPool:
 Pool = LocalPool | RayPool
 
 
-def make_pool(task: Task, ray: str | None, workers: int | None, threads: int | None) -> Pool:
-    """The pool that is asked for, for a task: `ray` is an address, ``local`` for a cluster of this machine's own, None
-    for none.
+@dataclass(frozen=True)
+class Workers:
+    """How many tasks run at once, `count` (1), with how many `threads` each (None: what there is for each), and where:
+    here, or on the Ray cluster at an address (``local``: one of this machine's own).
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    for name, value in (("workers", workers), ("threads", threads)):
-        if value is not None and value < 1:
-            raise InputError(f"--{name} is {value}, and has to be at least 1")
-    each = threads or max(1, cores // (workers or 1))
-    if ray is not None:
-        return RayPool(task, None if ray == "local" else ray, each, workers)
-    return LocalPool(task, workers or 1, each)
+
+    count: int | None = None
+    threads: int | None = None
+    ray: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("workers", self.count), ("threads", self.threads)):
+            if value is not None and value < 1:
+                raise InputError(f"--{name} is {value}, and has to be at least 1")
+
+    @property
+    def each(self) -> int:
+        """The threads of each."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return self.threads or max(1, cores // (self.count or 1))
+
+
+def make_pool(task: Task, workers: Workers) -> Pool:
+    """The pool that is asked for, for a task."""
+    if workers.ray is not None:
+        return RayPool(task, None if workers.ray == "local" else workers.ray, workers.each, workers.count)
+    return LocalPool(task, workers.count or 1, workers.each)
 
 
 def available_memory() -> int:

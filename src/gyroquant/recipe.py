@@ -132,7 +132,12 @@ class Weights(BaseModel):
 
 
 class Calibration(BaseModel):
-    """The text that a model is observed on. `dtype` auto is bfloat16 where the processor multiplies it natively."""
+    """The text that a model is observed on. `dtype` auto is bfloat16 where the processor multiplies it natively.
+
+    `inputs` are what a block is calibrated on: what the rounded blocks before it give, as GPTQ does, or what the
+    original ones would, as in the parallel form of AdaQuant (arXiv 2006.10518): then blocks do not know of
+    each other's errors, and can be rounded side by side.
+    """
 
     model_config = _STRICT
     text: str | None = None
@@ -140,6 +145,7 @@ class Calibration(BaseModel):
     seqlen: Annotated[int, Field(gt=1)] = 512
     seed: int = 0
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    inputs: Literal["rounded", "original"] = "rounded"
 
 
 class ProofSettings(BaseModel):
@@ -171,6 +177,15 @@ class Recipe(BaseModel):
     def _learned_as_rounded(self) -> Recipe:
         if self.learn is not None and self.learn.round_weights and self.weights.basis is not None:
             raise ValueError("learn.round_weights rounds weights as they are, not in weights.basis: set it to false")
+        return self
+
+    @model_validator(mode="after")
+    def _inputs_to_answer(self) -> Recipe:
+        if self.calibration.inputs == "original" and self.weights.needs_drift:
+            raise ValueError(
+                f"calibration.inputs=original leaves weights.{'target' if self.weights.target else 'solver'} nothing "
+                "to answer: inputs are what the unrounded model gives. Take inputs: rounded, or gptq without a target"
+            )
         return self
 
     @field_validator("transform")

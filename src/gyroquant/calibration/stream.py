@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gyroquant.calibration.observers import CrossGram, Gram, Pairing
+from gyroquant.calibration.spill import Spilled
 from gyroquant.models.online import attached
 from gyroquant.models.runner import BlockDoneError, BlockRunner, Call
 from gyroquant.models.store import WeightStore
@@ -25,9 +26,10 @@ _HEAD_TOKENS = 512  # tokens that run through the head at once: logits are wide
 class Stream:
     """The hidden states of `input_ids`, shape (sequences, length), on their way through a model.
 
-    `dtype` is what blocks compute in. With `offload`, a folder, the hidden states lie in a file there, memory-mapped.
-    With a `pairing`, those of the original model go along in `original`: `observe` moves them on, with the weights that
-    it is given, and `run` does not. `observing_seconds` is what `observe` took so far.
+    `dtype` is what blocks compute in. With `offload`, a folder, the hidden states lie in a file there, memory-mapped,
+    and memory holds those of the sequences that are run and of the next ones. With a `pairing`, those of the original
+    model go along in `original`: `observe` moves them on, with the weights that it is given, and `run` does not.
+    `observing_seconds` is what `observe` took so far.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Stream:
         self._outer = {name: t.to(device=self.device, dtype=dtype) for name, t in outer.items()}
         self._calls: dict[int, list[Call]] = {}
         self.observing_seconds = 0.0
+        self._spilled: list[Spilled] = []
         self.hidden: Tensor | None = None
         for start, ids in self._batches():
             first, calls = runner.begin(ids, self._outer)
@@ -55,18 +58,27 @@ class Stream:
                     self._calls[size] = runner.begin(ids[:size], self._outer)[1]
                 self.hidden = self._room((len(input_ids), *first.shape[1:]), offload)
             self.hidden[start : start + len(ids)] = first
+            self._pass(start)
         self.pairing = pairing
         self.original: Tensor | None = None
         if pairing is not None and self.hidden is not None:
-            self.original = self._room(tuple(self.hidden.shape), offload, "original_").copy_(self.hidden)
+            self.original = self._room(tuple(self.hidden.shape), offload, "original_")
+            for start, ids in self._batches():
+                self.original[start : start + len(ids)] = self.hidden[start : start + len(ids)]
+                self._pass(start)
 
     def _room(self, shape: tuple[int, ...], offload: Path | None, label: str = "") -> Tensor:
         if offload is None:
             return torch.empty(shape, dtype=self.dtype)
-        offload.mkdir(parents=True, exist_ok=True)
-        size = int(torch.Size(shape).numel())
-        path = offload / f"{label}hidden_states.bin"
-        return torch.from_file(str(path), shared=True, size=size, dtype=self.dtype).view(shape)
+        spilled = Spilled(offload / f"{label}hidden_states.bin", shape, self.dtype)
+        self._spilled.append(spilled)
+        return spilled.tensor
+
+    def _pass(self, start: int) -> None:
+        """The batch at `start` is done: what lies in a file leaves memory, and the batch after the next comes."""
+        for spilled in self._spilled:
+            spilled.behind(start, start + self.batch)
+            spilled.ahead(start + 2 * self.batch, start + 3 * self.batch)
 
     def _batches(self) -> list[tuple[int, Tensor]]:
         return [
@@ -80,8 +92,10 @@ class Stream:
         return -(-len(self.input_ids) // self.batch)
 
     @property
-    def states(self) -> list[Tensor]:
-        """The hidden states as they are, those of the original behind them: what is to be kept to go on later."""
+    def states(self) -> list[Tensor | Path]:
+        """What is to be kept to go on later: the hidden states, or the files that they lie in, then the original's."""
+        if self._spilled:
+            return [spilled.path for spilled in self._spilled]
         return [state for state in (self.hidden, self.original) if state is not None]
 
     def free_outer(self) -> None:
@@ -96,6 +110,7 @@ class Stream:
         local = self.local(tensors)
         for start, ids in self._batches():
             self._run(index, local, self.hidden[start : start + len(ids)], keep)
+            self._pass(start)
             progress()
 
     def run_all(self, store: WeightStore, progress: Advance = lambda: None) -> None:
@@ -130,6 +145,7 @@ class Stream:
                 first = hidden is self.original
                 weights = unrounded if first else local
                 self._run(index, weights, hidden[start : start + len(ids)], keep=first and move)
+            self._pass(start)
             progress()
         self.observing_seconds += time.perf_counter() - started
 
@@ -144,6 +160,7 @@ class Stream:
             stop = start + len(ids)
             out = self.runner.run(index, local, self.hidden[start:stop].to(self.device), self._calls[len(ids)][index])
             total += (self.original[start:stop].to(self.device).double() - out.double()).sum((0, 1))
+            self._pass(start)
             progress()
         return total.cpu() / self.input_ids.numel()
 

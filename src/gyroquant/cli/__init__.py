@@ -75,6 +75,11 @@ def quantize(
         bool, typer.Option("--overwrite", help="Replace OUT, once the new result is complete.")
     ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Do not go on from where a run before was stopped.")] = False,
+    workers: Annotated[int | None, typer.Option(help="Blocks at once; needs calibration.inputs=original.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of each worker.")] = None,
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Blocks on a Ray cluster; local starts one.")
+    ] = None,
     format: Annotated[
         str | None, typer.Option("--format", help="Export OUT as well, into OUT/FORMAT; see `gyroquant formats`.")
     ] = None,
@@ -85,6 +90,7 @@ def quantize(
     """Transform, prove, round and save a model."""
     from gyroquant import deploy, pipeline
     from gyroquant.job import prepare
+    from gyroquant.pool import Workers
     from gyroquant.recipe import load_recipe
     from gyroquant.report import console, summaries
 
@@ -100,6 +106,7 @@ def quantize(
         save_dtype=save_dtype,
         offload=offload,
         fresh=fresh,
+        workers=Workers(workers, threads, ray) if workers or threads or ray else None,
     )
     if format is not None:
         deploy.check_job(format, job)

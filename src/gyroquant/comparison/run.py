@@ -31,7 +31,7 @@ from gyroquant.models.fingerprint import fingerprint
 from gyroquant.models.source import open_model
 from gyroquant.models.store import WeightStore
 from gyroquant.opponents import Opponent, OpponentError, environment
-from gyroquant.pool import Pool, make_pool
+from gyroquant.pool import Pool, Workers, make_pool
 from gyroquant.progress import Stages
 from gyroquant.recipe import parse
 from gyroquant.report.comparison_markdown import markdown
@@ -186,7 +186,7 @@ class _Run:
         scratch = out / "scratch"
         shutil.rmtree(scratch, ignore_errors=True)  # what a killed run has left: the folder is locked
         scratch.mkdir()
-        pool = make_pool(run_cell, self.limits.ray, self.limits.workers, self.limits.threads)
+        pool = make_pool(run_cell, Workers(self.limits.workers, self.limits.threads, self.limits.ray))
         began, running = time.monotonic(), dict[Future[dict[str, Any]], Cell]()
         try:
             with self.progress.stage("compare", len(waiting)) as advance:

@@ -59,11 +59,17 @@ class Piece:
 class Writer(ABC):
     """Writes a model group by group and counts what it writes."""
 
-    def __init__(self, folder: OutputFolder, store: WeightStore, dtype: torch.dtype):
-        self.folder, self.store, self.dtype = folder, store, dtype
+    def __init__(self, folder: OutputFolder | None, store: WeightStore, dtype: torch.dtype):
+        self._folder, self.store, self.dtype = folder, store, dtype
         self._rounded_weights = 0
         self._parts: dict[str, int] = {}
         self._plain_bits = 0
+
+    @property
+    def folder(self) -> OutputFolder:
+        """Where it is written; a writer without a folder only makes pieces."""
+        assert self._folder is not None
+        return self._folder
 
     @abstractmethod
     def piece(self, plain: dict[str, Tensor], rounded: Rounded = ()) -> Piece:
@@ -114,7 +120,7 @@ class Writer(ABC):
 class PackedWriter(Writer):
     """Codes and scales as `gyroquant.models.packed` describes them."""
 
-    def __init__(self, folder: OutputFolder, store: WeightStore, dtype: torch.dtype):
+    def __init__(self, folder: OutputFolder | None, store: WeightStore, dtype: torch.dtype):
         super().__init__(folder, store, dtype)
         self.description = Description()
 

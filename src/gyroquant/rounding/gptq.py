@@ -22,24 +22,35 @@ def inverse_factor(gram: Tensor, damp_percent: float, warn: Warn = lambda text: 
     `damp_percent` of the mean diagonal is added to the diagonal. Where the result is still not positive definite, ten
     times as much is tried, with a warning, until it is.
     """
-    h = gram.double()
-    diagonal = h.diagonal()
+    diagonal = gram.diagonal().double()
     mean = float(diagonal.mean())
     if mean <= 0:
-        return torch.eye(h.shape[0], dtype=h.dtype, device=h.device)
+        return torch.eye(len(gram), dtype=torch.float64, device=gram.device)
     dead = torch.where(diagonal == 0, mean, 0.0)
     damp = damp_percent
     while True:
-        damped = h + torch.diag(dead + damp * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed and bool(upper.isfinite().all()):
-                return upper
+        upper = _factor(gram, dead + damp * mean)
+        if upper is not None:
+            return upper
         if not damp <= 100:
             raise InputError("the second moments of a layer's input are not finite; is a weight or an activation NaN?")
         damp = max(10 * damp, 1e-4)
         warn(f"second moments are not positive definite, damping raised to {damp:g} of the mean diagonal")
+
+
+def _factor(gram: Tensor, damping: Tensor) -> Tensor | None:
+    """The factor of `inverse_factor` with `damping` on the diagonal, None where there is none. At its largest, memory
+    holds three matrices in fp64 beside `gram`.
+    """
+    h = gram.double()
+    h = h.clone() if h is gram else h
+    h.diagonal().add_(damping)
+    h, failed = torch.linalg.cholesky_ex(h)
+    if failed:
+        return None
+    h = torch.cholesky_inverse(h)
+    h, failed = torch.linalg.cholesky_ex(h, upper=True)
+    return None if failed or not bool(h.isfinite().all()) else h
 
 
 class ColumnSolver(Solver):
@@ -77,12 +88,13 @@ class ColumnSolver(Solver):
         if statistics is None:
             raise InputError(f"{self.name} needs calibration text: give --text, or use the solver rtn")
         gram, order = statistics.gram, self.order(statistics.gram)
-        factor = inverse_factor(gram[order][:, order], self.damping(gram), warn)
+        factor = inverse_factor(gram[order][:, order] if self.act_order else gram, self.damping(gram), warn)
         start, feed = weight, None
         if statistics.drift is not None:
             start, feed = self.corrected(weight[:, order], statistics.drift[order][:, order], factor)
             start = start[:, order.argsort()]
-        return Sweep(start, grid, order, bool(self.static_groups or self.act_order)).run(factor.float(), feed)
+        factor = factor.float()
+        return Sweep(start, grid, order, bool(self.static_groups or self.act_order)).run(factor, feed)
 
     def order(self, gram: Tensor) -> Tensor:
         """The columns in the order in which they are rounded, for second moments of shape (columns, columns)."""

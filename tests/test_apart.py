@@ -1,0 +1,138 @@
+"""Blocks that are rounded side by side are the same, to the byte, as one after the other."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import faulty
+import pytest
+
+import gyroquant as gq
+from gyroquant import apart, pipeline
+from gyroquant.job import prepare
+from gyroquant.pool import Workers
+from gyroquant.processes import DiedError
+
+SMALL = [*faulty.SMALL, "calibration.inputs=original"]
+HARD = [
+    "transform.R4.method=massdiff",
+    "weights.ignore=[]",
+    "weights.bits=3",
+    "kv_cache.bits=4",
+    "kv_cache.center_keys=true",
+]
+ALONE = Workers(1, 2)  # as many threads as the tests of this process have
+
+
+def run(model: Any, out: Path, corpus: Path, *changes: str, **options: Any) -> dict[str, Any]:
+    recipe = gq.load_recipe("gptq", [*SMALL, *changes])
+    return pipeline.run(prepare(model, out, recipe, corpus, **options))
+
+
+@pytest.fixture
+def inside(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Has workers work in this process, which takes a moment instead of seconds; holds the blocks in order."""
+    order: list[int] = []
+
+    def work(module: str, spec: Any, *rest: Any) -> dict[str, Any]:
+        assert module == apart.__name__
+        order.append(spec["index"])
+        return apart.round_one(json.loads(json.dumps(spec)))
+
+    monkeypatch.setattr(apart, "run_apart", work)
+    return order
+
+
+@pytest.mark.parametrize("changes", [[], HARD, ["weights.tune.iters=3", "weights.tune.batch_size=2"]])
+def test_they_are_the_same_bytes(
+    changes: list[str], inside: list[int], folders: dict[str, Path], corpus: Path, tmp_path: Path
+) -> None:
+    name = "llama" if "weights.ignore=[]" in changes else "llama_tied"
+    run(folders[name], tmp_path / "one", corpus, *changes)
+    assert not inside
+    run(folders[name], tmp_path / "many", corpus, *changes, workers=ALONE)
+    assert inside == [0, 1]
+    assert faulty.content(tmp_path / "one") == faulty.content(tmp_path / "many")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["many", "one"]
+
+
+def test_inputs_matter(folders: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+    first = run(folders["llama"], tmp_path / "original", corpus, "weights.bits=2")
+    second = run(folders["llama"], tmp_path / "rounded", corpus, "weights.bits=2", "calibration.inputs=rounded")
+    errors = [[layer["output_error"] for layer in manifest["layers"]] for manifest in (first, second)]
+    half = len(errors[0]) // 2
+    assert errors[0][:half] == errors[1][:half]  # nothing is rounded in front of the first block
+    assert errors[0][half:] != errors[1][half:]
+
+
+def test_a_worker_that_fails_is_told_and_what_is_done_is_kept(
+    inside: list[int], folders: dict[str, Path], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = apart.run_apart
+
+    def died(module: str, spec: Any, *rest: Any) -> dict[str, Any]:
+        if spec["index"] == 1:
+            raise DiedError("its process was killed by SIGKILL")
+        return usual(module, spec, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(apart, "run_apart", died)
+        with pytest.raises(OSError, match=r"block 1 was not rounded: its process was killed by SIGKILL"):
+            run(folders["llama"], tmp_path / "out", corpus, workers=ALONE)
+    assert [path.name for path in tmp_path.iterdir()] == [".out.journal"]
+    run(folders["llama"], tmp_path / "out", corpus, workers=ALONE)
+    assert inside == [0, 1]
+    run(folders["llama"], tmp_path / "one", corpus)
+    assert faulty.content(tmp_path / "one") == faulty.content(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["calibration.inputs=rounded"], "need --set calibration.inputs=original"),
+        (["weights.solver=gptaq"], "leaves weights.solver nothing to answer"),
+        (["weights.target.share=0.5"], "leaves weights.target nothing to answer"),
+    ],
+)
+def test_what_cannot_be_side_by_side_is_refused(
+    changes: list[str], message: str, folders: dict[str, Path], corpus: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(gq.GyroquantError, match=message):
+        run(folders["llama"], tmp_path / "out", corpus, *changes, workers=ALONE)
+    with pytest.raises(gq.InputError, match="--workers is 0"):
+        Workers(0)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_real_processes_give_the_same_bytes(folders: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+    run(folders["llama"], tmp_path / "one", corpus)
+    run(folders["llama"], tmp_path / "many", corpus, workers=Workers(2, 2))
+    assert faulty.content(tmp_path / "one") == faulty.content(tmp_path / "many")
+
+
+@pytest.mark.slow
+def test_a_ray_worker_that_is_killed_is_no_loss(folders: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed")
+    killed: list[int] = []
+
+    def kill() -> None:
+        while not killed:
+            found = subprocess.run(["pgrep", "-f", "ray::work_apart"], capture_output=True, text=True, check=False)
+            for number in found.stdout.split()[:1]:
+                os.kill(int(number), signal.SIGKILL)
+                killed.append(int(number))
+            time.sleep(0.02)
+
+    threading.Thread(target=kill, daemon=True).start()
+    run(folders["llama"], tmp_path / "ray", corpus, workers=Workers(2, 2, "local"))
+    assert killed
+    run(folders["llama"], tmp_path / "one", corpus)
+    assert faulty.content(tmp_path / "one") == faulty.content(tmp_path / "ray")

@@ -135,8 +135,15 @@ def test_bad_input_is_refused_before_any_work(folders: dict[str, Path], corpus: 
 
 
 def test_two_at_once_in_one_folder_are_refused(folders: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
-    with FileLock(tmp_path / ".lock"), pytest.raises(gq.InputError, match="another comparison runs in"):
-        compared(folders["llama"], corpus, tmp_path, [])
+    with FileLock(tmp_path / ".out.lock"), pytest.raises(gq.InputError, match=r"another run writes .*out: wait for it"):
+        compared(folders["llama"], corpus, tmp_path / "out", [])
+
+
+def test_a_text_that_is_too_short_leaves_nothing(folders: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("A few words.")
+    with pytest.raises(gq.InputError, match="tokens"):
+        gq.compare(folders["llama"], [], tmp_path / "new" / "out", tmp_path / "short.txt", corpus, **SMALL)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["new", "short.txt"]
 
 
 def test_another_program_is_asked_and_one_that_is_not_installed_is_a_row(

@@ -6,15 +6,14 @@ import math
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from statistics import median
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from gyroquant.calibration.text import load_text
 from gyroquant.comparison.cells import Cell, Conditions, Wanted, grid, named
@@ -26,7 +25,7 @@ from gyroquant.environment import versions
 from gyroquant.errors import InputError
 from gyroquant.evaluation.perplexity import DTYPES
 from gyroquant.evaluation.tasks import check_tasks
-from gyroquant.files import put_json
+from gyroquant.files import locked, put_json
 from gyroquant.models.fingerprint import fingerprint
 from gyroquant.models.source import open_model
 from gyroquant.models.store import WeightStore
@@ -81,21 +80,31 @@ def run(
     wanted = replace(wanted, recipes=[*baseline, *wanted.recipes])
     conditions = _conditions(store, wanted, calibration, tests, dtype)
     cells = [named(cell, conditions) for cell in grid(wanted, str(model), store.graph)]
+    with locked(out), _growing(out) as results:
+        results.merge(map(Path, merge))
+        shared = Shared(out / "shared" / conditions.name, store, dtype)
+        work = _Run(str(model), cells, results, shared, limits, progress, conditions.tasks)
+        facts = work.prepare(calibration, tests, wanted)
+        work.find_programs(environments, make_environments)
+        work.all(out)
+        comparison = _comparison(work, conditions, wanted, facts, str(model), str(calibration))
+        _write(out, comparison, progress)
+        return comparison
+
+
+@contextmanager
+def _growing(out: Path) -> Iterator[Results]:
+    """The results in a folder; what ends work on them says that they are kept, or leaves no new folder without any."""
+    new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(out / ".lock", timeout=0):
-            results = Results(out)
-            results.merge(map(Path, merge))
-            shared = Shared(out / "shared" / conditions.name, store, dtype)
-            work = _Run(str(model), cells, results, shared, limits, progress, conditions.tasks)
-            facts = work.prepare(calibration, tests, wanted)
-            work.find_programs(environments, make_environments)
-            work.all(out)
-            comparison = _comparison(work, conditions, wanted, facts, str(model), str(calibration))
-            _write(out, comparison, progress)
-            return comparison
-    except Timeout as error:
-        raise InputError(f"another comparison runs in {out}: wait for it, or choose another folder") from error
+        yield Results(out)
+    except BaseException as error:
+        if (out / "cells").exists():
+            error.kept = out  # type: ignore[attr-defined]
+        elif new:
+            shutil.rmtree(out, ignore_errors=True)
+        raise
 
 
 def _conditions(

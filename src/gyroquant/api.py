@@ -17,7 +17,9 @@ from gyroquant.environment import versions
 from gyroquant.errors import InputError
 from gyroquant.evaluation.perplexity import DTYPES, PRESETS, score_windows, summary, text_windows
 from gyroquant.job import prepare
+from gyroquant.models.outside import load_config
 from gyroquant.models.source import open_model
+from gyroquant.models.store import safetensors_index
 from gyroquant.progress import Stages
 from gyroquant.recipe import Recipe
 
@@ -66,11 +68,13 @@ def quantize(
 def load(folder: str | Path, dtype: str | torch.dtype = "auto", device: str = "cpu") -> PreTrainedModel:
     """Loads a saved model for transformers, online maps included, ready to generate.
 
-    Raises InputError when the folder holds no model.
+    Raises InputError when the folder holds no model, or a damaged one.
     """
     if not (Path(folder) / "config.json").exists():
         raise InputError(f"{folder} holds no saved model (it has no config.json)")
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    load_config(Path(folder), [tensor.shape for tensor in safetensors_index(Path(folder)).values()])
+    safe: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **safe).to(device).eval()
 
 
 def evaluate(

@@ -150,13 +150,14 @@ def prepare(
 
     Raises a GyroquantError that names the culprit and the remedy; nothing has been written then.
     """
-    recipe, out = load_recipe(recipe), Path(out)
-    check_destination(out, overwrite)
+    read, recipe, out = (model, recipe, calibration, offload), load_recipe(recipe), Path(out)
+    _check_places(out, overwrite, model, read)
     store = open_model(model)
     if isinstance(store, PackedStore):
         raise InputError(f"{store.label} is already quantized; start from the model in full precision")
     plan, targets, quantizers = plan_all(store.graph, recipe)
     _check_forms(store, plan, targets, quantizers, dense, recipe.finish)
+    _check_settings(store)
     source = calibration if calibration is not None else recipe.calibration.text
     text = source if source is None or isinstance(source, TokenBatch) else load_text(source)
     output = Output(
@@ -176,6 +177,30 @@ def prepare(
     _check_bias(job.graph, recipe)
     check_room(out, expected_bytes(job) * 2)  # pieces and the files they are put together in
     return job
+
+
+def _check_places(out: Path, overwrite: bool, model: Any, read: Sequence[Any]) -> None:
+    """Refuses a destination that cannot be written, that lies in the model's folder or holds what is read."""
+    check_destination(out, overwrite, [Path(one) for one in read if isinstance(one, (str, Path)) and _is_there(one)])
+    if isinstance(model, (str, Path)) and Path(model).is_dir() and out.resolve().is_relative_to(Path(model).resolve()):
+        raise InputError(f"{out} lies in the folder of the model, {model}; choose a place beside it")
+
+
+def _is_there(place: str | Path) -> bool:
+    try:
+        return Path(place).exists()
+    except OSError:  # no name of a file
+        return False
+
+
+def _check_settings(store: WeightStore) -> None:
+    """Refuses settings for generating text that could be read, but not written into the result."""
+    settings = store.generation_config()
+    if settings is not None:
+        try:
+            settings.validate(strict=True)
+        except Exception as error:
+            raise InputError(f"{store.label}: its generation_config.json contradicts itself: {error}") from error
 
 
 def learning_setting(

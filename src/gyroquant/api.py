@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from gyroquant import pipeline
 from gyroquant.calibration.text import load_text
 from gyroquant.environment import versions
-from gyroquant.errors import InputError
+from gyroquant.errors import GyroquantError, InputError
 from gyroquant.evaluation.perplexity import DTYPES, PRESETS, score_windows, summary, text_windows
 from gyroquant.job import prepare
 from gyroquant.models.outside import load_config
+from gyroquant.models.packed import METHOD
 from gyroquant.models.source import open_model
 from gyroquant.models.store import safetensors_index
 from gyroquant.progress import Stages
@@ -72,9 +73,20 @@ def load(folder: str | Path, dtype: str | torch.dtype = "auto", device: str = "c
     """
     if not (Path(folder) / "config.json").exists():
         raise InputError(f"{folder} holds no saved model (it has no config.json)")
-    load_config(Path(folder), [tensor.shape for tensor in safetensors_index(Path(folder)).values()])
+    config = load_config(Path(folder), [tensor.shape for tensor in safetensors_index(Path(folder)).values()])
+    described = getattr(config, "quantization_config", None) or {}
+    ours = open_model(folder) if described.get("quant_method") == METHOD else None
     safe: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **safe).to(device).eval()
+    try:
+        _ = None if ours is None else ours.online  # checked from the headers, before anything is decoded
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **safe).to(device).eval()
+    except GyroquantError:
+        raise
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        if ours is not None:
+            for name in ours.shapes:
+                ours.read([name])  # names the one that cannot be decoded
+        raise InputError(f"transformers does not open {folder}: {error}") from error
 
 
 def evaluate(

@@ -87,6 +87,9 @@ def check_description(description: Mapping[str, Any], where: str) -> None:
                 raise InputError(f"{where}: quantization_config.{place} has {what} {number}, and there are {there}")
 
 
+_WIDTHS = {"input": "in_features", "output": "out_features", "qk": "head_dim"}  # attributes of modules
+
+
 def check_places(model: nn.Module, online: Iterable[Attachment], where: str) -> None:
     """Raises InputError where what runs with a model has no place in it, or does not fit there."""
     for one in online:
@@ -94,16 +97,18 @@ def check_places(model: nn.Module, online: Iterable[Attachment], where: str) -> 
             module = model.get_submodule(one.module)
         except AttributeError as error:
             raise InputError(f"{where}: something runs at {one.module}, which the model has not") from error
-        inputs = getattr(module, "in_features", None)
+        point = "qk" if isinstance(one, CacheQuantizer) else one.insertion.point
+        width = getattr(module, _WIDTHS.get(point, ""), None)
         if isinstance(one, CacheQuantizer):
-            if one.key_mean is not None and one.key_mean.dim() != 2:
+            shape = None if one.key_mean is None else tuple(one.key_mean.shape)
+            if shape is not None and (len(shape) != 2 or width not in (None, shape[1])):
                 raise InputError(
-                    f"{where}: the mean of the keys of {one.module} has {one.key_mean.dim()} dimensions, not 2"
+                    f"{where}: the mean of the keys of {one.module} has shape {shape}: copy the folder again"
                 )
-        elif inputs is not None and one.insertion.point == "input":
+        elif width is not None:
             if isinstance(one, InputQuantizer):
-                one.grid.group_of(inputs, one.module)
-            elif one.map.n != inputs:
+                one.grid.group_of(width, one.module)
+            elif one.map.n != width:
                 raise MapError(
-                    f"{where}: the map of order {one.map.n} does not fit the {inputs} inputs of {one.module}"
+                    f"{where}: the map at {one.module} has order {one.map.n}, and {width} numbers flow there"
                 )

@@ -102,11 +102,8 @@ def _is_layer(one: Any) -> bool:
     return all(isinstance(number, (int, float)) for number in numbers)
 
 
-def _rounded_layers(store: WeightStore) -> list[dict[str, Any]]:
-    """The layers of a rounded model's manifest; none without one. Raises InputError for one that cannot be read."""
-    path = store.folder / "gyroquant.json" if isinstance(store, PackedStore) else None
-    if path is None or not path.exists():
-        return []
+def read_layers(path: Path) -> list[dict[str, Any]]:
+    """The layers in the manifest of a rounded model. Raises InputError for a manifest that is none, or damaged."""
     layers = read_json(path).get("layers")
     if not isinstance(layers, list) or not all(_is_layer(one) for one in layers):
         raise InputError(f"{path} is no manifest that gyroquant wrote: its layers are damaged; copy the folder again")
@@ -128,7 +125,9 @@ def inspect_model(
     """
     changes = list(changes)
     result = Inspection(open_model(model))
-    result.layers = _rounded_layers(result.store)
+    manifest = result.store.folder / "gyroquant.json" if isinstance(result.store, PackedStore) else None
+    if manifest is not None and manifest.exists():
+        result.layers = read_layers(manifest)
     for name in preset_names():
         try:
             made = load_recipe(name, changes)

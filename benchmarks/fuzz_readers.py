@@ -30,7 +30,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = ("gguf", "safetensors", "index", "config", "recipe", "description", "manifest", "export manifest")
+NAMES = ("gguf", "safetensors", "index", "config", "tokenizer", "rotations", "recipe", "description", "manifest")
+NAMES += ("export manifest",)
 COUNTS = ("tried", "accepted", "refused", "crashes", "hangs")
 
 

@@ -387,6 +387,37 @@ def test_widths_that_nothing_divides_are_refused_or_right(recipe: str, tmp_path:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_weights_that_are_no_numbers_are_named(value: float, in_memory: bool, tmp_path: Path) -> None:
+    model = tiny.build("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = value
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    model.save_pretrained(tmp_path / "model")
+    source = model if in_memory else tmp_path / "model"
+    before = everything(tmp_path)
+    job = prepare(source, tmp_path / "out", saving.recipe(), None, tokenizer=tiny.tokenizer())
+    with pytest.raises(InputError, match=r"layers\.1\.mlp\.up_proj\.weight holds values that are not finite"):
+        pipeline.run(job)
+    assert everything(tmp_path) == before
+
+
+def test_devices_and_dtypes_and_folders_that_are_not_there(copy: Path, tmp_path: Path) -> None:
+    refused(copy, tmp_path / "out", "the device 'banana' cannot be used", device="banana")
+    refused(copy, tmp_path / "out", "the device 'cuda:99' cannot be used", device="cuda:99")
+    refused(copy, tmp_path / "out", "not a writable folder", offload=copy / CONFIG / "x")
+    refused(copy, tmp_path / "out", "the dtype to save in", save_dtype="int3")
+    with pytest.raises(InputError, match="no dtype 'int3'"):
+        gq.evaluate(copy, ["w1"], dtype="int3")
+    with pytest.raises(InputError, match="a window of -5 tokens"):
+        gq.evaluate(copy, ["w1"], window=-5)
+
+
+def test_a_line_of_a_megabyte_is_soon_looked_at(folders: dict[str, Path], tmp_path: Path) -> None:
+    refused(folders["llama"], tmp_path / "out", "1 tokens, fewer than one window", text=["w1" * 500_000])
+
+
 SETTINGS = {
     "weights.bits=0": "weights.bits",
     "weights.bits=17": "weights.bits",

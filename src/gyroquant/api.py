@@ -108,6 +108,8 @@ def evaluate(
     preset. Raises InputError for texts and tokenizers that do not fit.
     """
     started = time.perf_counter()
+    if dtype not in DTYPES:
+        raise InputError(f"there is no dtype {dtype!r} to evaluate in; there are {', '.join(DTYPES)}")
     if preset not in PRESETS:
         raise InputError(f"there is no preset {preset!r}; presets are {', '.join(PRESETS)}")
     length, count = PRESETS[preset]

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from gyroquant.calibration.observers import Pairing
 from gyroquant.calibration.stream import Stream
 from gyroquant.calibration.text import Text, TokenBatch, load_text, sample, tokenize
-from gyroquant.environment import native_bfloat16
+from gyroquant.environment import native_bfloat16, usable_device
 from gyroquant.errors import InputError, RecipeError, UnsupportedModelError
 from gyroquant.export.folder import check_destination, check_room
 from gyroquant.export.writer import saved_dtype
@@ -165,7 +165,7 @@ def prepare(
         dtype=saved_dtype(save_dtype, store.dtype),
         dense=dense,
         overwrite=overwrite,
-        device=torch.device(device),
+        device=usable_device(device),
         offload=Path(offload) if offload else None,
     )
     job = Job(store, recipe, plan, targets, output, tokenizer or _tokenizer(store, text is not None), quantizers, text)
@@ -180,8 +180,11 @@ def prepare(
 
 
 def _check_places(out: Path, overwrite: bool, model: Any, read: Sequence[Any]) -> None:
-    """Refuses a destination that cannot be written, that lies in the model's folder or holds what is read."""
+    """Refuses a destination that cannot be written, that lies in the model's folder or holds what is read; the
+    last of that is a folder for activations, which are written."""
     check_destination(out, overwrite, [Path(one) for one in read if isinstance(one, (str, Path)) and _is_there(one)])
+    if read[-1] is not None:
+        check_destination(Path(read[-1]) / "hidden_states.bin")
     if isinstance(model, (str, Path)) and Path(model).is_dir() and out.resolve().is_relative_to(Path(model).resolve()):
         raise InputError(f"{out} lies in the folder of the model, {model}; choose a place beside it")
 

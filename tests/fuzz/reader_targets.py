@@ -13,6 +13,7 @@ from typing import Any
 
 import saving
 import tiny
+import torch
 import yaml
 from gguf_file import write_gguf
 from safetensors.torch import load_file, save_file
@@ -23,10 +24,11 @@ from gyroquant.deploy import MANIFEST, read_manifest
 from gyroquant.errors import GyroquantError
 from gyroquant.inspection import read_layers
 from gyroquant.job import prepare
+from gyroquant.learning.rotations import describe, load_rotations, write_rotations
 from gyroquant.models.gguf_check import check_gguf
 from gyroquant.models.outside import load_config, read_json
 from gyroquant.models.packed import attachments, check_version
-from gyroquant.models.store import checked_skeleton, safetensors_index
+from gyroquant.models.store import checked_skeleton, load_tokenizer, safetensors_index
 from gyroquant.presets import preset_names
 from gyroquant.recipe import load_recipe
 from gyroquant.report.summaries import rounded_layers
@@ -84,6 +86,10 @@ def _config(folder: Path, path: Path) -> None:
     checked_skeleton(load_config(folder, shapes), str(folder))
 
 
+def _tokenizer(folder: Path, path: Path) -> None:
+    load_tokenizer(folder, str(folder))("w1 w2")
+
+
 def _description(folder: Path, path: Path) -> None:
     found = read_json(path)
     check_version(found, str(path))
@@ -114,12 +120,29 @@ def make(place: Path) -> dict[str, Target]:
         Target("safetensors", "model.safetensors", "binary", _empty(place / "st"), (weights,), _weights, 4096),
         Target("index", "model.safetensors.index.json", "json", place / "shards", (index,), _weights),
         Target("config", "config.json", "json", plain, (plain_config,), _config),
+        Target("tokenizer", "tokenizer.json", "json", place / "words", (_words(place / "words"),), _tokenizer),
+        Target("rotations", "r.safetensors", "binary", _empty(place / "o"), (_rotations(place),), _read_rotations, 400),
         Target("recipe", "mine.yaml", "yaml", _empty(place / "r"), tuple(recipes), lambda _, path: load_recipe(path)),
         Target("description", "description.json", "json", saved, (description,), _description),
         Target("manifest", "gyroquant.json", "json", _empty(place / "m"), (layers,), _manifest),
         Target("export manifest", MANIFEST, "json", _empty(place / "e"), (export,), lambda f, _: read_manifest(f)),
     ]
     return {target.name: target for target in targets}
+
+
+def _words(folder: Path) -> bytes:
+    tiny.tokenizer().save_pretrained(folder)
+    return (folder / "tokenizer.json").read_bytes()
+
+
+def _rotations(place: Path) -> bytes:
+    path = place / "rotations.safetensors"
+    write_rotations(path, {"R1": torch.eye(8, dtype=torch.float64), "model.layers.0.self_attn.R2": torch.eye(4)})
+    return path.read_bytes()
+
+
+def _read_rotations(folder: Path, path: Path) -> None:
+    describe(load_rotations(path))
 
 
 def _manifest(folder: Path, path: Path) -> None:
@@ -156,14 +179,18 @@ def mutated(target: Target, seed: int) -> bytes:
     chance = random.Random(seed)
     data = chance.choice(target.seeds)
     if target.kind != "binary" and chance.random() < 0.7:
-        tree = json.loads(data) if target.kind == "json" else yaml.safe_load(data)
-        for _ in range(chance.choice((1, 1, 1, 2, 5))):
-            tree = _damaged(tree, chance, (2, 20, 300 if target.kind == "json" else 60))
         try:
-            return _written(tree, target.kind)
-        except RecursionError:  # of the writer, which is not what is tried
+            return _written(_damaged_often(data, target.kind, chance), target.kind)
+        except RecursionError:  # of what makes the damage, which is not what is tried
             return data
     return _noise(data, chance, target.head)
+
+
+def _damaged_often(data: bytes, kind: Kind, chance: random.Random) -> Any:
+    tree = json.loads(data) if kind == "json" else yaml.safe_load(data)
+    for _ in range(chance.choice((1, 1, 1, 2, 5))):
+        tree = _damaged(tree, chance, (2, 20, 300 if kind == "json" else 60))
+    return tree
 
 
 def _written(tree: Any, kind: Kind) -> bytes:

@@ -16,7 +16,8 @@ from gyroquant.recipe import Recipe
 FAST = settings(
     max_examples=120, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-NAMES = ("gguf", "safetensors", "index", "config", "recipe", "description", "manifest", "export manifest")
+NAMES = ("gguf", "safetensors", "index", "config", "tokenizer", "rotations", "recipe", "description", "manifest")
+NAMES += ("export manifest",)
 
 
 @pytest.fixture(scope="module")

@@ -139,6 +139,8 @@ def windows(ids: Tensor, length: int, name: str = "the text") -> Tensor:
 
     Raises InputError when there is not a single whole window.
     """
+    if length < 1:
+        raise InputError(f"a window of {length} tokens is none: take 1 or more")
     count = ids.numel() // length
     if count == 0:
         raise InputError(f"{name} has {ids.numel()} tokens, fewer than one window of {length}; use a shorter window")

@@ -20,7 +20,7 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 from gyroquant.errors import InputError
 from gyroquant.models.gguf_check import check_gguf
 from gyroquant.models.graph import Shape
-from gyroquant.models.store import WeightStore, checked_skeleton, load_tokenizer
+from gyroquant.models.store import WeightStore, checked_skeleton, finite, load_tokenizer
 
 
 class _Names:
@@ -94,9 +94,7 @@ class GgufStore(WeightStore):
         tensor: Tensor = made["tensors"][name].float()
         if tuple(tensor.shape) != self.shapes[name]:
             raise InputError(f"{self.label}: {name} has shape {tuple(tensor.shape)}, expected {self.shapes[name]}")
-        if not bool(tensor.isfinite().all()):
-            raise InputError(f"{self.label}: {name} holds values that are not finite (NaN or infinite)")
-        return tensor
+        return finite(tensor, name, self.label)
 
     def _values(self, info: TensorInfo) -> np.ndarray:
         """One tensor of the file as fp32 values."""

@@ -77,6 +77,13 @@ class WeightStore(ABC):
         return build_graph(self.config, self.shapes, self.tied)
 
 
+def finite(tensor: Tensor, name: str, label: str) -> Tensor:
+    """The tensor. Raises InputError where it holds NaN or infinity."""
+    if not tensor.is_meta and not bool(tensor.isfinite().all()):
+        raise InputError(f"{label}: {name} holds values that are not finite (NaN or infinite): its model is damaged")
+    return tensor
+
+
 class ModuleStore(WeightStore):
     """A transformers model in memory."""
 
@@ -100,7 +107,7 @@ class ModuleStore(WeightStore):
         return self.model.dtype
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        return {name: self._params[name].detach() for name in names}
+        return {name: finite(self._params[name].detach(), name, self.label) for name in names}
 
     def skeleton(self) -> Any:
         return self.model
@@ -297,9 +304,7 @@ class CheckpointStore(WeightStore):
     def _checked(self, name: str, tensor: Tensor) -> Tensor:
         if tuple(tensor.shape) != self._shapes[name]:
             raise self._misshapen(name, tuple(tensor.shape), self._shapes[name])
-        if not bool(tensor.isfinite().all()):
-            raise InputError(f"{self.label}: {name} holds values that are not finite (NaN or infinite)")
-        return tensor
+        return finite(tensor, name, self.label)
 
     def generation_config(self) -> Any:
         path = self.folder / "generation_config.json"

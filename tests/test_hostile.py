@@ -370,9 +370,12 @@ def test_channels_without_variance_give_numbers(recipe: str, tmp_path: Path) -> 
     assert gq.load(tmp_path / "out", dtype="float32")(tiny.tokens(model)).logits.isfinite().all()
 
 
+PRIME = {"hidden_size": 59, "intermediate_size": 97, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 16}
+
+
 @pytest.mark.parametrize("recipe", preset_names())
 def test_widths_that_nothing_divides_are_refused_or_right(recipe: str, tmp_path: Path) -> None:
-    model = tiny.build("llama", hidden_size=59, intermediate_size=97, head_dim=16)
+    model = tiny.build("llama", **PRIME)
     changes = ["calibration.nsamples=4", "calibration.seqlen=32", "proof.seqlen=32", "weights.group_size=16"]
     text, words = [tiny.prose(3000)], tiny.tokenizer()
     with pytest.raises(GyroquantError, match=r"59|97|not installed|pip install"):
@@ -416,6 +419,25 @@ def test_devices_and_dtypes_and_folders_that_are_not_there(copy: Path, tmp_path:
 
 def test_a_line_of_a_megabyte_is_soon_looked_at(folders: dict[str, Path], tmp_path: Path) -> None:
     refused(folders["llama"], tmp_path / "out", "1 tokens, fewer than one window", text=["w1" * 500_000])
+
+
+def test_a_width_that_nothing_divides_is_rounded_row_by_row(tmp_path: Path) -> None:
+    model, recipe = tiny.build("llama", **PRIME), saving.recipe(group_size=-1, solver="gptq")
+    pipeline.run(prepare(model, tmp_path / "out", recipe, [tiny.prose(3000)], tokenizer=tiny.tokenizer()))
+    assert gq.load(tmp_path / "out", dtype="float32")(tiny.tokens(model)).logits.isfinite().all()
+
+
+def test_settings_that_could_not_be_written_are_refused_before_any_work(tmp_path: Path) -> None:
+    model = tiny.build("llama")
+    model.config.num_attention_heads = 7  # 64 is no multiple of it
+    refused(
+        model, tmp_path / "out", "configuration contradicts itself.*multiple", text=None, tokenizer=tiny.tokenizer()
+    )
+    model = tiny.build("llama")
+    model.generation_config.update(do_sample=False, temperature=0.3)
+    refused(
+        model, tmp_path / "out", "configuration contradicts itself.*temperature", text=None, tokenizer=tiny.tokenizer()
+    )
 
 
 SETTINGS = {

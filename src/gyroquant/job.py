@@ -197,13 +197,15 @@ def _is_there(place: str | Path) -> bool:
 
 
 def _check_settings(store: WeightStore) -> None:
-    """Refuses settings for generating text that could be read, but not written into the result."""
-    settings = store.generation_config()
-    if settings is not None:
-        try:
-            settings.validate(strict=True)
-        except Exception as error:
-            raise InputError(f"{store.label}: its generation_config.json contradicts itself: {error}") from error
+    """Refuses settings that could be read or made, but not written into the result: transformers checks them again."""
+    generation = store.generation_config()
+    try:
+        store.config.validate()
+        if generation is not None:
+            generation.validate(strict=True)
+    except Exception as error:  # each class has checks of its own
+        why = " ".join(str(error).split())
+        raise InputError(f"{store.label}: its configuration contradicts itself: {why} Mend it") from error
 
 
 def learning_setting(

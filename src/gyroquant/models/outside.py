@@ -162,4 +162,4 @@ def load_config(folder: Path, shapes: Iterable[tuple[int, ...]]) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # each architecture checks its settings in its own way
-        raise InputError(f"{folder} has no usable config.json: {error}") from error
+        raise InputError(f"{folder} has no usable config.json: {' '.join(str(error).split())}") from error

@@ -337,7 +337,7 @@ def checked_skeleton(config: Any, label: str) -> Any:
     except InputError as error:
         raise InputError(f"{label}: {error}") from error
     except Exception as error:  # layers check their sizes each in its own way
-        why = f"{type(error).__name__}: {error}"
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise InputError(f"{label}: its configuration describes no model that can be built ({why})") from error
 
 

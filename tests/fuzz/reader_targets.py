@@ -228,15 +228,13 @@ def _has(parent: Any, key: Any) -> bool:
 
 
 def _places(tree: Any) -> Any:
-    left = [tree]
+    left = [tree] if isinstance(tree, (dict, list)) else []
     while left:
         parent = left.pop()
         for key, value in parent.items() if isinstance(parent, dict) else enumerate(parent):
             yield parent, key
             if isinstance(value, (dict, list)):
                 left.append(value)
-        if not isinstance(tree, (dict, list)):
-            return
 
 
 def _noise(data: bytes, chance: random.Random, head: int | None) -> bytes:

@@ -1,4 +1,4 @@
-"""GGUF files read by their specification and the published layouts of blocks."""
+"""GGUF files of tiny models, and files read by their specification and the published layouts of blocks."""
 
 from __future__ import annotations
 
@@ -8,8 +8,52 @@ from typing import Any
 
 import numpy as np
 import saving
+import tiny
+import torch
 
 from gyroquant.models.packed import PackedStore
+
+
+def write_gguf(path: Path, kind: str = "F32") -> torch.nn.Module:
+    """A tiny Llama as a GGUF file, with llama.cpp's names and its order of query and key rows."""
+    import gguf
+
+    model = tiny.build("llama")
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("tiny")
+    for key, value in {
+        "context_length": 128,
+        "embedding_length": 64,
+        "block_count": 2,
+        "feed_forward_length": 96,
+        "head_count": 4,
+        "head_count_kv": 2,
+    }.items():
+        getattr(writer, f"add_{key}")(value)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([f"w{i}" for i in range(96)])
+    writer.add_token_merges(["w 1"])
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+    for name, parameter in model.named_parameters():
+        value = parameter.detach().numpy()
+        for part, heads in (("q_proj", 4), ("k_proj", 2)):
+            if part in name:
+                value = value.reshape(heads, 2, 8, 64).swapaxes(1, 2).reshape(value.shape)
+        value = np.ascontiguousarray(value)
+        target = names.get_name(name, (".weight",))
+        if kind != "F32" and value.ndim == 2:
+            quant = gguf.GGMLQuantizationType[kind]
+            writer.add_tensor(target, gguf.quantize(value, quant), raw_dtype=quant)
+        else:
+            writer.add_tensor(target, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model
 
 
 def written(store: PackedStore, out: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:

@@ -33,6 +33,7 @@ ROOMS = [
     "blocks",
     "blockwise",
     "job",
+    "refusals",
     "evaluation",
     "export",
     "planning",

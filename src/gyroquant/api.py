@@ -14,10 +14,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from gyroquant import pipeline
 from gyroquant.calibration.text import load_text
 from gyroquant.environment import versions
-from gyroquant.errors import InputError
+from gyroquant.errors import GyroquantError, InputError
 from gyroquant.evaluation.perplexity import DTYPES, PRESETS, score_windows, summary, text_windows
 from gyroquant.job import prepare
+from gyroquant.models.outside import load_config
+from gyroquant.models.packed import METHOD
 from gyroquant.models.source import open_model
+from gyroquant.models.store import safetensors_index
 from gyroquant.pool import Workers
 from gyroquant.progress import Stages
 from gyroquant.recipe import Recipe
@@ -72,11 +75,24 @@ def quantize(
 def load(folder: str | Path, dtype: str | torch.dtype = "auto", device: str = "cpu") -> PreTrainedModel:
     """Loads a saved model for transformers, online maps included, ready to generate.
 
-    Raises InputError when the folder holds no model.
+    Raises InputError when the folder holds no model, or a damaged one.
     """
     if not (Path(folder) / "config.json").exists():
         raise InputError(f"{folder} holds no saved model (it has no config.json)")
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    config = load_config(Path(folder), [tensor.shape for tensor in safetensors_index(Path(folder)).values()])
+    described = getattr(config, "quantization_config", None) or {}
+    ours = open_model(folder) if described.get("quant_method") == METHOD else None
+    safe: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
+    try:
+        _ = None if ours is None else ours.online  # checked from the headers, before anything is decoded
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **safe).to(device).eval()
+    except GyroquantError:
+        raise
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        if ours is not None:
+            for name in ours.shapes:
+                ours.read([name])  # names the one that cannot be decoded
+        raise InputError(f"transformers does not open {folder}: {error}") from error
 
 
 def evaluate(
@@ -98,6 +114,8 @@ def evaluate(
     preset. Raises InputError for texts and tokenizers that do not fit.
     """
     started = time.perf_counter()
+    if dtype not in DTYPES:
+        raise InputError(f"there is no dtype {dtype!r} to evaluate in; there are {', '.join(DTYPES)}")
     if preset not in PRESETS:
         raise InputError(f"there is no preset {preset!r}; presets are {', '.join(PRESETS)}")
     length, count = PRESETS[preset]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor
 
 import gyroquant.export.hf  # noqa: F401  (lets transformers open what gyroquant saves)
 from gyroquant.errors import InputError
+from gyroquant.models.outside import read_json
 from gyroquant.runtimes import Runtime, TransformersRuntime, open_runtime
 
 _UNFINISHED = "\ufffd"  # what a decoder gives for a character of which bytes are still to come
@@ -72,7 +72,7 @@ class Chat:
         found = {self.tokenizer.eos_token_id} if ends is None else set(ends)
         path = self.folder / "generation_config.json"
         if path.exists():
-            listed = json.loads(path.read_text()).get("eos_token_id")
+            listed = read_json(path).get("eos_token_id")
             found |= set(listed) if isinstance(listed, list) else {listed}
         return {one for one in found if one is not None}
 
@@ -81,7 +81,10 @@ def _runtime(folder: Path) -> Runtime:
     """The program that runs a folder, as it does by default."""
     manifest = folder / "gyroquant_export.json"
     if manifest.exists():
-        return open_runtime(json.loads(manifest.read_text())["format"], folder, exact=False)
+        name = read_json(manifest).get("format")
+        if not isinstance(name, str):
+            raise InputError(f"{manifest} names no format: export the model again")
+        return open_runtime(name, folder, exact=False)
     if not (folder / "config.json").exists():
         raise InputError(f"{folder} holds no model (it has no config.json)")
     return TransformersRuntime(folder, exact=False)

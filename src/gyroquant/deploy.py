@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from math import inf
 from pathlib import Path
@@ -16,12 +15,13 @@ import gyroquant.export.known  # noqa: F401  (registers the formats)
 from gyroquant.calibration.text import load_text, tokenize, windows
 from gyroquant.environment import versions
 from gyroquant.errors import InputError, ProofError
-from gyroquant.export.folder import OutputFolder, check_room
+from gyroquant.export.folder import OutputFolder, check_destination, check_room
 from gyroquant.export.formats import Format, Layer, Needs, check_fit, format_named, needs_of
 from gyroquant.export.requantize import requantized
 from gyroquant.footprint import footprint
 from gyroquant.grids import Grid
 from gyroquant.job import Job
+from gyroquant.models.outside import read_json
 from gyroquant.models.packed import PackedStore
 from gyroquant.models.source import open_model
 from gyroquant.progress import Advance, Stages
@@ -58,6 +58,7 @@ def export(
     check_fit(chosen, needs_of(store))
     chosen.check_packages()
     destination, progress = Path(destination), progress or Stages()
+    check_destination(destination, overwrite, [store.folder])
     with OutputFolder(destination, overwrite) as folder:
         check_room(destination, 2 * sum(path.stat().st_size for path in store.folder.glob("*.safetensors")))
         with progress.stage("write", len(store.description["tensors"])) as store.read_one:
@@ -143,6 +144,20 @@ def _checked(chosen: Format, folder: Path, store: PackedStore, tolerance: float)
     return result
 
 
+def read_manifest(destination: Path) -> dict[str, Any]:
+    """What an export says of itself. Raises InputError for a folder that is none, or whose manifest is damaged."""
+    try:
+        manifest = read_json(destination / MANIFEST)
+        for key, kind in (("format", str), ("facts", dict), ("bytes", int)):
+            if not isinstance(manifest.get(key), kind):
+                raise InputError(f"{key} is missing or damaged")
+    except InputError as error:
+        raise InputError(
+            f"{destination} is not an export of gyroquant (it has no usable {MANIFEST}: {error})"
+        ) from error
+    return manifest
+
+
 def relative_error(theirs: Tensor, ours: Tensor) -> float:
     """The largest difference of logits over the largest logit; both of shape (length, words)."""
     return float((theirs[:, : ours.shape[1]] - ours).abs().max() / ours.abs().max())
@@ -169,10 +184,7 @@ def verify_export(
     InputError when the program cannot be run here.
     """
     destination = Path(destination)
-    try:
-        manifest = json.loads((destination / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{destination} is not an export of gyroquant (it has no usable {MANIFEST})") from error
+    manifest = read_manifest(destination)
     store = open_saved(against)
     batch = _windows(store, text, window, max_windows)
     reference, progress = TransformersRuntime(Path(against), exact=True), progress or Stages()

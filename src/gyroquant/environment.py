@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from gyroquant.errors import InputError
+
 _M_MMAP_THRESHOLD = -3
 _LARGE = 4 << 20
 
@@ -22,6 +24,17 @@ def gyroquant_version() -> str:
         return version("gyroquant")
     except PackageNotFoundError:  # running from a source tree that is not installed
         return "0"
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of that name. Raises InputError for one that torch does not know or that is not there."""
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        why = str(error).partition("\n")[0]
+        raise InputError(f"the device {name!r} cannot be used here: {why[:200]}; leave it out, or take cpu") from error
+    return device
 
 
 def versions() -> dict[str, Any]:

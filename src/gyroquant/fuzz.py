@@ -131,7 +131,7 @@ def random_model(config: Any, seed: int = 0) -> nn.Module:
     """A model with random weights, gains and biases: with ones and zeros, a fold that forgets them would pass."""
     torch.manual_seed(seed)
     try:
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     except Exception as error:
         raise InputError(
             f"a tiny {config.model_type} cannot be built: {type(error).__name__}: {str(error).splitlines()[0]}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from gyroquant.calibration.text import load_text, sample, tokenize
 from gyroquant.errors import GyroquantError, InputError
 from gyroquant.evaluation.outliers import Outliers, measure_outliers
 from gyroquant.job import plan_all, prepare
+from gyroquant.models.outside import read_json
 from gyroquant.models.packed import PackedStore
 from gyroquant.models.sites import SITE_NAMES, find_sites
 from gyroquant.models.source import open_model
@@ -89,15 +89,25 @@ class Inspection:
         }
 
 
-def _rounded_layers(store: WeightStore) -> list[dict[str, Any]]:
-    """The layers of a rounded model's manifest; none without one. Raises InputError for one that cannot be read."""
-    path = store.folder / "gyroquant.json" if isinstance(store, PackedStore) else None
-    if path is None or not path.exists():
-        return []
-    try:
-        return [dict(layer) for layer in json.loads(path.read_text())["layers"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is no manifest that gyroquant wrote: {error}") from error
+_LAYER = {"name", "weight_error", "output_error"}  # what a manifest says of a layer, at the least
+_LIMIT = ("bits", "decibels", "excess_bits")
+
+
+def _is_layer(one: Any) -> bool:
+    if not isinstance(one, dict) or not set(one) >= _LAYER or not isinstance(one["name"], str):
+        return False
+    limit, numbers = one.get("limit"), [one["weight_error"]]
+    if limit:
+        numbers += [one["output_error"], *(limit.get(key) for key in _LIMIT)] if isinstance(limit, dict) else [None]
+    return all(isinstance(number, (int, float)) for number in numbers)
+
+
+def read_layers(path: Path) -> list[dict[str, Any]]:
+    """The layers in the manifest of a rounded model. Raises InputError for a manifest that is none, or damaged."""
+    layers = read_json(path).get("layers")
+    if not isinstance(layers, list) or not all(_is_layer(one) for one in layers):
+        raise InputError(f"{path} is no manifest that gyroquant wrote: its layers are damaged; copy the folder again")
+    return layers
 
 
 def inspect_model(
@@ -115,7 +125,9 @@ def inspect_model(
     """
     changes = list(changes)
     result = Inspection(open_model(model))
-    result.layers = _rounded_layers(result.store)
+    manifest = result.store.folder / "gyroquant.json" if isinstance(result.store, PackedStore) else None
+    if manifest is not None and manifest.exists():
+        result.layers = read_layers(manifest)
     for name in preset_names():
         try:
             made = load_recipe(name, changes)

@@ -14,12 +14,11 @@ from transformers import PreTrainedModel
 from gyroquant.calibration.observers import Pairing
 from gyroquant.calibration.stream import Stream
 from gyroquant.calibration.text import Text, TokenBatch, load_text, sample, tokenize
-from gyroquant.environment import native_bfloat16
-from gyroquant.errors import InputError, RecipeError, UnsupportedModelError
-from gyroquant.export.folder import check_destination, check_room
+from gyroquant.environment import native_bfloat16, usable_device
+from gyroquant.errors import InputError, RecipeError
+from gyroquant.export.folder import check_room
 from gyroquant.export.writer import saved_dtype
 from gyroquant.grids import Grid, QuantizedWeight
-from gyroquant.learning import Finish
 from gyroquant.learning.learn import Setting
 from gyroquant.learning.live import learnable
 from gyroquant.models.fold import FoldPlan
@@ -32,6 +31,7 @@ from gyroquant.models.store import WeightStore
 from gyroquant.planning import needs_measuring, plan_folds
 from gyroquant.pool import Workers
 from gyroquant.recipe import Recipe, load_recipe
+from gyroquant.refusals import check_bias, check_elsewhere, check_forms, check_places, check_settings
 from gyroquant.rounding.allocate import grids_by_bits
 from gyroquant.rounding.base import ModelSolver, Warn
 from gyroquant.rounding.rtn import RoundToNearest
@@ -162,13 +162,14 @@ def prepare(
 
     Raises a GyroquantError that names the culprit and the remedy; nothing has been written then.
     """
-    recipe, out = load_recipe(recipe), Path(out)
-    check_destination(out, overwrite)
+    read, recipe, out = (model, recipe, calibration, offload), load_recipe(recipe), Path(out)
+    check_places(out, overwrite, model, read)
     store = open_model(model)
     if isinstance(store, PackedStore):
         raise InputError(f"{store.label} is already quantized; start from the model in full precision")
     plan, targets, quantizers = plan_all(store.graph, recipe)
-    _check_forms(store, plan, targets, quantizers, dense, recipe.finish)
+    check_forms(store, plan, targets, quantizers, dense, recipe.finish)
+    check_settings(store)
     source = calibration if calibration is not None else recipe.calibration.text
     text = source if source is None or isinstance(source, TokenBatch) else load_text(source)
     output = Output(
@@ -176,7 +177,7 @@ def prepare(
         dtype=saved_dtype(save_dtype, store.dtype),
         dense=dense,
         overwrite=overwrite,
-        device=torch.device(device),
+        device=usable_device(device),
         offload=Path(offload) if offload else None,
         fresh=fresh,
         workers=workers,
@@ -186,8 +187,8 @@ def prepare(
     job.grids = grids_of(recipe, targets)
     _check_budget(job)
     _check_held_out(job)
-    _check_elsewhere(job.graph, targets, recipe)
-    _check_bias(job.graph, recipe)
+    check_elsewhere(job.graph, targets, recipe)
+    check_bias(job.graph, recipe)
     _check_workers(job)
     check_room(out, expected_bytes(job) * 2)  # pieces and the files they are put together in
     return job
@@ -256,32 +257,6 @@ def plan_quantizers(graph: ModelGraph, recipe: Recipe) -> list[Attachment]:
     return found
 
 
-def _check_forms(
-    store: WeightStore,
-    plan: FoldPlan,
-    targets: Mapping[str, LinearOp],
-    quantizers: Sequence[Attachment],
-    dense: bool,
-    finish: Finish | None,
-) -> None:
-    """Refuses results that the output could not hold."""
-    tied = [name for name in targets if name in store.tied]
-    if tied and not plan.unties(store.read(store.graph.outer_params())):
-        raise UnsupportedModelError(f"{tied[0]} is tied to the embedding; keep lm_head in weights.ignore")
-    if dense and plan.online:
-        raise UnsupportedModelError(
-            f"--dense cannot keep the online map in front of {plan.online[0].module}: plain weights have no "
-            "place for it. Leave --dense out, or leave the online sites out of the recipe"
-        )
-    if dense and finish is not None:
-        raise UnsupportedModelError("--dense keeps no scales for finish to tune: leave one of them out")
-    if dense and quantizers:
-        raise UnsupportedModelError(
-            "--dense cannot keep the rounding of activations or of the KV cache: plain weights have no place for it. "
-            "Leave --dense out, or set activations=null and kv_cache=null"
-        )
-
-
 def _check_budget(job: Job) -> None:
     """Refuses a budget of bits that nothing fits in."""
     allocate = job.recipe.weights.allocate
@@ -310,28 +285,6 @@ def _check_held_out(job: Job) -> None:
         raise InputError(
             f"finish holds {held} windows out, and the text has {there}: use more samples, or a smaller finish.held_out"
         )
-
-
-def _check_bias(graph: ModelGraph, recipe: Recipe) -> None:
-    """Refuses to correct biases where a block has none that its output could be corrected by."""
-    if recipe.weights.correct_bias and any(group.last_bias is None for group in graph.blocks):
-        raise UnsupportedModelError(
-            f"weights.correct_bias needs a bias in the last layer of every block, and {graph.config.model_type} has "
-            "none there: leave it out"
-        )
-
-
-def _check_elsewhere(graph: ModelGraph, targets: Mapping[str, LinearOp], recipe: Recipe) -> None:
-    """Refuses layers that a solver which takes whole models does not know."""
-    if not isinstance(recipe.weights.solver, ModelSolver):
-        return
-    inside = {op.weight for group in graph.blocks for op in group.linears}
-    for name, op in targets.items():
-        if name not in inside or op.entry.stacked or op.entry.transposed:
-            raise UnsupportedModelError(
-                f"the solver {recipe.weights.solver.name} rounds plain linear layers of blocks, and {layer_name(op)} "
-                "is none: put it into weights.ignore, or take another solver"
-            )
 
 
 def _check_workers(job: Job) -> None:

@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from importlib import resources
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +26,83 @@ def _presets() -> Any:
     return resources.files("gyroquant") / "recipes"
 
 
-def _read_yaml(text: str, where: str) -> dict[str, Any]:
-    if len(text) > 1 << 20:
+_LONGEST = 1 << 17  # characters of a recipe
+_DEEPEST = 32  # lists and mappings in each other
+_MOST = 100_000  # values, in recipes that are given as Python objects
+_OPENING = (
+    *(yaml.BlockMappingStartToken, yaml.BlockSequenceStartToken),
+    *(yaml.FlowMappingStartToken, yaml.FlowSequenceStartToken),
+)
+_CLOSING = (yaml.BlockEndToken, yaml.FlowMappingEndToken, yaml.FlowSequenceEndToken)
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values alone, and no key twice, of which the last would count without a word."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen and isinstance(key, yaml.ScalarNode):
+                raise RecipeError(f"line {key.start_mark.line + 1} has the key {key.value!r} for the second time")
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
+        return super().construct_mapping(node, deep)
+
+
+def _load_yaml(text: str, where: str) -> Any:
+    """What a YAML text holds. Anchors, tags of Python and deep nesting are refused before anything is built."""
+    if len(text) > _LONGEST:
         raise RecipeError(f"{where} is larger than any recipe")
     try:
-        if any(isinstance(token, (yaml.AnchorToken, yaml.AliasToken)) for token in yaml.scan(text)):
-            raise RecipeError(f"{where} uses YAML anchors or aliases, which recipes have no use for")
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        depth = 0
+        for token in yaml.scan(text):
+            if isinstance(token, (yaml.AnchorToken, yaml.AliasToken)):
+                raise RecipeError(f"{where} uses YAML anchors or aliases, which recipes have no use for")
+            depth += isinstance(token, _OPENING) - isinstance(token, _CLOSING)
+            if depth > _DEEPEST:
+                raise RecipeError(f"{where} is nested more than {_DEEPEST} deep")
+        return yaml.load(text, _Loader)
+    except RecipeError as error:
+        raise RecipeError(str(error) if where in str(error) else f"{where}: {error}") from error
+    except Exception as error:  # PyYAML lets through what Python makes of a scalar such as 2024-99-99
         raise RecipeError(f"{where} is not valid YAML: {error}") from error
+
+
+def _read_yaml(text: str, where: str) -> dict[str, Any]:
+    data = _load_yaml(text, where)
     if not isinstance(data, dict):
         raise RecipeError(f"{where} does not hold a mapping")
     return data
+
+
+def plain(data: Any) -> Any:
+    """A copy of a recipe's data. Raises RecipeError for what no recipe has: deep nesting, cycles, keys that are not
+    words, numbers that are not finite or have more than 63 bits.
+    """
+    left = iter(range(_MOST))
+
+    def copied(value: Any, place: str, depth: int) -> Any:
+        if depth > _DEEPEST or next(left, None) is None:
+            raise RecipeError(f"the recipe is nested too deeply or holds too much, at {place[:80]}")
+        if isinstance(value, Mapping):
+            for key in value:
+                if not isinstance(key, str):
+                    raise RecipeError(f"{place or 'the recipe'} has the key {str(key)[:40]}: keys are words")
+            return {key: copied(one, f"{place}.{key}".strip("."), depth + 1) for key, one in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [copied(one, f"{place}.{i}".strip("."), depth + 1) for i, one in enumerate(value)]
+        if isinstance(value, float) and not isfinite(value):
+            raise RecipeError(f"{place} is {value}: it takes a finite number")
+        if isinstance(value, int) and value.bit_length() > 63:
+            raise RecipeError(f"{place} is a number of {value.bit_length()} bits, larger than any setting")
+        return value
+
+    return copied(data, "", 0)
+
+
+def _text_of(path: Path) -> str:
+    if path.stat().st_size > 4 * _LONGEST:
+        raise RecipeError(f"{path} is larger than any recipe")
+    return path.read_text(encoding="utf-8")
 
 
 SIZED = re.compile(
@@ -53,8 +119,10 @@ def find_recipe(name: str) -> tuple[dict[str, Any], list[str]]:
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         try:
-            return {"name": path.stem} | _read_yaml(path.read_text(encoding="utf-8"), str(path)), []
-        except (OSError, UnicodeDecodeError) as error:
+            return {"name": path.stem} | _read_yaml(_text_of(path), str(path)), []
+        except (OSError, ValueError) as error:
+            if isinstance(error, RecipeError):
+                raise
             raise RecipeError(f"the recipe {path} cannot be read: {error}") from error
     known = preset_names()
     if name in known:
@@ -116,17 +184,14 @@ def set_values(data: Mapping[str, Any], changes: Iterable[str]) -> dict[str, Any
     A change of ``weights.grid`` takes those settings of the old grid out that the new one cannot have, unless they are
     among the changes themselves.
     """
-    out: dict[str, Any] = yaml.safe_load(yaml.safe_dump(dict(data)))
+    out: dict[str, Any] = plain(data)
     changes, before = list(changes), out.get("weights")
     old = grid_kind(before) if isinstance(before, dict) else None
     for change in changes:
         path, equals, text = change.partition("=")
         if not equals or not path:
             raise RecipeError(f"--set takes KEY=VALUE, for example weights.bits=2, not {change!r}")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise RecipeError(f"the value of --set {change!r} is not valid YAML") from error
+        value = _load_yaml(text, f"the value of --set {change[:80]!r}")
         *parents, last = path.split(".")
         place = out
         for parent in parents:

@@ -23,7 +23,7 @@ from gyroquant.grids import Grid
 from gyroquant.learning import Finish, Learn
 from gyroquant.methods import Method
 from gyroquant.models.sites import SITE_NAMES
-from gyroquant.presets import find_recipe, grid_kind, set_values, with_effort
+from gyroquant.presets import find_recipe, grid_kind, plain, set_values, with_effort
 from gyroquant.rounding import (
     Activations,
     Allocate,
@@ -39,6 +39,7 @@ from gyroquant.rounding.base import ModelSolver
 from gyroquant.rounding.stage import is_ignored
 
 _STRICT = ConfigDict(extra="forbid", frozen=True)
+_Seed = Annotated[int, Field(ge=0, lt=1 << 32)]
 
 
 class Step(BaseModel):
@@ -143,7 +144,7 @@ class Calibration(BaseModel):
     text: str | None = None
     nsamples: Annotated[int, Field(gt=0)] = 128
     seqlen: Annotated[int, Field(gt=1)] = 512
-    seed: int = 0
+    seed: _Seed = 0
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     inputs: Literal["rounded", "original"] = "rounded"
 
@@ -163,7 +164,7 @@ class Recipe(BaseModel):
     model_config = _STRICT
     name: str = "custom"
     description: str = ""
-    seed: int = 0
+    seed: _Seed = 0
     transform: dict[str, tuple[Step, ...]] = Field(default_factory=dict)
     learn: Learn | None = None
     weights: Weights
@@ -350,6 +351,7 @@ def _section(kind: type[BaseModel], spec: Any, where: str) -> Any:
 
 def parse(data: Any) -> Recipe:
     """A recipe from plain data, as YAML gives it. Raises RecipeError naming the key and the nearest valid one."""
+    data = plain(data)
     if not isinstance(data, dict):
         raise RecipeError("a recipe is a mapping with keys such as transform and weights")
     for key in data:

@@ -61,13 +61,23 @@ def load_text(source: str | Path | Sequence[str], split: Split = "train") -> Tex
     file that is missing, empty or not text.
     """
     if not isinstance(source, (str, Path)):
+        if not all(isinstance(one, str) for one in source):
+            raise InputError("a text is a file or a list of strings: one of its entries is no string")
         return _checked(Text(f"{len(source)} strings", _JOIN.join(source)))
     path = Path(source)
-    if path.is_file():
+    try:
+        there, folder = path.is_file(), path.is_dir()
+    except OSError as error:  # such as a name that is too long, because it is the text itself
+        raise InputError(
+            f"there is no text file {str(source)[:40]!r}...: {error.strerror}; give [text] for a text"
+        ) from error
+    if folder:
+        raise InputError(f"{path} is a folder; give a text file in it")
+    if there:
         try:
             return _checked(Text(path.name, path.read_text(encoding="utf-8")))
         except UnicodeDecodeError as error:
-            raise InputError(f"{path} is not UTF-8 text: {error}") from error
+            raise InputError(f"{path} is not UTF-8 text ({error}): give plain text, or convert it") from error
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error}") from error
     name = str(source)
@@ -84,9 +94,13 @@ def load_text(source: str | Path | Sequence[str], split: Split = "train") -> Tex
 
 def _checked(text: Text) -> Text:
     if not text.content.strip():
-        raise InputError(f"the text {text.name} is empty")
+        raise InputError(f"the text {text.name} is empty: give one with words in it")
     if "\0" in text.content:
-        raise InputError(f"{text.name} holds zero bytes: it is not text")
+        raise InputError(f"{text.name} holds zero bytes: it is not text; give plain text")
+    try:
+        text.content.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{text.name} holds halves of characters, which UTF-8 has not: {error}") from error
     return text
 
 
@@ -125,6 +139,8 @@ def windows(ids: Tensor, length: int, name: str = "the text") -> Tensor:
 
     Raises InputError when there is not a single whole window.
     """
+    if length < 1:
+        raise InputError(f"a window of {length} tokens is none: take 1 or more")
     count = ids.numel() // length
     if count == 0:
         raise InputError(f"{name} has {ids.numel()} tokens, fewer than one window of {length}; use a shorter window")

@@ -93,9 +93,9 @@ def _tasks(spec: Mapping[str, Any], place: Path, original: WeightStore) -> dict[
     asked = spec.get("tasks")
     if not asked:
         return None
-    where = {"gguf_file": place.name} if place.is_file() else {}
-    folder = place.parent if where else place
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **where).eval()
+    where = {"gguf_file": place.name} if place.is_file() else {"use_safetensors": True}
+    folder = place.parent if place.is_file() else place
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False, **where).eval()
     (limit,) = set(asked.values())
     return score_tasks(model, original.tokenizer(), list(asked), limit=limit or None)
 

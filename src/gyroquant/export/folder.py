@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -18,14 +18,27 @@ from gyroquant.export.shards import merge, merge_torch, write_piece
 from gyroquant.files import locked, sync, sync_tree
 
 
-def check_destination(out: Path, overwrite: bool = False) -> None:
-    """Raises InputError when `out` cannot become an output folder: it holds something, or cannot be written."""
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file; give the name of a folder that does not exist yet")
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise InputError(f"{out} exists and is not empty; choose another name, or replace it with --overwrite")
-    parent = out.absolute().parent
-    existing = next(place for place in (parent, *parent.parents) if place.exists())
+def check_destination(out: Path, overwrite: bool = False, keep: Iterable[Path] = ()) -> None:
+    """Raises InputError when `out` cannot become an output folder: it holds something, or cannot be written.
+
+    `keep` is what the run reads, and the folder that it runs in is kept as well: replacing one that holds any of these
+    would delete it.
+    """
+    try:
+        if out.is_symlink():
+            raise InputError(f"{out} is a symbolic link; give the folder that it leads to, or another name")
+        if out.exists() and not out.is_dir():
+            raise InputError(f"{out} is a file; give the name of a folder that does not exist yet")
+        if out.is_dir() and any(out.iterdir()):
+            if not overwrite:
+                raise InputError(f"{out} exists and is not empty; choose another name, or replace it with --overwrite")
+            for place in (*keep, Path.cwd()):
+                if place.resolve().is_relative_to(out.resolve()):
+                    raise InputError(f"{out} holds {place}, which replacing it would delete; choose another name")
+        parent = out.absolute().parent
+        existing = next(place for place in (parent, *parent.parents) if place.exists())
+    except OSError as error:
+        raise InputError(f"{str(out)[:200]} cannot be written: {error.strerror}; choose another name") from error
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise InputError(f"{out} cannot be written: {existing} is not a writable folder")
 

@@ -21,6 +21,7 @@ from transformers.quantizers.auto import (
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from gyroquant.errors import GyroquantError
+from gyroquant.models.description import check_places
 from gyroquant.models.online import attach
 from gyroquant.models.packed import MAPS, METHOD, PARTS, attachments, check_version, decode
 
@@ -78,6 +79,7 @@ class GyroquantHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         model._weight_conversions = None  # saving finds the architecture's own again; decoding has no way back
+        check_places(model, self._online, "the saved model")
         keep_online(model, self._online)
         return model
 

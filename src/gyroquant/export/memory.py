@@ -35,7 +35,7 @@ def write_folded(model: Any, plan: FoldPlan) -> None:
 @torch.no_grad()
 def build_folded(store: WeightStore, plan: FoldPlan) -> Any:
     """A model of its own with all parameters of a store, folded, fp32, without its online maps."""
-    model = AutoModelForCausalLM.from_config(store.config, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(store.config, dtype=torch.float32, trust_remote_code=False)
     for name in store.shapes:
         model.get_parameter(name).copy_(store.read([name])[name])
     write_folded(model, plan)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, get_origin
 
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from gyroquant.errors import InputError, RecipeError
@@ -224,8 +224,13 @@ def stored_bits(arrays: dict[str, Tensor]) -> int:
 
 
 def grid_from(spec: dict[str, Any]) -> Grid:
-    """A grid from its saved description. Raises InputError for an unknown kind."""
-    kind = Grid.kinds.get(spec.get("grid", ""))
+    """A grid from its saved description. Raises InputError for an unknown kind and for settings that it cannot have."""
+    name = spec.get("grid")
+    kind = Grid.kinds.get(name) if isinstance(name, str) else None
     if kind is None:
-        raise InputError(f"unknown grid {spec.get('grid')!r}; this version knows {', '.join(sorted(Grid.kinds))}")
-    return kind(**spec)
+        raise InputError(f"unknown grid {name!r}; this version knows {', '.join(sorted(Grid.kinds))}")
+    try:
+        return kind(**spec)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise InputError(f"a grid {name} cannot have {'.'.join(map(str, first['loc']))}: {first['msg']}") from error

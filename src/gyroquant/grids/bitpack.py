@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -29,8 +31,10 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(stream: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
-    """The codes that `pack` wrote, uint8. Raises InputError when the stream has another length than they need."""
-    count = int(np.prod(shape))
+    """The codes that `pack` wrote, uint8. Raises InputError for a stream of another length than they need, or dtype."""
+    if stream.dtype != torch.uint8:
+        raise InputError(f"codes are a stream of bytes (uint8), not {stream.dtype}")
+    count = prod(shape)
     if stream.numel() != packed_bytes(count, bits):
         raise InputError(
             f"a stream of {stream.numel()} bytes cannot hold {count} codes of {bits} bits, which take "

@@ -43,7 +43,7 @@ class Finish(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    steps: Annotated[int, Field(gt=0)] = 100
+    steps: Annotated[int, Field(gt=0, le=1_000_000)] = 100
     batch_size: Annotated[int, Field(gt=0)] = 4
     lr: Annotated[float, Field(gt=0, le=0.1)] = 1e-3
     scales: bool = True

@@ -25,6 +25,7 @@ from gyroquant.progress import Stages
 
 Values = Mapping[str, Tensor]
 Places = Mapping[str, Place]
+_TINY = 1e-24  # in place of mean squares that are 0, of which the gradient would be NaN
 _UNIFORM = 1.8  # kurtosis of a uniform distribution
 
 
@@ -193,7 +194,8 @@ class FourthPowers(Loss):
             tensors = self.store.read(graph.block_params(i))
             names = [name for name in tensors if name in self._targets]
             folded = LiveFold(self.plan, self.places, tensors, names)(plan)
-            losses = [w.pow(4).mean() / w.square().mean().square() for w in folded.values() if w.requires_grad]
+            moved = [w for w in folded.values() if w.requires_grad]
+            losses = [w.pow(4).mean() / w.square().mean().square().clamp_min(_TINY) for w in moved]
             if losses:
                 loss = torch.stack(losses).sum() / (len(losses) * len(graph.blocks))
                 loss.backward()
@@ -254,5 +256,5 @@ class Kurtosis(Loss):
 
 def kurtosis(x: Tensor) -> Tensor:
     """Mean over vectors of the kurtosis of their entries, each divided by its own rms; x has shape (vectors, n)."""
-    scaled = x / x.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
+    scaled = x / x.square().mean(-1, keepdim=True).clamp_min(_TINY).sqrt()
     return scaled.pow(4).mean()

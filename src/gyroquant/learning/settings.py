@@ -31,7 +31,7 @@ class Learn(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     sites: tuple[Site, ...] = ("R1", "R2")
     objective: Objective = "cross_entropy"
-    steps: Annotated[int, Field(gt=0)] = 100
+    steps: Annotated[int, Field(gt=0, le=1_000_000)] = 100
     lr: Annotated[float, Field(gt=0)] = 1.5
     adam_lr: Annotated[float, Field(gt=0)] = 0.01
     top: Annotated[int, Field(gt=1)] | None = None

@@ -20,12 +20,16 @@ from torch import Tensor
 
 from gyroquant.errors import MapError
 
+MAX_ORDER = 1 << 20  # of a stored map; no dimension of a model comes near it
+_DEPTH = 16  # of maps in maps; three are in use
+
 
 class Map(ABC):
     """An invertible linear map of order `n`. Subclasses are frozen dataclasses of ints, tensors and maps."""
 
     n: int
     kinds: ClassVar[dict[str, type[Map]]] = {}
+    array_dims: ClassVar[int] = 1  # of the tensors that it has
 
     def __init_subclass__(cls) -> None:
         Map.kinds[cls.__name__.lower()] = cls
@@ -129,21 +133,59 @@ def dump(m: Map, arrays: dict[str, Tensor], prefix: str = "map") -> dict[str, An
 
 
 def load(spec: dict[str, Any], arrays: dict[str, Tensor]) -> Map:
-    """The map that `dump` described. Raises MapError for an unknown kind or a missing array."""
-    kind = Map.kinds.get(spec.get("kind", ""))
+    """The map that `dump` described.
+
+    Raises MapError for an unknown kind, a missing array, and whatever no such map can have.
+    """
+    return _load(spec, arrays, 0)
+
+
+def _load(spec: Any, arrays: dict[str, Tensor], depth: int) -> Map:
+    if not isinstance(spec, dict):
+        raise MapError(f"a stored map is described by a mapping, not by a {type(spec).__name__}")
+    if depth > _DEPTH:
+        raise MapError(f"a stored map is nested more than {_DEPTH} deep")
+    name = spec.get("kind")
+    kind = Map.kinds.get(name) if isinstance(name, str) else None
     if kind is None:
-        raise MapError(f"unknown kind of map {spec.get('kind')!r}; this version knows {', '.join(sorted(Map.kinds))}")
-    values: dict[str, Any] = {}
+        raise MapError(f"unknown kind of map {name!r}; this version knows {', '.join(sorted(Map.kinds))}")
+    values = {}
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
-        value = spec.get(field.name)
-        if isinstance(value, dict) and "array" in value:
-            if value["array"] not in arrays:
-                raise MapError(f"the array {value['array']!r} of a stored {spec['kind']} map is missing")
-            values[field.name] = arrays[value["array"]]
-        elif isinstance(value, dict):
-            values[field.name] = load(value, arrays)
-        elif isinstance(value, list):
-            values[field.name] = tuple(load(part, arrays) for part in value)
-        else:
-            values[field.name] = value
-    return kind(**values)
+        if field.name in spec or field.default is dataclasses.MISSING:
+            values[field.name] = _field(
+                kind, str(field.type), spec.get(field.name), f"{name}.{field.name}", arrays, depth
+            )
+    try:
+        made = kind(**values)
+        order = made.n
+    except (ArithmeticError, LookupError, RuntimeError, TypeError) as error:
+        raise MapError(f"a stored {name} map is damaged: {error}") from error
+    if not 1 <= order <= MAX_ORDER:
+        raise MapError(f"a stored {name} map has order {order}, and there are none above {MAX_ORDER}")
+    return made
+
+
+def _field(kind: type[Map], wanted: str, value: Any, where: str, arrays: dict[str, Tensor], depth: int) -> Any:
+    """One field of a stored map, of the type that its class has for it."""
+    if wanted == "Tensor" and isinstance(value, dict) and isinstance(value.get("array"), str):
+        return _array(kind, value["array"], where, arrays)
+    if wanted == "Map":
+        return _load(value, arrays, depth + 1)
+    if wanted.startswith("tuple") and isinstance(value, list):
+        return tuple(_load(part, arrays, depth + 1) for part in value)
+    if wanted == "bool" and isinstance(value, bool):
+        return value
+    if wanted == "int" and isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_ORDER:
+        return value
+    raise MapError(f"{where} of a stored map is no {wanted}, or one that is out of range")
+
+
+def _array(kind: type[Map], key: str, where: str, arrays: dict[str, Tensor]) -> Tensor:
+    if key not in arrays:
+        raise MapError(f"the array {key!r} of {where}, a stored map, is missing")
+    found = arrays[key]
+    if found.dim() != kind.array_dims or not found.numel():
+        raise MapError(f"{key} of a stored map has shape {tuple(found.shape)}, not {kind.array_dims} dimensions")
+    if not bool(found.isfinite().all()):
+        raise MapError(f"{key} of a stored map holds values that are not finite (NaN or infinite)")
+    return found

@@ -27,6 +27,7 @@ class Butterfly(Map):
     angles: Tensor
     transposed: bool = False
     orthogonal = True
+    array_dims = 2
 
     def __post_init__(self) -> None:
         shape = tuple(self.angles.shape)

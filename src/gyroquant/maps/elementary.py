@@ -72,6 +72,10 @@ class Signs(Map):
     orthogonal = True
     diagonal = True
 
+    def __post_init__(self) -> None:
+        if not bool((self.values.abs() == 1).all()):
+            raise MapError("a map of signs needs entries of 1 and -1")
+
     @property
     def n(self) -> int:  # type: ignore[override]
         return self.values.numel()
@@ -105,6 +109,8 @@ class Permutation(Map):
     cost = 0
 
     def __post_init__(self) -> None:
+        if self.index.dtype not in (torch.int64, torch.int32):
+            raise MapError(f"a permutation needs whole numbers as indices, not {self.index.dtype}")
         if not torch.equal(self.index.sort().values, torch.arange(self.index.numel(), dtype=self.index.dtype)):
             raise MapError(f"not a permutation of 0..{self.index.numel() - 1}: an index is missing or doubled")
 
@@ -128,6 +134,10 @@ class Householder(Map):
 
     vector: Tensor
     orthogonal = True
+
+    def __post_init__(self) -> None:
+        if not bool((self.vector != 0).any()):
+            raise MapError("a reflection needs a vector that is not zero")
 
     @property
     def n(self) -> int:  # type: ignore[override]
@@ -153,6 +163,7 @@ class Dense(Map):
     """Any invertible matrix, shape (n, n)."""
 
     matrix: Tensor
+    array_dims = 2
 
     def __post_init__(self) -> None:
         if self.matrix.dim() != 2 or self.matrix.shape[0] != self.matrix.shape[1]:

@@ -16,6 +16,8 @@ from gyroquant.maps.elementary import ORTHOGONALITY
 from gyroquant.methods.base import Context, Method
 from gyroquant.models.sites import Site, site_key
 
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
 
 class Stored(Method):
     """The matrix that `file` holds for a site; see `gyroquant rotations`."""
@@ -43,6 +45,8 @@ def read_rotations(path: Path) -> dict[str, Tensor]:
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} cannot be read as rotations in safetensors: {error}") from error
     for key, matrix in found.items():
-        if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.is_floating_point():
+        if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.numel():
             raise InputError(f"{path}: {key} is no square matrix but has shape {tuple(matrix.shape)}")
+        if matrix.dtype not in _DTYPES or not bool(matrix.isfinite().all()):
+            raise InputError(f"{path}: {key} is no rotation: it holds {matrix.dtype}, or values that are not finite")
     return {key: matrix.to(torch.float64) for key, matrix in found.items()}

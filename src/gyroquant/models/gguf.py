@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType, dequantize
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 from transformers.integrations.gguf.reader import GgufHeader, TensorInfo
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
 from gyroquant.errors import InputError
+from gyroquant.models.gguf_check import check_gguf
 from gyroquant.models.graph import Shape
-from gyroquant.models.runner import build_skeleton
-from gyroquant.models.store import WeightStore
+from gyroquant.models.store import WeightStore, checked_skeleton, finite, load_tokenizer
 
 
 class _Names:
@@ -38,15 +38,13 @@ class GgufStore(WeightStore):
 
     def __init__(self, path: Path):
         self.path, self.label = path, str(path)
+        check_gguf(path)
         try:
             self._header = GgufHeader.from_file(str(path))
-            self.config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-        except Exception as error:  # the readers raise whatever a damaged file makes numpy or struct raise
+            self.config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+        except Exception as error:  # the readers raise whatever they do not know in many ways
             raise InputError(f"{path} cannot be read as a GGUF model: {error}") from error
-        size = path.stat().st_size
-        if any(self._header.data_start + info.offset + info.nbytes > size for info in self._header.tensors):
-            raise InputError(f"{path} is cut short: it has {size} bytes, fewer than its tensors take")
-        self._skeleton: Any = build_skeleton(self.config)
+        self._skeleton: Any = checked_skeleton(self.config, self.label)
         processor = TENSOR_PROCESSORS.get(self._header.architecture, TensorProcessor)
         self._processor = processor(config=self.config.to_dict())
         self._names = get_gguf_hf_weights_map(_Names(self._skeleton), self._processor)
@@ -59,6 +57,10 @@ class GgufStore(WeightStore):
         missing = sorted(set(self.shapes) - set(self._sources))
         if missing:
             raise InputError(f"{path} lacks {', '.join(missing[:4])} of {type(self._skeleton).__name__}")
+        for name, shape in self.shapes.items():
+            found = sum(prod(info.shape) for info in self._sources[name])
+            if found != prod(shape):
+                raise InputError(f"{path}: {name} has {found} weights, but its metadata make it {shape}")
 
     @cached_property
     def tied(self) -> Mapping[str, str]:
@@ -92,9 +94,7 @@ class GgufStore(WeightStore):
         tensor: Tensor = made["tensors"][name].float()
         if tuple(tensor.shape) != self.shapes[name]:
             raise InputError(f"{self.label}: {name} has shape {tuple(tensor.shape)}, expected {self.shapes[name]}")
-        if not bool(tensor.isfinite().all()):
-            raise InputError(f"{self.label}: {name} holds values that are not finite (NaN or infinite)")
-        return tensor
+        return finite(tensor, name, self.label)
 
     def _values(self, info: TensorInfo) -> np.ndarray:
         """One tensor of the file as fp32 values."""
@@ -107,7 +107,4 @@ class GgufStore(WeightStore):
         return dequantize(rows.view(np.float16) if kind == GGMLQuantizationType.F16 else rows, kind)
 
     def tokenizer(self) -> Any:
-        try:
-            return AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
-        except Exception as error:
-            raise InputError(f"{self.label} has no usable tokenizer: {error}") from error
+        return load_tokenizer(self.path.parent, self.label, gguf_file=self.path.name)

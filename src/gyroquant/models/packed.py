@@ -17,13 +17,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from gyroquant.errors import InputError
+from gyroquant.errors import GyroquantError, InputError
 from gyroquant.grids import Basis, Grid, QuantizedWeight, grid_from
 from gyroquant.maps import Map, dump, load
+from gyroquant.models.description import check_description, check_places
 from gyroquant.models.graph import LinearOp, Shape
 from gyroquant.models.online import Attachment, CacheQuantizer, InputQuantizer, OnlineMap
 from gyroquant.models.sites import Insertion
-from gyroquant.models.store import CheckpointStore, LazyTensor, safetensors_index
+from gyroquant.models.store import CheckpointStore, LazyTensor
 from gyroquant.progress import Advance
 
 METHOD = "gyroquant"
@@ -132,19 +133,31 @@ def _same(a: Map, b: Map) -> bool:
 
 
 def check_version(description: Mapping[str, Any], where: str) -> None:
-    """Raises InputError for a folder written by a version that this one does not understand."""
+    """Raises InputError for a folder of a version that this one does not understand, or with a damaged description."""
     version = description.get("format_version")
     if version not in FORMAT_VERSIONS:
         known = " and ".join(map(str, FORMAT_VERSIONS))
         raise InputError(f"{where} has format version {version}, this gyroquant reads versions {known}")
+    check_description(description, where)
 
 
 def unpack(description: Mapping[str, Any], name: str, arrays: dict[str, Tensor], shape: Shape) -> QuantizedWeight:
-    """A stored parameter as codes and scales, in the shape of `as_matrix`."""
+    """A stored parameter as codes and scales, in the shape of `as_matrix`.
+
+    Raises InputError where what is stored is not what the description says.
+    """
+    try:
+        return _unpacked(description, name, arrays, shape)
+    except (GyroquantError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        why = f"its array of {error} is missing" if isinstance(error, KeyError) else str(error)
+        raise InputError(f"{name} is not stored as its description says: {why}; copy the folder again") from error
+
+
+def _unpacked(description: Mapping[str, Any], name: str, arrays: dict[str, Tensor], shape: Shape) -> QuantizedWeight:
     entry = description["tensors"][name]
     grid, basis = grid_from(description["grids"][entry["grid"]]).bound_by(arrays), None
     rows, columns = matrix_shape(shape, bool(entry.get("transposed")))
-    if "basis" in entry:
+    if entry.get("basis") is not None:
         basis = Basis.unpack(entry["basis"], arrays, columns)
         columns = basis.order
     codes, params = grid.unpack(arrays, (rows, columns))
@@ -154,11 +167,17 @@ def unpack(description: Mapping[str, Any], name: str, arrays: dict[str, Tensor],
 def decode(description: Mapping[str, Any], name: str, arrays: dict[str, Tensor], shape: Shape) -> Tensor:
     """A stored parameter as numbers, in its own shape, fp32."""
     transposed = bool(description["tensors"][name].get("transposed"))
-    return from_matrix(unpack(description, name, arrays, shape).dequantize(), shape, transposed)
+    weight = from_matrix(unpack(description, name, arrays, shape).dequantize(), shape, transposed)
+    if not bool(weight.isfinite().all()):
+        raise InputError(f"{name} decodes to values that are not finite (NaN or infinite): copy the folder again")
+    return weight
 
 
 def attachments(description: Mapping[str, Any], files: Sequence[Path]) -> tuple[Attachment, ...]:
-    """What runs with a saved model, its tensors read from its safetensors files."""
+    """What runs with a saved model, its tensors read from its safetensors files.
+
+    Raises MapError or InputError for maps that are damaged and arrays that are missing.
+    """
     arrays: dict[str, Tensor] = {}
     for path in files:
         with safe_open(path, framework="pt") as file:
@@ -167,6 +186,9 @@ def attachments(description: Mapping[str, Any], files: Sequence[Path]) -> tuple[
     grids = [grid_from(spec) for spec in description["grids"]]
     online = [OnlineMap(Insertion(one["point"], one["module"]), maps[one["map"]]) for one in description["online"]]
     inputs = [InputQuantizer(Insertion(o["point"], o["module"]), grids[o["grid"]]) for o in description["inputs"]]
+    lost = [one["key_mean"] for one in description["cache"] if one["key_mean"] not in {None, *arrays}]
+    if lost:
+        raise InputError(f"the array {lost[0]!r} of a rounded KV cache is missing: copy the folder again")
     cache = [
         CacheQuantizer(
             one["module"],
@@ -208,7 +230,9 @@ class PackedStore(CheckpointStore):
 
     def _index(self) -> Mapping[str, Any]:
         check_version(self.description, self.label)
-        self._stored = safetensors_index(self.folder)
+        odd = [name for name, tensor in self._stored.items() if tensor.dtype not in _STORED_BITS]
+        if odd:
+            raise InputError(f"{self.label}: {odd[0]} is stored as {self._stored[odd[0]].dtype}, as nothing is here")
         plain = {name: t for name, t in self._stored.items() if not name.startswith(MAPS)}
         shapes = {name: tuple(t.shape) for name, t in self._skeleton.state_dict().items()}
         found: dict[str, Any] = {}
@@ -225,7 +249,12 @@ class PackedStore(CheckpointStore):
 
     @cached_property
     def online(self) -> tuple[Attachment, ...]:  # type: ignore[override]
-        return attachments(self.description, sorted({tensor.path for tensor in self._stored.values()}))
+        try:
+            found = attachments(self.description, sorted({tensor.path for tensor in self._stored.values()}))
+        except GyroquantError as error:
+            raise InputError(f"{self.label}: {error}") from error
+        check_places(self._skeleton, found, self.label)
+        return found
 
     def quantized(self, name: str) -> QuantizedWeight:
         """The codes and scales of a rounded parameter, as `unpack` gives them. Raises KeyError for any other one."""

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
-from gyroquant.errors import UnsupportedModelError
+from gyroquant.errors import InputError, UnsupportedModelError
 from gyroquant.models.graph import ModelGraph
+
+_MAX_BUFFERS = 1 << 30  # bytes of one module; rotary frequencies and scales take some kilobytes
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -66,18 +68,25 @@ def build_skeleton(config: Any, dtype: torch.dtype = torch.float32) -> nn.Module
     """The model of a configuration with every parameter on the meta device and every buffer filled.
 
     Buffers that are not stored with a model (rotary frequencies, embedding scales) are computed as transformers
-    computes them when it loads one.
+    computes them when it loads one. Raises InputError where they come out infinite or are far too large.
     """
     stored = config.dtype
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     config.dtype = stored  # which transformers has overwritten
     for module in model.modules():
         empty = {name: b for name, b in module.named_buffers(recurse=False) if b.is_meta}
         if empty:
+            if sum(buffer.nbytes for buffer in empty.values()) > _MAX_BUFFERS:
+                raise InputError(
+                    f"its configuration makes {', '.join(empty)} larger than any model's: mend config.json"
+                )
             for name, buffer in empty.items():
                 setattr(module, name, nn.Buffer(torch.empty_like(buffer, device="cpu"), persistent=False))
             model._init_weights(module)
+            wrong = [name for name in empty if not bool(getattr(module, name).isfinite().all())]
+            if wrong:
+                raise InputError(f"its configuration makes {', '.join(wrong)} infinite or NaN: mend its RoPE settings")
     return model.eval()
 
 

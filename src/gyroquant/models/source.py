@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 import gyroquant.models.architectures  # noqa: F401  (registers the described architectures)
 from gyroquant.errors import InputError
 from gyroquant.models.gguf import GgufStore
+from gyroquant.models.outside import kind_of, read_json, remedy
 from gyroquant.models.packed import METHOD, PackedStore
 from gyroquant.models.store import CheckpointStore, ModuleStore, WeightStore
 
@@ -23,7 +23,10 @@ def open_model(model: str | Path | PreTrainedModel) -> WeightStore:
     path = Path(model)
     if path.is_file():
         if path.suffix != ".gguf":
-            raise InputError(f"{path} is a file, but not a .gguf; give a folder, a GGUF file or a name on the hub")
+            hint = "" if kind_of(path) in ("unknown", "unreadable") else f" ({remedy(path, '')})"
+            raise InputError(
+                f"{path} is a file, but not a .gguf{hint}; give a folder, a GGUF file or a name on the hub"
+            )
         return GgufStore(path)
     if path.is_dir():
         return _open_folder(path)
@@ -39,16 +42,15 @@ def _open_folder(folder: Path) -> WeightStore:
             return GgufStore(files[0])
         raise InputError(f"{folder} has no config.json" + ("; name one of its GGUF files" if files else ""))
     try:
-        config: Any = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+        quantization = read_json(folder / "config.json").get("quantization_config")
+    except InputError as error:
         raise InputError(f"{folder} has no usable config.json: {error}") from error
-    quantization = getattr(config, "quantization_config", None)
     if quantization is None:
-        return CheckpointStore(folder, config)
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+        return CheckpointStore(folder)
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
     if method != METHOD:
         raise InputError(f"{folder} is already quantized ({method}); start from the model in full precision")
-    return PackedStore(folder, config)
+    return PackedStore(folder)
 
 
 def _fetch(name: str) -> Path:

@@ -6,7 +6,6 @@ file (experts may be listed there and stacked here). Only safetensors and GGUF f
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
@@ -17,13 +16,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from gyroquant.errors import InputError
 from gyroquant.models.graph import ModelGraph, Shape, build_graph
 from gyroquant.models.online import Attachment
+from gyroquant.models.outside import load_config, read_json, remedy
 from gyroquant.models.runner import build_skeleton
 
 # Names that old checkpoints store although no parameter of that name exists: they are computed, not learned.
@@ -77,6 +77,13 @@ class WeightStore(ABC):
         return build_graph(self.config, self.shapes, self.tied)
 
 
+def finite(tensor: Tensor, name: str, label: str) -> Tensor:
+    """The tensor. Raises InputError where it holds NaN or infinity."""
+    if not tensor.is_meta and not bool(tensor.isfinite().all()):
+        raise InputError(f"{label}: {name} holds values that are not finite (NaN or infinite): its model is damaged")
+    return tensor
+
+
 class ModuleStore(WeightStore):
     """A transformers model in memory."""
 
@@ -100,7 +107,7 @@ class ModuleStore(WeightStore):
         return self.model.dtype
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        return {name: self._params[name].detach() for name in names}
+        return {name: finite(self._params[name].detach(), name, self.label) for name in names}
 
     def skeleton(self) -> Any:
         return self.model
@@ -128,51 +135,77 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 def safetensors_index(folder: Path) -> dict[str, LazyTensor]:
     """Every tensor of a folder's safetensors files. Raises InputError for missing, damaged or contradictory files."""
-    index = folder / "model.safetensors.index.json"
+    index, places = folder / "model.safetensors.index.json", dict[str, str]()
     if index.exists():
-        try:
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise InputError(f"{index} is not a valid index of weights: {error}") from error
+        places = _places(index)
+        files = sorted(set(places.values()))
     elif (folder / "model.safetensors").exists():  # others beside it hold other things, learned rotations for one
         files = ["model.safetensors"]
     else:
         files = sorted(path.name for path in folder.glob("*.safetensors"))
     if not files:
-        raise InputError(f"{folder} holds no .safetensors weights; only safetensors and GGUF files are read")
+        pickles = sorted(path.name for path in folder.glob("*.bin"))
+        hint = f"; {pickles[0]} is a pickle, which could run code: save the model as safetensors" if pickles else ""
+        raise InputError(f"{folder} holds no .safetensors weights; only safetensors and GGUF files are read{hint}")
     found: dict[str, LazyTensor] = {}
     for name in files:
-        path = folder / name
-        if Path(name).name != name:
-            raise InputError(f"{index} names {name!r}, which lies outside the model's folder")
-        try:
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():
-                    part = file.get_slice(key)
-                    found[key] = LazyTensor(path, key, tuple(part.get_shape()), part.get_dtype())
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{path} cannot be read: {error}") from error
+        for key, tensor in _tensors_of(folder / name).items():
+            if key in found:
+                raise InputError(
+                    f"{key} is in {found[key].path} and in {folder / name}: take the file away that is not meant"
+                )
+            found[key] = tensor
+    for key, name in places.items():
+        if key not in found or found[key].path.name != name:
+            raise InputError(f"{index} says that {key} lies in {name}, which does not hold it: fetch both again")
     return found
+
+
+def _places(index: Path) -> dict[str, str]:
+    """The file that an index names for each tensor. Raises InputError for names of anything but files beside it."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+        raise InputError(
+            f"{index} is not a valid index of weights: its weight_map does not name a file for each tensor"
+        )
+    for name in sorted(set(places.values())):
+        if Path(name).name != name or "\\" in name:
+            raise InputError(f"{index} names {name!r}, which lies outside the model's folder")
+        if not name.endswith(".safetensors"):
+            raise InputError(f"{index} names {name!r}; only safetensors and GGUF files are read")
+        if not (index.parent / name).is_file():
+            raise InputError(f"{index} names {name}, which is missing: fetch it as well")
+    return places
+
+
+def _tensors_of(path: Path) -> dict[str, LazyTensor]:
+    if not path.is_file():  # a pipe would be waited for
+        raise InputError(f"{path} is no file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            parts = {key: file.get_slice(key) for key in file.keys()}
+            return {key: LazyTensor(path, key, tuple(p.get_shape()), p.get_dtype()) for key, p in parts.items()}
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} cannot be read: {error}; {remedy(path, 'safetensors')}") from error
 
 
 class CheckpointStore(WeightStore):
     """A folder as transformers saves it: config.json and safetensors."""
 
-    def __init__(self, folder: Path, config: Any = None):
+    def __init__(self, folder: Path):
         self.folder, self.label = folder, str(folder)
-        try:
-            self.config = config or AutoConfig.from_pretrained(folder)
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"{folder} has no usable config.json: {error}") from error
+        self._stored = safetensors_index(folder)
+        self.config = load_config(folder, [tensor.shape for tensor in self._stored.values()])
         self._tensors = self._index()
         self._shapes, self._groups = self._match()
 
     def _index(self) -> Mapping[str, Any]:
-        return safetensors_index(self.folder)
+        """What is stored, decoded when it is read, under its names in the file."""
+        return self._stored
 
     @cached_property
     def _skeleton(self) -> Any:
-        return build_skeleton(self.config)
+        return checked_skeleton(self.config, self.label)
 
     def skeleton(self) -> Any:
         return self._skeleton
@@ -205,6 +238,7 @@ class CheckpointStore(WeightStore):
         groups: dict[str, Callable[[], dict[str, Tensor]]] = {}
         for target, (transform, sources) in transforms.items():
             read = self._reader(target, transform, sources)
+            self._check_source(target, wanted[target] if transform is None else None, [key for key, _ in sources])
             targets = (
                 [target]
                 if transform is None
@@ -217,6 +251,20 @@ class CheckpointStore(WeightStore):
                 f"{self.label} lacks {', '.join(missing[:4])} of {type(model).__name__}; is a shard missing?"
             )
         return wanted, groups
+
+    def _check_source(self, target: str, shape: Shape | None, keys: list[str]) -> None:
+        """Refuses tensors that are not floating point, and one that is a parameter as it is and has another shape."""
+        for key in keys:
+            tensor = self._tensors[key]
+            if isinstance(tensor, LazyTensor) and tensor.dtype not in _DTYPES:
+                raise InputError(
+                    f"{self.label}: {key} is stored as {tensor.dtype}; start from the model in 16 or 32 bits"
+                )
+            if shape is not None and tuple(tensor.shape) != shape:
+                raise self._misshapen(target, tuple(tensor.shape), shape)
+
+    def _misshapen(self, name: str, found: Shape, wanted: Shape) -> InputError:
+        return InputError(f"{self.label}: {name} has shape {found}, but config.json makes it {wanted}")
 
     def _reader(self, target: str, transform: Any, sources: list[tuple[str, str]]) -> Callable[[], dict[str, Tensor]]:
         def read() -> dict[str, Tensor]:
@@ -255,24 +303,42 @@ class CheckpointStore(WeightStore):
 
     def _checked(self, name: str, tensor: Tensor) -> Tensor:
         if tuple(tensor.shape) != self._shapes[name]:
-            raise InputError(
-                f"{self.label}: {name} has shape {tuple(tensor.shape)}, but config.json makes it {self._shapes[name]}"
-            )
-        if not bool(tensor.isfinite().all()):
-            raise InputError(f"{self.label}: {name} holds values that are not finite (NaN or infinite)")
-        return tensor
+            raise self._misshapen(name, tuple(tensor.shape), self._shapes[name])
+        return finite(tensor, name, self.label)
 
     def generation_config(self) -> Any:
+        path = self.folder / "generation_config.json"
+        if not path.exists():  # a folder need not have one
+            return super().generation_config()
+        read_json(path)
         try:
             return GenerationConfig.from_pretrained(self.folder)
-        except (OSError, ValueError):  # a folder need not have one
-            return super().generation_config()
+        except Exception as error:  # whatever settings of a wrong type make it raise
+            raise InputError(f"{path} cannot be used: {error}; mend it or take it away") from error
 
     def tokenizer(self) -> Any:
-        try:
-            return AutoTokenizer.from_pretrained(self.folder)
-        except Exception as error:  # transformers raises many kinds for a missing tokenizer
-            raise InputError(f"{self.label} has no usable tokenizer: {error}") from error
+        return load_tokenizer(self.folder, self.label)
+
+
+def load_tokenizer(folder: Path, label: str, **options: Any) -> Any:
+    """The tokenizer in a folder; code that the folder may bring is never run. Raises InputError when there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
+    except Exception as error:  # transformers raises many kinds for a missing tokenizer
+        own = "trust_remote_code" in str(error)
+        why = "it names code of its own (auto_map), which is never run" if own else str(error)
+        raise InputError(f"{label} has no usable tokenizer: {why}") from error
+
+
+def checked_skeleton(config: Any, label: str) -> Any:
+    """`build_skeleton`. Raises InputError for a configuration that no model can be built from."""
+    try:
+        return build_skeleton(config)
+    except InputError as error:
+        raise InputError(f"{label}: {error}") from error
+    except Exception as error:  # layers check their sizes each in its own way
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise InputError(f"{label}: its configuration describes no model that can be built ({why})") from error
 
 
 def _natural(name: str) -> list[tuple[int, Any]]:

@@ -23,7 +23,7 @@ class AutoRound(ModelSolver):
     """
 
     name: Literal["auto_round"] = "auto_round"
-    iters: Annotated[int, Field(ge=0)] = 200
+    iters: Annotated[int, Field(ge=0, le=1_000_000)] = 200
     batch_size: Annotated[int, Field(gt=0)] = 8
     lr: Annotated[float, Field(gt=0)] | None = None
     minmax_lr: Annotated[float, Field(gt=0)] | None = None

@@ -41,7 +41,7 @@ class SignRound(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    iters: Annotated[int, Field(gt=0)] = 200
+    iters: Annotated[int, Field(gt=0, le=1_000_000)] = 200
     batch_size: Annotated[int, Field(gt=0)] = 8
     lr: Annotated[float, Field(gt=0, le=1)] | None = None
     minmax_lr: Annotated[float, Field(gt=0, le=1)] | None = None

@@ -23,9 +23,11 @@ class TransformersRuntime(Runtime):
         super().__init__(folder, exact)
         from transformers import AutoModelForCausalLM
 
-        options: dict[str, Any] = {"dtype": torch.float32 if exact else "auto"}
+        options: dict[str, Any] = {"dtype": torch.float32 if exact else "auto", "trust_remote_code": False}
         if (folder / FILE).exists():
             options["gguf_file"] = FILE
+        else:
+            options["use_safetensors"] = True  # never a pickle
         try:
             self._model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
         except (OSError, ImportError, ValueError, KeyError) as error:

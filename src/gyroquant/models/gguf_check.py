@@ -1,0 +1,172 @@
+"""A strict look at a GGUF file's header, so that the readers of other libraries only ever see sane files.
+
+Everything is held against the size of the file before it is read: nothing is allocated that the file could not fill,
+and no loop is longer than the file has bytes for. Layout: github.com/ggml-org/ggml, docs/gguf.md; little-endian.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gguf import GGML_QUANT_SIZES
+
+from gyroquant.errors import InputError
+from gyroquant.models.outside import check_sizes, remedy
+
+_VERSIONS = (2, 3)
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+_LONGEST = 65535  # bytes of a key, by the specification; of names of tensors too, which are far shorter
+_DIMENSIONS = 4  # of a tensor, the most that ggml has
+_LEAST_ENTRY, _LEAST_TENSOR = 8 + 4 + 1, 8 + 4 + 8 + 4 + 8  # bytes
+_SIZES = {int(kind): size for kind, size in GGML_QUANT_SIZES.items()}  # weights and bytes of a block
+
+
+class _Damage(Exception):  # noqa: N818 - becomes an InputError that names the file
+    pass
+
+
+@dataclass
+class _Header:
+    metadata: dict[str, Any] = field(default_factory=dict)  # without arrays
+    tensors: dict[str, tuple[tuple[int, ...], int, int]] = field(default_factory=dict)  # dimensions, start, bytes
+
+
+def check_gguf(path: Path) -> None:
+    """Raises InputError, naming what is wrong, for a file whose header lies, contradicts itself or is cut short, and
+    for a model that claims sizes its tensors do not have.
+    """
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            header = _read(_Bytes(data))
+    except _Damage as error:
+        raise InputError(f"{path} cannot be read as a GGUF model: {error}; {remedy(path, 'gguf')}") from error
+    except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
+        raise InputError(f"{path} cannot be read as a GGUF model: {error}; {remedy(path, 'gguf')}") from error
+    prefix = f"{header.metadata['general.architecture']}."
+    claimed = {key.removeprefix(prefix): value for key, value in header.metadata.items() if key.startswith(prefix)}
+    check_sizes(claimed, [shape for shape, _, _ in header.tensors.values()], str(path))
+
+
+class _Bytes:
+    """A file's bytes, read one value after the other, none of them behind its end."""
+
+    def __init__(self, data: mmap.mmap):
+        self.data, self.at, self.size = data, 0, len(data)
+
+    def need(self, count: int, what: str) -> None:
+        if count > self.size - self.at:
+            raise _Damage(
+                f"cut short: {what} at byte {self.at} takes {count} bytes, and {self.size - self.at} are left"
+            )
+
+    def take(self, kind: str, what: str) -> Any:
+        size = struct.calcsize("<" + kind)
+        self.need(size, what)
+        (value,) = struct.unpack_from("<" + kind, self.data, self.at)
+        self.at += size
+        return value
+
+    def string(self, what: str, longest: int | None = None) -> str:
+        length = self.take("Q", what)
+        if longest is not None and length > longest:
+            raise _Damage(f"{what} at byte {self.at} has {length} bytes, more than the {longest} that are allowed")
+        self.need(length, what)
+        self.at += length
+        try:
+            return bytes(self.data[self.at - length : self.at]).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise _Damage(f"{what} at byte {self.at - length} is not UTF-8") from error
+
+    def value(self, kind: int, key: str) -> Any:
+        if kind in _SCALARS:
+            return self.take(_SCALARS[kind], key)
+        if kind == _STRING:
+            return self.string(key)
+        if kind == _ARRAY:
+            return self._array(key)
+        raise _Damage(f"{key} is of the unknown type {kind}")
+
+    def _array(self, key: str) -> list[Any] | None:
+        """The numbers of an array, or None for strings, which are only passed over."""
+        kind, count = self.take("I", key), self.take("Q", key)
+        if kind in _SCALARS:
+            size = struct.calcsize(_SCALARS[kind])
+            self.need(count * size, f"{key}, an array of {count},")
+            found = struct.unpack_from(f"<{count}{_SCALARS[kind]}", self.data, self.at)
+            self.at += count * size
+            return list(found)
+        if kind != _STRING:
+            raise _Damage(f"{key} is an array of the type {kind}, of which there are none in models")
+        self.need(count * 8, f"{key}, an array of {count} strings,")
+        for _ in range(count):
+            length = self.take("Q", key)
+            self.need(length, f"a string of {key}")
+            self.at += length
+        return None
+
+
+def _read(file: _Bytes) -> _Header:
+    file.need(24, "the header")
+    if file.data[:4] != b"GGUF":
+        raise _Damage("it does not start with GGUF")
+    file.at = 4
+    version, tensors, keys = file.take("I", "the version"), file.take("Q", "a count"), file.take("Q", "a count")
+    if version not in _VERSIONS:
+        raise _Damage(f"version {version}, only 2 and 3, little-endian, are read")
+    header = _Header()
+    file.need(keys * _LEAST_ENTRY, f"metadata of {keys} keys")
+    for _ in range(keys):
+        key = file.string("a key", _LONGEST)
+        if key in header.metadata:
+            raise _Damage(f"the key {key} is there twice")
+        header.metadata[key] = file.value(file.take("I", key), key)
+    if not isinstance(header.metadata.get("general.architecture"), str):
+        raise _Damage("it names no architecture (general.architecture)")
+    alignment = header.metadata.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+        raise _Damage(f"general.alignment is {alignment!r}, not a power of two")
+    file.need(tensors * _LEAST_TENSOR, f"a table of {tensors} tensors")
+    if not tensors:
+        raise _Damage("it holds no tensors")
+    for _ in range(tensors):
+        _read_tensor(file, header, alignment)
+    _check_places(header, -(-file.at // alignment) * alignment, file.size)
+    return header
+
+
+def _read_tensor(file: _Bytes, header: _Header, alignment: int) -> None:
+    name = file.string("the name of a tensor", _LONGEST)
+    if name in header.tensors:
+        raise _Damage(f"the tensor {name} is there twice")
+    dimensions = file.take("I", name)
+    if not 1 <= dimensions <= _DIMENSIONS:
+        raise _Damage(f"{name} has {dimensions} dimensions, not 1 to {_DIMENSIONS}")
+    shape = tuple(file.take("Q", name) for _ in range(dimensions))
+    kind, offset = file.take("I", name), file.take("Q", name)
+    if kind not in _SIZES:
+        raise _Damage(f"{name} is of the type {kind}, which this version of the package gguf does not know")
+    block, size = _SIZES[kind]
+    count = 1
+    for one in shape:
+        count *= one
+    if count < 1 or shape[0] % block:
+        raise _Damage(f"{name} has dimensions {shape}, which blocks of {block} do not make")
+    if offset % alignment:
+        raise _Damage(f"{name} starts at {offset}, which is no multiple of {alignment}")
+    header.tensors[name] = shape, offset, count // block * size
+
+
+def _check_places(header: _Header, start: int, size: int) -> None:
+    """Refuses tensors behind the end of the file and tensors that overlap."""
+    end, before = 0, ""
+    for name, (_, offset, length) in sorted(header.tensors.items(), key=lambda item: item[1][1]):
+        if start + offset + length > size:
+            raise _Damage(f"cut short: {name} ends at byte {start + offset + length}, and the file has {size}")
+        if offset < end:
+            raise _Damage(f"{name} and {before} overlap")
+        end, before = offset + length, name

@@ -1,0 +1,95 @@
+"""What a quantization refuses before any work: places, models and recipes that its result could not be made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gyroquant.errors import InputError, UnsupportedModelError
+from gyroquant.export.folder import check_destination
+from gyroquant.learning import Finish
+from gyroquant.models.fold import FoldPlan
+from gyroquant.models.graph import LinearOp, ModelGraph
+from gyroquant.models.online import Attachment
+from gyroquant.models.store import WeightStore
+from gyroquant.recipe import Recipe
+from gyroquant.rounding.base import ModelSolver
+from gyroquant.rounding.stage import layer_name
+
+
+def check_places(out: Path, overwrite: bool, model: Any, read: Sequence[Any]) -> None:
+    """Refuses a destination that cannot be written, that lies in the model's folder or holds what is read; the
+    last of that is a folder for activations, which are written."""
+    check_destination(out, overwrite, [Path(one) for one in read if isinstance(one, (str, Path)) and _is_there(one)])
+    if read[-1] is not None:
+        check_destination(Path(read[-1]) / "hidden_states.bin")
+    if isinstance(model, (str, Path)) and Path(model).is_dir() and out.resolve().is_relative_to(Path(model).resolve()):
+        raise InputError(f"{out} lies in the folder of the model, {model}; choose a place beside it")
+
+
+def _is_there(place: str | Path) -> bool:
+    try:
+        return Path(place).exists()
+    except OSError:  # no name of a file
+        return False
+
+
+def check_settings(store: WeightStore) -> None:
+    """Refuses settings that could be read or made, but not written into the result: transformers checks them again."""
+    generation = store.generation_config()
+    try:
+        store.config.validate()
+        if generation is not None:
+            generation.validate(strict=True)
+    except Exception as error:  # each class has checks of its own
+        why = " ".join(str(error).split())
+        raise InputError(f"{store.label}: its configuration contradicts itself: {why} Mend it") from error
+
+
+def check_forms(
+    store: WeightStore,
+    plan: FoldPlan,
+    targets: Mapping[str, LinearOp],
+    quantizers: Sequence[Attachment],
+    dense: bool,
+    finish: Finish | None,
+) -> None:
+    """Refuses results that the output could not hold."""
+    tied = [name for name in targets if name in store.tied]
+    if tied and not plan.unties(store.read(store.graph.outer_params())):
+        raise UnsupportedModelError(f"{tied[0]} is tied to the embedding; keep lm_head in weights.ignore")
+    if dense and plan.online:
+        raise UnsupportedModelError(
+            f"--dense cannot keep the online map in front of {plan.online[0].module}: plain weights have no "
+            "place for it. Leave --dense out, or leave the online sites out of the recipe"
+        )
+    if dense and finish is not None:
+        raise UnsupportedModelError("--dense keeps no scales for finish to tune: leave one of them out")
+    if dense and quantizers:
+        raise UnsupportedModelError(
+            "--dense cannot keep the rounding of activations or of the KV cache: plain weights have no place for it. "
+            "Leave --dense out, or set activations=null and kv_cache=null"
+        )
+
+
+def check_bias(graph: ModelGraph, recipe: Recipe) -> None:
+    """Refuses to correct biases where a block has none that its output could be corrected by."""
+    if recipe.weights.correct_bias and any(group.last_bias is None for group in graph.blocks):
+        raise UnsupportedModelError(
+            f"weights.correct_bias needs a bias in the last layer of every block, and {graph.config.model_type} has "
+            "none there: leave it out"
+        )
+
+
+def check_elsewhere(graph: ModelGraph, targets: Mapping[str, LinearOp], recipe: Recipe) -> None:
+    """Refuses layers that a solver which takes whole models does not know."""
+    if not isinstance(recipe.weights.solver, ModelSolver):
+        return
+    inside = {op.weight for group in graph.blocks for op in group.linears}
+    for name, op in targets.items():
+        if name not in inside or op.entry.stacked or op.entry.transposed:
+            raise UnsupportedModelError(
+                f"the solver {recipe.weights.solver.name} rounds plain linear layers of blocks, and {layer_name(op)} "
+                "is none: put it into weights.ignore, or take another solver"
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -17,9 +18,9 @@ from filelock import FileLock
 import gyroquant as gq
 from gyroquant import processes
 from gyroquant.comparison import Limits, worker
-from gyroquant.comparison import run as running
 from gyroquant.opponents import Opponent, OpponentError, Outcome, Size, Task
 
+running = importlib.import_module("gyroquant.comparison.run")  # the package has a function of that name
 SMALL: dict[str, Any] = {"bits": [2], "group_sizes": [16], "nsamples": 4, "seqlen": 32, "window": 32, "max_windows": 4}
 
 

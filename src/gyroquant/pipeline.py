@@ -152,7 +152,8 @@ def run(job: Job, progress: Stages | None = None) -> dict[str, Any]:
     started = time.perf_counter()
     steady_memory()
     with Journal(job.output.folder, job.output.fresh) as journal, evaluating(job.store.skeleton()):
-        model = fingerprint(job.store)
+        with progress.stage("look at the model", len(job.store.shapes)) as advance:
+            model = fingerprint(job.store, advance)
         if journal.begin(_facts(job, model)):
             progress.warn(f"going on from where a run before was stopped ({journal.folder})")
         warnings: list[str] = []

@@ -6,13 +6,16 @@ import hashlib
 import json
 
 from gyroquant.models.store import WeightStore
+from gyroquant.progress import Advance
 
 _ELSEWHERE = ("_name_or_path", "transformers_version", "quantization_config", "dtype", "architectures")
 _VALUES = 1 << 24  # that are made fp32 at once
 
 
-def fingerprint(store: WeightStore) -> str:
-    """sha256 of a model: of its parameters, whatever file they lie in, and of its configuration."""
+def fingerprint(store: WeightStore, progress: Advance = lambda: None) -> str:
+    """sha256 of a model: of its parameters, whatever file they lie in, and of its configuration. Reports progress once
+    a parameter.
+    """
     total = hashlib.sha256()
     config = store.config.to_dict()
     for key in _ELSEWHERE:
@@ -24,4 +27,5 @@ def fingerprint(store: WeightStore) -> str:
         flat = tensor.detach().contiguous().view(-1)
         for start in range(0, len(flat), _VALUES):
             total.update(flat[start : start + _VALUES].float().cpu().numpy().data)
+        progress()
     return total.hexdigest()

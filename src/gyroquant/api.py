@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import time
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from gyroquant.calibration.text import load_text
 from gyroquant.environment import versions
 from gyroquant.errors import InputError
 from gyroquant.evaluation.perplexity import DTYPES, PRESETS, score_windows, summary, text_windows
+from gyroquant.integrity import check_files, unchecked
 from gyroquant.job import prepare
 from gyroquant.models.source import open_model
 from gyroquant.progress import Stages
@@ -63,14 +65,20 @@ def quantize(
         return loaded
 
 
-def load(folder: str | Path, dtype: str | torch.dtype = "auto", device: str = "cpu") -> PreTrainedModel:
+def load(
+    folder: str | Path, dtype: str | torch.dtype = "auto", device: str = "cpu", *, check: bool = True
+) -> PreTrainedModel:
     """Loads a saved model for transformers, online maps included, ready to generate.
 
-    Raises InputError when the folder holds no model.
+    The weights are compared with the folder's checksums, if it has any, unless `check` is False. Raises InputError when
+    the folder holds no model, and when a file of weights is damaged.
     """
-    if not (Path(folder) / "config.json").exists():
+    folder = Path(folder)
+    if not (folder / "config.json").exists():
         raise InputError(f"{folder} holds no saved model (it has no config.json)")
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    with contextlib.nullcontext() if check else unchecked():
+        check_files(folder, sorted(path.name for path in folder.glob("*.safetensors")))
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
 
 
 def evaluate(

@@ -21,6 +21,7 @@ from gyroquant.export.formats import Format, Layer, Needs, check_fit, format_nam
 from gyroquant.export.requantize import requantized
 from gyroquant.footprint import footprint
 from gyroquant.grids import Grid
+from gyroquant.integrity import check_files, read_sums, seal
 from gyroquant.job import Job
 from gyroquant.models.packed import PackedStore
 from gyroquant.models.source import open_model
@@ -69,6 +70,7 @@ def export(
             manifest["check"] = _checked(chosen, folder.partial, store, tolerance) if check else None
             done()
         folder.json(MANIFEST, manifest)
+        seal(folder.partial)
         folder.commit()
     return manifest
 
@@ -166,13 +168,14 @@ def verify_export(
     token on windows of `text` (random tokens where there is none), perplexity of both, and how many of `tokens` greedy
     tokens are the same; as it runs by default also its `footprint`. With `devices`, also on every device that the
     program finds, as it runs there by default. No tolerance applies to weights that were rounded again. Raises
-    InputError when the program cannot be run here.
+    InputError when the program cannot be run here or a file of the export is damaged.
     """
     destination = Path(destination)
     try:
         manifest = json.loads((destination / MANIFEST).read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{destination} is not an export of gyroquant (it has no usable {MANIFEST})") from error
+    check_files(destination, read_sums(destination) or ())
     store = open_saved(against)
     batch = _windows(store, text, window, max_windows)
     reference, progress = TransformersRuntime(Path(against), exact=True), progress or Stages()

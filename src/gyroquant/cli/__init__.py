@@ -17,6 +17,7 @@ from gyroquant.cli.chat import chat
 from gyroquant.cli.common import AsJson, Debug, print_json
 from gyroquant.cli.compare import compare
 from gyroquant.cli.deploy import export, formats, verify_export
+from gyroquant.cli.verify import verify
 
 app = typer.Typer(
     add_completion=False,
@@ -267,6 +268,7 @@ def fuzz(
 
 app.command()(export)
 app.command("verify-export")(verify_export)
+app.command()(verify)
 app.command()(formats)
 app.command()(chat)
 app.command()(compare)

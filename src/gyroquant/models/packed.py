@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gyroquant.errors import InputError
 from gyroquant.grids import Basis, Grid, QuantizedWeight, grid_from
+from gyroquant.integrity import check_files
 from gyroquant.maps import Map, dump, load
 from gyroquant.models.graph import LinearOp, Shape
 from gyroquant.models.online import Attachment, CacheQuantizer, InputQuantizer, OnlineMap
@@ -203,6 +204,7 @@ class PackedStore(CheckpointStore):
     def _index(self) -> Mapping[str, Any]:
         check_version(self.description, self.label)
         self._stored = safetensors_index(self.folder)
+        check_files(self.folder, {tensor.path.name for tensor in self._stored.values()})
         plain = {name: t for name, t in self._stored.items() if not name.startswith(MAPS)}
         shapes = {name: tuple(t.shape) for name, t in self._skeleton.state_dict().items()}
         found: dict[str, Any] = {}

@@ -78,7 +78,7 @@ def load(
         raise InputError(f"{folder} holds no saved model (it has no config.json)")
     with contextlib.nullcontext() if check else unchecked():
         check_files(folder, sorted(path.name for path in folder.glob("*.safetensors")))
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False).to(device).eval()
 
 
 def evaluate(

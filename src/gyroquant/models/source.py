@@ -43,7 +43,7 @@ def _open_folder(folder: Path) -> WeightStore:
             return GgufStore(files[0])
         raise InputError(f"{folder} has no config.json" + ("; name one of its GGUF files" if files else ""))
     try:
-        config: Any = AutoConfig.from_pretrained(folder)
+        config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{folder} has no usable config.json: {error}") from error
     quantization = getattr(config, "quantization_config", None)

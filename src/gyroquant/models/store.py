@@ -161,7 +161,7 @@ class CheckpointStore(WeightStore):
     def __init__(self, folder: Path, config: Any = None):
         self.folder, self.label = folder, str(folder)
         try:
-            self.config = config or AutoConfig.from_pretrained(folder)
+            self.config = config or AutoConfig.from_pretrained(folder, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             raise InputError(f"{folder} has no usable config.json: {error}") from error
         self._tensors = self._index()
@@ -270,7 +270,7 @@ class CheckpointStore(WeightStore):
 
     def tokenizer(self) -> Any:
         try:
-            return AutoTokenizer.from_pretrained(self.folder)
+            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
         except Exception as error:  # transformers raises many kinds for a missing tokenizer
             raise InputError(f"{self.label} has no usable tokenizer: {error}") from error
 

@@ -47,7 +47,7 @@ class Runtime(ABC):
 
     def tokenizer(self) -> Any:
         """The tokenizer of the folder, as transformers' are called. Raises an error where there is none."""
-        return AutoTokenizer.from_pretrained(self.folder)
+        return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
 
     def logits(self, ids: Tensor) -> Tensor:
         """The logits of a text from its start, ids of shape (length,)."""

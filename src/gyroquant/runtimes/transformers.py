@@ -27,7 +27,7 @@ class TransformersRuntime(Runtime):
         if (folder / FILE).exists():
             options["gguf_file"] = FILE
         try:
-            self._model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+            self._model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **options).eval()
         except (OSError, ImportError, ValueError, KeyError) as error:
             raise InputError(f"transformers does not open {folder} here: {error}") from error
         self._past: Any = None

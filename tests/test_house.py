@@ -28,6 +28,7 @@ ROOMS = [
     "opponents",
     "api",
     "pipeline",
+    "estimate",
     "elsewhere",
     "allocation",
     "blockwise",

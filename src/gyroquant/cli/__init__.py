@@ -158,6 +158,10 @@ def inspect(
     text: TextSource = None,
     nsamples: Annotated[int | None, typer.Option(help="Windows of text, as for quantize.")] = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens in each window.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only what the recipe takes: memory of every stage, disk and time.")
+    ] = False,
+    offload: Annotated[Path | None, typer.Option(help="As for quantize.")] = None,
     device: Device = "cpu",
     as_json: AsJson = False,
     debug: Debug = False,
@@ -173,12 +177,14 @@ def inspect(
         text,
         effort=effort,
         device=device,
+        dry_run=dry_run,
+        offload=offload,
         progress=console.ConsoleStages(),
     )
     if as_json:
         print_json(result.to_dict())
     else:
-        console.show(*summaries.inspected(result))
+        console.show(*(summaries.predicted(result) if dry_run else summaries.inspected(result)))
 
 
 @app.command()

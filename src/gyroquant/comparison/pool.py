@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gyroquant.comparison.worker import Processes, run_cell
+from gyroquant.environment import available_memory
 from gyroquant.errors import InputError
 
 _SLACK = 1.25  # how much more memory than the largest so far a cell is given room for
@@ -85,14 +86,3 @@ def make_pool(ray: str | None, workers: int | None, threads: int | None) -> Pool
     if ray is not None:
         return RayPool(None if ray == "local" else ray, each, workers)
     return LocalPool(workers or 1, each)
-
-
-def available_memory() -> int:
-    """Bytes of memory that programs can still have; without /proc, all there are."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -168,15 +168,21 @@ def inspected(result: Inspection) -> list[Any]:
         shown.append(rounded_layers(result.layers))
     if result.outliers:
         shown.append(outliers(result.outliers))
-    if result.prediction:
-        guess = result.prediction
-        rows = [
-            ("time", duration(guess.seconds)),
-            ("peak memory", size(guess.peak_memory_bytes)),
-            ("size of the result", size(guess.disk_bytes)),
-        ]
-        shown.append(table(f"{result.recipe} will take about", ("", ""), rows))
-    return shown
+    return shown + (predicted(result) if result.prediction else [])
+
+
+def predicted(result: Inspection) -> list[Any]:
+    """What a recipe will take: every stage, and the whole."""
+    guess = result.prediction
+    assert guess is not None
+    rows = [
+        (stage.name, "not known" if stage.seconds is None else duration(stage.seconds), size(stage.peak_memory_bytes))
+        for stage in guess.stages
+    ]
+    rows.append(("all of it", duration(guess.seconds), size(guess.peak_memory_bytes)))
+    stages = table(f"{result.recipe} will take about", ("stage", "time", "peak memory"), rows, right=(1, 2))
+    lines = [("size of the result", size(guess.disk_bytes)), ("beside it while it runs", size(guess.scratch_bytes))]
+    return [stages, table("", ("disk", ""), lines)]
 
 
 def rounded_layers(layers: Iterable[Mapping[str, Any]]) -> Table:

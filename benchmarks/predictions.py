@@ -33,7 +33,7 @@ with tempfile.TemporaryDirectory() as scratch:
     print(json.dumps({"estimated": estimated.to_dict(), "predicted": predict(job).to_dict()}))
 """
 MEASURE = """
-import json, sys, tempfile
+import json, sys, tempfile, time
 from contextlib import contextmanager
 from pathlib import Path
 model, text, recipe, changes = sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4:]
@@ -44,11 +44,13 @@ from gyroquant.progress import Stages
 from gyroquant.recipe import load_recipe
 
 class Peaks(Stages):
-    '''Notes the peak of every stage and of what lies between them.'''
+    '''Notes the peak of every stage and of what lies between them, and how long they take.'''
     def __init__(self):
-        self.found = {}
+        self.found, self.seconds, self.since = {}, {}, time.perf_counter()
     def note(self, name):
         self.found[name] = max(self.found.get(name, 0), peak_memory_bytes())
+        self.seconds[name] = self.seconds.get(name, 0) + time.perf_counter() - self.since
+        self.since = time.perf_counter()
         forget_peak()
     @contextmanager
     def stage(self, name, steps):
@@ -63,7 +65,7 @@ with tempfile.TemporaryDirectory() as scratch:
     shown.note("between")
     size = sum(path.stat().st_size for path in (Path(scratch) / "out").iterdir())
 print(json.dumps({"stages": shown.found, "peak_memory_bytes": max(shown.found.values()), "disk_bytes": size,
-    "seconds": manifest["seconds"]}))
+    "seconds": manifest["seconds"], "stage_seconds": shown.seconds}))
 """
 MAKE = """
 import sys, torch
@@ -83,7 +85,7 @@ open(folder + "/text.txt", "w").write(" ".join(f"w{i}" for i in numbers))
 
 
 def process(code: str, *arguments: str) -> dict[str, Any]:
-    """What a process of its own prints as JSON in its last line. It stops at an error, with what it said."""
+    """What a process of its own prints as JSON in its last line, or the last line of its error."""
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         return {"error": (done.stderr.strip().splitlines() or ["killed"])[-1]}

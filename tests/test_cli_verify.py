@@ -144,6 +144,18 @@ def test_a_proof_that_does_not_hold_or_is_another_fails(
     assert (status, result["problems"]) == (1, ["the proof does not hold: block 1"])
 
 
+def test_weights_of_another_model_are_found(out: Path, corpus: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(out, tmp_path / "copy")
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].flip(0).contiguous()
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    seal(copy)
+    assert run(copy)[0] == 0
+    status, result = run(copy, "--proof", "--text", corpus)
+    assert status == 1
+    assert "model.embed_tokens.weight is not what the recipe makes of" in result["problems"][0]
+
+
 @pytest.mark.parametrize("kind", ["learned", "measured"])
 def test_learned_and_measured_maps(kind: str, folders: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
     recipe: Any = LEARNED if kind == "learned" else "smoothquant"

@@ -19,6 +19,7 @@ from gyroquant.errors import InputError
 from gyroquant.export.folder import check_room
 from gyroquant.job import Job, expected_bytes, rounds_while_learning
 from gyroquant.learning.objectives import Sample
+from gyroquant.models.fold import ApplyMap
 from gyroquant.models.store import ModuleStore
 from gyroquant.planning import observed_sites
 from gyroquant.rounding.base import ModelSolver
@@ -100,26 +101,31 @@ def check_fits(job: Job) -> None:
     worst = max(found.stages, key=lambda stage: stage.peak_memory_bytes)
     needed, there = worst.peak_memory_bytes - resident_memory_bytes(), available_memory()
     if needed > there:
+        remedy = _remedy(job, found, worst.name, needed - there)
         raise InputError(
             f"{job.recipe.name} needs about {needed / 1e9:.2f} GB of memory for {job.store.label} (stage "
-            f"{worst.name!r}), and {there / 1e9:.2f} GB are available: {_remedy(job, found, needed - there)}"
+            f"{worst.name!r}), and {there / 1e9:.2f} GB are available: {remedy}"
         )
 
 
-def _remedy(job: Job, found: Prediction, lacking: int) -> str:
-    """What would bring the need down, the surest first."""
-    settings, remedies = job.recipe.calibration, []
-    held = 0 if job.output.offload is not None else found.hidden_bytes
-    if held:
-        enough = "enough" if held >= lacking else "not enough alone"
-        remedies.append(f"keep {held / 1e9:.2f} GB of hidden states on disk with --offload DIR ({enough})")
-        if held > lacking:
-            fewer = int(settings.nsamples * (1 - lacking / held))
-            remedies += [f"use --nsamples {fewer} in place of {settings.nsamples}"] if fewer else []
-    if settings.seqlen > 512 and job.tokens is not None:
+def _remedy(job: Job, found: Prediction, stage: str, lacking: int) -> str:
+    """What would bring the need of a stage down, the surest first."""
+    settings, learn, remedies = job.recipe.calibration, job.recipe.learn, list[str]()
+    held = found.hidden_bytes if job.output.offload is None or stage == "finish" else 0
+    if stage == "learn" and learn is not None and learn.objective in ("cross_entropy", "kl"):
+        remedies.append("learn a block at a time (--set learn.objective=blocks)")
+    elif stage == "prove":
+        remedies.append("prove on less text (--set proof.nsamples=1)")
+    elif held:
+        if stage != "finish":
+            enough = "" if held >= lacking else ", which is not enough alone"
+            remedies.append(f"keep {held / 1e9:.2f} GB of hidden states on disk with --offload DIR{enough}")
+        fewer = int(settings.nsamples * (1 - lacking / held))
+        remedies.append(f"use --nsamples {fewer}" if fewer > 0 else f"use fewer --nsamples than {settings.nsamples}")
+    if stage == "finish":
+        remedies.append("leave the last touch out (--set finish=null)")
+    if stage in ("learn", "allocate", "finish"):
         remedies.append(f"use a --seqlen shorter than {settings.seqlen}")
-    if job.recipe.learn is not None and job.recipe.learn.objective in ("cross_entropy", "kl"):
-        remedies.append("learn by a block at a time (--set learn.objective=blocks)")
     return "; ".join([*remedies, "free some memory, or take a machine with more"])
 
 
@@ -258,10 +264,12 @@ class Reckoning:
             outer = 0 if learn.objective == "weights" else self.compute * self._count(self.outer)
             return block * (self.stored + 5 * 4) + self._folding(self.block) + activations + extra + outer
         everything = self._count(names) + self._count(n for n in self.graph.tied if self.job.plan.edits.get(n))
-        edited = sum(self._size(n) * len(self.job.plan.edits[n]) for n in self.job.plan.edits)
+        maps = {n: sum(isinstance(edit, ApplyMap) for edit in edits) for n, edits in self.job.plan.edits.items()}
+        edited = sum(self._size(n) * (1 + count) for n, count in maps.items())  # what each map had in front of it
+        original = self.compute * self._count(names) if learn.objective == "kl" and self.compute != self.stored else 0
         rounded = 3 * 4 * self._count(self.job.targets) if rounds_while_learning(self.recipe) else 0
         typed = 2 * self.compute if self.compute != 4 else 4  # leaves of another dtype, and their gradients
-        held = (self.stored or 4) * self._count(names) + everything * (4 + typed) + 4 * edited + rounded
+        held = self.stored * self._count(names) + everything * (4 + typed) + 4 * edited + rounded + original
         blocks = len(self.graph.blocks)
         words = 4 * 4 * self.length * self.graph.config.vocab_size
         return held + blocks * 2 * self._activations(self.length, self.compute) + words

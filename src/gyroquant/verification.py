@@ -24,7 +24,7 @@ from gyroquant.learning.live import learnable
 from gyroquant.learning.rotations import FILE_NAME, load_rotations
 from gyroquant.maps import Dense
 from gyroquant.models.fold import FoldPlan
-from gyroquant.models.prove import prove
+from gyroquant.models.prove import folded_outer, prove
 from gyroquant.models.runner import BlockRunner, evaluating
 from gyroquant.models.sites import site_key
 from gyroquant.models.source import open_model
@@ -35,6 +35,7 @@ from gyroquant.recipe import load_recipe
 
 MANIFEST = "gyroquant.json"
 _NOISE = 1e-6  # relative logit errors below this are the rounding of fp32
+_ROUNDING = 1e-2  # how far, relatively, a parameter may be from itself made on another machine and stored in 16 bits
 _ALIKE = 5.0  # by which factor errors of the same proof differ between machines
 
 
@@ -196,6 +197,7 @@ def _proved_again(
         with evaluating(job.store.skeleton()):
             plan, source = _planned_again(job, out, progress)
             found, wrong = _proved(job, plan, progress)
+            problems += _other_weights(out, job, plan)
     return {"recorded": recorded["relative_logit_error"], "again": found, "maps": source, "model": job.store.label} | {
         "threshold": recorded["threshold"],
         "problems": [*problems, *(wrong or _disagreement(recorded["relative_logit_error"], found))],
@@ -283,6 +285,22 @@ def _proved(job: Job, plan: FoldPlan, progress: Stages) -> tuple[float | None, l
     except ProofError as error:
         return None, [f"the proof does not hold: {error}"]
     return found.relative_logit_error, []
+
+
+def _other_weights(out: Path, job: Job, plan: FoldPlan) -> list[str]:
+    """The tables of vectors around the blocks that are not what these maps make of the original: they are stored
+    unrounded, and nothing tunes them.
+    """
+    with unchecked():
+        store = open_model(out)
+    wrong = []
+    for name, folded in folded_outer(plan, job.store.read(plan.graph.outer_params())).items():
+        if name in store.shapes and folded.dim() == 2 and name not in job.targets:
+            found = store.read([name])[name]
+            away = float((found.float() - folded.to(found.dtype).float()).norm() / folded.norm())
+            if not away <= _ROUNDING:
+                wrong.append(f"{name} is not what the recipe makes of {job.store.label}: {away:.1e} away from it")
+    return wrong
 
 
 def _disagreement(recorded: float, found: float | None) -> list[str]:

@@ -88,7 +88,7 @@ def process(code: str, *arguments: str) -> dict[str, Any]:
     """What a process of its own prints as JSON in its last line, or the last line of its error."""
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
-        return {"error": (done.stderr.strip().splitlines() or ["killed"])[-1]}
+        return {"error": (done.stderr.strip().splitlines() or [f"ended with status {done.returncode}"])[-1]}
     return json.loads(done.stdout.splitlines()[-1]) if done.stdout.strip() else {}
 
 

@@ -18,6 +18,7 @@ from gyroquant.deploy import MANIFEST, export, formats, verify_export
 from gyroquant.errors import InputError, ProofError
 from gyroquant.export.formats import Format, Layer, Needs, check_fit, format_named
 from gyroquant.grids import Fp4Grid, IntegerGrid
+from gyroquant.integrity import seal
 from gyroquant.job import prepare
 from gyroquant.maps import hadamard
 from gyroquant.models.online import OnlineMap
@@ -98,6 +99,8 @@ def test_a_changed_export_is_found(out: Path, tmp_path: Path) -> None:
     tensors["model.layers.1.mlp.up_proj.weight"][3] *= 1.5
     save_file(tensors, path, metadata={"format": "pt"})
     asked = ["verify-export", str(tmp_path / "x"), "--against", str(out), "--tokens", "4", "--window", "32"]
+    assert "damaged" in str(CliRunner().invoke(app, asked).exception)
+    seal(tmp_path / "x")  # now only its logits tell
     done = CliRunner().invoke(app, asked)
     assert done.exit_code == 1
     assert "False" in done.stdout

@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from gyroquant.environment import peak_memory_bytes, steady_memory
+from gyroquant.environment import (
+    available_memory,
+    forget_peak,
+    peak_memory_bytes,
+    resident_memory_bytes,
+    steady_memory,
+)
 
 
 def resident_mb() -> float:
@@ -35,3 +41,81 @@ def test_freed_blocks_go_back_to_the_system() -> None:
     assert held - before > 80
     assert resident_mb() - before < 30
     assert kept.sum() == 5 << 18
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux lets a process forget its peak")
+def test_a_peak_can_be_forgotten() -> None:
+    large = torch.ones(50 << 20)
+    before = peak_memory_bytes()
+    del large
+    if not forget_peak():
+        pytest.skip("this system does not let a process forget its peak")
+    assert peak_memory_bytes() < before - 100e6
+    assert abs(resident_memory_bytes() - peak_memory_bytes()) < 50e6
+
+
+def tree(root: Path, **files: str) -> Path:
+    """A file system with these files, dots in their names for slashes that double underscores stand for."""
+    for name, text in files.items():
+        path = root / name.replace("__", "/").replace("_DOT_", ".")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+MACHINE = "MemTotal: 16000 kB\nMemFree: 1 kB\nMemAvailable: 8000 kB\n"
+V2, V1 = "sys__fs__cgroup__", "sys__fs__cgroup__memory__"
+
+
+@pytest.mark.parametrize(
+    ("files", "available"),
+    [
+        ({}, 8000 * 1024),
+        ({"proc__self__cgroup": "0::/\n"}, 8000 * 1024),
+        (  # a container: its own group is the root that it sees
+            {
+                "proc__self__cgroup": "0::/\n",
+                f"{V2}memory_DOT_max": "5000000\n",
+                f"{V2}memory_DOT_current": "4000000\n",
+                f"{V2}memory_DOT_stat": "anon 1\ninactive_file 500000\n",
+            },
+            1_500_000,
+        ),
+        (  # the narrowest of nested groups counts
+            {
+                "proc__self__cgroup": "0::/batch/job\n",
+                f"{V2}batch__memory_DOT_max": "1000000\n",
+                f"{V2}batch__memory_DOT_current": "100000\n",
+                f"{V2}batch__memory_DOT_stat": "",
+                f"{V2}batch__job__memory_DOT_max": "max\n",
+                f"{V2}batch__job__memory_DOT_current": "100000\n",
+                f"{V2}batch__job__memory_DOT_stat": "",
+            },
+            900_000,
+        ),
+        (
+            {
+                "proc__self__cgroup": "9:name=systemd:/\n4:memory:/job\n0::/\n",
+                f"{V1}job__memory_DOT_limit_in_bytes": "3000000\n",
+                f"{V1}job__memory_DOT_usage_in_bytes": "3500000\n",
+                f"{V1}job__memory_DOT_stat": "total_inactive_file 1000000\n",
+            },
+            500_000,
+        ),
+        (
+            {
+                "proc__self__cgroup": "4:cpu,memory:/gone\n",
+                f"{V1}memory_DOT_limit_in_bytes": f"{2**63 - 4096}\n",
+                f"{V1}memory_DOT_usage_in_bytes": "3500000\n",
+                f"{V1}memory_DOT_stat": "",
+            },
+            8000 * 1024,
+        ),
+    ],
+)
+def test_memory_that_is_left(files: dict[str, str], available: int, tmp_path: Path) -> None:
+    assert available_memory(tree(tmp_path, proc__meminfo=MACHINE, **files)) == available
+
+
+def test_a_machine_without_proc_has_all_its_memory(tmp_path: Path) -> None:
+    assert available_memory(tmp_path) > 10**8

@@ -17,6 +17,7 @@ from gyroquant.models.kv_cache import PackedKVCache
 from gyroquant.models.prove import Proof
 from gyroquant.pipeline import transform
 from gyroquant.recipe import Recipe, load_recipe
+from gyroquant.verification import verify
 
 __version__ = gyroquant_version()
 
@@ -38,5 +39,6 @@ __all__ = [
     "maps",
     "quantize",
     "transform",
+    "verify",
     "verify_export",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import time
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from gyroquant.calibration.text import load_text
 from gyroquant.environment import versions
 from gyroquant.errors import GyroquantError, InputError
 from gyroquant.evaluation.perplexity import DTYPES, PRESETS, score_windows, summary, text_windows
+from gyroquant.integrity import check_files, unchecked
 from gyroquant.job import prepare
 from gyroquant.models.outside import load_config
 from gyroquant.models.packed import METHOD
@@ -72,14 +74,24 @@ def quantize(
         return loaded
 
 
-def load(folder: str | Path, dtype: str | torch.dtype = "auto", device: str = "cpu") -> PreTrainedModel:
+def load(
+    folder: str | Path, dtype: str | torch.dtype = "auto", device: str = "cpu", *, check: bool = True
+) -> PreTrainedModel:
     """Loads a saved model for transformers, online maps included, ready to generate.
 
-    Raises InputError when the folder holds no model, or a damaged one.
+    The weights are compared with the folder's checksums, if it has any, unless `check` is False. Raises InputError when
+    the folder holds no model, or a damaged one.
     """
-    if not (Path(folder) / "config.json").exists():
+    folder = Path(folder)
+    if not (folder / "config.json").exists():
         raise InputError(f"{folder} holds no saved model (it has no config.json)")
-    config = load_config(Path(folder), [tensor.shape for tensor in safetensors_index(Path(folder)).values()])
+    with contextlib.nullcontext() if check else unchecked():
+        check_files(folder, sorted(path.name for path in folder.glob("*.safetensors")))
+        return _load(folder, dtype, device)
+
+
+def _load(folder: Path, dtype: str | torch.dtype, device: str) -> PreTrainedModel:
+    config = load_config(folder, [tensor.shape for tensor in safetensors_index(folder).values()])
     described = getattr(config, "quantization_config", None) or {}
     ours = open_model(folder) if described.get("quant_method") == METHOD else None
     safe: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}

@@ -20,6 +20,7 @@ from gyroquant.export.formats import Format, Layer, Needs, check_fit, format_nam
 from gyroquant.export.requantize import requantized
 from gyroquant.footprint import footprint
 from gyroquant.grids import Grid
+from gyroquant.integrity import check_files, read_sums, seal
 from gyroquant.job import Job
 from gyroquant.models.outside import read_json
 from gyroquant.models.packed import PackedStore
@@ -70,6 +71,7 @@ def export(
             manifest["check"] = _checked(chosen, folder.partial, store, tolerance) if check else None
             done()
         folder.json(MANIFEST, manifest)
+        seal(folder.partial)
         folder.commit()
     return manifest
 
@@ -181,10 +183,11 @@ def verify_export(
     token on windows of `text` (random tokens where there is none), perplexity of both, and how many of `tokens` greedy
     tokens are the same; as it runs by default also its `footprint`. With `devices`, also on every device that the
     program finds, as it runs there by default. No tolerance applies to weights that were rounded again. Raises
-    InputError when the program cannot be run here.
+    InputError when the program cannot be run here or a file of the export is damaged.
     """
     destination = Path(destination)
     manifest = read_manifest(destination)
+    check_files(destination, read_sums(destination) or ())
     store = open_saved(against)
     batch = _windows(store, text, window, max_windows)
     reference, progress = TransformersRuntime(Path(against), exact=True), progress or Stages()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 import re
 import sys
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -67,6 +69,63 @@ def peak_memory_bytes() -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak if sys.platform == "darwin" else peak * 1024)
+
+
+def forget_peak() -> bool:
+    """Has `peak_memory_bytes` count from now on. Whether it could be done: only on Linux."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def resident_memory_bytes() -> int:
+    """The resident memory of this process now, in bytes; its largest so far where the system tells no more."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return peak_memory_bytes()
+
+
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes of memory that this process can still have: what the machine has left, and no more than what its control
+    groups (a container's, a batch system's) leave it; without /proc, all there are.
+    """
+    try:
+        text = (root / "proc/meminfo").read_text()
+    except OSError:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    found = re.search(r"MemAvailable:\s+(\d+) kB", text) or re.search(r"MemTotal:\s+(\d+) kB", text)
+    machine = [int(found[1]) * 1024] if found else []
+    return min([*machine, *_left_by_groups(root)], default=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def _left_by_groups(root: Path) -> Iterator[int]:
+    """What each control group above this process, of either version, has left; files in its cache can be dropped."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        base = root / "sys/fs/cgroup" / ("memory" if controllers else "")
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
+        inside = base / path.lstrip("/")
+        for place in (inside, *inside.parents):
+            try:
+                limit, used = ((place / name).read_text().strip() for name in names)
+                cached = re.search(
+                    r"^(?:total_)?inactive_file (\d+)$", (place / "memory.stat").read_text(), re.MULTILINE
+                )
+                if limit != "max":
+                    yield max(0, int(limit) - int(used) + (int(cached[1]) if cached else 0))
+            except (OSError, ValueError):  # the root group has no limit; in a container the path may be another's
+                pass
+            if place == base:
+                break
 
 
 def steady_memory() -> bool:

@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from gyroquant.errors import InputError
 
-_CHUNK = 1 << 22
+_CHUNK = 1 << 20
 
 
 def sync(path: Path) -> None:
@@ -58,13 +58,15 @@ def put_json(path: Path, data: Any) -> None:
     put(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
-def file_digest(path: Path) -> str:
-    """sha256 of a file, read piece by piece."""
-    total = hashlib.sha256()
-    with path.open("rb") as file:
-        while data := file.read(_CHUNK):
-            total.update(data)
-    return total.hexdigest()
+def file_digest(path: Path, note: Callable[[], None] = lambda: None) -> str:
+    """sha256 of a file, read a megabyte at a time; `note` is called after each."""
+    digest, room = hashlib.sha256(), bytearray(_CHUNK)
+    view = memoryview(room)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(view):
+            digest.update(view[:count])
+            note()
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import torch
 
 from gyroquant.calibration.text import load_text, sample, tokenize
 from gyroquant.errors import GyroquantError, InputError
+from gyroquant.estimate import Prediction
 from gyroquant.evaluation.outliers import Outliers, measure_outliers
 from gyroquant.job import plan_all, prepare
 from gyroquant.models.outside import read_json
@@ -19,7 +20,7 @@ from gyroquant.models.packed import PackedStore
 from gyroquant.models.sites import SITE_NAMES, find_sites
 from gyroquant.models.source import open_model
 from gyroquant.models.store import WeightStore
-from gyroquant.predict import Prediction, predict
+from gyroquant.predict import predict
 from gyroquant.presets import preset_names
 from gyroquant.progress import Stages
 from gyroquant.recipe import load_recipe
@@ -84,7 +85,7 @@ class Inspection:
             "recipes": self.fits,
             "outliers": [asdict(row) for row in self.outliers],
             "recipe": self.recipe,
-            "prediction": None if self.prediction is None else asdict(self.prediction),
+            "prediction": None if self.prediction is None else self.prediction.to_dict(),
             "layers": self.layers,
         }
 
@@ -118,17 +119,23 @@ def inspect_model(
     *,
     effort: str | None = None,
     device: str = "cpu",
+    dry_run: bool = False,
+    offload: str | Path | None = None,
     progress: Stages | None = None,
 ) -> Inspection:
     """Looks at a model: its sites and which recipes fit; with `text` its outliers; with `recipe`, at an `effort` if it
-    has several, what that takes.
+    has several, what that takes. `offload` is as for quantizing.
+
+    With `dry_run` only the last of these, in a process that has done nothing else: what `quantize` would take.
     """
     changes = list(changes)
     result = Inspection(open_model(model))
+    if dry_run and recipe is None:
+        raise InputError("a dry run is one of a recipe: give --recipe")
     manifest = result.store.folder / "gyroquant.json" if isinstance(result.store, PackedStore) else None
-    if manifest is not None and manifest.exists():
+    if manifest is not None and manifest.exists() and not dry_run:
         result.layers = read_layers(manifest)
-    for name in preset_names():
+    for name in () if dry_run else preset_names():
         try:
             made = load_recipe(name, changes)
             plan_all(result.store.graph, made)
@@ -139,8 +146,9 @@ def inspect_model(
         result.recipe = recipe
         with TemporaryDirectory() as scratch:
             wanted = load_recipe(recipe, changes, effort)
-            result.prediction = predict(prepare(model, Path(scratch) / "out", wanted, text, device=device))
-    if text is not None:
+            job = prepare(model, Path(scratch) / "out", wanted, text, device=device, offload=offload)
+            result.prediction = predict(job)
+    if text is not None and not dry_run:
         source = load_text(text)
         ids = tokenize(source, result.store.tokenizer(), result.store.config.vocab_size)
         length = min(_LENGTH, getattr(result.store.config, "max_position_embeddings", None) or _LENGTH)

@@ -20,10 +20,12 @@ from gyroquant.calibration.text import load_text, sample, tokenize
 from gyroquant.elsewhere import round_elsewhere
 from gyroquant.environment import peak_memory_bytes, steady_memory, versions
 from gyroquant.errors import InputError
+from gyroquant.estimate import check_fits
 from gyroquant.export.folder import OutputFolder
 from gyroquant.export.hf import keep_online
 from gyroquant.export.memory import write_folded
 from gyroquant.export.writer import Writer
+from gyroquant.integrity import seal
 from gyroquant.job import Job, learning_setting, plan_all
 from gyroquant.journal import Journal
 from gyroquant.learning import finish, learn
@@ -150,6 +152,7 @@ def run(job: Job, progress: Stages | None = None) -> dict[str, Any]:
     """
     progress = progress or Stages()
     started = time.perf_counter()
+    check_fits(job)
     steady_memory()
     with Journal(job.output.folder, job.output.fresh) as journal, evaluating(job.store.skeleton()):
         with progress.stage("look at the model", len(job.store.shapes)) as advance:
@@ -177,6 +180,7 @@ def run(job: Job, progress: Stages | None = None) -> dict[str, Any]:
             manifest["seconds"] = round(time.perf_counter() - started, 3)
             manifest["peak_memory_bytes"] = peak_memory_bytes()
             folder.json("gyroquant.json", manifest)
+            seal(folder.partial)
             folder.commit()
         journal.close()
     for text in warnings:

@@ -88,6 +88,17 @@ def _sites(graph: ModelGraph, one: _Pending) -> list[Site]:
     return find_sites(graph, one.site, online=bool(one.step.online), structure=one.step.method.structure)
 
 
+def observed_sites(graph: ModelGraph, recipe: Recipe) -> list[tuple[Site, tuple[Callable[[int], Any], ...]]]:
+    """Every site that is measured for a recipe, and the kinds of observers that look at it."""
+    pending = [_Pending(name, step) for name in SITE_NAMES for step in recipe.transform.get(name, ())]
+    return [
+        (site, one.step.method.statistics)
+        for one in pending
+        if one.step.method.statistics
+        for site in _sites(graph, one)
+    ]
+
+
 def _choose(method: Method, site: Site, recipe: Recipe, want: Want | None) -> Map:
     grid = recipe.weights.grid
     context = Context(seed=recipe.seed, group_size=grid.group_size, grid=grid)

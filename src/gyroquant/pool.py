@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gyroquant.environment import available_memory
 from gyroquant.errors import InputError
 from gyroquant.processes import Processes
 
@@ -106,14 +107,3 @@ def make_pool(task: Task, workers: Workers) -> Pool:
     if workers.ray is not None:
         return RayPool(task, None if workers.ray == "local" else workers.ray, workers.each, workers.count)
     return LocalPool(task, workers.count or 1, workers.each)
-
-
-def available_memory() -> int:
-    """Bytes of memory that programs can still have; without /proc, all there are."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

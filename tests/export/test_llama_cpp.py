@@ -130,7 +130,11 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> PackedStore:
 )
 def test_rounded_again(kind: str, main: str, bits: float, wide: PackedStore, tmp_path: Path) -> None:
     manifest = gq.export(wide.folder, "gguf", tmp_path / "x", requantize=kind)
-    assert sorted(path.name for path in (tmp_path / "x").iterdir()) == ["gyroquant_export.json", "model.gguf"]
+    assert sorted(path.name for path in (tmp_path / "x").iterdir()) == [
+        "SHA256SUMS",
+        "gyroquant_export.json",
+        "model.gguf",
+    ]
     facts, check = manifest["facts"], manifest["check"]
     assert facts["types_of_rounded"][main] >= 8
     assert sum(facts["types_of_rounded"].values()) == 14

@@ -174,3 +174,14 @@ def test_rows_beyond_one_piece() -> None:
 def test_impossible_maps_are_refused(make: Callable[[], maps.Map], what: str) -> None:
     with pytest.raises(MapError, match=what):
         make()
+
+
+def test_gradients_reach_many_vectors_through_a_hadamard_map() -> None:
+    """As many as are otherwise gone through in pieces."""
+    m = maps.hadamard(2048)
+    x = torch.randn(600, 2048, requires_grad=True)
+    pushed = torch.randn(600, 2048)
+    m.apply(x).backward(pushed)
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, m.inverse().apply(pushed))
+    torch.testing.assert_close(m.apply(x.detach()), m.apply(x).detach())

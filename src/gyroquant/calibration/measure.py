@@ -59,8 +59,10 @@ def measure(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     offload: Path | None = None,
+    blocks: int | None = None,
 ) -> None:
-    """Shows every want the vectors of its site while `tokens`, (samples, length), pass through the original model.
+    """Shows every want the vectors of its site while `tokens`, (samples, length), pass through the original model, or
+    through the first of its `blocks`.
 
     Raises UnsupportedModelError for a site where nothing can be measured.
     """
@@ -73,7 +75,7 @@ def measure(
     stream = Stream(BlockRunner(model, graph), tokens, outer, dtype, offload, device)
     stream.free_outer()
     with (progress or Stages()).stage("observe", len(graph.blocks) * stream.steps) as advance:
-        for i in range(len(graph.blocks)):
+        for i in range(len(graph.blocks[:blocks])):
             tensors = store.read(graph.block_params(i))
             with _listening(model, [tap for tap in taps if tap.op.weight in tensors], tensors):
                 stream.run(i, tensors, progress=advance)

@@ -18,6 +18,7 @@ from gyroquant.cli.common import AsJson, Debug, print_json
 from gyroquant.cli.compare import compare
 from gyroquant.cli.deploy import export, formats, verify_export
 from gyroquant.cli.rotations import rotations
+from gyroquant.cli.verify import verify
 
 app = typer.Typer(
     add_completion=False,
@@ -167,6 +168,10 @@ def inspect(
     text: TextSource = None,
     nsamples: Annotated[int | None, typer.Option(help="Windows of text, as for quantize.")] = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens in each window.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only what the recipe takes: memory of every stage, disk and time.")
+    ] = False,
+    offload: Annotated[Path | None, typer.Option(help="As for quantize.")] = None,
     device: Device = "cpu",
     as_json: AsJson = False,
     debug: Debug = False,
@@ -182,12 +187,14 @@ def inspect(
         text,
         effort=effort,
         device=device,
+        dry_run=dry_run,
+        offload=offload,
         progress=console.ConsoleStages(),
     )
     if as_json:
         print_json(result.to_dict())
     else:
-        console.show(*summaries.inspected(result))
+        console.show(*(summaries.predicted(result) if dry_run else summaries.inspected(result)))
 
 
 @app.command()
@@ -277,6 +284,7 @@ def fuzz(
 
 app.command()(export)
 app.command("verify-export")(verify_export)
+app.command()(verify)
 app.command()(formats)
 app.command()(chat)
 app.command()(compare)

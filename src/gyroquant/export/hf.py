@@ -21,6 +21,7 @@ from transformers.quantizers.auto import (
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from gyroquant.errors import GyroquantError
+from gyroquant.integrity import check_files
 from gyroquant.models.description import check_places
 from gyroquant.models.online import attach
 from gyroquant.models.packed import MAPS, METHOD, PARTS, attachments, check_version, decode
@@ -70,7 +71,10 @@ class GyroquantHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         description = self.quantization_config.description
         check_version(description, "the saved model")
-        self._online = attachments(description, [Path(file) for file in kwargs.get("checkpoint_files") or []])
+        files = [Path(file) for file in kwargs.get("checkpoint_files") or []]
+        for file in files:
+            check_files(file.parent, [file.name])
+        self._online = attachments(description, files)
         model._keys_to_ignore_on_load_unexpected = {
             *(model._keys_to_ignore_on_load_unexpected or ()),
             MAPS.replace(".", r"\."),

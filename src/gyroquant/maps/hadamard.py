@@ -57,7 +57,7 @@ class Hadamard(Map):
         shape = x.shape
         x = x.reshape(-1, a.shape[0], b.shape[0])
         step = max(1, _CHUNK // self.n)
-        if x.shape[0] <= step:
+        if x.shape[0] <= step or (x.requires_grad and torch.is_grad_enabled()):  # pieces are written to, without grad
             return torch.matmul(a, torch.matmul(x, b)).reshape(shape)
         out = torch.empty_like(x)
         for start in range(0, x.shape[0], step):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gyroquant.errors import GyroquantError, InputError
 from gyroquant.grids import Basis, Grid, QuantizedWeight, grid_from
+from gyroquant.integrity import check_files
 from gyroquant.maps import Map, dump, load
 from gyroquant.models.description import check_description, check_places
 from gyroquant.models.graph import LinearOp, Shape
@@ -233,6 +234,7 @@ class PackedStore(CheckpointStore):
         odd = [name for name, tensor in self._stored.items() if tensor.dtype not in _STORED_BITS]
         if odd:
             raise InputError(f"{self.label}: {odd[0]} is stored as {self._stored[odd[0]].dtype}, as nothing is here")
+        check_files(self.folder, {tensor.path.name for tensor in self._stored.values()})
         plain = {name: t for name, t in self._stored.items() if not name.startswith(MAPS)}
         shapes = {name: tuple(t.shape) for name, t in self._skeleton.state_dict().items()}
         found: dict[str, Any] = {}

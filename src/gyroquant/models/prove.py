@@ -78,9 +78,11 @@ def prove(
     input_ids: Tensor,
     threshold: float = 1e-4,
     progress: Progress = lambda done, total: None,
+    blocks: int | None = None,
 ) -> Proof:
     """Compares the original with the folded model on `input_ids`, shape (batch, length).
 
+    With `blocks`, only the first of them are run, which proves nothing and tells what running costs.
     Raises ProofError, naming the worst block and the sites in it, when an error exceeds `threshold`.
     """
     graph, change = plan.graph, residual_map(plan)
@@ -90,7 +92,7 @@ def prove(
     original, calls = runner.begin(input_ids, fp32(outer))
     folded, _ = runner.begin(input_ids, folded_outer(plan, outer))
     errors: list[float] = []
-    for i, call in enumerate(calls):
+    for i, call in enumerate(calls[:blocks]):
         tensors = source.read(graph.block_params(i))
         changed = fp32(fold(plan, tensors))
         with attached(runner.model, plan.online_in(i)):

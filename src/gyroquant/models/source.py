@@ -8,16 +8,20 @@ from transformers import PreTrainedModel
 
 import gyroquant.models.architectures  # noqa: F401  (registers the described architectures)
 from gyroquant.errors import InputError
+from gyroquant.integrity import FILE
 from gyroquant.models.gguf import GgufStore
 from gyroquant.models.outside import kind_of, read_json, remedy
 from gyroquant.models.packed import METHOD, PackedStore
 from gyroquant.models.store import CheckpointStore, ModuleStore, WeightStore
 
-_WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+_WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", FILE]
 
 
 def open_model(model: str | Path | PreTrainedModel) -> WeightStore:
-    """The weights of a model, whatever it is given as. Raises InputError, naming what is wrong, when there is none."""
+    """The weights of a model, whatever it is given as. Raises InputError, naming what is wrong, when there is none.
+
+    The weights of a folder that gyroquant wrote are compared with its checksums (see `integrity.unchecked`).
+    """
     if isinstance(model, PreTrainedModel):
         return ModuleStore(model)
     path = Path(model)

@@ -101,6 +101,25 @@ def verified(result: Mapping[str, Any]) -> list[Table]:
     return [table(f"{result['format']} in {result['runtime']}", ("", *result["ways"]), rows)]
 
 
+def checked(result: Mapping[str, Any]) -> list[Any]:
+    """What `verify` found; problems last, in full."""
+    files = "no checksums" if result["files"] is None else f"{result['files']} ({size(result['bytes'])})"
+    rows = [("files with a sha256", files)]
+    if result["extra"]:
+        rows.append(("others, not in the list", ", ".join(result["extra"])))
+    if result["tensors"] is not None:
+        rows.append(("parameters decoded", str(result["tensors"])))
+    proof = result["proof"]
+    if proof is not None:
+        again = "failed" if proof["again"] is None else f"{proof['again']:.1e}"
+        rows.append(("proof: relative logit error", f"{again} (recorded: {proof['recorded']:.1e})"))
+        rows += [("maps", proof["maps"])] if "maps" in proof else [("", proof["note"])]
+    for name, (was, now) in result["versions"].items():
+        rows.append((f"made with another {name}", f"{was} (here: {now})"))
+    rows.append(("", "all is as it was written" if result["passed"] else f"{len(result['problems'])} wrong"))
+    return [table("", (result["folder"], ""), rows), f"made by: {result['command']}", *result["problems"]]
+
+
 def formats(found: Sequence[Mapping[str, Any]]) -> list[Table]:
     """The formats, and for a folder whether each holds it."""
     rows: list[tuple[str, ...]] = []
@@ -149,15 +168,21 @@ def inspected(result: Inspection) -> list[Any]:
         shown.append(rounded_layers(result.layers))
     if result.outliers:
         shown.append(outliers(result.outliers))
-    if result.prediction:
-        guess = result.prediction
-        rows = [
-            ("time", duration(guess.seconds)),
-            ("peak memory", size(guess.peak_memory_bytes)),
-            ("size of the result", size(guess.disk_bytes)),
-        ]
-        shown.append(table(f"{result.recipe} will take about", ("", ""), rows))
-    return shown
+    return shown + (predicted(result) if result.prediction else [])
+
+
+def predicted(result: Inspection) -> list[Any]:
+    """What a recipe will take: every stage, and the whole."""
+    guess = result.prediction
+    assert guess is not None
+    rows = [
+        (stage.name, "not known" if stage.seconds is None else duration(stage.seconds), size(stage.peak_memory_bytes))
+        for stage in guess.stages
+    ]
+    rows.append(("all of it", duration(guess.seconds), size(guess.peak_memory_bytes)))
+    stages = table(f"{result.recipe} will take about", ("stage", "time", "peak memory"), rows, right=(1, 2))
+    lines = [("size of the result", size(guess.disk_bytes)), ("beside it while it runs", size(guess.scratch_bytes))]
+    return [stages, table("", ("disk", ""), lines)]
 
 
 def rounded_layers(layers: Iterable[Mapping[str, Any]]) -> Table:

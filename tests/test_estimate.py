@@ -1,0 +1,101 @@
+"""What a job takes is reckoned before any work, and refused where there is not as much."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny
+
+import gyroquant as gq
+from gyroquant import estimate as module
+from gyroquant.environment import resident_memory_bytes
+from gyroquant.estimate import check_fits, disk, estimate, hidden_bytes
+from gyroquant.job import Job, prepare
+
+BRIEF = ["weights.group_size=16", "calibration.nsamples=8", "calibration.seqlen=32"]
+ROTATED = {"R1": "hadamard", "R4": "hadamard"}
+
+
+def job(folder: Path, corpus: Path, tmp_path: Path, recipe: str, *changes: str, **options: object) -> Job:
+    loaded = gq.load_recipe(recipe, [*BRIEF, *changes])
+    return prepare(folder, tmp_path / "out", loaded, corpus, tokenizer=tiny.tokenizer(), **options)  # type: ignore[arg-type]
+
+
+def stages(made: Job) -> dict[str, int]:
+    return {stage.name: stage.peak_memory_bytes for stage in estimate(made).stages}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "names"),
+    [
+        ("rtn", [], ["round", "save"]),
+        ("gsr", [], ["prove", "round", "save"]),
+        ("smoothquant", ["activations=null"], ["measure", "prove", "round", "save"]),
+        ("spinquant", [], ["learn", "prove", "round", "save"]),
+        ("gyro-w2", ["weights.allocate.budget=4"], ["prove", "allocate", "round", "save", "finish"]),
+    ],
+)
+def test_the_stages_are_those_of_the_recipe(
+    recipe: str, changes: list[str], names: list[str], folders: dict[str, Path], corpus: Path, tmp_path: Path
+) -> None:
+    found = stages(job(folders["llama"], corpus, tmp_path, recipe, *changes))
+    assert list(found) == names
+    assert all(peak > resident_memory_bytes() * 0.9 for peak in found.values())
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt2", "cohere2", "llama_tied"])
+def test_every_kind_of_model_can_be_reckoned(name: str, folders: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+    for recipe in ("rtn", "gptq", "gsr"):
+        assert estimate(job(folders[name], corpus, tmp_path, recipe)).peak_memory_bytes > 0
+
+
+def test_hidden_states_are_counted_where_they_lie(folders: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+    few = job(folders["llama"], corpus, tmp_path, "gptq", "calibration.dtype=float32")
+    size = 8 * 32 * 64 * 4
+    assert hidden_bytes(few) == size
+    assert hidden_bytes(job(folders["llama"], corpus, tmp_path, "gptaq", "calibration.dtype=float32")) == 2 * size
+    assert hidden_bytes(job(folders["llama"], corpus, tmp_path, "rtn")) == 0
+    result, scratch = disk(few)
+    assert scratch == result + 2 * size
+    many = job(folders["llama"], corpus, tmp_path, "gptq", "calibration.dtype=float32")
+    assert many.tokens is not None
+    many.tokens = many.tokens.repeat(1000, 1)
+    assert stages(many)["round"] - stages(few)["round"] == pytest.approx(999 * size, rel=0.4)
+    off = job(folders["llama"], corpus, tmp_path, "gptq", "calibration.dtype=float32", offload=tmp_path / "hidden")
+    assert off.tokens is not None
+    off.tokens = off.tokens.repeat(1000, 1)
+    assert stages(many)["round"] - stages(off)["round"] == pytest.approx(1000 * size, rel=0.1)
+
+
+def test_what_does_not_fit_is_refused_with_a_remedy(
+    folders: dict[str, Path], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = job(folders["llama"], corpus, tmp_path, "gptq", "calibration.dtype=float32")
+    assert made.tokens is not None
+    made.tokens = made.tokens.repeat(3000, 1)
+    check_fits(made)
+    monkeypatch.setattr(module, "available_memory", lambda: 100 << 20)
+    with pytest.raises(
+        gq.InputError, match=r"GB of memory .*stage 'round'.*0\.10 GB are available.*--offload DIR"
+    ) as e:
+        check_fits(made)
+    assert "--nsamples" in str(e.value)
+    learned = job(folders["llama"], corpus, tmp_path, "spinquant")
+    monkeypatch.setattr(module, "available_memory", lambda: 1000)
+    with pytest.raises(gq.InputError, match=r"learn\.objective=blocks"):
+        check_fits(learned)
+    assert not (tmp_path / "out").exists()
+
+
+def test_disks_that_are_too_small_are_refused(
+    folders: dict[str, Path], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = job(folders["llama"], corpus, tmp_path, "gptq", offload=tmp_path / "hidden")
+    asked: list[tuple[Path, int]] = []
+    monkeypatch.setattr(module, "check_room", lambda place, needed: asked.append((place, needed)))
+    check_fits(made)
+    assert asked == [
+        (tmp_path / "out", sum(disk(made))),
+        (tmp_path / "hidden" / "hidden_states.bin", hidden_bytes(made)),
+    ]

@@ -1,0 +1,125 @@
+"""Checksums find what changed, and sha256sum reads them."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import saving
+import tiny
+import torch
+
+import gyroquant as gq
+from gyroquant.errors import InputError
+from gyroquant.integrity import FILE, Integrity, check, read_sums, seal, unchecked
+from gyroquant.models.source import open_model
+
+STRANGE = "with space\\and\nlines.txt"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Some files, one below another folder, one with a name that has to be escaped, sealed."""
+    place = tmp_path / "folder"
+    (place / "b").mkdir(parents=True)
+    (place / "a.bin").write_bytes(bytes(range(256)) * 9000)
+    (place / "b" / "c.txt").write_text("c")
+    (place / STRANGE).write_text("")
+    seal(place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama as gyroquant writes it, sealed."""
+    place = saving.rounded(tiny.build("llama"), tmp_path_factory.mktemp("saved") / "out").folder
+    seal(place)
+    return place
+
+
+def flip(path: Path, at: int = -3) -> None:
+    """Changes one bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def test_what_is_sealed_is_intact(folder: Path) -> None:
+    assert check(folder) == Integrity(3, 9000 * 256 + 1, (), (), ())
+    assert list(read_sums(folder) or ()) == sorted(["a.bin", "b/c.txt", STRANGE])
+    before = (folder / FILE).read_bytes()
+    seal(folder)  # its own list is no part of it
+    assert (folder / FILE).read_bytes() == before
+
+
+@pytest.mark.skipif(shutil.which("sha256sum") is None, reason="coreutils' sha256sum is not installed")
+def test_sha256sum_agrees(folder: Path) -> None:
+    asked = ["sha256sum", "--check", "--strict", "--quiet", FILE]
+    assert subprocess.run(asked, cwd=folder, capture_output=True, check=False).returncode == 0
+    flip(folder / "a.bin")
+    assert subprocess.run(asked, cwd=folder, capture_output=True, check=False).returncode == 1
+
+
+def test_changes_are_told_apart(folder: Path) -> None:
+    flip(folder / "a.bin", 1 << 20)
+    (folder / "b" / "c.txt").unlink()
+    (folder / "new").write_text("")
+    found = check(folder)
+    assert found == Integrity(3, 9000 * 256, ("b/c.txt",), ("a.bin",), ("new",))
+    assert not found.intact
+    assert check(folder / "b") is None
+
+
+def test_a_sealed_folder_below_is_looked_at_by_its_own_list(folder: Path) -> None:
+    inner = folder / "export"
+    inner.mkdir()
+    (inner / "x").write_text("x")
+    seal(inner)
+    assert check(folder) == Integrity(4, 9000 * 256 + 2, (), (), ())
+    flip(inner / "x", 0)
+    found = check(folder)
+    assert found is not None
+    assert (found.changed, found.extra) == (("export/x",), ())
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("0" * 64 + "  ../outside\n", "outside"),
+        ("0" * 64 + "  /etc/passwd\n", "outside"),
+        ("0" * 63 + "  short\n", "line 1"),
+        ("\xff", "line 1"),
+    ],
+)
+def test_lists_that_are_no_lists_are_refused(text: str, why: str, tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text(text)
+    with pytest.raises(InputError, match=why):
+        check(tmp_path)
+
+
+def test_damaged_weights_are_not_loaded(out: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(out, tmp_path / "copy")
+    ids = torch.arange(8)[None]
+    expected = gq.load(copy)(ids).logits
+    flip(copy / "model.safetensors")
+    for load in (gq.load, open_model):
+        with pytest.raises(InputError, match=r"model\.safetensors is damaged"):
+            load(copy)
+    from transformers import AutoModelForCausalLM
+
+    with pytest.raises(InputError, match="damaged"):
+        AutoModelForCausalLM.from_pretrained(copy)
+    gq.load(copy, check=False)
+    with unchecked():
+        open_model(copy)
+    (copy / FILE).unlink()
+    gq.load(copy)
+    assert torch.equal(gq.load(out)(ids).logits, expected)
+
+
+def test_other_files_do_not_matter_to_loading(out: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(out, tmp_path / "copy")
+    (copy / "gyroquant.json").write_text("{}")
+    gq.load(copy)

@@ -29,7 +29,7 @@ class TransformersRuntime(Runtime):
         else:
             options["use_safetensors"] = True  # never a pickle
         try:
-            self._model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **options).eval()
+            self._model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
         except (OSError, ImportError, ValueError, KeyError) as error:
             raise InputError(f"transformers does not open {folder} here: {error}") from error
         self._past: Any = None

@@ -131,8 +131,10 @@ def test_usage_errors_and_help(monkeypatch: pytest.MonkeyPatch, capfd: Captured)
         assert command in capfd.readouterr().out
 
 
-def test_interrupting_leaves_nothing(folders: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
-    """Ctrl-C in the middle of the work: status 130, one line, no trace on disk."""
+def test_interrupting_leaves_what_the_same_command_goes_on_from(
+    folders: dict[str, Path], corpus: Path, tmp_path: Path
+) -> None:
+    """Ctrl-C in the middle of the work: status 130, one line, and nothing on the disk but the journal it names."""
     command = [
         sys.executable,
         "-m",
@@ -165,7 +167,10 @@ def test_interrupting_leaves_nothing(folders: dict[str, Path], corpus: Path, tmp
     else:
         assert process.returncode == 130, messages
         assert "interrupted" in messages
-        assert not list(tmp_path.iterdir())
+        assert [path.name for path in tmp_path.iterdir()] == [".out.journal"]
+        assert "the same command goes on" in messages
+        assert subprocess.run(command, stderr=subprocess.DEVNULL, env=environment).returncode == 0
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_inspect_shows_how_far_rounded_layers_are_from_the_limit(

@@ -21,6 +21,7 @@ import gyroquant as gq
 from gyroquant import pipeline
 from gyroquant.errors import GyroquantError, InputError, RecipeError
 from gyroquant.inspection import inspect_model
+from gyroquant.integrity import seal
 from gyroquant.job import prepare
 from gyroquant.models.source import open_model
 from gyroquant.presets import preset_names
@@ -607,6 +608,7 @@ def test_damaged_results_are_refused(name: str, saved: Path, tmp_path: Path) -> 
     folder = Path(shutil.copytree(saved, tmp_path / "model"))
     broken, message = SAVED[name]
     broken(folder)
+    seal(folder)  # as one would who wants to be believed
     with pytest.raises(GyroquantError, match=message):
         store = open_model(folder)
         _ = store.online

@@ -182,7 +182,8 @@ def prepare(
         fresh=fresh,
         workers=workers,
     )
-    job = Job(store, recipe, plan, targets, output, tokenizer or _tokenizer(store, text is not None), quantizers, text)
+    words = text is not None and not isinstance(text, TokenBatch)
+    job = Job(store, recipe, plan, targets, output, tokenizer or _tokenizer(store, words), quantizers, text)
     job.tokens = _tokens(job)
     job.grids = grids_of(recipe, targets)
     _check_budget(job)

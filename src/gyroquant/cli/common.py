@@ -9,6 +9,29 @@ import typer
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a GGUF file, or a name on the hub.")]
+Changes = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe, e.g. weights.bits=2.")
+]
+Effort = Annotated[
+    str | None, typer.Option("--effort", help="light, default or best, of recipes that have them (gyro-w2 and so on).")
+]
+TextSource = Annotated[
+    str | None, typer.Option("--text", help="A text file, wikitext2, c4, pile-10k or name:split:column.")
+]
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, ...")]
+
+
+def changes(given: list[str] | None, nsamples: int | None, seqlen: int | None, seed: int | None) -> list[str]:
+    """The changes of a recipe that --set asks for, and then --nsamples, --seqlen and --seed."""
+    result = list(given or ())
+    if nsamples is not None:
+        result.append(f"calibration.nsamples={nsamples}")
+    if seqlen is not None:
+        result.append(f"calibration.seqlen={seqlen}")
+    if seed is not None:
+        result += [f"seed={seed}", f"calibration.seed={seed}"]
+    return result
 
 
 def print_json(data: Any) -> None:

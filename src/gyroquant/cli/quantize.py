@@ -1,0 +1,81 @@
+"""The command that quantizes a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gyroquant.cli.common import AsJson, Changes, Debug, Device, Effort, Model, TextSource, changes, print_json
+
+RecipeName = Annotated[
+    str, typer.Option("--recipe", "-r", help="A recipe's name or a YAML file; see `gyroquant recipes`.")
+]
+Ray = Annotated[str | None, typer.Option(metavar="ADDRESS", help="Blocks on a Ray cluster; local starts one.")]
+Format = Annotated[
+    str | None, typer.Option("--format", help="Export OUT as well, into OUT/FORMAT; see `gyroquant formats`.")
+]
+
+
+def quantize(
+    model: Model,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that does not exist yet.")],
+    recipe: RecipeName = "gsr",
+    effort: Effort = None,
+    change: Changes = None,
+    text: TextSource = None,
+    nsamples: Annotated[int | None, typer.Option(help="Windows of text to calibrate on.")] = None,
+    seqlen: Annotated[int | None, typer.Option(help="Tokens in each window.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the rotations and of the choice of windows.")] = None,
+    dense: Annotated[
+        bool, typer.Option("--dense", help="Write plain 16- or 32-bit weights that any loader opens.")
+    ] = False,
+    save_dtype: Annotated[
+        str, typer.Option(help="dtype of what is not rounded: auto, float16, bfloat16, float32.")
+    ] = "auto",
+    offload: Annotated[Path | None, typer.Option(help="Keep activations in a file in this folder.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUT, once the new result is complete.")
+    ] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Do not go on from where a run before was stopped.")] = False,
+    workers: Annotated[int | None, typer.Option(help="Blocks at once; needs calibration.inputs=original.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of each worker.")] = None,
+    ray: Ray = None,
+    format: Format = None,
+    device: Device = "cpu",
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Transform, prove, round and save a model."""
+    from gyroquant import deploy, pipeline
+    from gyroquant.job import prepare
+    from gyroquant.pool import Workers
+    from gyroquant.recipe import load_recipe
+    from gyroquant.report import console, summaries
+
+    loaded = load_recipe(recipe, changes(change, nsamples, seqlen, seed), effort)
+    job = prepare(
+        model,
+        out,
+        loaded,
+        text,
+        dense=dense,
+        overwrite=overwrite,
+        device=device,
+        save_dtype=save_dtype,
+        offload=offload,
+        fresh=fresh,
+        workers=Workers(workers, threads, ray) if workers or threads or ray else None,
+    )
+    if format is not None:
+        deploy.check_job(format, job)
+    manifest = pipeline.run(job, console.ConsoleStages())
+    if format is not None:
+        manifest["export"] = deploy.export(out, format, out / format, progress=console.ConsoleStages())
+    if as_json:
+        print_json(manifest)
+    else:
+        console.show(*summaries.quantized(manifest, str(out)))
+        if format is not None:
+            console.show(*summaries.exported(manifest["export"], str(out / format)))

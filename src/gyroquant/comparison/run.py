@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,6 +16,7 @@ from typing import Any
 
 from gyroquant.calibration.text import load_text
 from gyroquant.comparison.cells import Cell, Conditions, Wanted, grid, named
+from gyroquant.comparison.command import again
 from gyroquant.comparison.files import Results
 from gyroquant.comparison.shared import Shared, Trial, own_grid, plain_folder
 from gyroquant.comparison.verdict import verdict
@@ -87,7 +87,8 @@ def run(
         facts = work.prepare(calibration, tests, wanted)
         work.find_programs(environments, make_environments)
         work.all(out)
-        comparison = _comparison(work, conditions, wanted, facts, str(model), str(calibration))
+        command = again(str(model), wanted, str(calibration), tests, dtype, limits.threads)
+        comparison = _comparison(work, conditions, wanted, facts, str(calibration), command)
         _write(out, comparison, progress)
         return comparison
 
@@ -290,15 +291,15 @@ class _Run:
 
 
 def _comparison(
-    run: _Run, conditions: Conditions, wanted: Wanted, facts: Mapping[str, Any], model: str, calibration: str
+    run: _Run, conditions: Conditions, wanted: Wanted, facts: Mapping[str, Any], calibration: str, command: str
 ) -> dict[str, Any]:
     store, graph = run.shared.store, run.shared.store.graph
     cells = run.rows(facts["forward_seconds"])
     return {
         "format": FORMAT,
-        "name": Path(model).name,
+        "name": Path(run.model).name,
         "made": date.today().isoformat(),
-        "command": _command(model, wanted, calibration, run),
+        "command": command,
         "model": {
             "label": Path(store.label).name,
             "sha256": conditions.model,
@@ -328,19 +329,6 @@ def _text(name: str, about: Mapping[str, Any], facts: Mapping[str, Any]) -> dict
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, (tuple, list)) else value
-
-
-def _command(model: str, wanted: Wanted, calibration: str, run: _Run) -> str:
-    """The command that makes a comparison again."""
-    words = ["gyroquant", "compare", model, "OUT", "--recipes", ",".join(wanted.recipes), "--text", calibration]
-    if wanted.opponents:
-        words += ["--opponents", ",".join(wanted.opponents)]
-    for option, values in (("--bits", wanted.bits), ("--group-size", wanted.group_sizes)):
-        words += [option, ",".join(map(str, values))]
-    words += ["--seeds", str(len(wanted.seeds)), "--nsamples", str(wanted.nsamples), "--seqlen", str(wanted.seqlen)]
-    words += ["--symmetric"] if wanted.symmetric else []
-    words += ["--effort", wanted.effort] if wanted.effort else []
-    return shlex.join(words + [word for change in wanted.changes for word in ("--set", change)])
 
 
 def _write(out: Path, comparison: Mapping[str, Any], progress: Stages) -> None:

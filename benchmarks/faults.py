@@ -5,14 +5,16 @@
 A tiny model is quantized by three recipes. Each run is killed (SIGKILL) before and after every N-th step towards the
 disk (writing, syncing, renaming, deleting a file), or told there that the disk is full; then the same command is given
 again. And every file of a killed run's journal is damaged, one at a time: a bit flipped, the end cut off, the file
-deleted. `same` is how often the second run ended with the bytes of an undisturbed one, `refused` how often it said
-which file is damaged and how to start over, `lost` anything else.
+deleted; and every file of the finished folder, which `gyroquant verify` is then asked about. `same` is how often the
+second run ended with the bytes of an undisturbed one, `refused` how often it, or `verify`, said which file is damaged,
+`lost` anything else.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import tempfile
 from collections import Counter
@@ -28,6 +30,9 @@ from faulty import Fault
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+
+import gyroquant as gq
+from gyroquant.errors import GyroquantError
 
 _FIRST_BLOCK = "block-00000.json"
 
@@ -76,6 +81,19 @@ class Trial:
     def _compared(self, out: Path) -> str:
         return "same" if faulty.content(out) == self.wanted else "lost"
 
+    def damaged_result(self, damage: Callable[[Path], None]) -> Counter[str]:
+        """What `gyroquant verify` says when the files of the finished folder are damaged, one after the other."""
+        outcomes: Counter[str] = Counter()
+        for path in sorted((self.place / "undisturbed" / "out").iterdir()):
+            copy = Path(shutil.copytree(path.parent, self._out()))
+            damage(copy / path.name)
+            try:
+                said = " ".join(gq.verify(copy)["problems"])
+            except GyroquantError as error:
+                said = str(error)
+            outcomes["refused" if path.name in said else "lost"] += 1
+        return outcomes
+
     def damaged(self, damage: Callable[[Path], None]) -> Counter[str]:
         """What comes of damaging the files of a journal, one after the other."""
         outcomes: Counter[str] = Counter()
@@ -112,8 +130,8 @@ def trials(place: Path, every: int) -> list[dict[str, object]]:
             came.pop("no fault", None)
             rows.append({"recipe": name, "fault": kind, "tried": sum(came.values()), **came})
         for kind, damage in DAMAGES.items():
-            came = trial.damaged(damage)
-            rows.append({"recipe": name, "fault": f"journal: {kind}", "tried": sum(came.values()), **came})
+            for what, came in (("journal", trial.damaged(damage)), ("result", trial.damaged_result(damage))):
+                rows.append({"recipe": name, "fault": f"{what}: {kind}", "tried": sum(came.values()), **came})
     return rows
 
 

@@ -25,6 +25,7 @@ from transformers import LlamaConfig
 import gyroquant as gq
 from gyroquant import pipeline
 from gyroquant.calibration.text import TokenBatch
+from gyroquant.estimate import estimate
 from gyroquant.job import prepare
 from gyroquant.report.console import ConsoleStages
 
@@ -98,14 +99,14 @@ def random(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
 
 
 def run(place: Path, config: LlamaConfig, samples: int, length: int) -> dict[str, Any]:
-    """Quantizes the model and returns the manifest."""
+    """Quantizes the model and returns the manifest, with what it was reckoned to take beforehand."""
     changes = [*CHANGES, f"calibration.nsamples={samples}", f"calibration.seqlen={length}", "proof.nsamples=1"]
     recipe = gq.load_recipe("gptq", [*changes, "proof.seqlen=64"])
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(config.vocab_size, (samples, length), generator=generator)
     batch = TokenBatch("random tokens", "0", tokens)
     job = prepare(place / "model", place / "out", recipe, batch, offload=place / "offload", overwrite=True)
-    return pipeline.run(job, ConsoleStages())
+    return {"estimated": estimate(job).peak_memory_bytes, **pipeline.run(job, ConsoleStages())}
 
 
 def main() -> None:
@@ -129,6 +130,7 @@ def main() -> None:
         "blocks": config.num_hidden_layers,
         "tokens": asked.samples * asked.length,
         "minutes": manifest["seconds"] / 60,
+        "estimated_gb": manifest["estimated"] / 1e9,
         "peak_memory_gb": manifest["peak_memory_bytes"] / 1e9,
         "model_gb": sum(path.stat().st_size for path in (place / "model").iterdir()) / 1e9,
         "result_gb": size / 1e9,

@@ -30,7 +30,7 @@ _HEAD = 512  # tokens that run through the head at once, as in `Stream`
 _CHUNK = 1 << 24  # entries of a parameter that are folded at once, as in `fold`
 _PIECE = 1 << 23  # weights that are rounded to nearest at once
 _JOURNAL = 2  # copies of the hidden states that are kept on disk, so that a run that was stopped goes on
-_FACTORS = 28  # bytes per entry of second moments while they are factorised: as given, and three times in fp64
+_AXES = 28  # bytes per entry of second moments while their principal axes are found, in fp64
 _FOLD = 3  # copies in fp64 of what is being folded: before, after, and in between
 
 
@@ -236,7 +236,7 @@ class Reckoning:
         outer, block = self._count(self.outer), self._count(self.block)
         copy = self.compute if self.compute != self.stored else 0
         observers = sum(observer_bytes(kind, site.n) for site, kinds in self._observed for kind in kinds)
-        choosing = max((_FACTORS * site.n**2 for site, kinds in self._observed if Gram in kinds), default=0)
+        choosing = max((_AXES * site.n**2 for site, kinds in self._observed if Gram in kinds), default=0)
         hidden = 0 if self.job.output.offload is not None else self.tokens * self.width * self.compute
         running = block * (self.stored + copy) + self._activations(self.batch, max(4, self.compute))
         return outer * (self.stored + copy) + hidden + observers + max(running, choosing, self._reading(self.outer))
@@ -295,18 +295,26 @@ class Reckoning:
         """Second moments of all inputs of a block, which are kept until it is judged."""
         return sum(4 * self._sums * n**2 for n, _ in self._pieces()) if self.job.needs_stream else 0
 
+    @property
+    def _factor_bytes(self) -> int:
+        """Bytes per entry of second moments while a layer is rounded by them: those of a basis, those in the order of
+        the sweep, the factor, and what a drift is multiplied by.
+        """
+        weights = self.recipe.weights
+        based = 8 * self._sums if weights.basis is not None else 0
+        ordered = 4 * self._sums if getattr(weights.solver, "act_order", False) else 0
+        return based + ordered + 8 + (24 if self._sums > 1 else 0)
+
     def _solving(self) -> int:
         """What the largest group of layers takes while it is rounded, and then judged."""
         weights, most = self.recipe.weights, 0
         for n, rows in self._pieces():
             matrix, square = 4 * n * rows, n * n
             need = 2 * matrix + 2 * 4 * min(n * rows, _PIECE) + n * rows
-            if self.job.needs_stream:  # judged: second moments made whole, and their eigenvalues
-                need = max(need, 4 * 3 * square + 4 * matrix)
+            if self.job.needs_stream:  # judged: eigenvalues of second moments
+                need = max(need, 5 * square + 4 * matrix)
             if weights.solver.needs_statistics or weights.target is not None:
-                drifts = 8 * (self._sums - 1) * square if weights.basis is not None else 0
-                sweep = 20 * square + 3 * matrix + 2 * n * rows
-                need = max(need, drifts + max(_FACTORS * square + 2 * matrix, sweep))
+                need = max(need, self._factor_bytes * square + 3 * matrix + 2 * n * rows)
             if weights.refine is not None:
                 need = max(need, 4 * 5 * square + 5 * matrix)
             most = max(most, need)

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from gyroquant.grids import Grid, IntegerGrid, QuantizedWeight
 from gyroquant.rounding import InputStatistics
-from gyroquant.rounding.gptq import Gptq, inverse_factor
+from gyroquant.rounding.factor import inverse_factor
+from gyroquant.rounding.gptq import Gptq
 from gyroquant.rounding.qronos import Qronos, largest_eigenvalue, starting_point
 
 GRIDS = [

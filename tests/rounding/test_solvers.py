@@ -7,8 +7,9 @@ from gyroquant.errors import InputError, RecipeError
 from gyroquant.grids import Fp4Grid, Fp8Grid, Grid, IntegerGrid, Mxfp4Grid, Nvfp4Grid, QuantizedWeight
 from gyroquant.recipe import load_recipe
 from gyroquant.rounding import InputStatistics, Solver, output_error, weight_error
+from gyroquant.rounding.factor import inverse_factor
 from gyroquant.rounding.gptaq import Gptaq
-from gyroquant.rounding.gptq import Gptq, inverse_factor
+from gyroquant.rounding.gptq import Gptq
 from gyroquant.rounding.qronos import Qronos
 from gyroquant.rounding.rtn import RoundToNearest
 

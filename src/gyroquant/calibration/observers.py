@@ -21,6 +21,7 @@ Key = tuple[str, int | None]
 """An input that is observed: its name, and the expert for stacked experts."""
 
 _STRIPES = 4
+_STRIP = 1024
 _SAMPLE = 512
 
 
@@ -45,8 +46,13 @@ class Gram:
 
     @property
     def gram(self) -> Tensor:
-        lower = self.lower.tril()
-        return lower + self.lower.tril(-1).T
+        """The sum as it is so far, made whole where it is kept: what lies above the diagonal is never read again."""
+        for start in range(0, len(self.lower), _STRIP):
+            rows = self.lower[start : start + _STRIP, : start + _STRIP]
+            square = rows[:, start:]
+            square.copy_(square.tril() + square.tril(-1).T)
+            self.lower[:start, start : start + _STRIP] = rows[:, :start].T
+        return self.lower
 
 
 class MeanAbs:

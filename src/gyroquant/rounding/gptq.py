@@ -12,45 +12,9 @@ from torch import Tensor
 from gyroquant.errors import InputError
 from gyroquant.grids import Grid, GroupParams, QuantizedWeight
 from gyroquant.rounding.base import InputStatistics, Solver, Warn
+from gyroquant.rounding.factor import inverse_factor
 
 _BLOCK = 128
-
-
-def inverse_factor(gram: Tensor, damp_percent: float, warn: Warn = lambda text: None) -> Tensor:
-    """The upper Cholesky factor U of the inverse of the damped second moments, ``U^T U = H^-1``, fp64.
-
-    `damp_percent` of the mean diagonal is added to the diagonal. Where the result is still not positive definite, ten
-    times as much is tried, with a warning, until it is.
-    """
-    diagonal = gram.diagonal().double()
-    mean = float(diagonal.mean())
-    if mean <= 0:
-        return torch.eye(len(gram), dtype=torch.float64, device=gram.device)
-    dead = torch.where(diagonal == 0, mean, 0.0)
-    damp = damp_percent
-    while True:
-        upper = _factor(gram, dead + damp * mean)
-        if upper is not None:
-            return upper
-        if not damp <= 100:
-            raise InputError("the second moments of a layer's input are not finite; is a weight or an activation NaN?")
-        damp = max(10 * damp, 1e-4)
-        warn(f"second moments are not positive definite, damping raised to {damp:g} of the mean diagonal")
-
-
-def _factor(gram: Tensor, damping: Tensor) -> Tensor | None:
-    """The factor of `inverse_factor` with `damping` on the diagonal, None where there is none. At its largest, memory
-    holds three matrices in fp64 beside `gram`.
-    """
-    h = gram.double()
-    h = h.clone() if h is gram else h
-    h.diagonal().add_(damping)
-    h, failed = torch.linalg.cholesky_ex(h)
-    if failed:
-        return None
-    h = torch.cholesky_inverse(h)
-    h, failed = torch.linalg.cholesky_ex(h, upper=True)
-    return None if failed or not bool(h.isfinite().all()) else h
 
 
 class ColumnSolver(Solver):
@@ -93,7 +57,6 @@ class ColumnSolver(Solver):
         if statistics.drift is not None:
             start, feed = self.corrected(weight[:, order], statistics.drift[order][:, order], factor)
             start = start[:, order.argsort()]
-        factor = factor.float()
         return Sweep(start, grid, order, bool(self.static_groups or self.act_order)).run(factor, feed)
 
     def order(self, gram: Tensor) -> Tensor:
@@ -134,6 +97,7 @@ class Sweep:
     def block(self, start: int, stop: int, factor: Tensor, feed: Tensor | None) -> None:
         """Rounds columns start..stop and passes their errors on, within the block at once, beyond it in one product."""
         errors = torch.empty(stop - start, self.free.shape[1], device=self.free.device)
+        rows = factor[start:stop].float()
         for i in range(start, stop):
             column = int(self.order[i])
             group = column // self.size
@@ -143,20 +107,20 @@ class Sweep:
             params = self.params[:, group]
             code = self.grid.encode(self.free[i, :, None], params)
             self.codes[column] = code[:, 0]
-            error = (self.free[i] - self.grid.decode(code, params)[:, 0]) / factor[i, i]
-            self.free[i + 1 : stop].addr_(factor[i, i + 1 : stop], error, alpha=-1)
+            error = (self.free[i] - self.grid.decode(code, params)[:, 0]) / rows[i - start, i]
+            self.free[i + 1 : stop].addr_(rows[i - start, i + 1 : stop], error, alpha=-1)
             if feed is not None:
                 self.free[i + 1 : stop].addr_(feed[i, i + 1 : stop], self.free[i])
             errors[i - start] = error
-        self.free[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+        self.free[stop:].addmm_(rows[:, stop:].T, errors, alpha=-1)
         if feed is not None:
             self.free[stop:].addmm_(feed[start:stop, stop:].T, self.free[start:stop])
 
     def run(self, factor: Tensor, feed: Tensor | None = None) -> QuantizedWeight:
-        """Rounds every column, given the factor of the inverse second moments in the sweep's order, fp32.
+        """Rounds every column, given the factor of the inverse second moments in the sweep's order.
 
-        With `feed`, of the same shape, each column as it was before rounding, times its row of `feed`, is added to
-        those that come after it.
+        With `feed`, of the same shape, fp32, each column as it was before rounding, times its row of `feed`, is added
+        to those that come after it.
         """
         columns = len(self.order)
         for start in range(0, columns, self.step):

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from gyroquant.rounding.base import InputStatistics, Warn
-from gyroquant.rounding.gptq import inverse_factor
+from gyroquant.rounding.factor import inverse_factor
 
 _ROWS = 1024
 

@@ -21,7 +21,7 @@ def inverse_factor(gram: Tensor, damp_percent: float, warn: Warn = lambda text: 
     mean = float(diagonal.mean())
     if mean <= 0:
         return torch.eye(len(gram), dtype=torch.float64, device=gram.device)
-    dead = torch.where(diagonal == 0, mean, 0.0)
+    dead = mean * (diagonal == 0).double()
     damp = damp_percent
     while True:
         upper = _factor(gram, dead + damp * mean)

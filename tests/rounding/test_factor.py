@@ -16,7 +16,7 @@ def moments(n: int, seed: int = 0, tokens: int | None = None) -> torch.Tensor:
 
 
 def long_way(gram: torch.Tensor, damp: float) -> torch.Tensor:
-    h = gram.double() + damp * gram.diagonal().double().mean() * torch.eye(len(gram))
+    h = gram.double() + damp * gram.diagonal().double().mean() * torch.eye(len(gram), dtype=torch.float64)
     return torch.linalg.cholesky(torch.linalg.inv(h), upper=True)
 
 

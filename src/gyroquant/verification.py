@@ -136,12 +136,9 @@ def _arrays(out: Path, progress: Stages) -> tuple[int, list[str]]:
 
 
 def _command(out: Path, manifest: Mapping[str, Any], recipe_file: str | Path | None) -> str:
-    """The command that makes a folder again: as it was given, or made from the manifest."""
+    """The command that makes a folder again, from its manifest; the text is named as its file was."""
     if recipe_file is not None:
         Path(recipe_file).write_text(yaml.safe_dump(manifest["recipe"], sort_keys=False), encoding="utf-8")
-    given = manifest.get("command")
-    if given and recipe_file is None:
-        return given if isinstance(given, str) else shlex.join(map(str, given))
     arguments = ["gyroquant", "quantize", str(manifest["model"]), str(out)]
     changes = None if recipe_file is not None else _changes(manifest["recipe"])
     if changes is None:
@@ -214,14 +211,10 @@ def _original(manifest: Mapping[str, Any], against: str | Path | None) -> str | 
 
 
 def _text(manifest: Mapping[str, Any], text: str | Path | None) -> str | Path:
-    """The calibration text: as given, else as the command that made the folder named it."""
+    """The calibration text: as given, else as the recipe names it."""
     if text is not None:
         return text
-    command = manifest.get("command") or []
-    words = shlex.split(command) if isinstance(command, str) else list(map(str, command))
     named = manifest["recipe"]["calibration"]["text"]
-    if "--text" in words[:-1]:
-        named = words[words.index("--text") + 1]
     if named is None or not (Path(named).exists() or ":" in named or "." not in Path(named).name):
         was = manifest["text"] or {"name": "a text", "sha256": "unknown"}
         raise InputError(

@@ -6,19 +6,24 @@ import ast
 import itertools
 import json
 import re
+import shutil
+import signal
 from pathlib import Path
 
 import fakes
 import pytest
 import tiny
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from gyroquant.errors import GyroquantError
 from gyroquant.models.source import open_model
 from gyroquant.opponents import Opponent, OpponentError, Size, Task
 from gyroquant.opponents.base import SIDES
 from gyroquant.opponents.environment import default_folder, python_of
 from gyroquant.opponents.scripted import Scripted
+from gyroquant.opponents.stored import layer_weights
+from gyroquant.processes import KilledError
 
 OURS = [kind for kind in Opponent.kinds.values() if issubclass(kind, Scripted)]
 SCRIPTS = sorted(SIDES.rglob("*.py"))
@@ -31,10 +36,21 @@ def test_an_opponent_says_who_it_is_and_what_it_can(kind: type[Opponent]) -> Non
     assert re.fullmatch(r"[\w.-]+/[\w.-]+", kind.home)
     assert all(re.match(r"[\w.-]+(\[[\w,]+\])?==[\w.]+", one) for one in kind.requirements)
     assert kind.variants
+    assert kind.rotated <= set(kind.variants)
     for variant, size in itertools.product(kind.variants, SIZES):
         reason = kind().problem(variant, size)
         assert reason == reason.strip()
         assert "\n" not in reason
+
+
+def test_what_rotates() -> None:
+    assert {(kind.name, one) for kind in Opponent.kinds.values() for one in kind.variants if kind.rotates(one)} == {
+        ("brevitas", "rotation + GPTQ"),
+        ("brevitas", "rotation + MassDiff + Qronos"),
+        ("gptqmodel", "GPTQ + rotation"),
+        ("llm-compressor", "GPTQ + QuIP"),
+        ("llm-compressor", "GPTQ + SpinQuant R1 R2"),
+    }
 
 
 @pytest.mark.parametrize("kind", OURS, ids=lambda kind: kind.name)
@@ -60,35 +76,40 @@ def test_scripts_compile_and_need_nothing_of_ours(path: Path) -> None:
 
 
 @pytest.fixture
-def task(tmp_path: Path) -> Task:
-    model, out = tmp_path / "model", tmp_path / "out"
-    model.mkdir()
+def task(folders: dict[str, Path], tmp_path: Path) -> Task:
+    """A run at 2 bits without scales; `made` beside its folder has what a program would write there."""
+    out, made, model = tmp_path / "out", tmp_path / "made", folders["llama"]
     out.mkdir()
-    save_file({"model.layers.0.mlp.up_proj.weight": torch.zeros(64, 32)}, model / "model.safetensors")
+    shutil.copytree(model, made / "dense")
+    (made / "files").mkdir()
+    codes = {f"{name}.qweight": torch.zeros(n // 16, dtype=torch.int32) for name, n in layer_weights(model).items()}
+    save_file(codes | {"lm_head.weight": torch.zeros(96, 64)}, made / "files" / "model.safetensors")
+    (made / "files" / "config.json").write_text("{}")
+    report(made)
     return Task(model, tmp_path / "tokens.safetensors", out, Size(2, 32, symmetric=True), seed=3)
 
 
-# A safetensors file with 64 x 32 codes of 2 bits, written without any library.
-WRITES = """
-import json
-name = "model.layers.0.mlp.up_proj.qweight"
-header = json.dumps({name: {"dtype": "I32", "shape": [128], "data_offsets": [0, 512]}}).encode()
-(out / "files").mkdir()
-(out / "files" / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(512))
-(out / "files" / "arguments.json").write_text(json.dumps(arguments))
-report.write_text(json.dumps({"seconds": 7.5, "peak_memory_bytes": 11, "versions": {"fake": "1"}}))
+def report(made: Path, reload_error: float = 0.1) -> None:
+    said = {"seconds": 7.5, "peak_memory_bytes": 11, "versions": {"fake": "1"}, "reload_error": reload_error}
+    (made / "report.json").write_text(json.dumps(said))
+
+
+MAKES = """
+import json, shutil
+shutil.copytree(out.parent / "made", out, dirs_exist_ok=True)
+(out.parent / "arguments.json").write_text(json.dumps(arguments))
 """
-DENSE = '(out / "dense").mkdir(); (out / "dense" / "config.json").touch()'
 
 
 def test_a_run_that_ends_well(task: Task, tmp_path: Path) -> None:
     with fakes.fake() as kind:
-        outcome = kind().run("plain", task, fakes.interpreter(tmp_path, WRITES + DENSE))
+        outcome = kind().run("plain", task, fakes.interpreter(tmp_path, MAKES))
     assert outcome.true_bits == 2
-    assert outcome.bytes == sum(path.stat().st_size for path in (task.out / "files").iterdir())
+    assert outcome.file_bytes == sum(path.stat().st_size for path in (task.out / "files").iterdir())
+    assert outcome.bytes == outcome.file_bytes - 96 * 64 * 2  # the head at 16 bits
     assert (outcome.seconds, outcome.peak_memory_bytes, outcome.versions) == (7.5, 11, {"fake": "1"})
     assert outcome.dense == task.out / "dense"
-    given = json.loads((task.out / "files" / "arguments.json").read_text())
+    given = json.loads((tmp_path / "arguments.json").read_text())
     assert given[:2] == ["-I", str(SIDES / "fake.py")]
     assert given[2:5] == [str(task.model), str(task.tokens), str(task.out)]
     assert {"--bits=2", "--group-size=32", "--symmetric", "--seed=3", '--settings={"speed": 1}'} <= set(given)
@@ -98,16 +119,52 @@ def test_a_run_that_ends_well(task: Task, tmp_path: Path) -> None:
     ("body", "reason"),
     [
         ("sys.exit('the codes do not fit')", "ended with status 1: the codes do not fit"),
-        ("import os; print('half way', flush=True); os.kill(os.getpid(), 9)", "killed by SIGKILL; .*: half way"),
+        ("import os; print('half way', flush=True); os.abort()", "killed by SIGABRT; .*: half way"),
         ("print('all done')", "ended with status 0: all done"),
         ("", "ended with status 0: it printed nothing"),
-        (WRITES, "ended well and left no model"),
-        (WRITES.replace("up_proj", "gate_proj") + DENSE, r"stores nothing for the layer model.layers.0.mlp.up_proj"),
+        (MAKES + "shutil.rmtree(out / 'dense')", "ended well and left no model"),
     ],
 )
 def test_a_run_that_does_not(body: str, reason: str, task: Task, tmp_path: Path) -> None:
     with fakes.fake() as kind, pytest.raises(OpponentError, match=reason):
         kind().run("plain", task, fakes.interpreter(tmp_path, body))
+
+
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
+def test_a_run_that_the_system_ends_is_no_failure_of_the_program(name: str, task: Task, tmp_path: Path) -> None:
+    body = f"import os, signal; print('half way', flush=True); os.kill(os.getpid(), signal.{name})"
+    with fakes.fake() as kind, pytest.raises(KilledError, match=f"fake.py was killed by {name}; .*: half way") as found:
+        kind().run("plain", task, fakes.interpreter(tmp_path, body))
+    assert found.value.number == signal.Signals[name]
+    assert not isinstance(found.value, GyroquantError)  # which would be a result
+
+
+def test_a_layer_that_is_not_stored_is_named(task: Task, tmp_path: Path) -> None:
+    path = tmp_path / "made" / "files" / "model.safetensors"
+    stored = load_file(path)
+    del stored["model.layers.0.mlp.up_proj.qweight"]
+    save_file(stored, path)
+    with fakes.fake() as kind, pytest.raises(OpponentError, match=r"nothing for the layer model.layers.0.mlp.up_proj"):
+        kind().run("plain", task, fakes.interpreter(tmp_path, MAKES))
+
+
+@pytest.mark.parametrize("error", [0.101, float("nan")])
+def test_files_that_are_not_what_ran_are_refused(error: float, task: Task, tmp_path: Path) -> None:
+    report(tmp_path / "made", error)
+    reason = f"files of fake do not stand for what it runs: the logits differ by {error:.3g} .* more than 0.1"
+    with fakes.fake() as kind, pytest.raises(OpponentError, match=reason):
+        kind().run("plain", task, fakes.interpreter(tmp_path, MAKES))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(value: float, task: Task, tmp_path: Path) -> None:
+    path = tmp_path / "made" / "dense" / "model.safetensors"
+    weights = load_file(path)
+    weights["model.embed_tokens.weight"][5, 7] = value
+    save_file(weights, path, {"format": "pt"})
+    reason = r"fake deployed no usable weights: .*model.embed_tokens.weight holds values that are not finite"
+    with fakes.fake() as kind, pytest.raises(OpponentError, match=reason):
+        kind().run("plain", task, fakes.interpreter(tmp_path, MAKES))
 
 
 def test_what_cannot_be_asked_for_is_not_run(task: Task, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from gyroquant.errors import InputError
 from gyroquant.export.gguf import tensor_names
 from gyroquant.models.source import open_model
 from gyroquant.opponents import OpponentError, Size
-from gyroquant.opponents.llama_cpp import LlamaCpp, opened, stored_bits
+from gyroquant.opponents.llama_cpp import LlamaCpp, opened, stored_bits, wide_tensors
 
 
 def test_types_have_their_own_bits_and_groups() -> None:
@@ -58,6 +58,7 @@ def test_bits_are_what_a_file_stores_for_the_blocks(folders: dict[str, Path], tm
         step()
     wide, every = 2 * 32 * 64, 61440
     assert stored_bits(store, path) == pytest.approx((8.5 * wide + 4.5 * (every - wide)) / every)
+    assert wide_tensors(path) == 2 * (2 * 96 * 64 + 5 * 64)  # embedding, head and five norms in fp32
 
 
 def test_a_file_without_a_layer_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 from pathlib import Path
 
 import pytest
+import torch
 from opposing import LARGEST, error, interpreter, task
+from safetensors.torch import save_file
 
 from gyroquant.opponents import OpponentError, Size
-from gyroquant.opponents.nncf import Nncf
+from gyroquant.opponents.nncf import Nncf, wide_constants
 
 
 def test_it_has_no_asymmetric_grids_of_few_bits() -> None:
@@ -33,6 +35,35 @@ def test_a_size_that_it_has_not_is_refused_before_any_work(tmp_path: Path) -> No
     with pytest.raises(OpponentError, match="INT2_SYM"):
         Nncf().run("GPTQ", task(tmp_path, tmp_path / "out", Size(2, 64)), tmp_path / "python")
     assert not list((tmp_path / "out").iterdir())
+
+
+CONSTANTS = [
+    # name, type, offset, size, bytes beyond 16 bits an entry
+    ("self.decoder.model.embed_tokens.weight", "f32", 0, 4000, 2000),
+    ("Constant_9966", "f32", 4000, 256, 128),  # a norm
+    ("Constant_9967", "f32", 4000, 256, 0),  # which has the same numbers as another
+    ("Constant_9968", "f64", 4256, 80, 60),
+    ("Constant_9969", "i64", 4336, 80, 0),
+    ("Constant_9970", "f16", 4416, 80, 0),
+    ("self.decoder.model.layers.0.self_attn.q_proj.weight", "u4", 4496, 2048, 0),
+    ("self.decoder.model.layers.0.self_attn.q_proj.weight/scale", "f32", 6544, 64, 0),
+    ("self.decoder.model.layers.0.self_attn.q_proj.bias", "f32", 6608, 64, 32),
+]
+
+
+def test_constants_that_are_not_of_rounded_layers_count_16_bits_an_entry(tmp_path: Path) -> None:
+    save_file({"model.layers.0.self_attn.q_proj.weight": torch.zeros(64, 64)}, tmp_path / "model.safetensors")
+    layers = "".join(
+        f'<layer id="{i}" name="{name}" type="Const" version="opset1">'
+        f'<data element_type="{kind}" shape="1" offset="{offset}" size="{size}" /></layer>'
+        for i, (name, kind, offset, size, _) in enumerate(CONSTANTS)
+    )
+    others = (
+        '<layer id="99" name="a" type="Convert"><data destination_type="f32" /></layer><layer name="b" type="Add" />'
+    )
+    path = tmp_path / "openvino_model.xml"
+    path.write_text(f'<?xml version="1.0"?><net name="Model" version="11"><layers>{layers}{others}</layers></net>')
+    assert wide_constants(path, tmp_path) == sum(wide for *_, wide in CONSTANTS)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from gyroquant.opponents import OpponentError
-from gyroquant.opponents.stored import layer_weights, true_bits
+from gyroquant.opponents.stored import layer_weights, true_bits, wide_bytes
 
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.10.mlp.down_proj"
 
@@ -63,6 +63,27 @@ def test_transforms_count_and_a_layer_left_out_counts_in_full(original: Path, tm
     (tmp_path / "model.safetensors").rename(files / "model.safetensors")
     stored = 64 * 4 * 32 + 2 * 64 + 32 * 32 * 16 + 32 * 128 * 16
     assert true_bits(files, original) == stored / (64 * 32 + 32 * 128)
+
+
+def test_what_is_not_rounded_counts_16_bits_an_entry(original: Path, tmp_path: Path) -> None:
+    rounded = {
+        f"{Q}.qweight": torch.zeros(4, 32, dtype=torch.int32),
+        f"{Q}.scales": torch.zeros(7, 64),  # of 32 bits, and paid for
+        f"{Q}.v_input.weight": torch.zeros(32, 32),
+    }
+    narrow = {"lm_head.weight": torch.zeros(96, 32, dtype=torch.bfloat16), "ids": torch.zeros(9, dtype=torch.int64)}
+    wide = {
+        "model.embed_tokens.weight": torch.zeros(96, 32),
+        "model.layers.0.input_layernorm.weight": torch.zeros(32, dtype=torch.float64),
+        f"{Q}.bias": torch.zeros(64),
+        f"{DOWN}.weight": torch.zeros(32, 128),  # left as it is
+    }
+    files = tmp_path / "files" / "inner"
+    files.mkdir(parents=True)
+    save_file(rounded | narrow, files / "model-00001-of-00002.safetensors")
+    assert wide_bytes(tmp_path / "files", original) == 0
+    save_file(wide, files / "model-00002-of-00002.safetensors")
+    assert wide_bytes(tmp_path / "files", original) == 2 * (96 * 32 + 64 + 32 * 128) + 6 * 32
 
 
 def test_layers_are_those_of_blocks_without_routers(original: Path) -> None:

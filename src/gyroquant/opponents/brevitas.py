@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from gyroquant.opponents.base import Opponent, Outcome, Size, Task, run_side
+from gyroquant.opponents.stored import wide_bytes
 
 _BITS = range(2, 9)
 _ROTATED = ("--rotation", "fused_no_fx", "--replace-rmsnorm", "--rotation-mode", "had", "--rotation-sdpa-regions")
@@ -29,6 +30,7 @@ class Brevitas(Opponent):
         "rotation + GPTQ": {"options": (*_ROTATED, "--gptq", *_BY_BLOCKS)},
         "rotation + MassDiff + Qronos": {"options": (*_ROTATED, *_PERMUTED, "--qronos", *_BY_BLOCKS)},
     }
+    rotated = frozenset(("rotation + GPTQ", "rotation + MassDiff + Qronos"))
 
     def problem(self, variant: str, size: Size) -> str:
         if size.bits not in _BITS:
@@ -41,7 +43,8 @@ class Brevitas(Opponent):
         arguments: list[Any] = ["--model", task.model, "--tokens", task.tokens, "--files", files, "--dense", dense]
         arguments.append("--options=" + " ".join(self.options(variant, task.size, task.seed)))
         report = run_side(python, "brevitas.py", [str(one) for one in arguments], task.out / "report.json")
-        return Outcome.reported(report, dense, files, 8 * report["stored_bytes"] / report["weights"])
+        bits, wide = 8 * report["stored_bytes"] / report["weights"], wide_bytes(files, task.model)
+        return Outcome.reported(self.name, report, dense, files, true_bits=bits, wide=wide)
 
     def options(self, variant: str, size: Size, seed: int) -> list[str]:
         """What its front door is asked for."""

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from gyroquant.opponents.base import Opponent, OpponentError
+from gyroquant.processes import bound
 from gyroquant.progress import Stages
 
 _READY = "gyroquant-ready"  # holds what was installed; written last, so an environment without it is half made
@@ -86,7 +87,7 @@ def _pip(python: Path, place: Path) -> list[str]:
 
 def _call(opponent: type[Opponent], command: list[str]) -> None:
     done = subprocess.run(
-        command,
+        bound(command),
         env=os.environ | dict(opponent.installing),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

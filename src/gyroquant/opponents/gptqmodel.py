@@ -16,6 +16,7 @@ class GPTQModel(Scripted):
     requirements = ("gptqmodel==7.6.0",)
     script = "gptqmodel.py"
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {"GPTQ": {}, "GPTQ + rotation": {"rotation": "hadamard"}}
+    rotated = frozenset(("GPTQ + rotation",))
     refused: ClassVar[dict[str, str]] = {
         "GPTQ + rotation": "gptqmodel 7.6.0 rotates on a CUDA GPU only: it calls .cuda() on every weight it turns"
     }

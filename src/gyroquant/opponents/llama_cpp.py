@@ -16,6 +16,7 @@ from gyroquant.models.store import CheckpointStore
 from gyroquant.opponents.base import Opponent, OpponentError, Outcome, Size, Task, run_side
 
 _SUPERBLOCK = 256
+_WIDE = {"F32": 2, "F64": 6}  # bytes of an entry beyond 16 bits
 _LIMIT = 0.5  # the share of weights that may be rounded to another type than the one asked for
 
 
@@ -72,7 +73,8 @@ class LlamaCpp(Opponent):
             report = run_side(python, "llama_cpp.py", [str(one) for one in arguments], task.out / "report.json")
         finally:
             plain.unlink(missing_ok=True)
-        return Outcome.reported(report, dense / path.name, files, stored_bits(store, path))
+        bits, wide = stored_bits(store, path), wide_tensors(path)
+        return Outcome.reported(self.name, report, dense / path.name, files, true_bits=bits, wide=wide)
 
 
 class _Plain(PackedStore):
@@ -121,3 +123,11 @@ def stored_bits(store: PackedStore, path: Path) -> float:
         raise InputError(f"{path} lacks {missing[0]}")
     rounded = [found[name] for name in wanted]
     return 8 * sum(one.bytes for one in rounded) / sum(one.numbers for one in rounded)
+
+
+def wide_tensors(path: Path) -> int:
+    """Bytes that the plain tensors of a GGUF file take beyond 16 bits an entry: embedding, head, norms and biases.
+
+    None of them is part of a rounded layer: types of few bits hold their scales themselves.
+    """
+    return sum(one.numbers * _WIDE[one.kind] for one in stored_tensors(path).values() if one.kind in _WIDE)

@@ -29,6 +29,7 @@ class LLMCompressor(Scripted):
         },
         "GPTQ + QuIP": {"transform": "QuIP"},
     }
+    rotated = frozenset(("GPTQ + SpinQuant R1 R2", "GPTQ + QuIP"))
 
 
 __all__ = ["LLMCompressor"]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from gyroquant.opponents.base import Opponent, OpponentError, Outcome, Size, Task, run_side
-from gyroquant.opponents.stored import true_bits
+from gyroquant.opponents.stored import true_bits, wide_bytes
 
 
 class Scripted(Opponent):
@@ -38,7 +38,8 @@ class Scripted(Opponent):
         files, dense = task.out / "files", task.out / "dense"
         if not (dense / "config.json").exists():
             raise OpponentError(f"{self.script} ended well and left no model in {dense}")
-        return Outcome.reported(report, dense, files, true_bits(files, task.model))
+        bits, wide = true_bits(files, task.model), wide_bytes(files, task.model)
+        return Outcome.reported(self.name, report, dense, files, true_bits=bits, wide=wide)
 
     def _arguments(self, variant: str, task: Task) -> list[str]:
         size = task.size

@@ -1,4 +1,4 @@
-"""True bits of a checkpoint that another program wrote: what its files store for the layers that are rounded."""
+"""What a checkpoint that another program wrote stores for the layers that are rounded, and for everything else."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ _BITS = {
     **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
     **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
 }
+_WIDE = {"F32": 2, "F64": 6}  # bytes of an entry beyond 16 bits
 _IN_BLOCK = re.compile(r"\.\d+\..+\.weight$")
 _ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate)$")  # of a mixture of experts; nobody rounds them
 
@@ -44,6 +45,20 @@ def true_bits(files: Path, original: Path) -> float:
             raise OpponentError(f"{files} stores nothing for the layer {module}")
         total += sum(bits)
     return total / sum(weights.values())
+
+
+def wide_bytes(files: Path, original: Path) -> int:
+    """Bytes that the safetensors files in `files` take beyond 16 bits an entry of what is not rounded.
+
+    That is every floating-point tensor which is not part of a rounded linear layer in the blocks of `original`:
+    embedding, head, norms, biases, and weights that were left as they are. Raises OpponentError as `true_bits` does.
+    """
+    modules = layer_weights(original)
+    plain = {f"{module}.{part}" for module in modules for part in ("weight", "bias")}  # of rounded ones it is codes
+    rounded = tuple(f"{module}." for module in modules)
+    wide = {name: header for name, header in _headers(files).items() if header.dtype in _WIDE}
+    outside = (header for name, header in wide.items() if name in plain or not name.startswith(rounded))
+    return sum(math.prod(header.shape) * _WIDE[header.dtype] for header in outside)
 
 
 def layer_weights(original: Path) -> dict[str, int]:
@@ -84,4 +99,4 @@ def _read(path: Path) -> dict[str, _Header]:
     return found
 
 
-__all__ = ["layer_weights", "true_bits"]
+__all__ = ["layer_weights", "true_bits", "wide_bytes"]

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 
-from gyroquant.comparison.cells import Cell, Conditions, Wanted, grid, named
+from gyroquant.comparison.cells import Cell, Conditions, Wanted, all_named, grid, named
 from gyroquant.errors import GyroquantError
 from gyroquant.models.source import open_model
 from gyroquant.opponents import Opponent, Outcome, Size
+from gyroquant.recipe import load_recipe
 
-CONDITIONS = Conditions("model", {"sha256": "text"}, {"test": {"sha256": "other"}}, "float32", {"torch": "2"})
+CONDITIONS = Conditions("model", {"tokens": "text"}, {"test": {"window": 8, "windows": 2}}, "float32", {"torch": "2"})
+GPTQ = "weights: {bits: 4, group_size: 64, symmetric: false, scale: mse, solver: gptq}\n"  # the preset
 SMALL: dict[str, Any] = {"group_sizes": (16,), "nsamples": 4, "seqlen": 32}
 
 
 def cells(*recipes: str, **changes: Any) -> list[Cell]:
     graph = open_model(tiny.build("llama")).graph
-    return grid(Wanted(recipes, **{**SMALL, "bits": (2, 4), **changes}), "MODEL", graph)
+    return grid(Wanted(recipes, **{**SMALL, "bits": (2, 4), **changes}), "MODEL", graph, "the text.txt")
 
 
 def test_recipes_sizes_and_seeds_are_crossed_and_what_draws_nothing_has_one_seed() -> None:
@@ -47,6 +51,57 @@ def test_a_family_is_its_member_of_the_size_and_a_name_with_a_size_keeps_it() ->
     assert one.name == "gyro-w2 (light)"
     with pytest.raises(GyroquantError, match="has a size of its own"):
         cells("gyro-w3")
+
+
+def test_recipes_of_one_name_that_differ_are_refused_with_both_sources(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("name: gptq\n" + GPTQ.replace("mse", "minmax"))
+    with pytest.raises(GyroquantError, match=r"recipes gptq and .*mine.yaml are both called 'gptq'.*another `name:`"):
+        cells("gptq", str(mine))
+    mine.write_text(mine.read_text().replace("name: gptq", "name: mine"))
+    assert {cell.name for cell in cells("gptq", str(mine))} == {"gptq", "mine"}
+
+
+def test_what_does_the_same_is_there_once(tmp_path: Path) -> None:
+    found = all_named(cells("gsr", "gsr-w2g16", bits=(2,), nsamples=128, seqlen=512), CONDITIONS)
+    assert [cell.name for cell in found] == ["gsr"]
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(f"description: Mine.\n{GPTQ}")
+    assert len(all_named(cells("gptq", str(mine)), CONDITIONS)) == 2  # one at each number of bits
+    assert len(all_named(cells("gsr-w2g16", bits=(2,), group_sizes=(16, 32)), CONDITIONS)) == 1
+    assert len(all_named(cells("quarot", bits=(2,), seeds=(0, 1)), CONDITIONS)) == 2
+
+
+def test_calibration_windows_are_everybodys_whatever_a_recipe_draws(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(f"{GPTQ}calibration: {{seed: 7}}\n")
+    first, other = all_named(cells("gptq", bits=(2,)) + cells("gsr", str(mine), bits=(2,)), CONDITIONS)
+    assert (first.name, other.name) == ("gptq", "gsr")
+    assert first.settings["calibration"]["seed"] == 0
+    assert shlex.split(first.command)[-2:] == ["--set", "calibration.seed=0"]
+    (changed,) = cells("gptq", bits=(2,), changes=("calibration.seed=3",))
+    assert changed.settings == first.settings
+
+
+def test_a_command_makes_the_recipe_of_its_cell() -> None:
+    for one in cells("quarot", "gyro", bits=(2,), seeds=(0, 1), effort="light"):
+        words = shlex.split(one.command)
+        assert words[:4] == ["gyroquant", "quantize", "MODEL", "OUT"]
+        options = list(zip(words[4::2], words[5::2], strict=True))
+        assert ("--text", "the text.txt") in options
+        given = dict(options)
+        changes = [value for option, value in options if option == "--set"]
+        assert load_recipe(given["--recipe"], changes, given.get("--effort")).to_dict() == one.settings
+
+
+def test_a_cell_tells_how_many_windows_it_calibrates_on() -> None:
+    (gptq,) = cells("gptq", bits=(2,), nsamples=128)
+    (gyro,) = cells("gyro", bits=(2,), nsamples=128)
+    other = cells("gptq", opponents=("auto-round:50 steps",), bits=(2,), nsamples=128)[-1]
+    assert [cell.to_dict()["nsamples"] for cell in (gptq, gyro, other)] == [128, 64, 128]
+    (odd,) = cells("perq", bits=(2,), changes=("weights.bits=many",))
+    assert odd.refusal
+    assert odd.to_dict()["nsamples"] is None
 
 
 def test_what_does_not_fit_is_refused_with_the_reason_and_a_wrong_name_is_an_error() -> None:
@@ -77,6 +132,7 @@ def test_variants_of_a_program_are_cells_and_say_what_they_cannot(monkeypatch: p
         home = "owner/name"
         requirements = ("program==1",)
         variants = {"fast": {"steps": 1}, "slow": {"steps": 9}}  # noqa: RUF012
+        rotated = frozenset(("slow",))
 
         def problem(self, variant: str, size: Size) -> str:
             return "" if size.bits > 2 else "it has no 2 bits"
@@ -93,8 +149,30 @@ def test_variants_of_a_program_are_cells_and_say_what_they_cannot(monkeypatch: p
         ("program: slow", 4, None),
     ]
     only = [cell for cell in cells("gptq", opponents=("program:slow",), bits=(4,)) if cell.kind == "opponent"]
-    assert [cell.settings["steps"] for cell in only] == [9]
+    assert [(cell.settings["steps"], cell.rotated) for cell in only] == [(9, True)]
+    assert not found[0].rotated
     keys = {named(cell, CONDITIONS).key for cell in found}
     assert len(keys) == 4
     with pytest.raises(GyroquantError, match="has no variant 'medium'"):
         cells("gptq", opponents=("program:medium",))
+
+
+def test_a_type_with_a_size_of_its_own_is_one_cell_of_that() -> None:
+    found = [cell for cell in cells("rtn", opponents=("llama.cpp",), group_sizes=(32, 64)) if cell.kind == "opponent"]
+    types = {cell.label: cell.size.group_size for cell in all_named(found, CONDITIONS)}
+    assert len(types) == len(all_named(found, CONDITIONS))
+    assert types["llama.cpp: Q2_0 W2 g64"] == 64
+    assert types["llama.cpp: Q2_K W2 g256"] == 256
+    assert types["llama.cpp: Q4_0 W4 g32"] == 32
+    with pytest.raises(GyroquantError, match=r"llama.cpp:Q2_K has sizes of its own, and none of 3, 4 bits"):
+        cells("rtn", opponents=("llama.cpp:Q2_K",), bits=(3, 4))
+    with pytest.raises(GyroquantError, match=r"llama.cpp has sizes of its own, and none of 8 bits"):
+        cells("rtn", opponents=("llama.cpp",), bits=(8,))
+
+
+def test_a_variant_that_is_always_symmetric_says_so() -> None:
+    found = {cell.name: cell for cell in cells("rtn", opponents=("nncf",), bits=(2,)) if cell.kind == "opponent"}
+    assert found["nncf: symmetric GPTQ"].size == Size(2, 16, True)
+    assert found["nncf: symmetric GPTQ"].refusal is None
+    assert found["nncf: GPTQ"].size == Size(2, 16, False)
+    assert found["nncf: GPTQ"].refusal

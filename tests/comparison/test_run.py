@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
+import torch
+from comparing import SMALL, compared
 from filelock import FileLock
 
 import gyroquant as gq
@@ -21,25 +25,6 @@ from gyroquant.comparison import Limits, worker
 from gyroquant.opponents import Opponent, OpponentError, Outcome, Size, Task
 
 running = importlib.import_module("gyroquant.comparison.run")  # the package has a function of that name
-SMALL: dict[str, Any] = {"bits": [2], "group_sizes": [16], "nsamples": 4, "seqlen": 32, "window": 32, "max_windows": 4}
-
-
-@pytest.fixture
-def at_once(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Has cells run in this process, which takes a moment instead of seconds; holds their names in order."""
-    order: list[str] = []
-
-    def run_cell(spec: Any, log: Path, processes: Any) -> dict[str, Any]:
-        order.append(spec["cell"]["label"])
-        (Path(spec["scratch"]) / str(len(order))).mkdir()
-        return worker.answered(json.loads(json.dumps(spec)) | {"scratch": f"{spec['scratch']}/{len(order)}"})
-
-    monkeypatch.setattr(running, "run_cell", run_cell)
-    return order
-
-
-def compared(folder: Path, corpus: Path, out: Path, recipes: list[str], **changes: Any) -> dict[str, Any]:
-    return gq.compare(folder, recipes, out, corpus, corpus, **{**SMALL, **changes})
 
 
 def lasting(comparison: dict[str, Any]) -> dict[str, Any]:
@@ -94,6 +79,38 @@ def test_what_is_new_is_run_and_folders_are_merged(
     assert all(cell["status"] == "done" for cell in found["cells"])
 
 
+def test_a_loss_that_is_not_finite_is_a_failure(
+    folders: dict[str, Path], corpus: Path, tmp_path: Path, at_once: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.build("llama")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(3e38)  # logits beyond what fp32 holds
+    model.save_pretrained(tmp_path / "broken")
+    tiny.tokenizer().save_pretrained(tmp_path / "broken")
+    monkeypatch.setattr(worker, "_recipe", lambda spec, scratch: {"place": tmp_path / "broken"})
+    found = compared(folders["llama"], corpus, tmp_path / "out", [])
+    assert [cell["status"] for cell in found["cells"]] == ["failed", "failed"]
+    assert "its loss is " in found["cells"][0]["reason"]
+    result = json.loads((tmp_path / "out" / "cells" / f"{found['cells'][0]['key']}.json").read_text())
+    assert result["versions"]["threads"] >= 1
+
+
+def test_paths_of_logs_do_not_depend_on_where_a_cell_runs(
+    folders: dict[str, Path], corpus: Path, tmp_path: Path, at_once: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual, logs = running.run_cell, list[Path]()
+
+    def run_cell(spec: Any, log: Path, processes: Any) -> dict[str, Any]:
+        logs.append(log)
+        assert all(Path(spec[name]).is_absolute() for name in ("model", "calibration", "matched", "scratch"))
+        return usual(spec, log, processes)
+
+    monkeypatch.setattr(running, "run_cell", run_cell)
+    monkeypatch.chdir(tmp_path)
+    found = compared(folders["llama"], corpus, Path("out"), [])
+    assert logs == [tmp_path / "out" / "logs" / f"{cell['key']}.log" for cell in found["cells"]]
+
+
 def test_a_failure_is_a_row_with_its_reason_and_is_tried_again(
     folders: dict[str, Path], corpus: Path, tmp_path: Path, at_once: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,6 +144,7 @@ def test_bad_input_is_refused_before_any_work(folders: dict[str, Path], corpus: 
         ({"seeds": 0}, "at least 1"),
         ({"opponents": ["nobody"]}, "there is no opponent 'nobody'"),
         ({"window": 4096}, "does not fit a model of 128 positions"),
+        ({"opponents": ["llama.cpp:Q3_K_M"]}, "llama.cpp:Q3_K_M has sizes of its own, and none of 2 bits"),
         ({"limits": Limits(workers=0)}, "--workers is 0"),
     ):
         with pytest.raises(gq.InputError, match=message):
@@ -144,7 +162,7 @@ def test_a_text_that_is_too_short_leaves_nothing(folders: dict[str, Path], corpu
     (tmp_path / "short.txt").write_text("A few words.")
     with pytest.raises(gq.InputError, match="tokens"):
         gq.compare(folders["llama"], [], tmp_path / "new" / "out", tmp_path / "short.txt", corpus, **SMALL)
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["new", "short.txt"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["short.txt"]
 
 
 def test_another_program_is_asked_and_one_that_is_not_installed_is_a_row(
@@ -181,6 +199,9 @@ def test_another_program_is_asked_and_one_that_is_not_installed_is_a_row(
     (score,) = found["cells"][2]["tests"].values()
     assert score["kl"] == pytest.approx(0, abs=1e-9)  # it deployed the original
     assert found["cells"][2]["true_bits"] == 2.5
+    words = shlex.split(found["cells"][2]["command"])
+    assert words[words.index("--opponents") + 1] == "program:fast"
+    assert found["cells"][2]["forward_equivalents"] == 3.0 / found["cells"][2]["measured"]["forward_seconds"]
     (row,) = (row for row in found["verdict"][0]["rows"] if row["key"] == found["cells"][2]["key"])
     assert row["gap"] == pytest.approx(0, abs=1e-9)
     assert found["verdict"][0]["baseline"] != found["cells"][2]["key"]
@@ -254,3 +275,15 @@ def test_a_cell_whose_process_dies_is_started_again_and_then_told(
     assert found["status"] == "failed"
     assert "SIGKILL" in found["reason"]
     assert counter.read_text() == "x\nx\n"
+
+
+def test_a_result_tells_what_all_of_its_cell_took(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_apart(module: str, spec: Any, *rest: Any) -> dict[str, Any]:
+        time.sleep(0.05)
+        return {**spec["cell"], "status": "done", "measured": {"seconds": 0.01}}
+
+    monkeypatch.setattr(worker, "run_apart", run_apart)
+    spec = {"cell": {"key": "k"}, "scratch": str(tmp_path), "threads": 1}
+    found = worker.run_cell(spec, tmp_path / "log")
+    assert found["measured"]["seconds"] == 0.01
+    assert 0.05 <= found["measured"]["wall_seconds"] < 5

@@ -11,19 +11,26 @@ from safetensors.torch import save_file
 
 import gyroquant as gq
 from gyroquant import pipeline
-from gyroquant.comparison.shared import Shared, Trial, measured, own_grid, plain_folder, read_tokens
+from gyroquant.comparison.shared import Shared, measured, own_grid, plain_folder, read_tokens
+from gyroquant.comparison.texts import Texts, Trial, read_texts
 from gyroquant.evaluation.perplexity import last_hidden
 from gyroquant.job import prepare
 from gyroquant.models.fingerprint import fingerprint
 from gyroquant.models.source import open_model
+from gyroquant.models.store import WeightStore
 from gyroquant.progress import Stages
+
+
+def texts(store: WeightStore, corpus: Path, windows: int = 2) -> Texts:
+    return read_texts(store, corpus, {"test": Trial(str(corpus), 32, windows)})
 
 
 def test_calibration_tokens_are_those_that_a_run_takes_from_the_text(
     tmp_path: Path, folders: dict[str, Path], corpus: Path
 ) -> None:
-    shared = Shared(tmp_path / "shared", open_model(folders["llama"]), "float32")
-    batch = read_tokens(shared.calibration(corpus, 8, 32, 0))
+    store = open_model(folders["llama"])
+    text = texts(store, corpus).calibration
+    batch = read_tokens(Shared(tmp_path / "shared", store, "float32").calibration(text, 8, 32, 0))
     recipe = gq.load_recipe("gptq", ["calibration.nsamples=5", "calibration.seqlen=32", "weights.group_size=16"])
     job = prepare(folders["llama"], tmp_path / "a", recipe, corpus)
     again = prepare(folders["llama"], tmp_path / "b", recipe, batch)
@@ -37,7 +44,8 @@ def test_calibration_tokens_are_those_that_a_run_takes_from_the_text(
 def test_a_measurement_is_that_of_evaluate(tmp_path: Path, folders: dict[str, Path], corpus: Path) -> None:
     store, other = open_model(folders["llama"]), open_model(tiny.build("llama", seed=3))
     shared = Shared(tmp_path / "shared", store, "float32")
-    file = shared.test("a test/of it", Trial(str(corpus), 32, 5), Stages())
+    ids = texts(store, corpus, 5).tests["test"].ids
+    file = shared.test(ids, Stages())
     found = measured(other, store, file, "float32")
     wanted = gq.evaluate(other.model, corpus, store.folder, window=32, max_windows=5, tokenizer=store.tokenizer())
     for key in ("perplexity", "kl", "top1_agreement"):
@@ -46,13 +54,15 @@ def test_a_measurement_is_that_of_evaluate(tmp_path: Path, folders: dict[str, Pa
     assert len(found["window_kl"]) == 5
     file.touch()
     stamp = file.stat().st_mtime_ns
-    assert shared.test("a test/of it", Trial(str(corpus), 32, 5), Stages()).stat().st_mtime_ns == stamp
+    assert shared.test(ids, Stages()) == file
+    assert file.stat().st_mtime_ns == stamp
+    assert shared.test(ids.flip(0), Stages()) != file
 
 
 def test_known_hidden_states_are_really_used(folders: dict[str, Path], tmp_path: Path, corpus: Path) -> None:
     store = open_model(folders["llama"])
     shared = Shared(tmp_path, store, "float32")
-    file = shared.test("t", Trial(str(corpus), 32, 2), Stages())
+    file = shared.test(texts(store, corpus).tests["test"].ids, Stages())
     ids = tiny.tokens(store.skeleton(), 2, 32)
     save_file({"ids": ids, "hidden": last_hidden(store, ids).flip(0).contiguous()}, file)
     assert measured(open_model(folders["llama"]), store, file, "float32")["kl"] > 0.01  # those of the other window

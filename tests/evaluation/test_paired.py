@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gyroquant.evaluation.paired import front, paired
+from gyroquant.evaluation.paired import LEVEL, front, max_t, paired
 
 BASE = [2.0, 2.4, 1.8, 2.2, 2.1, 2.3, 1.9, 2.5]
 
@@ -23,6 +26,46 @@ def test_a_difference_in_every_window_is_significant_and_one_that_cancels_is_not
     many = paired([0.1] * 100, [0.0] * 100)
     assert many["p"] == 1 / 10_000
     assert paired(BASE, BASE) == {"difference": 0.0, "interval": [0.0, 0.0], "p": 1.0, "significant": False}
+
+
+def test_one_candidate_is_a_pair_and_none_is_nothing() -> None:
+    for seed in range(5):
+        noise = (0.2 + torch.randn(8 + 3 * seed, generator=torch.Generator().manual_seed(seed)).double()).tolist()
+        assert max_t({"a": noise}, [0.0] * len(noise)) == {"a": paired(noise, [0.0] * len(noise))["p"]}
+    assert max_t({}, BASE) == {}
+
+
+def test_neither_one_that_is_far_worse_nor_one_that_is_the_same_hides_who_is_better() -> None:
+    found = {
+        "better": [x - 0.1 - 0.01 * i for i, x in enumerate(BASE)],
+        "lost": [x + 9 + 0.3 * i for i, x in enumerate(BASE)],
+        "same": BASE,
+    }
+    assert max_t(found, BASE) == {"better": 2 / 2**8, "lost": 2 / 2**8, "same": 1.0}
+
+
+def test_the_best_of_many_is_seldom_significant_by_chance_and_a_real_one_is_found() -> None:
+    chance, zero = torch.Generator().manual_seed(0), [0.0] * 8
+    draws = torch.randn(1000, 25, 8, generator=chance, dtype=torch.float64)
+
+    def adjusted(draw: torch.Tensor) -> dict[str, float]:
+        return max_t({str(i): one for i, one in enumerate(draw.tolist())}, zero)
+
+    wrong = [min(adjusted(draw).values()) < LEVEL for draw in draws]
+    assert 0.03 < sum(wrong) / len(wrong) < 0.06  # 12 of 256 turnings: 0.047
+    alone = [paired(draw[draw.mean(1).argmin()].tolist(), zero)["significant"] for draw in draws[:200]]
+    assert sum(alone) / len(alone) > 0.2
+    draws[:, 0] -= 4  # standard deviations
+    right = [adjusted(draw)["0"] < LEVEL for draw in draws[:200]]
+    assert sum(right) / len(right) > 0.95
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
+def test_losses_that_are_no_numbers_are_not_compared(loss: float) -> None:
+    with pytest.raises(ValueError, match="not finite"):
+        paired([loss, *BASE[1:]], BASE)
+    with pytest.raises(ValueError, match="not finite"):
+        max_t({"a": BASE, "b": BASE}, [loss, *BASE[1:]])
 
 
 @given(st.dictionaries(st.text("abc", min_size=1, max_size=3), st.tuples(st.floats(1, 5), st.floats(0, 9)), min_size=1))

@@ -109,7 +109,12 @@ def _cells(
             "status": "done",
             "reason": None,
             "rotated": kind == "recipe" and not name.startswith(("rtn", "gptq")),
+            "nsamples": 128 if name.startswith("gyro") else 64,
         }
+        if kind == "opponent":
+            program = name.partition(":")[0]
+            cell |= {"command": f"gyroquant compare SmolLM2-135M-Instruct OUT --opponents '{name}' --bits {bits}"}
+            cell |= {"home": f"somebody/{program}"}
         if name.startswith("AutoAWQ") and bits != 4:
             cell |= {"status": "refused", "reason": f"its kernels hold 4 bits only, not {bits}"}
         elif name.startswith("GPTQModel") and bits == 3:
@@ -208,7 +213,9 @@ def _budget(cells: list[dict[str, Any]], bits: int, test: str) -> dict[str, Any]
     done = [cell for cell in cells if cell["bits"] == bits and cell["status"] == "done" and cell["seed"] == 0]
     gap = {cell["key"]: math.log(cell["tests"][test]["perplexity"] / ORIGINAL[test]) for cell in done}
     label = {cell["key"]: cell["label"] for cell in done}
-    best = min(gap, key=gap.__getitem__)
+    limit = bits + 0.38
+    over = [cell["key"] for cell in done if cell["true_bits"] > limit]
+    best = min((key for key in gap if key not in over), key=gap.__getitem__)
     baseline = next(cell["key"] for cell in done if cell["name"] == "gptq")
     front = [
         cell["key"]
@@ -225,10 +232,13 @@ def _budget(cells: list[dict[str, Any]], bits: int, test: str) -> dict[str, Any]
     return {
         "bits": bits,
         "test": test,
+        "limit": limit,
+        "over": over,
         "baseline": baseline,
         "best": best,
         "recommended": None if bits == 4 else chosen["key"],
         "command": None if bits == 4 else chosen["command"],
+        "home": None,
         "front": front,
         "rows": [_row(cells, cell, gap, best, baseline, test) for cell in done],
         "text": text,

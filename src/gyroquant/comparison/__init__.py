@@ -8,7 +8,7 @@ from typing import Any
 
 from gyroquant.comparison.cells import Wanted
 from gyroquant.comparison.run import Limits, run
-from gyroquant.comparison.shared import Trial
+from gyroquant.comparison.texts import Trial, trials
 from gyroquant.errors import InputError
 from gyroquant.evaluation.perplexity import PRESETS
 from gyroquant.progress import Stages
@@ -78,7 +78,7 @@ def _trials(
     if window or count:
         window = window or PRESETS["standard"][0]
         ways = {f"{count or 'all'} windows of {window}": (window, count)}
-    return {f"{Path(text).name}, {way}": Trial(str(text), *ways[way]) for text in texts for way in ways}
+    return trials(texts, ways)
 
 
 __all__ = ["Limits", "Wanted", "compare"]

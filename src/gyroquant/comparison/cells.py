@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -17,14 +17,21 @@ from gyroquant.presets import SIZED, has_effort, preset_names
 from gyroquant.recipe import Recipe, load_recipe
 
 _DIGITS = 12
+DRAWN_WITH = 0
+"""The seed of everybody's calibration windows."""
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """What is the same for all cells of a comparison: fingerprints of model and texts, evaluation, versions.
+    """What is the same for all cells of a comparison: fingerprints of model and tokens, evaluation, versions.
 
-    `calibration` has the text's sha256, nsamples, seqlen and seed; `tests` by name the text's sha256, window and number
-    of windows. `tasks` are those of lm-evaluation-harness, with the number of questions of each (0: all).
+    `calibration` has the digest of the text's tokens, seqlen and seed; `tests`, by the digest of the tokens that are
+    measured on, the window and the number of windows: what texts are called does not count, nor how many windows a
+    shorter text was asked for. `tasks` are those of lm-evaluation-harness, with the number of questions of each
+    (0: all).
+
+    Threads and processor do not count, though results differ by them in their last digits: folders that several
+    machines have filled are to be merged. Every result keeps its own, and a comparison says where they differ.
     """
 
     model: str
@@ -44,8 +51,9 @@ class Conditions:
 class Cell:
     """One run: of one of our recipes, or of another program.
 
-    `settings` is the whole recipe as data, or a variant of an opponent with its settings. A cell with a `refusal` can
-    not be run, and says why. `rotated` is whether a recipe changes the basis that weights are rounded in.
+    `settings` is the whole recipe as data, or a variant of an opponent with its settings. `command` makes it again; an
+    opponent's is told once the whole comparison is known. A cell with a `refusal` can not be run, and says why.
+    `rotated` is whether it changes the basis that weights are rounded in, `home` where another program is to be had.
     """
 
     kind: Literal["recipe", "opponent"]
@@ -56,6 +64,7 @@ class Cell:
     command: str = ""
     refusal: str | None = None
     rotated: bool = False
+    home: str | None = None
     key: str = field(default="", compare=False)
 
     @property
@@ -63,6 +72,11 @@ class Cell:
         """What people call it, whatever its seed."""
         group = "a row" if self.size.group_size == -1 else f"g{self.size.group_size}"
         return f"{self.name} W{self.size.bits} {group}"
+
+    @property
+    def nsamples(self) -> int | None:
+        """How many windows it calibrates on; None for a recipe that cannot be had at this size."""
+        return self.settings.get("calibration", self.settings).get("nsamples")
 
     def to_dict(self) -> dict[str, Any]:
         """What a comparison says of the cell, whatever came of it."""
@@ -75,8 +89,10 @@ class Cell:
             "group_size": self.size.group_size,
             "symmetric": self.size.symmetric,
             "seed": self.seed,
+            "nsamples": self.nsamples,
             "command": self.command,
             "rotated": self.rotated,
+            "home": self.home,
         }
 
 
@@ -92,6 +108,15 @@ def named(cell: Cell, conditions: Conditions) -> Cell:
     if cell.kind == "opponent":
         what |= {"name": cell.name, "size": vars(cell.size)}
     return replace(cell, key=digest(what | {"conditions": vars(conditions)}))
+
+
+def all_named(cells: Iterable[Cell], conditions: Conditions) -> list[Cell]:
+    """Cells with their keys. What does the same under two names is there once, under the first."""
+    once: dict[str, Cell] = {}
+    for cell in cells:
+        cell = named(cell, conditions)
+        once.setdefault(cell.key, cell)
+    return list(once.values())
 
 
 @dataclass(frozen=True)
@@ -123,12 +148,12 @@ class Wanted:
                 yield Size(bits, group_size, self.symmetric)
 
 
-def grid(wanted: Wanted, model: str, graph: ModelGraph) -> list[Cell]:
-    """All cells, each once, those that cannot be run with their refusal.
+def grid(wanted: Wanted, model: str, graph: ModelGraph, calibration: str) -> list[Cell]:
+    """All cells, those that cannot be run with their refusal; `calibration` is the text that commands name.
 
-    Raises RecipeError or InputError for names that there are not.
+    Raises RecipeError or InputError for names that there are not, for what is none of the sizes that are asked for, and
+    for two recipes of one name.
     """
-    cells: list[Cell] = []
     if wanted.effort not in (None, "default") and not any(
         has_effort(preset, wanted.effort)
         for name in wanted.recipes
@@ -136,22 +161,43 @@ def grid(wanted: Wanted, model: str, graph: ModelGraph) -> list[Cell]:
         if (preset := _preset(name, size.bits)[0]) is not None
     ):
         raise InputError(f"none of the recipes has the effort {wanted.effort}: leave it out, or add gyro")
+    bits = ", ".join(map(str, wanted.bits))
+    sources: list[tuple[str, Cell]] = []
     for name in wanted.recipes:
-        own = [one for size in wanted.sizes() for one in _recipe_cells(wanted, name, size, model, graph)]
+        own = [one for size in wanted.sizes() for one in _recipe_cells(wanted, name, size, model, graph, calibration)]
         if not own:
-            bits = ", ".join(map(str, wanted.bits))
             raise InputError(f"the recipe {name} has a size of its own, and is none of {bits} bits: leave it out")
-        cells += own
+        sources += [(name, one) for one in own]
+    _check_names(sources)
+    cells = [cell for _, cell in sources]
     for name in wanted.opponents:
-        for size in wanted.sizes():
-            cells += _opponent_cells(name, size, wanted.nsamples)
-    once: dict[str, Cell] = {}
-    for cell in cells:
-        once.setdefault(digest([cell.kind, cell.name, vars(cell.size), cell.seed, dict(cell.settings)]), cell)
-    return list(once.values())
+        own = [one for size in wanted.sizes() for one in _opponent_cells(name, size, wanted.nsamples)]
+        if not own:
+            raise InputError(f"the opponent {name} has sizes of its own, and none of {bits} bits: leave it out")
+        cells += own
+    return cells
 
 
-def _recipe_cells(wanted: Wanted, name: str, size: Size, model: str, graph: ModelGraph) -> Iterator[Cell]:
+def _check_names(sources: Iterable[tuple[str, Cell]]) -> None:
+    """Refuses recipes of one name that do not do the same: they would be taken for seeds of each other, and all but
+    one of them never be judged.
+    """
+    first: dict[tuple[str, Size], tuple[str, dict[str, Any]]] = {}
+    for source, cell in sources:
+        if cell.refusal:
+            continue
+        done = {key: value for key, value in cell.settings.items() if key not in ("seed", "name", "description")}
+        other, theirs = first.setdefault((cell.name, cell.size), (source, done))
+        if done != theirs:
+            raise InputError(
+                f"the recipes {other} and {source} are both called {cell.name!r}, and their settings differ: give one "
+                "of them another `name:`"
+            )
+
+
+def _recipe_cells(
+    wanted: Wanted, name: str, size: Size, model: str, graph: ModelGraph, calibration: str
+) -> Iterator[Cell]:
     """The cells of one recipe at one size, one a seed; none where its own size is another."""
     preset, fixed = _preset(name, size.bits)
     if preset is None:
@@ -166,8 +212,9 @@ def _recipe_cells(wanted: Wanted, name: str, size: Size, model: str, graph: Mode
         return
     size = Size(size.bits, recipe.weights.grid.group_size, bool(getattr(recipe.weights.grid, "symmetric", True)))
     for seed in wanted.seeds if recipe.random else wanted.seeds[:1]:
-        seeded = load_recipe(recipe, [f"seed={seed}"])
-        command = shlex.join(_command(model, preset, effort, [*changes, f"seed={seed}"]))
+        own = [f"seed={seed}", f"calibration.seed={DRAWN_WITH}"]  # everybody has the same windows, whatever it says
+        seeded = load_recipe(recipe, own)
+        command = shlex.join(_command(model, preset, effort, calibration, [*changes, *own]))
         yield Cell(
             "recipe", seeded.name, size, seed, seeded.to_dict(), command, _refusal(graph, seeded), seeded.rotates
         )
@@ -217,14 +264,17 @@ def _refusal(graph: ModelGraph, recipe: Recipe) -> str | None:
     return None
 
 
-def _command(model: str, preset: str, effort: str | None, changes: Sequence[str]) -> list[str]:
-    words = ["gyroquant", "quantize", model, "OUT", "--recipe", preset, "--text", "TEXT"]
+def _command(model: str, preset: str, effort: str | None, text: str, changes: Sequence[str]) -> list[str]:
+    words = ["gyroquant", "quantize", model, "OUT", "--recipe", preset, "--text", text]
     words += ["--effort", effort] if effort else []
     return words + [word for change in changes for word in ("--set", change)]
 
 
 def _opponent_cells(name: str, size: Size, nsamples: int) -> Iterator[Cell]:
-    """The cells of another program at one size, one a variant; ``name:variant`` asks for one of them."""
+    """The cells of another program at one size, one a variant; ``name:variant`` asks for one of them.
+
+    A variant with groups of its own, or with grids that are symmetric whatever is asked for, is of that size.
+    """
     name, _, only = name.partition(":")
     if name not in Opponent.kinds:
         raise InputError(f"there is no opponent {name!r}; there are {', '.join(sorted(Opponent.kinds))}")
@@ -232,9 +282,10 @@ def _opponent_cells(name: str, size: Size, nsamples: int) -> Iterator[Cell]:
     if only and only not in opponent.variants:
         raise InputError(f"{name} has no variant {only!r}; there are {', '.join(opponent.variants)}")
     for variant in [only] if only else opponent.variants:
-        if opponent.variants[variant].get("bits", size.bits) != size.bits:
+        own = opponent.variants[variant]
+        if own.get("bits", size.bits) != size.bits:
             continue  # a type of another size
-        settings = {"variant": variant, **opponent.variants[variant], "nsamples": nsamples}
-        settings["requirements"] = list(opponent.requirements)
-        refusal = opponent.problem(variant, size) or None
-        yield Cell("opponent", f"{name}: {variant}", size, 0, settings, opponent.home, refusal)
+        real = Size(size.bits, own.get("block", size.group_size), own.get("symmetric", size.symmetric))
+        settings = {"variant": variant, **own, "nsamples": nsamples, "requirements": list(opponent.requirements)}
+        cell = Cell("opponent", f"{name}: {variant}", real, 0, settings, home=opponent.home)
+        yield replace(cell, refusal=opponent.problem(variant, real) or None, rotated=opponent.rotates(variant))

@@ -39,7 +39,7 @@ class Results:
         put_json(self.path(result["key"]), result)
 
     def merge(self, others: Iterable[Path]) -> int:
-        """Takes over the results of other folders that are not here; returns how many.
+        """Takes over the results of other folders that are not here, or are failures here; returns how many.
 
         Raises InputError for a folder that holds none.
         """
@@ -49,7 +49,8 @@ class Results:
             if not files:
                 raise InputError(f"{other} holds no results to merge (it has no cells/*.json)")
             for file in files:
-                if not self.path(file.stem).exists():
+                mine = self.get(file.stem)
+                if mine is None or mine["status"] != "done":
                     result = Results(other).get(file.stem)
                     if result is not None and result["status"] == "done":
                         self.put(result)

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import date
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-from gyroquant.calibration.text import load_text
-from gyroquant.comparison.cells import Cell, Conditions, Wanted, grid, named
-from gyroquant.comparison.command import again
+from gyroquant.comparison.budget import expected_seconds
+from gyroquant.comparison.cells import DRAWN_WITH, Cell, Conditions, Wanted, all_named, grid
+from gyroquant.comparison.command import Asked
 from gyroquant.comparison.files import Results
-from gyroquant.comparison.shared import Shared, Trial, own_grid, plain_folder
-from gyroquant.comparison.verdict import verdict
+from gyroquant.comparison.outcome import outcome, write
+from gyroquant.comparison.shared import Shared, plain_folder
+from gyroquant.comparison.texts import Texts, Trial, read_texts, token_digest
 from gyroquant.comparison.worker import run_cell
 from gyroquant.environment import versions
 from gyroquant.errors import InputError
 from gyroquant.evaluation.perplexity import DTYPES
 from gyroquant.evaluation.tasks import check_tasks
-from gyroquant.files import locked, put_json
+from gyroquant.files import locked
 from gyroquant.models.fingerprint import fingerprint
 from gyroquant.models.source import open_model
 from gyroquant.models.store import WeightStore
@@ -33,10 +31,7 @@ from gyroquant.opponents import Opponent, OpponentError, environment
 from gyroquant.pool import Pool, Workers, make_pool
 from gyroquant.progress import Stages
 from gyroquant.recipe import parse
-from gyroquant.report.comparison_markdown import markdown
-from gyroquant.report.page import write_page
 
-FORMAT = 1
 BASELINES = ("rtn", "gptq")
 
 
@@ -75,21 +70,25 @@ def run(
         raise InputError("a comparison needs a text to measure on: --test FILE")
     if wanted.tasks:
         check_tasks(wanted.tasks)
+    workers = Workers(limits.workers, limits.threads, limits.ray)
     store = open_model(model)
     baseline = [name for name in BASELINES if name not in wanted.recipes]
     wanted = replace(wanted, recipes=[*baseline, *wanted.recipes])
-    conditions = _conditions(store, wanted, calibration, tests, dtype)
-    cells = [named(cell, conditions) for cell in grid(wanted, str(model), store.graph)]
+    asked = Asked(str(model), wanted, str(calibration), tests, dtype)
+    cells = grid(wanted, asked.model, store.graph, asked.calibration)
+    texts = read_texts(store, calibration, tests)
+    conditions = _conditions(store, wanted, texts, dtype)
+    cells = [asked.with_command(cell, workers.each) for cell in all_named(cells, conditions)]
     with locked(out), _growing(out) as results:
         results.merge(map(Path, merge))
         shared = Shared(out / "shared" / conditions.name, store, dtype)
-        work = _Run(str(model), cells, results, shared, limits, progress, conditions.tasks)
-        facts = work.prepare(calibration, tests, wanted)
+        work = _Run(asked, cells, results, shared, workers, limits.budget, progress, conditions.tasks)
+        facts = work.prepare(texts)
         work.find_programs(environments, make_environments)
         work.all(out)
-        command = again(str(model), wanted, str(calibration), tests, dtype, limits.threads)
-        comparison = _comparison(work, conditions, wanted, facts, str(calibration), command)
-        _write(out, comparison, progress)
+        rows = work.rows(facts["forward_seconds"], texts.keys)
+        comparison = outcome(asked, store, conditions, texts, facts, rows, workers.each)
+        write(out, comparison, progress)
         return comparison
 
 
@@ -108,20 +107,14 @@ def _growing(out: Path) -> Iterator[Results]:
         raise
 
 
-def _conditions(
-    store: WeightStore, wanted: Wanted, calibration: str | Path, tests: Mapping[str, Trial], dtype: str
-) -> Conditions:
+def _conditions(store: WeightStore, wanted: Wanted, texts: Texts, dtype: str) -> Conditions:
     found = versions()
     return Conditions(
         model=fingerprint(store),
-        calibration={"sha256": load_text(calibration).sha256, "seqlen": wanted.seqlen, "seed": 0},
+        calibration={"tokens": token_digest(texts.calibration.ids), "seqlen": wanted.seqlen, "seed": DRAWN_WITH},
         tests={
-            name: {
-                "sha256": load_text(test.source, split="test").sha256,
-                "window": test.window,
-                "windows": test.windows,
-            }
-            for name, test in tests.items()
+            key: {"window": texts.tests[name].ids.shape[1], "windows": len(texts.tests[name].ids)}
+            for name, key in texts.keys.items()
         },
         dtype=dtype,
         versions={name: str(found[name]) for name in ("gyroquant", "torch", "transformers")},
@@ -134,34 +127,35 @@ class _Run:
 
     def __init__(
         self,
-        model: str,
+        asked: Asked,
         cells: list[Cell],
         results: Results,
         shared: Shared,
-        limits: Limits,
+        workers: Workers,
+        budget: float | None,
         progress: Stages,
         tasks: Mapping[str, int],
     ):
-        self.model, self.cells, self.results, self.shared = model, cells, results, shared
-        self.limits, self.progress, self.tasks = limits, progress, tasks
+        self.asked, self.cells, self.results, self.shared = asked, cells, results, shared
+        self.workers, self.budget, self.progress, self.tasks = workers, budget, progress, tasks
         self.programs: dict[str, str] = {}
         self.refused: dict[str, str] = {cell.key: cell.refusal for cell in cells if cell.refusal}
         self.left: dict[str, str] = {}
         self.calibration = self.matched = Path()  # as many windows as any recipe asks for, and as many as are matched
         self.tests: dict[str, Path] = {}
 
-    def prepare(self, text: str | Path, tests: Mapping[str, Trial], wanted: Wanted) -> dict[str, Any]:
+    def prepare(self, texts: Texts) -> dict[str, Any]:
         """Makes what cells share; returns the original's measurements."""
-        count = wanted.nsamples
+        count, seqlen = self.asked.wanted.nsamples, self.asked.wanted.seqlen
+        self.matched = self.shared.calibration(texts.calibration, count, seqlen, DRAWN_WITH)
         for cell in self.cells:
             if cell.kind == "recipe" and not cell.refusal:
                 own = parse(dict(cell.settings)).calibration
                 count = max(count, own.nsamples)
-                if own.seqlen != wanted.seqlen:
-                    self.refused[cell.key] = f"it calibrates on windows of {own.seqlen}, all others of {wanted.seqlen}"
-        self.calibration = self.shared.calibration(text, count, wanted.seqlen, 0)
-        self.matched = self.shared.calibration(text, wanted.nsamples, wanted.seqlen, 0)
-        self.tests = {name: self.shared.test(name, test, self.progress) for name, test in tests.items()}
+                if own.seqlen != seqlen:
+                    self.refused[cell.key] = f"it calibrates on windows of {own.seqlen}, all others of {seqlen}"
+        self.calibration = self.shared.calibration(texts.calibration, count, seqlen, DRAWN_WITH)
+        self.tests = {key: self.shared.test(texts.tests[name].ids, self.progress) for name, key in texts.keys.items()}
         return self.shared.facts(self.matched, self.tests, self.progress)
 
     def find_programs(self, folder: Path | None, make: bool) -> None:
@@ -196,7 +190,7 @@ class _Run:
         scratch = out / "scratch"
         shutil.rmtree(scratch, ignore_errors=True)  # what a killed run has left: the folder is locked
         scratch.mkdir()
-        pool = make_pool(run_cell, Workers(self.limits.workers, self.limits.threads, self.limits.ray))
+        pool = make_pool(run_cell, self.workers)
         began, running = time.monotonic(), dict[Future[dict[str, Any]], Cell]()
         try:
             with self.progress.stage("compare", len(waiting)) as advance:
@@ -223,12 +217,12 @@ class _Run:
         peak = self._largest()
         while waiting and len(running) < pool.slots(peak):
             cell = waiting.pop(0)
-            left = None if self.limits.budget is None else self.limits.budget - (time.monotonic() - began)
-            if left is not None and self._expected(cell) > left:
+            left = None if self.budget is None else self.budget - (time.monotonic() - began)
+            if left is not None and expected_seconds(cell.kind, cell.name, self._there()) > left:
                 self.left[cell.key] = "there was no time for it in the budget; run the same command again"
                 advance()
                 continue
-            log = scratch.parent / "logs" / f"{cell.key}.log"
+            log = (scratch.parent / "logs" / f"{cell.key}.log").absolute()
             running[pool.submit(self._spec(cell, scratch, pool.threads), log)] = cell
 
     def _take(self, cell: Cell, future: Future[dict[str, Any]]) -> None:
@@ -241,19 +235,21 @@ class _Run:
         self.results.put(result)
 
     def _spec(self, cell: Cell, scratch: Path, threads: int) -> dict[str, Any]:
+        model = self.asked.model
         spec = {
             "cell": cell.to_dict(),
             "settings": dict(cell.settings),
-            "model": str(Path(self.model).absolute()) if Path(self.model).exists() else self.model,
+            "model": str(Path(model).absolute()) if Path(model).exists() else model,
             "calibration": str(self.calibration.absolute()),
-            "tests": {name: str(path.absolute()) for name, path in self.tests.items()},
+            "matched": str(self.matched.absolute()),
+            "tests": {key: str(path.absolute()) for key, path in self.tests.items()},
             "tasks": dict(self.tasks),
             "dtype": self.shared.dtype,
             "scratch": str(scratch.absolute()),
             "threads": threads,
         }
         if cell.kind == "opponent":
-            spec["calibration"] = str(self.matched.absolute())
+            spec["calibration"] = spec["matched"]
             spec["plain"] = str(plain_folder(self.shared).absolute())
             spec["python"] = self.programs[cell.name.partition(":")[0]]
         return spec
@@ -265,21 +261,19 @@ class _Run:
     def _largest(self) -> int:
         return max((one["measured"]["peak_memory_bytes"] for one in self._there()), default=0)
 
-    def _expected(self, cell: Cell) -> float:
-        """Seconds that a cell may take: as long as others of its name did, or its kind; 0 when nothing is known."""
-        there = [one for one in self._there() if one["kind"] == cell.kind]
-        same = [one for one in there if one["name"] == cell.name]
-        return median(one["measured"]["seconds"] for one in same or there) if there else 0.0
-
-    def rows(self, forward_seconds: float) -> list[dict[str, Any]]:
-        """All cells with what came of them."""
+    def rows(self, forward_seconds: float, tests: Mapping[str, str]) -> list[dict[str, Any]]:
+        """All cells with what came of them: `tests` are what results call the tests, by name, and `forward_seconds` a
+        pass over the matched windows, for results that have none of their own.
+        """
         rows = []
         for cell in self.cells:
             found = self.results.get(cell.key)
-            row = cell.to_dict()
+            ran_with = {} if found is None else found.get("versions", {})
+            row = self.asked.with_command(cell, ran_with.get("threads", self.workers.each)).to_dict()
             if found is not None and found["status"] == "done":
                 row = found | row
-                row["forward_equivalents"] = found["measured"]["seconds"] / forward_seconds
+                row["tests"] = {name: found["tests"][key] for name, key in tests.items()}
+                row["forward_equivalents"] = self._passes(found["measured"], forward_seconds)
             elif cell.key in self.refused:
                 row |= {"status": "refused", "reason": self.refused[cell.key]}
             elif found is not None:
@@ -289,55 +283,13 @@ class _Run:
             rows.append(row)
         return rows
 
-
-def _comparison(
-    run: _Run, conditions: Conditions, wanted: Wanted, facts: Mapping[str, Any], calibration: str, command: str
-) -> dict[str, Any]:
-    store, graph = run.shared.store, run.shared.store.graph
-    cells = run.rows(facts["forward_seconds"])
-    return {
-        "format": FORMAT,
-        "name": Path(run.model).name,
-        "made": date.today().isoformat(),
-        "command": command,
-        "model": {
-            "label": Path(store.label).name,
-            "sha256": conditions.model,
-            "model_type": graph.config.model_type,
-            "blocks": len(graph.blocks),
-            "hidden": graph.hidden,
-            "weights": sum(math.prod(op.shape) for block in graph.blocks for op in block.linears if op.entry.quantize),
-        },
-        "texts": {
-            "calibration": {"name": Path(calibration).name, **conditions.calibration},
-            "tests": {name: _text(name, about, facts) for name, about in conditions.tests.items()},
-        },
-        "settings": {key: _plain(value) for key, value in vars(wanted).items()} | {"dtype": run.shared.dtype},
-        "versions": versions(),
-        "notes": own_grid(store),
-        "original": {key: facts[key] for key in ("tests", "outliers")},
-        "cells": cells,
-        "verdict": verdict(cells, facts["tests"]),
-    }
-
-
-def _text(name: str, about: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
-    """A text that is measured on, with how much of it really is."""
-    count = len(facts["tests"][name]["window_losses"])
-    return {"name": name.rpartition(", ")[0] or name, **about, "windows": count, "tokens": count * about["window"]}
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, (tuple, list)) else value
-
-
-def _write(out: Path, comparison: Mapping[str, Any], progress: Stages) -> None:
-    put_json(out / "comparison.json", comparison)
-    (out / "comparison.md").write_text(markdown(comparison), encoding="utf-8")
-    try:
-        write_page(comparison, out / "index.html")
-    except InputError as error:  # the numbers are there, whatever the page lacks
-        progress.warn(f"there is no page: {error}")
+    def _passes(self, took: Mapping[str, float], forward_seconds: float) -> float:
+        """Seconds of a cell in passes of the original over the windows that are matched now, which may be others than
+        when the cell was run.
+        """
+        if "forward_seconds" in took:
+            forward_seconds = took["forward_seconds"] * self.asked.wanted.nsamples / took["forward_windows"]
+        return took["seconds"] / forward_seconds
 
 
 __all__ = ["BASELINES", "Limits", "run"]

@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gyroquant.calibration.stream import Stream
-from gyroquant.calibration.text import TokenBatch, load_text, sample, tokenize
+from gyroquant.calibration.text import TokenBatch, sample
+from gyroquant.comparison.texts import token_digest
 from gyroquant.evaluation.outliers import measure_outliers
-from gyroquant.evaluation.perplexity import DTYPES, last_hidden, score_windows, summary, text_windows
+from gyroquant.evaluation.perplexity import DTYPES, last_hidden, score_windows, summary
 from gyroquant.files import put_json
 from gyroquant.models.runner import BlockRunner, evaluating
 from gyroquant.models.store import WeightStore
@@ -29,40 +30,31 @@ _RUN, _VALUES = 32, 16  # weights in a row, and values that they have at most on
 _LOOKED_AT = 8  # windows of calibration text that outliers are measured on
 
 
-@dataclass(frozen=True)
-class Trial:
-    """A text that models are measured on: windows that do not overlap, the first `windows` of them (None: all)."""
-
-    source: str
-    window: int
-    windows: int | None = None
-
-
 class Shared:
     """A folder of what cells share; what is there is not made again.
 
-    `facts` are the original's measurements: `tests` (an evaluation each), `outliers`, and `forward_seconds`, what one
-    pass over the calibration tokens took.
+    Files of tokens are called by the digest of what is in them, `tests` by that of theirs. `facts` are the original's
+    measurements: `tests` (an evaluation each), `outliers`, and `forward_seconds`, what one pass over the calibration
+    tokens took here.
     """
 
     def __init__(self, folder: Path, store: WeightStore, dtype: str):
         self.folder, self.store, self.dtype = folder, store, dtype
 
-    def calibration(self, text: str | Path, nsamples: int, seqlen: int, seed: int) -> Path:
-        """The file of the calibration tokens, shape (samples, length), and of what text they are."""
-        path = self.folder / f"calibration-{nsamples}.safetensors"
+    def calibration(self, text: TokenBatch, nsamples: int, seqlen: int, seed: int) -> Path:
+        """The file of the calibration tokens, shape (samples, length), of a text whose tokens are `ids`, shape
+        (tokens,). Raises InputError for a text that is too short.
+        """
+        tokens = sample(text.ids, nsamples, seqlen, seed, text.name)
+        path = self.folder / f"calibration-{token_digest(tokens)}.safetensors"
         if not path.exists():
-            source = load_text(text)
-            ids = tokenize(source, self.store.tokenizer(), self.store.config.vocab_size)
-            tokens = sample(ids, nsamples, seqlen, seed, source.name)
-            _save({"tokens": tokens}, path, {"name": source.name, "sha256": source.sha256})
+            _save({"tokens": tokens}, path, {"name": text.name, "sha256": text.sha256})
         return path
 
-    def test(self, name: str, test: Trial, progress: Stages) -> Path:
+    def test(self, ids: Tensor, progress: Stages) -> Path:
         """The file of a test's tokens, shape (windows, length), and of what leaves the original's last block."""
-        path = self.folder / f"test-{_plain(name)}.safetensors"
+        path = self.folder / f"test-{token_digest(ids)}.safetensors"
         if not path.exists():
-            ids = text_windows(load_text(test.source, split="test"), self.store, test.window, test.windows).clone()
             _save({"ids": ids, "hidden": last_hidden(self.store, ids, DTYPES[self.dtype], progress=progress)}, path, {})
         return path
 
@@ -71,7 +63,7 @@ class Shared:
         path = self.folder / f"original-{calibration.stem}.json"
         if not path.exists():
             facts = {
-                "tests": {name: measured(self.store, None, file, self.dtype, progress) for name, file in tests.items()},
+                "tests": {key: measured(self.store, None, file, self.dtype, progress) for key, file in tests.items()},
                 "outliers": outliers(self.store, calibration, progress),
                 "forward_seconds": forward_seconds(self.store, read_tokens(calibration).ids),
             }
@@ -166,10 +158,6 @@ def own_grid(store: WeightStore) -> list[str]:
 
 def _rounded(values: Sequence[float]) -> list[float]:
     return [round(value, 9) for value in values]
-
-
-def _plain(name: str) -> str:
-    return "".join(letter if letter.isalnum() or letter in "-." else "_" for letter in name)
 
 
 def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from gyroquant import pipeline
-from gyroquant.comparison.shared import measured, outliers, read_tokens
+from gyroquant.comparison.shared import forward_seconds, measured, outliers, read_tokens
 from gyroquant.environment import versions
 from gyroquant.errors import GyroquantError
 from gyroquant.evaluation.tasks import score_tasks
@@ -25,16 +26,21 @@ from gyroquant.processes import DiedError, Processes, run_apart, serve
 
 
 def run_cell(spec: Mapping[str, Any], log: Path, processes: Processes | None = None) -> dict[str, Any]:
-    """Runs a cell in a process of its own and returns its result; a killed process is started once more.
+    """Runs a cell in a process of its own and returns its result, with the seconds that all of it took; a killed
+    process is started once more.
 
     `spec` is what `perform` takes, and `threads`. Never raises for what a cell does: a failure
     is a result with the reason.
     """
+    started = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=spec["scratch"], prefix=".cell-") as scratch:
         try:
-            return run_apart(__name__, {**spec, "scratch": scratch}, Path(scratch), log, processes)
+            result = run_apart(__name__, {**spec, "scratch": scratch}, Path(scratch), log, processes)
         except DiedError as error:
             return failed(spec["cell"], str(error))
+    if result["status"] == "done":
+        result["measured"]["wall_seconds"] = time.perf_counter() - started
+    return result
 
 
 def failed(cell: Mapping[str, Any], reason: str) -> dict[str, Any]:
@@ -44,13 +50,20 @@ def failed(cell: Mapping[str, Any], reason: str) -> dict[str, Any]:
 
 def perform(spec: Mapping[str, Any]) -> dict[str, Any]:
     """Transforms, proves, rounds and measures: `spec` has the `cell` with its `settings`, the `model`, the files of
-    `calibration` and `tests`, `dtype`, `scratch`, and for opponents `environments` with the interpreter.
+    `calibration`, of the `matched` windows that everybody's time is counted in, and of `tests`, `dtype`, `scratch`, and
+    for opponents the `plain` folder and their `python`.
+
+    A model whose loss is not finite is a failure.
     """
     cell, scratch = spec["cell"], Path(spec["scratch"])
     made = _recipe(spec, scratch) if cell["kind"] == "recipe" else _opponent(spec, scratch)
     place = made.pop("place")
     rounded, original = open_model(place), open_model(spec["model"])
-    tests = {name: measured(rounded, original, Path(file), spec["dtype"]) for name, file in spec["tests"].items()}
+    tests = {key: measured(rounded, original, Path(file), spec["dtype"]) for key, file in spec["tests"].items()}
+    for test in tests.values():
+        if not math.isfinite(test["loss"]):
+            return failed(cell, f"its loss is {test['loss']}: what it deploys computes no finite numbers")
+    made["measured"] |= _forward(original, Path(spec["matched"]))
     return {
         **cell,
         "status": "done",
@@ -58,16 +71,24 @@ def perform(spec: Mapping[str, Any]) -> dict[str, Any]:
         **made,
         "tests": tests,
         "tasks": _tasks(spec, place, original),
-        "versions": versions(),
     }
 
 
+def _forward(original: WeightStore, matched: Path) -> dict[str, float]:
+    """What a pass of the original takes with the threads of this process and beside the same neighbours: after the
+    rounding, whose peak memory it must not raise.
+    """
+    tokens = read_tokens(matched).ids
+    return {"forward_seconds": forward_seconds(original, tokens), "forward_windows": len(tokens)}
+
+
 def answered(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """What came of `perform`, which may be a failure with its reason."""
+    """What came of `perform`, which may be a failure with its reason, and what it ran with."""
     try:
-        return perform(spec)
+        result = perform(spec)
     except GyroquantError as error:
-        return failed(spec["cell"], str(error))
+        result = failed(spec["cell"], str(error))
+    return {**result, "versions": versions()}
 
 
 def _recipe(spec: Mapping[str, Any], scratch: Path) -> dict[str, Any]:

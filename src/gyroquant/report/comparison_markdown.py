@@ -12,14 +12,11 @@ from gyroquant.report.comparison_rows import (
     Row,
     budgets,
     columns,
-    counts,
-    introduction,
-    model_facts,
-    original_line,
     rows,
     sizes,
     tests,
 )
+from gyroquant.report.comparison_words import counts, introduction, model_facts, notes, original_line
 
 
 def markdown(comparison: Mapping[str, Any]) -> str:
@@ -51,10 +48,12 @@ def _verdict(comparison: Mapping[str, Any]) -> Iterable[str]:
         commands: list[str] = []
         for budget in found:
             on = f"On {budget['test']}: " if len(found) > 1 else ""
-            yield _plain(on + budget["text"])
+            yield from map(_plain, (on + budget["text"]).splitlines())
             if budget["command"] and budget["command"] not in commands:
                 commands.append(budget["command"])
                 yield _code(budget["command"])
+                if budget.get("home"):
+                    yield _plain(f"The program's home: {budget['home']}")
     if not comparison["verdict"]:
         yield "There is none: no method has a result yet."
 
@@ -69,13 +68,15 @@ def _results(comparison: Mapping[str, Any]) -> Iterable[str]:
             original = original_line(comparison, test)
             yield f"## {bits} bits, {_plain(test)}"
             if original:
-                yield f"The original: perplexity {original}. Intervals are 95 %; p is against the best."
+                yield f"The original: perplexity {original}."
             headings = ("method", *(column.heading for column in shown))
             yield _table(Table(headings, [(_method(row), *_cells(row, shown)) for row in found]))
+    if shown:
+        yield _plain(notes(comparison))
 
 
 def _method(row: Row) -> str:
-    words = [row.name, *([f"({row.seed})"] if row.seed else []), *(f"*{role}*" for role in row.roles)]
+    words = [row.name, *([f"({row.seed})"] if row.seed else []), *(f"*{one}*" for one in (*row.roles, *row.marks))]
     if not row.done:
         reason = row.cell["reason"]
         words.append(f"{row.cell['status']}{f': {reason}' if reason else ''}")

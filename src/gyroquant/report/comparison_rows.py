@@ -13,6 +13,7 @@ from gyroquant.report.console import size
 UNROTATED, OURS, PAPERS, OPPONENTS = "not rotated", "gyroquant's own", "recipes of papers", "other programs"
 FAMILIES = (UNROTATED, OURS, PAPERS, OPPONENTS)
 NONE = "-"
+OVER = "over the budget"
 
 Cell = Mapping[str, Any]
 
@@ -78,7 +79,10 @@ def short(comparison: Mapping[str, Any], cell: Cell) -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """A cell as measured on one text; `row` is what the verdict says of it, `roles` what it is in the verdict."""
+    """A cell as measured on one text; `row` is what the verdict says of it, `roles` what it is in the verdict.
+
+    `marks` are what sets it apart from the other rows: that it is over the budget, other calibration than theirs.
+    """
 
     cell: Cell
     name: str
@@ -87,6 +91,7 @@ class Row:
     row: Mapping[str, Any]
     gap: float | None
     roles: tuple[str, ...]
+    marks: tuple[str, ...]
     seed: str
     spread: tuple[float, float] | None
 
@@ -125,6 +130,7 @@ def rows(comparison: Mapping[str, Any], test: str) -> list[Row]:
                     row=said,
                     gap=gap,
                     roles=_roles(budget, cell),
+                    marks=_marks(comparison, budget, cell),
                     seed=f"seed {cell['seed']}" if len(group) > 1 else "",
                     spread=(min(found), max(found)) if len(found) > 1 else None,
                 )
@@ -139,6 +145,18 @@ def _evaluation(cell: Cell, test: str) -> Mapping[str, Any]:
 
 def _roles(budget: Mapping[str, Any], cell: Cell) -> tuple[str, ...]:
     return tuple(role for role in ("recommended", "best", "baseline") if budget.get(role) == cell["key"])
+
+
+def own_samples(comparison: Mapping[str, Any], cell: Cell) -> int | None:
+    """The calibration windows of a cell, where it had another number of them than the comparison says."""
+    found = cell.get("nsamples")
+    return found if found is not None and found != comparison["settings"]["nsamples"] else None
+
+
+def _marks(comparison: Mapping[str, Any], budget: Mapping[str, Any], cell: Cell) -> tuple[str, ...]:
+    samples = own_samples(comparison, cell)
+    over = (OVER,) if cell["key"] in budget.get("over", ()) else ()
+    return over if samples is None else (*over, f"{samples} samples")
 
 
 def decimals(value: Any, digits: int, sign: bool = False) -> str:
@@ -273,7 +291,13 @@ def columns(comparison: Mapping[str, Any]) -> list[Column]:
         ),
         *_evaluated(),
         *map(_task, tasks),
-        _column("bytes", "Size", "of the files of the result", _of_cell("bytes"), size),
+        _column(
+            "bytes",
+            "Size",
+            "of the files of the result, with 16 bits for every weight that is not rounded",
+            _of_cell("bytes"),
+            size,
+        ),
         _column("minutes", "Minutes", "to quantize", _measured("seconds"), lambda seconds: f"{seconds / 60:.1f}"),
         _column("memory", "Memory", "the peak while quantizing", _measured("peak_memory_bytes"), size),
         _column(
@@ -293,53 +317,14 @@ def columns(comparison: Mapping[str, Any]) -> list[Column]:
         Column(
             "p",
             "p",
-            "probability of such a difference from the best of its budget by chance alone, paired over windows",
+            "probability of such a difference from the best of its budget by chance alone, paired over windows; for "
+            "this pair only, not adjusted for having chosen",
             lambda row: number((row.row.get("against_best") or {}).get("p")),
             probability,
         ),
     ]
     shown = [row for test in tests(comparison) for row in rows(comparison, test)]
     return [column for column in all_of_them if any(column.text(row) != NONE for row in shown)]
-
-
-def introduction(comparison: Mapping[str, Any]) -> str:
-    """What was compared, in a sentence or two."""
-    done = by_seed(comparison)
-    runs, ours = sum(map(len, done)), sum(group[0]["kind"] == "recipe" for group in done)
-    counted = [f"{ours} {'result' if ours == 1 else 'results'} of recipes"] if ours or not done else []
-    counted += [f"{len(done) - ours} of other programs"] if len(done) > ours else []
-    settings, texts = comparison["settings"], comparison["texts"]
-    bits = ", ".join(map(str, settings["bits"]))
-    seeds = f" ({runs} runs with all seeds)" if runs > len(done) else ""
-    made = f"{' and '.join(counted)} at {bits} bits{seeds}"
-    on = ", ".join(
-        f"{one['name']} ({one['windows']} windows of {one['window']} tokens)" for one in texts["tests"].values()
-    )
-    samples = f"{settings['nsamples']} samples of {settings['seqlen']} tokens"
-    return f"{made}, each calibrated on {samples} of {texts['calibration']['name']} and measured on {on}."
-
-
-def counts(comparison: Mapping[str, Any]) -> str:
-    """How many cells have no result, by the reason's kind; empty if all have."""
-    states = [cell["status"] for cell in comparison["cells"] if cell["status"] != "done"]
-    return ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-
-
-def model_facts(comparison: Mapping[str, Any]) -> str:
-    """The model in a line."""
-    model = comparison["model"]
-    weights = model["weights"]
-    many = f"{weights / 1e9:.2f} G" if weights >= 1e9 else f"{weights / 1e6:.1f} M"
-    return f"{model['model_type']}, {model['blocks']} blocks of hidden {model['hidden']}, {many} weights rounded"
-
-
-def original_line(comparison: Mapping[str, Any], test: str) -> str:
-    """The perplexity of the original, with its interval, or nothing."""
-    found = comparison["original"]["tests"].get(test)
-    if not found:
-        return ""
-    span = interval(found.get("perplexity_interval"), perplexity)
-    return f"{perplexity(found['perplexity'])}{f' ({span})' if span else ''}"
 
 
 def budgets(comparison: Mapping[str, Any]) -> list[list[Mapping[str, Any]]]:

@@ -108,6 +108,8 @@ def _hover(row: Row, shown: Sequence[Column]) -> dict[str, str]:
         beside = column.beside(row)
         if column.text(row) != NONE:
             said[column.heading] = column.text(row) + (f" ({beside})" if beside else "")
+    if row.marks:
+        said["Note"] = ", ".join(row.marks)
     if row.spread:
         said["Over seeds"] = f"{perplexity(row.spread[0])} to {perplexity(row.spread[1])}"
     return said
@@ -132,7 +134,7 @@ def pareto(comparison: Mapping[str, Any]) -> Spec | None:
             place = {"test": test, "x": rounded(row.cell["true_bits"], 7), "y": rounded(row.gap), "name": row.name}
             place |= {"low": rounded(low), "high": rounded(high), "budget": row.cell["bits"], "lost": row.family}
             named = {scope: found[row.cell["key"]] for scope, found in corners.items() if row.cell["key"] in found}
-            points.append(place | {"corners": named} | said)
+            points.append(place | {"corners": named, "turned": bool(row.cell.get("rotated"))} | said)
         for scope, found in along.items():
             ends = [{"x": rounded(row.cell["true_bits"], 7), "y": rounded(row.gap)} for row in found]
             steps += [{"test": test, "scope": scope, "order": n} | end for n, end in enumerate(ends)]
@@ -179,7 +181,7 @@ def _pareto_layers(points: list[dict[str, Any]], steps: list[dict[str, Any]], ho
     if len(bits) > 1:
         shape["legend"] = legend(bits, " bits", symbolFillColor="transparent", symbolStrokeColor="gray")
     here = {"filter": "datum.test == test && (bits == 'all' || datum.budget == bits)"}
-    hollow: Spec = {"condition": {"test": f"datum.lost == '{FAMILIES[0]}'", "value": 0}, "value": 0.75}
+    hollow: Spec = {"condition": {"test": "!datum.turned", "value": 0}, "value": 0.75}
     tooltip = [{"field": key, "title": title, "type": "nominal"} for title, key in hover.items()]
     return [
         {

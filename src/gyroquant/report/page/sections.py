@@ -12,15 +12,12 @@ from gyroquant.report.comparison_rows import (
     budgets,
     by_seed,
     columns,
-    counts,
     family,
-    introduction,
-    model_facts,
-    original_line,
     perplexity,
     rows,
     tests,
 )
+from gyroquant.report.comparison_words import counts, introduction, model_facts, notes, original_line
 from gyroquant.report.page.charts import Spec, fronts
 from gyroquant.report.page.charts_inside import FIGURES
 from gyroquant.report.page.themes import categories
@@ -100,7 +97,9 @@ def _budget(comparison: Mapping[str, Any], found: list[Mapping[str, Any]]) -> di
     for budget in found:
         command = budget["command"] if all(one["command"] != budget["command"] for one in texts) else None
         facts = [] if texts else _budget_facts(comparison, budget)
-        texts.append({"test": budget["test"], "text": budget["text"], "command": command, "facts": facts})
+        home = budget.get("home") if command else None
+        said = {"test": budget["test"], "text": budget["text"]}
+        texts.append(said | {"command": command, "home": home, "facts": facts})
     first = texts[0]
     for one in texts[1:]:
         if one["text"] == first["text"]:
@@ -156,6 +155,7 @@ def _table(comparison: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "columns": shown,
         "tables": tables,
+        "notes": notes(comparison),
         "test": _tests(comparison, "table"),
         "bits": _bits("table", "", (cell["bits"] for cell in comparison["cells"]), "all", every=True),
         "families": [(name, index) for index, name in enumerate(FAMILIES) if name in families],
@@ -173,9 +173,11 @@ def _line(row: Row, shown: Iterable[Any]) -> dict[str, Any]:
         "name": row.name,
         "family": row.family,
         "family_index": FAMILIES.index(row.family),
+        "hollow": not row.cell.get("rotated"),
         "bits": row.cell["bits"],
         "seed": row.seed,
         "roles": row.roles,
+        "marks": row.marks,
         "done": row.done,
         "status": row.cell["status"],
         "reason": row.cell["reason"],
@@ -248,12 +250,14 @@ def _seeds(comparison: Mapping[str, Any], plots: Mapping[str, Spec]) -> dict[str
 
 
 def _commands(comparison: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The command of each result by its name, which for another program has its home beside it."""
     several = {cell["key"] for group in by_seed(comparison, done=False) for cell in group if len(group) > 1}
-    return [
-        (f"{cell['label']}, seed {cell['seed']}" if cell["key"] in several else cell["label"], cell["command"])
-        for cell in comparison["cells"]
-        if cell["command"]
-    ]
+
+    def name(cell: Mapping[str, Any]) -> str:
+        seed = f", seed {cell['seed']}" if cell["key"] in several else ""
+        return f"{cell['label']}{seed}{f' ({home})' if (home := cell.get('home')) else ''}"
+
+    return [(name(cell), cell["command"]) for cell in comparison["cells"] if cell["command"]]
 
 
 def _facts(comparison: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:

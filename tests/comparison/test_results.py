@@ -33,6 +33,14 @@ def test_what_was_put_is_there_and_damage_is_told(tmp_path: Path) -> None:
             results.get(DONE["key"])
 
 
+def test_a_success_elsewhere_replaces_a_failure_here(tmp_path: Path) -> None:
+    mine, theirs = Results(tmp_path / "mine"), Results(tmp_path / "theirs")
+    mine.put({**DONE, "status": "failed", "reason": "no memory"})
+    theirs.put(DONE)
+    assert mine.merge([tmp_path / "theirs"]) == 1
+    assert mine.get(DONE["key"]) == DONE
+
+
 def test_folders_are_merged_but_failures_stay_where_they_are(tmp_path: Path) -> None:
     mine, theirs = Results(tmp_path / "mine"), Results(tmp_path / "theirs")
     mine.put(DONE | {"whose": "mine"})

@@ -74,7 +74,7 @@ class Trial:
         code, _ = faulty.disturbed(fault, self._work(out))
         if code == 0:
             return "no fault"  # a step that writes nothing, so no disk was too full for it
-        if not out.exists() and faulty.disturbed(None, self._work(out))[0]:
+        if faulty.disturbed(None, self._work(out))[0]:
             return "lost"
         return self._compared(out)
 

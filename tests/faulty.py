@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 import gyroquant as gq
 from gyroquant import files, journal, pipeline
@@ -49,10 +51,11 @@ RECIPES = {
         ],
     ),
 }
-_REPLACE = Path.replace
+_NAMING, _SAVE = (Path.replace, Path.rename), save_file
 _CONTEXT = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
 if hasattr(os, "fork"):
-    _CONTEXT.set_forkserver_preload(["faulty"])
+    # what takes seconds to import; this module itself, which lies beside tests, the server does not find
+    _CONTEXT.set_forkserver_preload(["gyroquant.pipeline", "transformers.models.llama.modeling_llama"])
 MEASURED = ("seconds", "peak_memory_bytes")
 
 
@@ -107,8 +110,10 @@ def _child(fault: Fault | None, work: Callable[[], object], counter: str) -> Non
         try:
             work()
         except OSError as error:
+            if error.errno == errno.ENOSPC:
+                sys.exit(3)
             traceback.print_exc()
-            sys.exit(3 if error.errno == errno.ENOSPC else 1)
+            sys.exit(1)
 
 
 def _teller(work: Callable[[], object], message: str) -> None:
@@ -128,7 +133,7 @@ class _Steps:
     def watch(self) -> None:
         for owner, name in (
             (files, "sync"),
-            (journal, "save_file"),
+            (files, "save_file"),
             (journal, "_copy"),
             (Path, "write_text"),
             (Path, "replace"),
@@ -146,9 +151,11 @@ class _Steps:
         def counted(*args: Any, **kwargs: Any) -> Any:
             number, self.count = self.count, self.count + 1
             os.write(self.counter, b".")
-            name = Path(args[1]).name if step is _REPLACE else None
+            name = Path(args[1]).name if step in _NAMING else None
             mine = self.fault is not None and self.fault.at in (number, name)
             if mine and self.fault is not None and self.fault.kind == "full" and writes:
+                if step is _SAVE:  # says it in its own way
+                    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
                 raise OSError(errno.ENOSPC, "No space left on device")
             if mine and self.fault is not None and self.fault.kind == "kill" and self.fault.before:
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -16,6 +16,7 @@ import pytest
 
 import gyroquant as gq
 from gyroquant import apart, pipeline
+from gyroquant.export.folder import OutputFolder
 from gyroquant.job import prepare
 from gyroquant.pool import Workers
 from gyroquant.processes import DiedError
@@ -91,6 +92,69 @@ def test_a_worker_that_fails_is_told_and_what_is_done_is_kept(
     assert inside == [0, 1]
     run(folders["llama"], tmp_path / "one", corpus)
     assert faulty.content(tmp_path / "one") == faulty.content(tmp_path / "out")
+
+
+def test_holes_are_filled_one_after_the_other(
+    inside: list[int], folders: dict[str, Path], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run goes on without workers behind one that had them and left some blocks and the head to be rounded."""
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(OutputFolder, "commit", lambda folder: (_ for _ in ()).throw(MemoryError))
+        with pytest.raises(MemoryError):
+            run(folders["llama"], out, corpus, *HARD, workers=ALONE)
+    for name in ("block-00000.json", "outer.json"):
+        (tmp_path / ".out.journal" / name).unlink()
+    run(folders["llama"], out, corpus, *HARD)
+    run(folders["llama"], tmp_path / "one", corpus, *HARD)
+    assert faulty.content(tmp_path / "one") == faulty.content(out)
+
+
+def test_damage_that_a_worker_finds_is_no_reason_to_throw_blocks_away(
+    inside: list[int], folders: dict[str, Path], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = apart.run_apart
+
+    def damaging(module: str, spec: Any, *rest: Any) -> dict[str, Any]:
+        if spec["index"] == 1:
+            path = tmp_path / ".out.journal" / spec["inputs"][0]["file"]
+            path.write_bytes(path.read_bytes()[:-1] + b"x")
+        return usual(module, spec, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(apart, "run_apart", damaging)
+        with pytest.raises(gq.InputError, match=r"into-block-00001-0\.bin is damaged"):
+            run(folders["llama"], tmp_path / "out", corpus, workers=ALONE)
+    assert (tmp_path / ".out.journal" / "block-00000.json").exists()
+    run(folders["llama"], tmp_path / "out", corpus, workers=ALONE)
+    assert inside == [0, 1, 1]
+
+
+def test_a_worker_on_another_kind_of_machine_is_refused(
+    inside: list[int], folders: dict[str, Path], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = apart.run_apart
+
+    def elsewhere(module: str, spec: Any, *rest: Any) -> dict[str, Any]:
+        return usual(module, {**spec, "versions": {**spec["versions"], "torch": "1.0"}}, *rest)
+
+    monkeypatch.setattr(apart, "run_apart", elsewhere)
+    with pytest.raises(gq.InputError, match=r"its machine has torch .*, the one that gives out the blocks 1\.0"):
+        run(folders["llama"], tmp_path / "out", corpus, workers=ALONE)
+
+
+def test_a_worker_whose_run_is_over_keeps_nothing(
+    inside: list[int], folders: dict[str, Path], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = apart.run_apart
+
+    def late(module: str, spec: Any, *rest: Any) -> dict[str, Any]:
+        return usual(module, {**spec, "head": "another"}, *rest)
+
+    monkeypatch.setattr(apart, "run_apart", late)
+    with pytest.raises(gq.InputError, match="is another run's by now"):
+        run(folders["llama"], tmp_path / "out", corpus, workers=ALONE)
+    assert not list(tmp_path.glob(".out.journal/block-*"))
 
 
 @pytest.mark.parametrize(

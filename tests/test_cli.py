@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,7 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+import gyroquant as gq
+from gyroquant import deploy
 from gyroquant.cli import main
 
 SMALL = ("--set", "weights.group_size=16", "--nsamples", "8", "--seqlen", "32")
@@ -78,6 +82,9 @@ Captured = pytest.CaptureFixture[str]
         ("quantize {model} {tmp}/o --recipe gptq --set weights.group_size=16 --text {tmp}/none.txt", "no text file"),
         ("quantize {model} {tmp}/o --recipe gptq --set weights.group_size=16", "give --text"),
         ("evaluate {model} --text {tmp}/none.txt", "no text file"),
+        ("quantize {model} {tmp}/o --recipe rtn --workers 0 --threads 0", "--workers is 0, and has to be at least 1"),
+        ("quantize {model} {tmp}/o --recipe rtn --threads 0", "--threads is 0, and has to be at least 1"),
+        ("quantize {model} {tmp}/o --recipe rtn --format dens", "there is no format 'dens'"),
         ("recipes nothing", "no recipe is called"),
     ],
 )
@@ -102,12 +109,29 @@ def test_debug_shows_the_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "Traceback" in capfd.readouterr().err
 
 
+def lacking() -> RuntimeError:
+    """What torch raises for want of memory."""
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 50)
+    return caught.value
+
+
+def kept(error: Exception) -> Exception:
+    """An error that has left a journal."""
+    error.kept = Path("/x/.out.journal")  # type: ignore[attr-defined]
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "message", "status"),
     [
         (MemoryError(), "use fewer or shorter samples", 1),
         (OSError(28, "No space left on device", "/x/y"), "No space left on device: /x/y; nothing was left behind", 1),
-        (ZeroDivisionError("oops"), "This is a bug; run again with --debug", 1),
+        (ZeroDivisionError("oops"), "This is a bug; run again with --debug to see where; nothing was left behind", 1),
+        (kept(ZeroDivisionError("oops")), "see where; the same command goes on from there (what is done is kept in", 1),
+        (lacking(), "gyroquant: out of memory; use fewer or shorter samples", 1),
+        (kept(lacking()), "--offload DIR; the same command goes on from there", 1),
+        (RuntimeError("shapes differ"), "This is a bug", 1),
         (KeyboardInterrupt(), "interrupted", 130),
     ],
 )
@@ -120,6 +144,78 @@ def test_every_kind_of_failure_is_told_in_plain_words(
     monkeypatch.setattr("gyroquant.recipe.load_recipe", fail)
     assert inside(monkeypatch, "recipes", "gsr") == status
     assert message in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "status"),
+    [
+        (OSError(28, "No space left on device"), "No space left on device; {out} is complete, and `{command}` goes", 1),
+        (gq.InputError("no such program"), "no such program; {out} is complete, and `{command}` goes on from there", 1),
+        (ZeroDivisionError(), "to see where; {out} is complete, and `{command}` goes on from there", 1),
+        (KeyboardInterrupt(), "interrupted; {out} is complete, and `{command}` goes on from there", 130),
+    ],
+)
+def test_an_export_that_fails_leaves_what_it_was_made_from(
+    error: BaseException,
+    message: str,
+    status: int,
+    folders: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: Captured,
+) -> None:
+    out = tmp_path / "my out"
+
+    def fail(folder: Path) -> None:
+        raise error
+
+    monkeypatch.setattr(deploy, "seal", fail)
+    assert inside(monkeypatch, *with_format(folders["llama"], out)) == status
+    shown = capfd.readouterr().err
+    command = shlex.join(["gyroquant", "export", str(out), str(out / "dense"), "--format", "dense"])
+    assert message.format(out=out, command=command) in shown
+    assert "nothing was left" not in shown
+    assert (out / "gyroquant.json").exists()
+    assert not (out / "dense").exists()
+
+
+def with_format(model: Path, out: Path) -> list[object]:
+    """The arguments that quantize a model and export what comes out."""
+    return ["quantize", model, out, "--recipe", "rtn", "--set", "weights.group_size=16", "--format", "dense"]
+
+
+def test_a_folder_that_wants_its_export_alone_is_not_made_again(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Captured
+) -> None:
+    out = tmp_path / "my out"
+    command, again = with_format(folders["llama"], out), ["export", out, out / "dense", "--format", "dense"]
+    assert inside(monkeypatch, *command[:-2]) == 0
+    assert inside(monkeypatch, *command) == 1
+    shown = capfd.readouterr().err
+    told = shlex.join(["gyroquant", *map(str, again)])
+    assert f"is complete, but for its export: `{told}` makes that" in shown
+    assert "--overwrite" in shown
+    assert inside(monkeypatch, *command[:-2]) == 1  # which wants no export
+    assert "is not empty; choose another name" in capfd.readouterr().err
+    assert inside(monkeypatch, *again) == 0
+    assert inside(monkeypatch, *command) == 1
+    assert "is not empty; choose another name" in capfd.readouterr().err
+    assert inside(monkeypatch, "verify", out) == 0
+    before = (out / "gyroquant.json").stat().st_mtime_ns
+    assert inside(monkeypatch, *command, "--overwrite") == 0
+    assert (out / "gyroquant.json").stat().st_mtime_ns != before
+
+
+def test_a_recipe_in_the_folder_that_it_is_to_replace_is_kept(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Captured
+) -> None:
+    mine = tmp_path / "out" / "mine.yaml"
+    mine.parent.mkdir()
+    mine.write_text("weights: {bits: 4, group_size: 16}\n")
+    command = ["quantize", folders["llama"], mine.parent, "--recipe", mine, "--overwrite"]
+    assert inside(monkeypatch, *command) == 1
+    assert "mine.yaml, which replacing it would delete" in capfd.readouterr().err
+    assert mine.exists()
 
 
 def test_usage_errors_and_help(monkeypatch: pytest.MonkeyPatch, capfd: Captured) -> None:

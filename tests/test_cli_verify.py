@@ -87,6 +87,23 @@ def test_every_kind_of_damage_is_named(out: Path, tmp_path: Path) -> None:
     ]
 
 
+def test_a_list_that_lost_lines_does_not_pass(out: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(out, tmp_path / "copy")
+    data = bytearray((copy / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(data)
+    listed = (copy / "SHA256SUMS").read_text().splitlines(keepends=True)
+    (copy / "SHA256SUMS").write_text("".join(line for line in listed if "model.safetensors" not in line))
+    status, result = run(copy)
+    assert status == 1
+    assert [problem.partition(":")[0] for problem in result["problems"]] == ["model.safetensors is not in SHA256SUMS"]
+    (copy / "SHA256SUMS").write_text("")
+    status, result = run(copy)
+    assert status == 1
+    names = sorted(path.name for path in copy.iterdir() if path.name != "SHA256SUMS")
+    assert [problem.partition(" is ")[0] for problem in result["problems"]] == names
+
+
 def test_the_command_makes_the_folder_again(out: Path, folders: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
     words = shlex.split(verification.verify(out)["command"])
     assert words[:4] == ["gyroquant", "quantize", str(folders["llama"]), str(out)]

@@ -85,7 +85,7 @@ def test_another_model_is_not_put_in_place(out: Path, tmp_path: Path, monkeypatc
             return super().feed(ids) * 1.01
 
     monkeypatch.setattr(deploy, "open_runtime", lambda name, folder, exact: Other(folder, exact))
-    with pytest.raises(ProofError, match="Nothing was written"):
+    with pytest.raises(ProofError, match="No export was written"):
         export(out, "dense", tmp_path / "x")
     assert list(tmp_path.iterdir()) == []
 

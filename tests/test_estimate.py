@@ -10,8 +10,9 @@ import tiny
 import gyroquant as gq
 from gyroquant import estimate as module
 from gyroquant.environment import resident_memory_bytes
-from gyroquant.estimate import check_fits, disk, estimate, hidden_bytes
+from gyroquant.estimate import check_fits, disk, estimate, hidden_bytes, reckoning
 from gyroquant.job import Job, prepare
+from gyroquant.pool import Workers
 
 BRIEF = ["weights.group_size=16", "calibration.nsamples=8", "calibration.seqlen=32"]
 ROTATED = {"R1": "hadamard", "R4": "hadamard"}
@@ -57,7 +58,7 @@ def test_hidden_states_are_counted_where_they_lie(folders: dict[str, Path], corp
     assert hidden_bytes(job(folders["llama"], corpus, tmp_path, "gptaq", "calibration.dtype=float32")) == 2 * size
     assert hidden_bytes(job(folders["llama"], corpus, tmp_path, "rtn")) == 0
     result, scratch = disk(few)
-    assert scratch == result + 2 * size
+    assert scratch == result + 3 * size  # of two blocks, and what is being written
     many = job(folders["llama"], corpus, tmp_path, "gptq", "calibration.dtype=float32")
     assert many.tokens is not None
     many.tokens = many.tokens.repeat(1000, 1)
@@ -77,7 +78,7 @@ def test_what_does_not_fit_is_refused_with_a_remedy(
     check_fits(made)
     monkeypatch.setattr(module, "available_memory", lambda: 100 << 20)
     with pytest.raises(
-        gq.InputError, match=r"GB of memory .*stage 'round'.*0\.10 GB are available.*--offload DIR"
+        gq.InputError, match=r"MB of memory .*stage 'round'.*104\.9 MB are available.*--offload DIR"
     ) as e:
         check_fits(made)
     assert "--nsamples" in str(e.value)
@@ -93,9 +94,75 @@ def test_disks_that_are_too_small_are_refused(
 ) -> None:
     made = job(folders["llama"], corpus, tmp_path, "gptq", offload=tmp_path / "hidden")
     asked: list[tuple[Path, int]] = []
-    monkeypatch.setattr(module, "check_room", lambda place, needed: asked.append((place, needed)))
+    monkeypatch.setattr(module, "check_rooms", asked.extend)
     check_fits(made)
-    assert asked == [
-        (tmp_path / "out", sum(disk(made))),
-        (tmp_path / "hidden" / "hidden_states.bin", hidden_bytes(made)),
+    assert asked == [(tmp_path / "out", sum(disk(made))), (tmp_path / "hidden", hidden_bytes(made))]
+    (tmp_path / ".out.journal").mkdir()
+    (tmp_path / ".out.journal" / "x").write_bytes(bytes(1000))
+    asked.clear()
+    check_fits(made)
+    assert asked[0] == (tmp_path / "out", sum(disk(made)) - 1000)
+    (tmp_path / ".out.journal" / "x").write_bytes(bytes(10 * sum(disk(made))))
+    asked.clear()
+    check_fits(made)
+    assert asked[0] == (tmp_path / "out", 0)  # which is no room for what lies elsewhere
+
+
+APART = ["calibration.dtype=float32", "calibration.inputs=original"]
+
+
+def with_memory(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Has the machine say that it has so many bytes of memory left."""
+    for where in (module, reckoning):
+        monkeypatch.setattr(where, "available_memory", lambda: count)
+
+
+def test_workers_count_with_all_that_they_hold(
+    folders: dict[str, Path], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def many(*changes: str, **options: object) -> Job:
+        found = job(folders["llama"], corpus, tmp_path, "gptq", *APART, *changes, **options)
+        assert found.tokens is not None
+        found.tokens = found.tokens.repeat(3000, 1)
+        return found
+
+    with_memory(monkeypatch, 1 << 45)
+    alone, size = many(), hidden_bytes(many())
+    base, around = resident_memory_bytes(), stages(alone)["round"]
+    for count in (1, 3):
+        apart = many(workers=Workers(count, 1))
+        assert stages(apart)["round"] == pytest.approx(around + count * around, rel=0.1)
+        assert stages(apart)["save"] == pytest.approx(stages(alone)["save"], rel=0.05)
+        assert disk(apart) == (disk(alone)[0], disk(alone)[0] + count * size)
+    off = many(workers=Workers(3, 1), offload=tmp_path / "hidden")
+    assert stages(apart)["round"] - stages(off)["round"] == pytest.approx(4 * size, rel=0.05)
+    assert stages(off)["round"] > 3 * base
+    assert stages(many(workers=Workers(3, 1, "local")))["round"] == pytest.approx(stages(apart)["round"], rel=0.05)
+    elsewhere = stages(many(workers=Workers(3, 1, "auto")))["round"]
+    assert elsewhere == pytest.approx(base + size, rel=0.2)
+    asked: list[tuple[Path, int]] = []
+    monkeypatch.setattr(module, "check_rooms", asked.extend)
+    check_fits(off)
+    assert asked[1] == (tmp_path / "hidden", 4 * size)
+
+
+def test_no_more_workers_are_reckoned_with_than_there_is_room_for(
+    folders: dict[str, Path], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_memory(monkeypatch, 1 << 45)
+    peaks = [
+        stages(job(folders["llama"], corpus, tmp_path, "gptq", *APART, workers=Workers(count, 1)))["round"]
+        for count in (1, 2)
     ]
+    each = peaks[1] - peaks[0]
+    made = job(folders["llama"], corpus, tmp_path, "gptq", *APART, workers=Workers(8, 1))
+    with_memory(monkeypatch, int(3 * 1.25 * each))
+    assert 2 * each < stages(made)["round"] < 4.2 * each
+    check_fits(made)
+    with_memory(monkeypatch, int(0.9 * each))
+    with pytest.raises(gq.InputError, match=r"stage 'round'.*without --workers and --ray"):
+        check_fits(made)
+    by_ray = job(folders["llama"], corpus, tmp_path, "gptq", *APART, workers=Workers(8, 1, "local"))
+    with_memory(monkeypatch, int(3 * 1.25 * each))
+    with pytest.raises(gq.InputError, match="stage 'round'"):  # Ray looks at no memory
+        check_fits(by_ray)

@@ -33,7 +33,7 @@ def lost(
     code, _ = faulty.disturbed(fault, partial(faulty.quantize, folders["llama"], out, corpus, name))
     if code not in (0, 3, -signal.SIGKILL):
         return f"the run ended with {code}"
-    if not out.exists():
+    if code:
         code, _ = faulty.disturbed(None, partial(faulty.quantize, folders["llama"], out, corpus, name))
         if code:
             return f"the second run ended with {code}"

@@ -72,6 +72,38 @@ def test_changes_are_told_apart(folder: Path) -> None:
     assert check(folder / "b") is None
 
 
+@pytest.mark.parametrize(
+    ("name", "belongs"),
+    [
+        ("README.md", False),
+        ("notes.txt", False),
+        ("LICENSE", False),
+        ("b/curve.PNG", False),
+        (".cache/huggingface/x.json", False),
+        (".openvino.partial/openvino_model.bin", False),
+        ("model-00002-of-00002.safetensors", True),
+        ("b/config.json", True),
+        ("modeling_x.py", True),
+        ("tokenizer.model", True),
+        ("chat_template.jinja", True),
+        ("merges.txt", True),
+        ("vocab.txt", True),
+        ("x.gguf", True),
+        ("openvino_model.xml", True),
+        ("model.onnx.data", True),
+        ("blob", True),
+    ],
+)
+def test_what_may_lie_beside_a_list(name: str, belongs: bool, folder: Path) -> None:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text("x")
+    found = check(folder)
+    assert found is not None
+    assert found.extra == (name,)
+    assert found.unlisted == ((name,) if belongs else ())
+    assert found.intact != belongs
+
+
 def test_a_sealed_folder_below_is_looked_at_by_its_own_list(folder: Path) -> None:
     inner = folder / "export"
     inner.mkdir()
@@ -117,6 +149,26 @@ def test_damaged_weights_are_not_loaded(out: Path, tmp_path: Path) -> None:
     (copy / FILE).unlink()
     gq.load(copy)
     assert torch.equal(gq.load(out)(ids).logits, expected)
+
+
+@pytest.mark.parametrize("lines", [slice(0, 0), slice(1, None)], ids=["emptied", "shortened"])
+def test_weights_that_are_not_in_the_list_are_not_loaded(lines: slice, out: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(out, tmp_path / "copy")
+    listed = (copy / FILE).read_text().splitlines(keepends=True)
+    listed.sort(key=lambda line: "model.safetensors" not in line)
+    (copy / FILE).write_text("".join(listed[lines]))
+    for load in (gq.load, open_model):
+        with pytest.raises(InputError, match=r"model\.safetensors is not in SHA256SUMS"):
+            load(copy)
+    gq.load(copy, check=False)
+    found = check(copy)
+    assert found is not None
+    assert "model.safetensors" in found.unlisted
+    shutil.copy(out / FILE, copy / FILE)
+    gq.load(copy)
+    shutil.copy(copy / "model.safetensors", copy / "more.safetensors")
+    with pytest.raises(InputError, match=r"more\.safetensors is not in SHA256SUMS"):
+        gq.load(copy)
 
 
 def test_other_files_do_not_matter_to_loading(out: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import multiprocessing
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import faulty
 import pytest
 import torch
 from faulty import Fault
+from safetensors.torch import load_file, save_file
 
 import gyroquant as gq
 from gyroquant import blocks, pipeline
@@ -69,6 +71,61 @@ def test_what_differs_is_told_and_nothing_is_thrown_away(
         assert sorted(path.name for path in there.iterdir()) == before
     pipeline.run(prepare(folders["llama"], out, other, corpus, fresh=True))
     assert not there.exists()
+
+
+def test_a_journal_that_was_being_removed_is_nobodys(folders: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+    """Its blocks are those of another recipe."""
+    there = killed(folders, tmp_path / "out", corpus)
+    (there / "run.json").unlink()
+    (there / ".tmpAbCdEf").write_bytes(b"half a block")
+    other = gq.load_recipe("gptq", [*faulty.SMALL, "weights.bits=3"])
+    for name in ("out", "clean"):
+        pipeline.run(prepare(folders["llama"], tmp_path / name, other, corpus))
+    assert faulty.content(tmp_path / "out") == faulty.content(tmp_path / "clean")
+    assert not there.exists()
+
+
+def test_an_error_of_another_run_throws_nothing_away(folders: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+    there = killed(folders, tmp_path / "out", corpus)
+    before = sorted(path.name for path in there.iterdir())
+    broken = Path(shutil.copytree(folders["llama"], tmp_path / "broken"))
+    tensors = load_file(broken / "model.safetensors")
+    next(iter(tensors.values())).view(-1)[0] = float("nan")
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(gq.GyroquantError, match="finite"):
+        pipeline.run(prepare(broken, tmp_path / "out", gq.load_recipe("gptq", faulty.SMALL), corpus))
+    assert sorted(path.name for path in there.iterdir()) == before
+
+
+def test_a_folder_in_place_is_done_whatever_is_left_of_its_journal(
+    folders: dict[str, Path], corpus: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    there = killed(folders, out, corpus, at="out")  # as soon as the folder has its name
+    assert out.exists()
+    assert there.exists()
+    (there / "run.json").unlink()  # as if it had died while it removed the journal
+    before = faulty.content(out)
+    with pytest.raises(gq.InputError, match="is not empty"):
+        pipeline.run(prepare(folders["llama"], out, gq.load_recipe("rtn", faulty.SMALL), corpus))
+    assert not there.exists()
+    shutil.rmtree(out)
+    (killed(folders, out, corpus, at="out") / "run.json").unlink()
+    faulty.quantize(folders["llama"], out, corpus, "gptq")
+    assert faulty.content(out) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_that_was_to_be_replaced_comes_back_though_another_run_is_refused(
+    folders: dict[str, Path], corpus: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    killed(folders, out, corpus)
+    (tmp_path / ".out.old").mkdir()  # as if that had died between the two renamings of a replacement
+    (tmp_path / ".out.old" / "kept").write_text("")
+    with pytest.raises(gq.InputError, match="unfinished run"):
+        faulty.quantize(folders["llama"], out, corpus, "rtn")
+    assert [path.name for path in out.iterdir()] == ["kept"]
 
 
 @pytest.mark.parametrize("name", ["block-00000.safetensors", "block-00000.json", "proof.json", "states-0-0.bin"])
@@ -133,8 +190,12 @@ def test_states_are_known_by_their_mark(tmp_path: Path) -> None:
     assert torch.equal(found[0]["a"], tensors["a"])
     assert found[1] == [1, float("inf")]
     assert get_state(path, "y") is None
-    path.write_bytes(path.read_bytes()[:-1])
-    assert get_state(path, "x") is None
+    whole = path.read_bytes()
+    for damaged in (whole[:-1], whole[:-1] + b"x"):  # the end cut off, another number in the tensor
+        path.write_bytes(damaged)
+        assert get_state(path, "x") is None
+    path.write_bytes(whole)
+    assert get_state(path, "x") is not None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

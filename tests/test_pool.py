@@ -6,11 +6,13 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -25,8 +27,9 @@ def nothing(spec: Any, log: Path, processes: Any = None) -> dict[str, Any]:
 
 
 def test_the_first_cell_runs_alone_then_as_many_as_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    local = LocalPool(nothing, workers=4, threads=1)
     monkeypatch.setattr(pool, "available_memory", lambda: 10 * 10**9)
+    local = LocalPool(nothing, workers=4, threads=1)
+    monkeypatch.setattr(pool, "available_memory", lambda: 10**9)  # those that run hold the rest
     assert local.slots(0) == 1
     assert local.slots(10**9) == 4
     assert local.slots(4 * 10**9) == 2
@@ -64,9 +67,25 @@ def test_a_pool_that_is_closed_ends_what_runs_and_starts_nothing_again(
 
 
 def test_ray_that_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(gq.InputError, match=r"pip install 'gyroquant\[ray\]'"):
         make_pool(nothing, Workers(ray="local"))
+
+
+def cluster(*processors: int) -> Any:
+    """What stands for Ray with machines of so many processors each."""
+    fake = MagicMock()
+    fake.nodes.return_value = [{"Alive": True, "Resources": {"CPU": float(count)}} for count in processors]
+    fake.nodes.return_value.append({"Alive": False, "Resources": {"CPU": 64.0}})
+    return fake
+
+
+def test_a_cluster_has_as_many_tasks_as_its_machines_have_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", cluster(7, 3, 8))
+    assert make_pool(nothing, Workers(threads=4, ray="there")).slots(0) == 3
+    assert make_pool(nothing, Workers(2, threads=4, ray="there")).slots(0) == 2
+    with pytest.raises(gq.InputError, match="no machine of the cluster has 16 processors, but 8: give --threads"):
+        make_pool(nothing, Workers(threads=16, ray="there"))
 
 
 def _workers() -> list[int]:

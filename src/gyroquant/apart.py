@@ -18,10 +18,10 @@ import torch
 from gyroquant.allocation import ALLOCATION, give
 from gyroquant.blocks import block_name, carry, folded_block, keep_block, writer_of
 from gyroquant.calibration.stream import Stream
-from gyroquant.environment import peak_memory_bytes, steady_memory
+from gyroquant.environment import peak_memory_bytes, steady_memory, versions
 from gyroquant.errors import GyroquantError, InputError
 from gyroquant.job import Job, Output, grids_of, plan_all
-from gyroquant.journal import Journal
+from gyroquant.journal import Journal, JournalError
 from gyroquant.models.prove import folded_outer
 from gyroquant.models.runner import BlockRunner, evaluating
 from gyroquant.models.source import open_model
@@ -83,13 +83,18 @@ def _keep_common(job: Job, journal: Journal) -> None:
 
 def _start(job: Job, index: int, journal: Journal, stream: Stream | None, pool: Pool) -> Future[dict[str, Any]]:
     name = block_name(index)
+    recipe = job.recipe.to_dict()
+    recipe["calibration"]["dtype"] = str(job.compute_dtype).removeprefix("torch.")  # not what another machine has
     spec = {
         "model": str(Path(job.store.label).absolute()),
         "out": str(journal.out),
-        "recipe": job.recipe.to_dict(),
+        "head": journal.head,
+        "versions": _versions(),
+        "recipe": recipe,
         "dtype": str(job.output.dtype).removeprefix("torch."),
         "dense": job.output.dense,
         "device": str(job.output.device),
+        "offload": None if job.output.offload is None else str(job.output.offload.absolute()),
         "index": index,
         "inputs": [] if stream is None else journal.put_states(f"into-{name}", stream.states),
         "threads": pool.threads,
@@ -103,6 +108,8 @@ def _take(running: dict[Future[dict[str, Any]], int], journal: Journal) -> int:
     future = done.pop()
     index = running.pop(future)
     answer = future.result()
+    if "journal" in answer:
+        raise JournalError(answer["journal"])
     if "problem" in answer:
         raise InputError(f"block {index} was not rounded: {answer['problem']}")
     if "died" in answer:
@@ -113,7 +120,7 @@ def _take(running: dict[Future[dict[str, Any]], int], journal: Journal) -> int:
 
 def work_apart(spec: Mapping[str, Any], log: Path, processes: Processes | None = None) -> dict[str, Any]:
     """Rounds a block in a process of its own, which is started once more when it is killed; returns what it took, the
-    `problem` that is the user's to mend, or of what it `died`.
+    `problem` that is the user's to mend, what is wrong with the `journal`, or of what it `died`.
     """
     with tempfile.TemporaryDirectory() as scratch:
         try:
@@ -125,17 +132,27 @@ def work_apart(spec: Mapping[str, Any], log: Path, processes: Processes | None =
 def round_one(spec: Mapping[str, Any]) -> dict[str, Any]:
     """Rounds the block that a spec asks for, and keeps it in the journal of the run."""
     steady_memory()
-    journal = Journal(Path(spec["out"]))
+    journal, there = Journal(Path(spec["out"]), head=spec["head"]), _versions()
     try:
+        for name, here in spec["versions"].items():
+            if there[name] != here:
+                raise InputError(f"its machine has {name} {there[name]}, the one that gives out the blocks {here}")
         job = _job(spec, journal)
         with evaluating(job.store.skeleton()), torch.no_grad():
             stream = _stream(job)
             if stream is not None:
                 journal.get_states(spec["inputs"], stream.states)
             keep_block(job, spec["index"], writer_of(job), journal, stream, apart=True)
+    except JournalError as error:
+        return {"journal": str(error)}
     except GyroquantError as error:
         return {"problem": str(error)}
     return {"peak_memory_bytes": peak_memory_bytes()}
+
+
+def _versions() -> dict[str, str]:
+    """What has to be the same on all machines, for the same bytes."""
+    return {name: str(versions()[name]) for name in ("gyroquant", "torch", "transformers", "cpu_capability")}
 
 
 def _job(spec: Mapping[str, Any], journal: Journal) -> Job:
@@ -147,7 +164,11 @@ def _job(spec: Mapping[str, Any], journal: Journal) -> Job:
     tokens = arrays.pop("tokens", None)
     plan = load_plan(store.graph, recipe, common["maps"], arrays)
     output = Output(
-        Path(spec["out"]), getattr(torch, spec["dtype"]), dense=spec["dense"], device=torch.device(spec["device"])
+        Path(spec["out"]),
+        getattr(torch, spec["dtype"]),
+        dense=spec["dense"],
+        device=torch.device(spec["device"]),
+        offload=None if spec["offload"] is None else Path(spec["offload"]),
     )
     job = Job(store, recipe, plan, targets, output, None, quantizers, None, tokens, grids_of(recipe, targets))
     allocation = journal.read(ALLOCATION)

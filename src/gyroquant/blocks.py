@@ -51,7 +51,7 @@ def round_model(
             record = journal.get(block_name(i))
             if record is None:
                 if stream is not None and behind != i:
-                    _catch_up(job, i, records[-1], stream, journal)
+                    _catch_up(job, behind, i, records[-1], stream, journal)
                 record, behind = keep_block(job, i, writer, journal, stream, advance), i + 1
             else:
                 _restore_keys(job, i, record)
@@ -61,7 +61,7 @@ def round_model(
             records.append(record)
     if job.rounds_head:
         if stream is not None and behind != len(steps) and journal.get(_OUTER) is None:
-            _catch_up(job, len(steps), records[-1], stream, journal)
+            _catch_up(job, behind, len(steps), records[-1], stream, journal)
         records.append(_outer(job, outer, stream, writer, journal))
     for record in records:
         warnings += record["warnings"]
@@ -111,12 +111,14 @@ def folded_block(job: Job, index: int) -> dict[str, Tensor]:
     return fold(job.plan, job.store.read(job.graph.block_params(index)))
 
 
-def _catch_up(job: Job, index: int, record: Mapping[str, Any], stream: Stream, journal: Journal) -> None:
-    """Brings a stream that is at the first block in front of block `index`: `record` is that of the one before."""
+def _catch_up(job: Job, behind: int, index: int, record: Mapping[str, Any], stream: Stream, journal: Journal) -> None:
+    """Brings a stream from where it is, in front of block `behind`, to block `index`: `record` is that of the one
+    before it.
+    """
     if "states" in record:
         journal.get_states(record["states"], stream.states)
     else:  # blocks were rounded side by side
-        for before in range(index):
+        for before in range(behind, index):
             carry(job, before, stream, folded_block(job, before))
 
 

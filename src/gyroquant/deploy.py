@@ -138,7 +138,7 @@ def _checked(chosen: Format, folder: Path, store: PackedStore, tolerance: float)
     if not found["relative_logit_error"] <= tolerance:
         raise ProofError(
             f"{runtime.title} gives other logits for the {chosen.name} export than gyroquant for {store.folder}: "
-            f"relative error {found['relative_logit_error']:.1e}, allowed {tolerance:.0e}. Nothing was written"
+            f"relative error {found['relative_logit_error']:.1e}, allowed {tolerance:.0e}. No export was written"
         )
     result: dict[str, Any] = {"runtime": runtime.title, "tokens": _PROOF_TOKENS, **found}
     if runtime.decodes:

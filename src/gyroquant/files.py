@@ -5,16 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 from gyroquant.errors import InputError
 
 _CHUNK = 1 << 20
+_UMASK = os.umask(0)  # which can be asked for only by setting it
+os.umask(_UMASK)
 
 
 def sync(path: Path) -> None:
@@ -37,9 +43,31 @@ def sync_tree(folder: Path) -> None:
         sync(path)
 
 
+def make_folder(folder: Path) -> list[Path]:
+    """Makes a folder and those that it lies in, their names on the disk; returns the new ones, the innermost first."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        sync(path.parent)
+    return missing
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a safetensors file with the mode that other files get. Raises OSError for what goes wrong on the disk."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(plain, path, None if metadata is None else dict(metadata))
+    except SafetensorError as error:  # how safetensors tells of a full disk
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+    path.chmod(0o666 & ~_UMASK)
+
+
 def put(path: Path, write: Callable[[Path], object]) -> None:
     """Has `write` make a file under another name, sees it on the disk, and only then gives it its own name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         write(partial)
@@ -73,10 +101,11 @@ def file_digest(path: Path, note: Callable[[], None] = lambda: None) -> str:
 def locked(out: Path) -> Iterator[None]:
     """Holds the right to write `out`, a folder or a file. The system takes it back from a process that dies.
 
-    May be held more than once by the same thread. Raises InputError when another process holds it.
+    May be held more than once by the same thread. Folders that are made for it go when nothing is in them behind it.
+    Raises InputError when another process holds it.
     """
     path = out.absolute().with_name(f".{out.name}.lock")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    made = make_folder(path.parent)
     lock = FileLock(path, timeout=0, is_singleton=True)
     try:
         lock.acquire()
@@ -89,3 +118,6 @@ def locked(out: Path) -> Iterator[None]:
             with suppress(OSError):  # Windows deletes no file that is open
                 path.unlink()
         lock.release()
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()

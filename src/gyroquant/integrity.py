@@ -17,6 +17,9 @@ from gyroquant.errors import InputError
 from gyroquant.files import file_digest, put
 
 FILE = "SHA256SUMS"
+_BESIDE = {".md", ".rst", ".txt", ".log", ".csv", ".html", ".pdf", ".yaml", ".yml", ".png", ".jpg", ".jpeg", ".svg"}
+_READ = {"merges.txt", "vocab.txt", "dict.txt"}  # by tokenizers
+_NAMES = {"LICENSE", "NOTICE", "README"}
 _LINE = re.compile(r"(\\?)([0-9a-f]{64}) [ *](.+)")
 _ESCAPES = {"\\": "\\\\", "\n": "\\n", "\r": "\\r"}
 _checking: ContextVar[bool] = ContextVar("checking", default=True)
@@ -26,8 +29,7 @@ _checking: ContextVar[bool] = ContextVar("checking", default=True)
 class Integrity:
     """How a folder differs from its checksums; files by their relative posix paths.
 
-    `files` is how many are listed, `bytes` how much was hashed. `extra` files are not listed, which is no damage to
-    those that are.
+    `files` is how many are listed, `bytes` how much was hashed. `extra` files are not listed.
     """
 
     files: int
@@ -37,9 +39,20 @@ class Integrity:
     extra: tuple[str, ...]
 
     @property
+    def unlisted(self) -> tuple[str, ...]:
+        """The extra files that belong into the list. Pictures and texts for people do not, nor does what is hidden."""
+        return tuple(name for name in self.extra if not _is_beside(PurePosixPath(name)))
+
+    @property
     def intact(self) -> bool:
-        """Whether every file that is listed is there and unchanged."""
-        return not (self.missing or self.changed)
+        """Whether every file that is listed is there and unchanged, and all that belong into the list are in it."""
+        return not (self.missing or self.changed or self.unlisted)
+
+
+def _is_beside(path: PurePosixPath) -> bool:
+    if any(part.startswith(".") for part in path.parts):  # of git, of the hub, of an export that was killed
+        return True
+    return path.name not in _READ and (path.suffix.lower() in _BESIDE or path.name in _NAMES)
 
 
 def seal(folder: str | Path) -> Path:
@@ -122,18 +135,21 @@ def unchecked() -> Iterator[None]:
 
 
 def check_files(folder: Path, names: Collection[str]) -> None:
-    """Raises InputError, naming the file, when one of these files of a folder is not what its list says.
+    """Raises InputError, naming the file, when one of these files of a folder is not what its list says, or not in it.
 
     A folder without a list is taken as it is. A file that was compared once in this process and has not been written to
     since is not read again.
     """
-    if not _checking.get():
+    sums = read_sums(folder) if _checking.get() else None
+    if sums is None:
         return
-    sums = read_sums(folder) or {}
     for name in names:
-        if name not in sums:
-            continue
         path = folder / name
+        if name not in sums:
+            raise InputError(
+                f"{path} is not in {FILE}: the list is damaged, or the file is none of this folder. Copy or make the "
+                "folder again, or take the file out of it"
+            )
         try:
             facts = path.stat()
             digest = _digest(path, facts.st_ino, facts.st_size, facts.st_mtime_ns)

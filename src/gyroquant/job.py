@@ -16,7 +16,7 @@ from gyroquant.calibration.stream import Stream
 from gyroquant.calibration.text import Text, TokenBatch, load_text, sample, tokenize
 from gyroquant.environment import native_bfloat16, usable_device
 from gyroquant.errors import InputError, RecipeError
-from gyroquant.export.folder import check_room
+from gyroquant.export.folder import check_room, left_behind
 from gyroquant.export.writer import saved_dtype
 from gyroquant.grids import Grid, QuantizedWeight
 from gyroquant.learning.learn import Setting
@@ -31,7 +31,7 @@ from gyroquant.models.store import WeightStore
 from gyroquant.planning import needs_measuring, plan_folds
 from gyroquant.pool import Workers
 from gyroquant.recipe import Recipe, load_recipe
-from gyroquant.refusals import check_bias, check_elsewhere, check_forms, check_places, check_settings
+from gyroquant.refusals import check_bias, check_elsewhere, check_forms, check_places, check_settings, named_in
 from gyroquant.rounding.allocate import grids_by_bits
 from gyroquant.rounding.base import ModelSolver, Warn
 from gyroquant.rounding.rtn import RoundToNearest
@@ -157,13 +157,16 @@ def prepare(
     offload: str | Path | None = None,
     fresh: bool = False,
     workers: Workers | None = None,
+    reads: Sequence[str | Path] = (),
 ) -> Job:
     """Checks a quantization before any work: recipe, model, sites, group sizes, text, destination, room on the disk.
 
-    Raises a GyroquantError that names the culprit and the remedy; nothing has been written then.
+    `reads` are files besides these that are not to be replaced, such as the one that `recipe` was read from. Raises a
+    GyroquantError that names the culprit and the remedy; nothing has been written then.
     """
-    read, recipe, out = (model, recipe, calibration, offload), load_recipe(recipe), Path(out)
-    check_places(out, overwrite, model, read)
+    read, recipe, out = (recipe, calibration, *reads), load_recipe(recipe), Path(out)
+    offload = Path(offload) if offload else None
+    check_places(out, overwrite, model, (*read, *named_in(recipe)), offload)
     store = open_model(model)
     if isinstance(store, PackedStore):
         raise InputError(f"{store.label} is already quantized; start from the model in full precision")
@@ -178,7 +181,7 @@ def prepare(
         dense=dense,
         overwrite=overwrite,
         device=usable_device(device),
-        offload=Path(offload) if offload else None,
+        offload=offload,
         fresh=fresh,
         workers=workers,
     )
@@ -191,7 +194,7 @@ def prepare(
     check_elsewhere(job.graph, targets, recipe)
     check_bias(job.graph, recipe)
     _check_workers(job)
-    check_room(out, expected_bytes(job) * 2)  # pieces and the files they are put together in
+    check_room(out, expected_bytes(job) * 2 - left_behind(out))  # pieces and the files they are put together in
     return job
 
 

@@ -13,7 +13,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -21,29 +21,36 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from gyroquant.errors import GyroquantError, InputError
-from gyroquant.files import file_digest, locked, put
+from gyroquant.files import file_digest, locked, make_folder, put, save_tensors, sync
 
 _FORMAT = 1
 _HEAD = "run"
+_DONE = "done"
 _PART = 1 << 24  # bytes of hidden states that are copied at once
+
+
+class JournalError(InputError):
+    """What lies in a journal is not what this run can go on from, nor its to remove."""
 
 
 class Journal:
     """The journal of the run that makes `out`; a context in which no other run can have it.
 
-    Leaving it after an error of the user's to mend (GyroquantError), or before anything was done, removes it; after an
-    interruption, a full disk or want of memory it stays, and the error's attribute `kept` tells where. `fresh` throws
-    away what is there.
+    Leaving it after an error of the user's to mend (GyroquantError), or before anything was done, removes it, if
+    `begin` has found it to be this run's; after an interruption, a full disk or want of memory it stays, and the
+    error's attribute `kept` tells where. `fresh` throws away what is there.
+
+    A worker of another process, which does not enter it, gives the checksum of the `head` that it works for: nothing is
+    kept when another run has begun there since.
     """
 
-    def __init__(self, out: Path, fresh: bool = False):
+    def __init__(self, out: Path, fresh: bool = False, head: str | None = None):
         self.out, self.fresh = out.absolute(), fresh
         self.folder = self.out.with_name(f".{self.out.name}.journal")
-        self._held = ExitStack()
+        self._held, self._ours, self._for = ExitStack(), False, head
 
     def __enter__(self) -> Journal:
         self._held.enter_context(locked(self.out))
@@ -52,25 +59,43 @@ class Journal:
     def begin(self, facts: Mapping[str, Any]) -> bool:
         """Opens the journal of a run of which `facts`, plain data, tell everything that its result depends on.
 
-        Returns whether there is something to go on from. Raises InputError, naming what differs, when what is there
+        Returns whether there is something to go on from. Raises JournalError, naming what differs, when what is there
         belongs to another run.
         """
-        if self.fresh:
-            shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for left in self.folder.glob(".*.partial"):
+        if self.folder.exists() and (self.fresh or not self._record(_HEAD).exists()):
+            self._clear()  # without a head it is what is left of one that was being removed
+        make_folder(self.folder)
+        for left in (*self.folder.glob(".*.partial"), *self.folder.glob(".tmp*")):
             left.unlink()
-        facts = json.loads(json.dumps({"format": _FORMAT, **facts}))
-        known = self.read(_HEAD)
+        facts, known = _as_kept(facts), self.read(_HEAD)
         if known is None:
             self.write(_HEAD, facts)
-            return False
-        if known != facts:
-            raise _OtherRunError(
+        elif known != facts:
+            raise JournalError(
                 f"{self.out} has an unfinished run with other settings: {_differences(known, facts)}. Run that one "
                 "again to finish it, or give --fresh to start over"
             )
-        return True
+        self._ours = True
+        return known is not None
+
+    @property
+    def head(self) -> str:
+        """The checksum of what the run is of."""
+        return file_digest(self._record(_HEAD))
+
+    def finish(self, sums: Path) -> None:
+        """Notes that the folder is about to be put in place, whose checksums are in the file `sums`."""
+        self.write(_DONE, {"sums": file_digest(sums), "facts": self.read(_HEAD)})
+
+    def finished(self, sums: Path) -> bool:
+        """Whether the folder was put in place, and only the journal was left to be removed."""
+        done = self.read(_DONE)
+        return done is not None and sums.exists() and file_digest(sums) == done["sums"]
+
+    def has_finished(self, facts: Mapping[str, Any]) -> bool:
+        """Whether the run that has put the folder in place was one of these facts."""
+        done = self.read(_DONE)
+        return done is not None and bool(done["facts"] == _as_kept(facts))
 
     def _record(self, name: str) -> Path:
         return self.folder / f"{name}.json"
@@ -108,8 +133,9 @@ class Journal:
     def put(self, name: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         """Keeps a group of tensors, and with them a record."""
         path = self.path(name)
-        plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        put(path, lambda place: save_file(plain, place))
+        if self._for is not None and not (self._record(_HEAD).exists() and self.head == self._for):
+            raise JournalError(f"{self.folder} is another run's by now")
+        put(path, lambda place: save_tensors(tensors, place))
         self.write(name, {**record, "tensors": file_digest(path)})
 
     def get(self, name: str) -> dict[str, Any] | None:
@@ -155,48 +181,71 @@ class Journal:
             raise self._damaged(path)
 
     def _damaged(self, path: Path) -> InputError:
-        return _OtherRunError(
+        return JournalError(
             f"{path} is damaged: it is not what the run has written there. Give --fresh to start over, on another disk "
             "if this one fails"
         )
 
     def close(self) -> None:
         """The folder is in place: the journal goes."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        with suppress(OSError):  # what is left is removed by the next run
+            if self._record(_DONE).exists():  # then it tells until the last that the run is done
+                for path in self.folder.iterdir():
+                    if path != self._record(_DONE):
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
+            self._clear()
+
+    def _clear(self) -> None:
+        """Removes everything, and first of all what says whose it is."""
+        self._record(_HEAD).unlink(missing_ok=True)
+        sync(self.folder)
+        shutil.rmtree(self.folder)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with self._held:
-            if error is None or isinstance(error, _OtherRunError):
+            if error is None or isinstance(error, JournalError):
                 return
             names = {path.name for path in self.folder.glob("[!.]*")} - {self._record(_HEAD).name}
-            if isinstance(error, GyroquantError) or not names:
-                self.close()
-            else:
+            if names and not isinstance(error, GyroquantError):
                 error.kept = self.folder  # type: ignore[attr-defined]
+            elif self._ours:
+                self.close()
 
 
 def put_state(path: Path, tensors: Mapping[str, Tensor], mark: str, data: Any) -> None:
     """Keeps the state of a stage that is under way: tensors, plain data, and a `mark` of what they depend on."""
-    plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    put(path, lambda place: save_file(plain, place, {"mark": mark, "data": json.dumps(data)}))
+    text = json.dumps(data)
+    metadata = {"mark": mark, "data": text, "sha256": _state_digest(tensors, text)}
+    put(path, lambda place: save_tensors(tensors, place, metadata))
 
 
 def get_state(path: Path, mark: str) -> tuple[dict[str, Tensor], Any] | None:
-    """A state with this mark; None for any other file, which is one to start over from."""
+    """A state with this mark; None for any other file, and for a damaged one: those are to start over from."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("mark") == mark:
-                return {key: file.get_tensor(key).clone() for key in file.keys()}, json.loads(metadata["data"])
+            if metadata.get("mark") != mark:
+                return None
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
     except (OSError, SafetensorError):
-        pass
-    return None
+        return None
+    if metadata.get("sha256") != _state_digest(tensors, metadata["data"]):
+        return None
+    return tensors, json.loads(metadata["data"])
 
 
-class _OtherRunError(InputError):
-    """What is there is not ours to remove."""
+def _state_digest(tensors: Mapping[str, Tensor], text: str) -> str:
+    total = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        total.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
+        total.update(_raw(tensors[name].detach().cpu().contiguous()))
+    return total.hexdigest()
+
+
+def _as_kept(facts: Mapping[str, Any]) -> Any:
+    return json.loads(json.dumps({"format": _FORMAT, **facts}))
 
 
 def _digest(text: str) -> str:
@@ -205,7 +254,7 @@ def _digest(text: str) -> str:
 
 def _raw(tensor: Tensor) -> Any:
     """The memory of a tensor on the CPU, as bytes."""
-    return tensor.view(torch.uint8).reshape(-1).numpy().data
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _copy(state: Tensor | Path, total: Any, target: Path) -> None:

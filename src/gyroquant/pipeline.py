@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,11 @@ from gyroquant.elsewhere import round_elsewhere
 from gyroquant.environment import peak_memory_bytes, steady_memory, versions
 from gyroquant.errors import InputError
 from gyroquant.estimate import check_fits
-from gyroquant.export.folder import OutputFolder
+from gyroquant.export.folder import OutputFolder, check_destination, mend
 from gyroquant.export.hf import keep_online
 from gyroquant.export.memory import write_folded
 from gyroquant.export.writer import Writer
+from gyroquant.integrity import FILE as SUMS
 from gyroquant.integrity import seal
 from gyroquant.job import Job, learning_setting, plan_all
 from gyroquant.journal import Journal
@@ -154,10 +157,17 @@ def run(job: Job, progress: Stages | None = None) -> dict[str, Any]:
     started = time.perf_counter()
     check_fits(job)
     steady_memory()
-    with Journal(job.output.folder, job.output.fresh) as journal, evaluating(job.store.skeleton()):
+    journal = Journal(job.output.folder, job.output.fresh)
+    with _threads(job), journal, evaluating(job.store.skeleton()):
+        mend(job.output.folder)
         with progress.stage("look at the model", len(job.store.shapes)) as advance:
             model = fingerprint(job.store, advance)
-        if journal.begin(_facts(job, model)):
+        facts = _facts(job, model)
+        there = _already(job, journal, facts)
+        if there is not None:
+            progress.warn(f"{job.output.folder} was done already: only its journal was left to be removed")
+            return there
+        if journal.begin(facts):
             progress.warn(f"going on from where a run before was stopped ({journal.folder})")
         warnings: list[str] = []
         _measure(job, journal, progress)
@@ -181,6 +191,7 @@ def run(job: Job, progress: Stages | None = None) -> dict[str, Any]:
             manifest["peak_memory_bytes"] = peak_memory_bytes()
             folder.json("gyroquant.json", manifest)
             seal(folder.partial)
+            journal.finish(folder.partial / SUMS)
             folder.commit()
         journal.close()
     for text in warnings:
@@ -188,11 +199,38 @@ def run(job: Job, progress: Stages | None = None) -> dict[str, Any]:
     return manifest
 
 
+@contextmanager
+def _threads(job: Job) -> Iterator[None]:
+    """Has this process compute with as many threads as its workers do: sums come out another way with another number
+    of them.
+    """
+    before = torch.get_num_threads()
+    if job.output.workers is not None:
+        torch.set_num_threads(job.output.workers.each)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _already(job: Job, journal: Journal, facts: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The manifest of a folder that the same job has put in place, and died before it removed the journal."""
+    out = job.output.folder
+    if not journal.finished(out / SUMS):
+        return None
+    same = journal.has_finished(facts) and not job.output.fresh
+    journal.close()
+    if same:
+        found: dict[str, Any] = json.loads((out / "gyroquant.json").read_text(encoding="utf-8"))
+        return found
+    check_destination(out, job.output.overwrite)
+    return None
+
+
 def _facts(job: Job, model: str) -> dict[str, Any]:
     """Everything that the result depends on, to know a run again by."""
     recipe, output, machine = job.recipe.to_dict(), job.output, versions()
-    if output.workers is not None:
-        machine["threads"] = output.workers.each
+    recipe["calibration"]["dtype"] = str(job.compute_dtype)  # what `auto` stands for differs by the machine
     for told in (recipe, machine):
         for label in ("name", "description", "platform"):
             told.pop(label, None)

@@ -29,12 +29,13 @@ class LocalPool:
     def __init__(self, task: Task, workers: int, threads: int):
         self.task, self.workers, self.threads = task, workers, threads
         self._waiters, self._processes = ThreadPoolExecutor(workers), Processes()
+        self._room = available_memory()  # while none runs: later, what they hold is missing from it
 
     def slots(self, peak: int) -> int:
         """How many may run at once, when the largest so far took `peak` bytes (0: none has run)."""
         if not peak:
             return 1
-        return max(1, min(self.workers, int(available_memory() // (peak * _SLACK))))
+        return max(1, min(self.workers, int(self._room // (peak * _SLACK))))
 
     def submit(self, spec: Mapping[str, Any], log: Path) -> Future[dict[str, Any]]:
         """Starts the task for a spec."""
@@ -43,14 +44,15 @@ class LocalPool:
     def close(self) -> None:
         """Ends what still runs, after an interruption."""
         self._processes.end()
-        self._waiters.shutdown(wait=False, cancel_futures=True)
+        self._waiters.shutdown(cancel_futures=True)  # they have been killed: nothing is written any more
 
 
 class RayPool:
-    """The workers of a Ray cluster; `address` as Ray takes it, None for one on this machine.
+    """The workers of a Ray cluster, at most `workers` of them; `address` as Ray takes it, None for one on this machine.
 
     A worker that dies is started again elsewhere. The folders of model and results must be reachable under the same
-    names from all of its machines. Raises InputError where Ray is not installed.
+    names from all of its machines. Raises InputError where Ray is not installed, and when no machine has `threads`
+    processors: a task for which there is none would wait for ever.
     """
 
     def __init__(self, task: Task, address: str | None, threads: int, workers: int | None = None):
@@ -62,10 +64,17 @@ class RayPool:
         local = {"num_cpus": threads * workers} if address is None and workers else {}
         ray.init(address=address, ignore_reinit_error=True, log_to_driver=False, include_dashboard=False, **local)
         self._task = ray.remote(task).options(num_cpus=threads, max_retries=_RETRIES)
+        machines = [int(one["Resources"].get("CPU", 0)) for one in ray.nodes() if one["Alive"]]
+        self._slots = sum(processors // threads for processors in machines)
+        if not self._slots:
+            ray.shutdown()
+            largest = max(machines, default=0)
+            raise InputError(f"no machine of the cluster has {threads} processors, but {largest}: give --threads")
+        self._slots = min(self._slots, workers or self._slots)
 
     def slots(self, peak: int) -> int:
-        """How many the cluster has processors for."""
-        return max(1, int(self._ray.cluster_resources().get("CPU", 1) // self.threads))
+        """How many the machines have processors for."""
+        return self._slots
 
     def submit(self, spec: Mapping[str, Any], log: Path) -> Future[dict[str, Any]]:
         """Gives the task for a spec to the cluster."""

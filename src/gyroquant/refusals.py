@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gyroquant.errors import InputError, UnsupportedModelError
-from gyroquant.export.folder import check_destination
+from gyroquant.export.folder import check_destination, check_writable
+from gyroquant.integrity import FILE
+from gyroquant.journal import Journal
 from gyroquant.learning import Finish
 from gyroquant.models.fold import FoldPlan
 from gyroquant.models.graph import LinearOp, ModelGraph
@@ -18,14 +20,40 @@ from gyroquant.rounding.base import ModelSolver
 from gyroquant.rounding.stage import layer_name
 
 
-def check_places(out: Path, overwrite: bool, model: Any, read: Sequence[Any]) -> None:
-    """Refuses a destination that cannot be written, that lies in the model's folder or holds what is read; the
-    last of that is a folder for activations, which are written."""
-    check_destination(out, overwrite, [Path(one) for one in read if isinstance(one, (str, Path)) and _is_there(one)])
-    if read[-1] is not None:
-        check_destination(Path(read[-1]) / "hidden_states.bin")
+def check_places(out: Path, overwrite: bool, model: Any, read: Sequence[Any], offload: Path | None = None) -> None:
+    """Refuses a destination that cannot be written, that lies in the model's folder or holds one of the files that are
+    `read` (what names none is passed over), and a folder for activations, `offload`, that cannot be written or lies in
+    the destination.
+    """
+    keep = [Path(one) for one in (model, *read, offload) if isinstance(one, (str, Path)) and _is_there(one)]
+    check_destination(out, overwrite or only_journal_left(out), keep)
+    if offload is not None:
+        check_writable(offload)
+        if offload.resolve().is_relative_to(out.resolve()):
+            raise InputError(f"{offload} lies in {out}, which holds the result alone; choose a place beside it")
     if isinstance(model, (str, Path)) and Path(model).is_dir() and out.resolve().is_relative_to(Path(model).resolve()):
         raise InputError(f"{out} lies in the folder of the model, {model}; choose a place beside it")
+
+
+def only_journal_left(out: Path) -> bool:
+    """Whether a run has put `out` in place and was killed before it had removed its journal."""
+    try:
+        return out.is_dir() and Journal(out).finished(out / FILE)
+    except OSError:  # no name of a folder
+        return False
+
+
+def named_in(recipe: Recipe) -> list[str]:
+    """What may be names of files in a recipe: all its texts."""
+
+    def texts(data: Any) -> Iterator[str]:
+        if isinstance(data, str):
+            yield data
+        elif isinstance(data, (Mapping, list)):
+            for one in data.values() if isinstance(data, Mapping) else data:
+                yield from texts(one)
+
+    return list(texts(recipe.to_dict()))
 
 
 def _is_there(place: str | Path) -> bool:

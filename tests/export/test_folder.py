@@ -11,12 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import gyroquant as gq
-from gyroquant import journal, pipeline
+from gyroquant import files as written
+from gyroquant import pipeline
 from gyroquant.errors import InputError
+from gyroquant.estimate import check_fits
 from gyroquant.export import folder as module
-from gyroquant.export.folder import OutputFolder, check_destination, check_room
+from gyroquant.export.folder import OutputFolder, check_destination, check_room, check_rooms, left_behind, readable
 from gyroquant.export.shards import merge, write_piece
-from gyroquant.job import prepare
+from gyroquant.job import expected_bytes, prepare
 
 
 def test_pieces_become_one_file_or_shards(tmp_path: Path) -> None:
@@ -97,31 +99,111 @@ def test_destinations_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest
         check_destination(tmp_path / "out")
 
 
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_what_came_to_be_meanwhile_is_not_replaced(kind: str, tmp_path: Path) -> None:
+    out, other = tmp_path / "out", tmp_path / "other"
+    other.mkdir()
+    out.mkdir()  # empty, so that it may become the destination
+    with pytest.raises(FileExistsError, match="came to be during the run") as error, OutputFolder(out) as folder:
+        folder.json("new", {})
+        if kind == "folder":
+            (out / "mine").write_text("mine")
+        else:
+            out.rmdir()
+            out.write_text("mine") if kind == "file" else out.symlink_to(other)
+        folder.commit()
+    assert error.value.filename == str(out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out"]
+    if kind == "link":
+        assert out.readlink() == other
+    else:
+        assert (out / "mine" if kind == "folder" else out).read_text() == "mine"
+
+
+def test_what_comes_to_be_at_the_last_moment_is_not_replaced_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    monkeypatch.setattr(module, "sync_tree", lambda folder: (out / "mine").write_text("mine"))
+    with pytest.raises(OSError, match="out"), OutputFolder(out) as folder:
+        folder.commit()
+    assert (out / "mine").read_text() == "mine"
+
+
+def test_an_empty_folder_becomes_the_destination(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    with OutputFolder(out) as folder:
+        folder.json("new", {})
+        folder.commit()
+    assert [path.name for path in out.iterdir()] == ["new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def free(monkeypatch: pytest.MonkeyPatch, place: Path, count: int) -> None:
+    """Has every disk say that it has so many bytes free."""
+    usage = shutil.disk_usage(place)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda asked: usage._replace(free=count))
+
+
 def test_a_small_disk_is_noticed_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folders: dict[str, Path]
 ) -> None:
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda place: usage._replace(free=1000))
-    with pytest.raises(InputError, match="has 0 MB free; choose another disk"):
-        check_room(tmp_path / "out", 10**6)
-    with pytest.raises(InputError, match="MB free"):
+    free(monkeypatch, tmp_path, 1000)
+    with pytest.raises(InputError, match=r"out needs about 12\.3 MB, but its disk has 1\.0 kB free; choose"):
+        check_room(tmp_path / "out", 12_345_678)
+    with pytest.raises(InputError, match=r"needs about \d+\.\d kB, but its disk has 1\.0 kB free"):
         prepare(folders["llama"], tmp_path / "out", gq.load_recipe("rtn", ["weights.group_size=16"]))
+
+
+def test_places_on_one_disk_need_room_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free(monkeypatch, tmp_path, 1000)
+    one, other = tmp_path / "new" / "out", tmp_path / "hidden"
+    check_rooms([(one, 900), (other, 100)])
+    with pytest.raises(InputError, match=r"out and .*hidden need about 1\.1 kB, but their disk has 1\.0 kB free"):
+        check_rooms([(one, 900), (other, 200)])
+    if Path("/proc").exists():  # another disk
+        check_rooms([(one, 900), (Path("/proc"), 200)])
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(0, "0 bytes"), (999, "999 bytes"), (4200, "4.2 kB"), (10**8, "100.0 MB"), (1.5e9, "1.50 GB")]
+)
+def test_bytes_are_told_in_a_unit_that_says_something(size: float, text: str) -> None:
+    assert readable(size) == text
+
+
+def test_what_a_run_before_has_left_is_room_for_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folders: dict[str, Path]
+) -> None:
+    recipe = gq.load_recipe("rtn", ["weights.group_size=16"])
+    free(monkeypatch, tmp_path, expected_bytes(prepare(folders["llama"], tmp_path / "out", recipe)))
+    with pytest.raises(InputError, match="free; choose another disk"):
+        prepare(folders["llama"], tmp_path / "out", recipe)
+    for state, count in (("journal", 100), ("partial", 20)):
+        (tmp_path / f".out.{state}" / "logs").mkdir(parents=True)
+        (tmp_path / f".out.{state}" / "logs" / "x").write_bytes(bytes(count << 10))
+    (tmp_path / ".other.journal").mkdir()
+    (tmp_path / ".other.journal" / "x").write_bytes(bytes(1 << 10))
+    assert left_behind(tmp_path / "out") == 120 << 10
+    check_fits(prepare(folders["llama"], tmp_path / "out", recipe))
 
 
 def test_a_disk_that_fills_up_keeps_what_is_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folders: dict[str, Path]
 ) -> None:
     calls = 0
-    original = journal.save_file
+    original = written.save_file
 
-    def full(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    def full(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None) -> None:
         nonlocal calls
         calls += 1
-        original(tensors, path)
+        original(tensors, path, metadata)
         if calls == 2:
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(journal, "save_file", full)
+    monkeypatch.setattr(written, "save_file", full)
     recipe = gq.load_recipe("rtn", ["weights.group_size=16"])
     with pytest.raises(OSError, match="No space left") as error:
         pipeline.run(prepare(folders["llama"], tmp_path / "out", recipe))

@@ -26,7 +26,7 @@ _HEAD_TOKENS = 512  # tokens that run through the head at once: logits are wide
 class Stream:
     """The hidden states of `input_ids`, shape (sequences, length), on their way through a model.
 
-    `dtype` is what blocks compute in. With `offload`, a folder, the hidden states lie in a file there, memory-mapped,
+    `dtype` is what blocks compute in. With `offload`, a folder, the hidden states lie in files there, memory-mapped,
     and memory holds those of the sequences that are run and of the next ones. With a `pairing`, those of the original
     model go along in `original`: `observe` moves them on, with the weights that it is given, and `run` does not.
     `observing_seconds` is what `observe` took so far.
@@ -62,15 +62,15 @@ class Stream:
         self.pairing = pairing
         self.original: Tensor | None = None
         if pairing is not None and self.hidden is not None:
-            self.original = self._room(tuple(self.hidden.shape), offload, "original_")
+            self.original = self._room(tuple(self.hidden.shape), offload)
             for start, ids in self._batches():
                 self.original[start : start + len(ids)] = self.hidden[start : start + len(ids)]
                 self._pass(start)
 
-    def _room(self, shape: tuple[int, ...], offload: Path | None, label: str = "") -> Tensor:
+    def _room(self, shape: tuple[int, ...], offload: Path | None) -> Tensor:
         if offload is None:
             return torch.empty(shape, dtype=self.dtype)
-        spilled = Spilled(offload / f"{label}hidden_states.bin", shape, self.dtype)
+        spilled = Spilled(offload, shape, self.dtype)
         self._spilled.append(spilled)
         return spilled.tensor
 
@@ -93,9 +93,9 @@ class Stream:
 
     @property
     def states(self) -> list[Tensor | Path]:
-        """What is to be kept to go on later: the hidden states, or the files that they lie in, then the original's."""
+        """What is to be kept to go on later: the hidden states, then the original's; paths where they lie in files."""
         if self._spilled:
-            return [spilled.path for spilled in self._spilled]
+            return [spilled.tensor if spilled.path is None else spilled.path for spilled in self._spilled]
         return [state for state in (self.hidden, self.original) if state is not None]
 
     def free_outer(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -154,6 +155,7 @@ def _common(
 
 
 _INTERRUPTED = 130
+_WANT_OF_MEMORY = re.compile(r"DefaultCPUAllocator|[Cc]annot allocate memory|out of memory")  # as torch tells of it
 
 
 def _fail(text: str, status: int) -> None:
@@ -230,8 +232,11 @@ def main() -> None:
 
 
 def _left(error: BaseException | None) -> str:
-    """What an error has left on the disk: the journal of a run that can go on, or nothing."""
+    """What an error has left on the disk: what it says itself, the journal of a run that can go on, or nothing."""
     while error is not None:
+        left = getattr(error, "left", None)
+        if left is not None:
+            return str(left)
         kept = getattr(error, "kept", None)
         if kept is not None:
             return f"the same command goes on from there (what is done is kept in {kept})"
@@ -244,13 +249,16 @@ def _message(error: Exception) -> str:
     from gyroquant.errors import GyroquantError
 
     if isinstance(error, GyroquantError):
-        return str(error)
-    if isinstance(error, MemoryError):
+        return f"{error}; {_left(error)}" if hasattr(error, "left") else str(error)
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _WANT_OF_MEMORY.search(str(error))):
         return f"out of memory; use fewer or shorter samples (--nsamples, --seqlen) or --offload DIR; {_left(error)}"
     if isinstance(error, OSError):
         place = f": {error.filename}" if error.filename else ""
         return f"{error.strerror or error}{place}; {_left(error)}"
-    return f"unexpected {type(error).__name__}: {error}\nThis is a bug; run again with --debug to see where"
+    return (
+        f"unexpected {type(error).__name__}: {error}\n"
+        f"This is a bug; run again with --debug to see where; {_left(error)}"
+    )
 
 
 __all__ = ["app", "main"]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -52,8 +53,10 @@ def quantize(
     from gyroquant.job import prepare
     from gyroquant.pool import Workers
     from gyroquant.recipe import load_recipe
-    from gyroquant.report import console, summaries
+    from gyroquant.report.console import ConsoleStages
 
+    if format is not None and not overwrite:
+        _check_unexported(out, format)
     loaded = load_recipe(recipe, changes(change, nsamples, seqlen, seed), effort)
     job = prepare(
         model,
@@ -66,16 +69,53 @@ def quantize(
         save_dtype=save_dtype,
         offload=offload,
         fresh=fresh,
-        workers=Workers(workers, threads, ray) if workers or threads or ray else None,
+        workers=None if (workers, threads, ray) == (None, None, None) else Workers(workers, threads, ray),
+        reads=[recipe],
     )
     if format is not None:
         deploy.check_job(format, job)
-    manifest = pipeline.run(job, console.ConsoleStages())
+    manifest = pipeline.run(job, ConsoleStages())
     if format is not None:
-        manifest["export"] = deploy.export(out, format, out / format, progress=console.ConsoleStages())
-    if as_json:
-        print_json(manifest)
-    else:
-        console.show(*summaries.quantized(manifest, str(out)))
-        if format is not None:
-            console.show(*summaries.exported(manifest["export"], str(out / format)))
+        manifest["export"] = _export(out, format)
+    print_json(manifest) if as_json else _show(manifest, out)
+
+
+def _show(manifest: dict[str, Any], out: Path) -> None:
+    from gyroquant.report import console, summaries
+
+    console.show(*summaries.quantized(manifest, str(out)))
+    if "export" in manifest:
+        exported = manifest["export"]
+        console.show(*summaries.exported(exported, str(out / exported["format"])))
+
+
+def _export(out: Path, format: str) -> dict[str, Any]:
+    from gyroquant import deploy
+    from gyroquant.report import console
+
+    try:
+        return deploy.export(out, format, out / format, progress=console.ConsoleStages())
+    except BaseException as error:
+        error.left = f"{out} is complete, and `{_export_command(out, format)}` goes on from there"  # type: ignore[attr-defined]
+        raise
+
+
+def _export_command(out: Path, format: str) -> str:
+    return shlex.join(["gyroquant", "export", str(out), str(out / format), "--format", format])
+
+
+def _check_unexported(out: Path, format: str) -> None:
+    """Refuses to make a folder again that only wants its export."""
+    from gyroquant import deploy
+    from gyroquant.errors import InputError
+    from gyroquant.export.formats import format_named
+    from gyroquant.integrity import FILE
+    from gyroquant.refusals import only_journal_left
+
+    format_named(format)
+    complete = (out / "gyroquant.json").is_file() and (out / FILE).is_file()
+    if complete and not (out / format / deploy.MANIFEST).exists() and not only_journal_left(out):
+        raise InputError(
+            f"{out} is complete, but for its export: `{_export_command(out, format)}` makes that. To make all of it "
+            "again, replace it with --overwrite"
+        )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -33,25 +34,74 @@ def check_destination(out: Path, overwrite: bool = False, keep: Iterable[Path] =
             if not overwrite:
                 raise InputError(f"{out} exists and is not empty; choose another name, or replace it with --overwrite")
             for place in (*keep, Path.cwd()):
-                if place.resolve().is_relative_to(out.resolve()):
-                    raise InputError(f"{out} holds {place}, which replacing it would delete; choose another name")
-        parent = out.absolute().parent
-        existing = next(place for place in (parent, *parent.parents) if place.exists())
+                for found in (place.resolve(), place.parent.resolve() / place.name):  # what a link leads to, and itself
+                    if found.is_relative_to(out.resolve()):
+                        raise InputError(f"{out} holds {place}, which replacing it would delete; choose another name")
     except OSError as error:
         raise InputError(f"{str(out)[:200]} cannot be written: {error.strerror}; choose another name") from error
+    check_writable(out.absolute().parent, out)
+
+
+def check_writable(folder: Path, what: Path | None = None) -> None:
+    """Raises InputError when `folder` is no writable folder and cannot be made one; `what` is to be written there."""
+    what = folder if what is None else what
+    try:
+        existing = _existing(folder)
+    except OSError as error:
+        raise InputError(f"{str(what)[:200]} cannot be written: {error.strerror}; choose another name") from error
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise InputError(f"{out} cannot be written: {existing} is not a writable folder")
+        raise InputError(f"{what} cannot be written: {existing} is not a writable folder")
+
+
+def _existing(place: Path) -> Path:
+    """A place, or the innermost of the folders above it that is there."""
+    place = place.absolute()
+    return next(one for one in (place, *place.parents) if one.exists())
+
+
+def readable(size: float) -> str:
+    """A number of bytes for people, such as 1.20 GB, 34.5 MB, 6.7 kB or 890 bytes."""
+    for unit, count, digits in (("GB", 1e9, 2), ("MB", 1e6, 1), ("kB", 1e3, 1)):
+        if size >= count:
+            return f"{size / count:.{digits}f} {unit}"
+    return f"{size:.0f} bytes"
+
+
+def left_behind(out: Path) -> int:
+    """Bytes beside `out` that a run before has left there, and the next one goes on from or removes."""
+    total = 0
+    for state in ("journal", "partial"):
+        with suppress(OSError):  # of files that a run which is still going on deletes
+            for path in out.absolute().with_name(f".{out.name}.{state}").rglob("*"):
+                total += path.stat().st_size if path.is_file() else 0
+    return total
 
 
 def check_room(out: Path, needed: int) -> None:
     """Raises InputError when the disk of `out` has fewer than `needed` bytes free."""
-    parent = out.absolute().parent
-    existing = next(place for place in (parent, *parent.parents) if place.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise InputError(
-            f"{out} needs about {needed / 1e6:.0f} MB, but its disk has {free / 1e6:.0f} MB free; choose another disk"
-        )
+    check_rooms([(out, needed)])
+
+
+def check_rooms(needs: Iterable[tuple[Path, int]]) -> None:
+    """Raises InputError when a disk has fewer bytes free than all the places on it need together."""
+    disks: dict[int, list[tuple[Path, int]]] = {}
+    for place, needed in needs:
+        disks.setdefault(_existing(place).stat().st_dev, []).append((place, needed))
+    for found in disks.values():
+        needed, free = sum(size for _, size in found), shutil.disk_usage(_existing(found[0][0])).free
+        if free < needed:
+            places = " and ".join(str(place) for place, _ in found)
+            some, disk = ("needs", "its disk") if len(found) == 1 else ("need", "their disk")
+            raise InputError(
+                f"{places} {some} about {readable(needed)}, but {disk} has {readable(free)} free; choose another disk"
+            )
+
+
+def mend(out: Path) -> None:
+    """Puts back what a process has moved out of the way, that was killed before it put its own in the place."""
+    old = out.absolute().with_name(f".{out.name}.old")
+    if old.exists() and not out.exists():
+        old.rename(out)
 
 
 class OutputFolder:
@@ -61,7 +111,7 @@ class OutputFolder:
 
     def __init__(self, out: Path, overwrite: bool = False):
         check_destination(out, overwrite)
-        self.out = out.absolute()
+        self.out, self.overwrite = out.absolute(), overwrite
         self.partial, self._old = (self.out.with_name(f".{self.out.name}.{state}") for state in ("partial", "old"))
         self._pieces: list[Path] = []
         self._taken: set[Path] = set()
@@ -70,8 +120,7 @@ class OutputFolder:
     def __enter__(self) -> OutputFolder:
         self._held.enter_context(locked(self.out))
         try:
-            if self._old.exists() and not self.out.exists():  # killed between the two renamings of a replacement
-                self._old.rename(self.out)
+            mend(self.out)
             shutil.rmtree(self._old, ignore_errors=True)
             shutil.rmtree(self.partial, ignore_errors=True)
             self.partial.mkdir(parents=True)
@@ -106,10 +155,20 @@ class OutputFolder:
         self._pieces = []
 
     def commit(self) -> None:
-        """Puts the folder in place under its name, once all of it is on the disk."""
+        """Puts the folder in place under its name, once all of it is on the disk.
+
+        Raises FileExistsError when something is there that was not, and would be lost.
+        """
+        folder = self.out.is_dir() and not self.out.is_symlink()
+        replaced = folder and self.overwrite
+        if not replaced and (any(self.out.iterdir()) if folder else os.path.lexists(self.out)):
+            why = "came to be during the run; move it away and give the same command again"
+            raise FileExistsError(errno.EEXIST, why, str(self.out))
         sync_tree(self.partial)
-        if self.out.exists():
+        if replaced:
             self.out.rename(self._old)
+        elif folder:
+            self.out.rmdir()  # which fails where something has got into it since
         self.partial.rename(self.out)
         sync(self.out.parent)
         shutil.rmtree(self._old, ignore_errors=True)

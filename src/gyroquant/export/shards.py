@@ -12,8 +12,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
+
+from gyroquant.files import save_tensors
 
 _MAX_SHARD = 5 * 10**9
 _COPY = 1 << 24
@@ -22,7 +23,7 @@ _DTYPES = {"I8": torch.int8, "F16": torch.float16, "BF16": torch.bfloat16, "F32"
 
 def write_piece(path: Path, tensors: dict[str, Tensor]) -> None:
     """One piece: the tensors of a block, as a safetensors file of its own."""
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    save_tensors(tensors, path)
 
 
 def _header(file: BinaryIO) -> tuple[dict[str, Any], int]:

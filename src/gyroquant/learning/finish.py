@@ -17,10 +17,10 @@ from typing import Annotated, Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from gyroquant.calibration.stream import Stream
+from gyroquant.files import save_tensors
 from gyroquant.grids import QuantizedWeight, straight_through
 from gyroquant.journal import get_state, put_state
 from gyroquant.learning.objectives import divergence
@@ -274,5 +274,5 @@ def _write(store: PackedStore, arrays: Mapping[str, Tensor]) -> None:
             metadata = file.metadata()
         if tensors.keys() & arrays.keys():
             fresh = path.with_suffix(".partial")
-            save_file({key: arrays.get(key, tensor).contiguous() for key, tensor in tensors.items()}, fresh, metadata)
+            save_tensors({key: arrays.get(key, tensor) for key, tensor in tensors.items()}, fresh, metadata)
             fresh.replace(path)

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from gyroquant.errors import InputError
+from gyroquant.files import put, save_tensors
 from gyroquant.maps import Dense
 from gyroquant.methods.stored import read_rotations
 from gyroquant.models.fold import FoldPlan
@@ -37,14 +37,8 @@ def rotations_of(plan: FoldPlan, sites: Iterable[str]) -> dict[str, Tensor]:
 
 
 def write_rotations(path: Path, rotations: Mapping[str, Tensor]) -> None:
-    """Writes a file of rotations, fp64, by way of a temporary one."""
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        save_file({key: m.double().contiguous() for key, m in rotations.items()}, temporary)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"{path} cannot be written: {error}") from error
+    """Writes a file of rotations, fp64, whole or not at all. Raises OSError where the disk does not take it."""
+    put(path, lambda place: save_tensors({key: m.double() for key, m in rotations.items()}, place))
 
 
 def load_rotations(place: str | Path) -> dict[str, Tensor]:

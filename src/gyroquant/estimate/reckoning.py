@@ -1,13 +1,9 @@
-"""How much memory and disk a quantization will take, reckoned from the sizes of what is alive at once.
-
-Nothing is run and no weight is read, so that a run that cannot fit is refused before any work. Where the numbers come
-from is said at each; `gyroquant.predict` measures the same stages on one block.
-"""
+"""The sizes of what is alive at once in each stage of a quantization."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
@@ -15,9 +11,7 @@ import torch
 
 from gyroquant.calibration.observers import Gram, TokenSample
 from gyroquant.environment import available_memory, resident_memory_bytes
-from gyroquant.errors import InputError
-from gyroquant.export.folder import check_room
-from gyroquant.job import Job, expected_bytes, rounds_while_learning
+from gyroquant.job import Job, rounds_while_learning
 from gyroquant.learning.objectives import Sample
 from gyroquant.models.fold import ApplyMap
 from gyroquant.models.store import ModuleStore
@@ -26,59 +20,11 @@ from gyroquant.rounding.base import ModelSolver
 from gyroquant.rounding.stage import together
 
 _BATCH = 4096  # tokens that run through a block at once, as in `Stream`
-_HEAD = 512  # tokens that run through the head at once, as in `Stream`
 _CHUNK = 1 << 24  # entries of a parameter that are folded at once, as in `fold`
 _PIECE = 1 << 23  # weights that are rounded to nearest at once
-_JOURNAL = 2  # copies of the hidden states that are kept on disk, so that a run that was stopped goes on
 _AXES = 28  # bytes per entry of second moments while their principal axes are found, in fp64
 _FOLD = 3  # copies in fp64 of what is being folded: before, after, and in between
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A part of a run: its peak of resident memory in bytes, and its seconds where they were measured."""
-
-    name: str
-    peak_memory_bytes: int
-    seconds: float | None = None
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What a whole run takes. `disk_bytes` is the size of the result, `scratch_bytes` what else is on disk meanwhile:
-    the pieces that it is put together from, and hidden states.
-    """
-
-    stages: tuple[Stage, ...]
-    disk_bytes: int
-    scratch_bytes: int
-    hidden_bytes: int = 0
-    """Of the hidden states, in memory or in the file of `offload`."""
-
-    @property
-    def seconds(self) -> float:
-        return sum(stage.seconds or 0.0 for stage in self.stages)
-
-    @property
-    def peak_memory_bytes(self) -> int:
-        return max(stage.peak_memory_bytes for stage in self.stages)
-
-    def to_dict(self) -> dict[str, Any]:
-        totals = {"seconds": self.seconds, "peak_memory_bytes": self.peak_memory_bytes}
-        return totals | asdict(self) | {"stages": [asdict(stage) for stage in self.stages]}
-
-
-def estimate(job: Job) -> Prediction:
-    """Memory of every stage and disk of a job, without running any of it; no times."""
-    reckoned = Reckoning(job)
-    stages = tuple(Stage(name, size) for name, size in reckoned.totals())
-    return Prediction(stages, *disk(job), reckoned.hidden)
-
-
-def disk(job: Job) -> tuple[int, int]:
-    """Bytes on disk: of the result, and of what lies beside it while a job runs."""
-    result = expected_bytes(job)
-    return result, result + _JOURNAL * hidden_bytes(job)
+_SLACK = 1.25  # how much more memory than it takes a worker is given room for, as in `LocalPool`
 
 
 def hidden_bytes(job: Job) -> int:
@@ -89,44 +35,14 @@ def hidden_bytes(job: Job) -> int:
     return copies * job.tokens.numel() * job.graph.hidden * job.compute_dtype.itemsize
 
 
-def check_fits(job: Job) -> None:
-    """Raises InputError when a job needs more memory, or room on a disk, than there is, and says what to change."""
-    found = estimate(job)
-    where = job.output.offload or job.output.folder
-    check_room(job.output.folder, found.disk_bytes + found.scratch_bytes)
-    if job.output.offload is not None:
-        check_room(where / "hidden_states.bin", found.hidden_bytes)
-    if job.output.device.type != "cpu":
-        return
-    worst = max(found.stages, key=lambda stage: stage.peak_memory_bytes)
-    needed, there = worst.peak_memory_bytes - resident_memory_bytes(), available_memory()
-    if needed > there:
-        remedy = _remedy(job, found, worst.name, needed - there)
-        raise InputError(
-            f"{job.recipe.name} needs about {needed / 1e9:.2f} GB of memory for {job.store.label} (stage "
-            f"{worst.name!r}), and {there / 1e9:.2f} GB are available: {remedy}"
-        )
-
-
-def _remedy(job: Job, found: Prediction, stage: str, lacking: int) -> str:
-    """What would bring the need of a stage down, the surest first."""
-    settings, learn, remedies = job.recipe.calibration, job.recipe.learn, list[str]()
-    held = found.hidden_bytes if job.output.offload is None or stage == "finish" else 0
-    if stage == "learn" and learn is not None and learn.objective in ("cross_entropy", "kl"):
-        remedies.append("learn a block at a time (--set learn.objective=blocks)")
-    elif stage == "prove":
-        remedies.append("prove on less text (--set proof.nsamples=1)")
-    elif held:
-        if stage != "finish":
-            enough = "" if held >= lacking else ", which is not enough alone"
-            remedies.append(f"keep {held / 1e9:.2f} GB of hidden states on disk with --offload DIR{enough}")
-        fewer = int(settings.nsamples * (1 - lacking / held))
-        remedies.append(f"use --nsamples {fewer}" if fewer > 0 else f"use fewer --nsamples than {settings.nsamples}")
-    if stage == "finish":
-        remedies.append("leave the last touch out (--set finish=null)")
-    if stage in ("learn", "allocate", "finish"):
-        remedies.append(f"use a --seqlen shorter than {settings.seqlen}")
-    return "; ".join([*remedies, "free some memory, or take a machine with more"])
+def most_workers(job: Job) -> int:
+    """How many workers of a job may run at once; of a cluster that is not started here, as many as are asked for."""
+    workers = job.output.workers
+    if workers is None:
+        return 0
+    if workers.ray == "local" and workers.count is None:
+        return max(1, (os.cpu_count() or 1) // workers.each)
+    return workers.count or 1
 
 
 class Reckoning:
@@ -164,7 +80,7 @@ class Reckoning:
             yield "allocate", kept + self._allocate()
         if isinstance(self.recipe.weights.solver, ModelSolver):
             yield "solve", kept + 2 * 4 * self._count(self.job.store.shapes)
-        yield "round", kept + self._round()
+        yield "round", kept + (self._round() if self.job.output.workers is None else self._side_by_side(kept))
         yield "save", kept + self._save()
         if self.recipe.finish is not None:
             yield "finish", kept + self._finish()
@@ -224,13 +140,17 @@ class Reckoning:
         """The parameters around the blocks as `folded_outer` gives them."""
         return 4 * self._outer_folded
 
+    @property
+    def _making_outer(self) -> int:
+        """The same while they are made."""
+        read = self.stored * self._count(self.outer)
+        return read + max(self._around + self._folding(self.outer), self._reading(self.outer))
+
     def _save(self) -> int:
         """The parameters around the blocks, folded, and again in the dtype of the output, in front of the blocks."""
         size = self.job.output.dtype.itemsize
-        largest = max(map(self._size, self.outer))
-        read, saved = self.stored * self._count(self.outer), size * self._outer_folded
-        making = read + max(self._around + self._folding(self.outer), self._reading(self.outer))
-        return self.in_memory + max(making, self._around + saved + largest * (size + 3))
+        largest, saved = max(map(self._size, self.outer)), size * self._outer_folded
+        return self.in_memory + max(self._making_outer, self._around + saved + largest * (size + 3))
 
     def _measure(self) -> int:
         outer, block = self._count(self.outer), self._count(self.block)
@@ -344,6 +264,33 @@ class Reckoning:
             folded + codes + deployed + self._activations(self.batch, self.compute),
         )
 
+    def _carry(self) -> int:
+        """The process that gives out blocks to workers: the text on its way through the unrounded ones."""
+        block, folded = self._count(self.block), self._folded(self.block)
+        making = block * self.stored + max(folded + self._folding(self.block), self._reading(self.block))
+        running = folded + block * self.compute + self._activations(self.batch, max(4, self.compute))
+        return self.in_memory + max(self._making_outer, making, running if self.job.needs_stream else 0)
+
+    def _side_by_side(self, kept: int) -> int:
+        """That process, and its workers, each of which holds what this one has by now, all of the hidden states, and
+        what a block takes.
+        """
+        first, each = self._carry(), self.base + kept + max(self.in_memory + self._making_outer, self._round())
+        return first + self.workers(first, each) * each
+
+    def workers(self, first: float, each: float) -> int:
+        """How many workers of `each` bytes run at once beside a first process of so many.
+
+        Here those that are asked for, as long as there is room: as `LocalPool` does, at least one. Ray looks at no
+        memory; what runs on a cluster elsewhere is not counted.
+        """
+        asked = self.job.output.workers
+        if asked is None or asked.ray not in (None, "local"):
+            return 0
+        most = most_workers(self.job)
+        room = available_memory() - first
+        return most if asked.ray else max(1, min(most, int(room // (each * _SLACK))))
+
     def _allocate(self) -> int:
         """The models with one layer rounded: their hidden states, beside the unrounded one's; and logits."""
         allocate = self.recipe.weights.allocate
@@ -385,6 +332,3 @@ def observer_bytes(kind: Any, n: int) -> int:
     if kind is Gram:
         return 4 * n * n
     return 1024 * n if kind is TokenSample else 16 * n
-
-
-__all__ = ["Prediction", "Reckoning", "Stage", "check_fits", "disk", "estimate", "hidden_bytes", "observer_bytes"]

@@ -300,10 +300,13 @@ def compared(comparison: Mapping[str, Any], out: str) -> list[Any]:
         base = comparison["original"]["tests"][judged["test"]]["perplexity"]
         title = f"{judged['bits']} bits on {judged['test']}; the original has {base:.2f}"
         shown += [table(title, header, rows, right=range(1, len(header))), judged["text"], ""]
-    rest = [cell for cell in comparison["cells"] if cell["status"] != "done"]
+    rest: dict[tuple[str, str], list[str]] = {}
+    for cell in comparison["cells"]:
+        if cell["status"] != "done":
+            rest.setdefault((cell["status"], cell["reason"]), []).append(cell["label"])
     if rest:
-        rows = [(cell["label"], cell["status"], cell["reason"]) for cell in rest]
-        shown.append(table("not run", ("", "", "why"), rows))
+        rows = [(", ".join(labels), *why) for why, labels in rest.items()]
+        shown.append(table("without a result", ("", "", "why"), rows))
     return [*shown, f"{out}/index.html has it all"]
 
 
@@ -315,7 +318,7 @@ def _compared(cell: Mapping[str, Any], row: Mapping[str, Any], judged: Mapping[s
     kl = "" if score["kl"] is None else f"{score['kl']:.3f}"
     name = cell["label"] + (" *" if row["key"] in judged["front"] else "")
     return (
-        name,
+        name + (" (over the budget)" if row["key"] in judged["over"] else ""),
         f"{cell['true_bits']:.3f}",
         f"{score['perplexity']:.4g}",
         f"{low:.4g} to {high:.4g}",

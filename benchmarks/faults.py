@@ -74,12 +74,12 @@ class Trial:
         code, _ = faulty.disturbed(fault, self._work(out))
         if code == 0:
             return "no fault"  # a step that writes nothing, so no disk was too full for it
-        if faulty.disturbed(None, self._work(out))[0]:
-            return "lost"
+        if faulty.disturbed(None, self._work(out))[0] and out.with_name(".out.journal").exists():
+            return "lost"  # without a journal it was done, and is only not done twice
         return self._compared(out)
 
     def _compared(self, out: Path) -> str:
-        return "same" if faulty.content(out) == self.wanted else "lost"
+        return "same" if out.exists() and faulty.content(out) == self.wanted else "lost"
 
     def damaged_result(self, damage: Callable[[Path], None]) -> Counter[str]:
         """What `gyroquant verify` says when the files of the finished folder are damaged, one after the other."""

@@ -73,7 +73,7 @@ def test_every_kind_of_damage_is_named(out: Path, tmp_path: Path) -> None:
     assert result["extra"] == ["note.txt"]
     text = " / ".join(result["problems"])
     assert "generation_config.json is missing" in text
-    assert "model.safetensors is damaged" in text
+    assert "model.safetensors, or its line in SHA256SUMS, is damaged" in text
     assert "model.layers.1.mlp.up_proj.weight cannot be decoded" in text
     assert "not finite" in text
     assert len(result["problems"]) == 3

@@ -34,8 +34,9 @@ def lost(
     if code not in (0, 3, -signal.SIGKILL):
         return f"the run ended with {code}"
     if code:
+        done = out.exists() and not (place / ".out.journal").exists()  # killed at the very end
         code, _ = faulty.disturbed(None, partial(faulty.quantize, folders["llama"], out, corpus, name))
-        if code:
+        if code and not done:
             return f"the second run ended with {code}"
     left = sorted(path.name for path in place.iterdir())
     if code == 0 and not {*left} <= {"out", ".out.lock", ".out.journal"}:

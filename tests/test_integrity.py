@@ -54,6 +54,13 @@ def test_what_is_sealed_is_intact(folder: Path) -> None:
     assert (folder / FILE).read_bytes() == before
 
 
+def test_a_list_whose_end_is_cut_off_is_no_list(folder: Path) -> None:
+    path = seal(folder)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(gq.InputError, match="SHA256SUMS ends in the middle of a line"):
+        check(folder)
+
+
 @pytest.mark.skipif(shutil.which("sha256sum") is None, reason="coreutils' sha256sum is not installed")
 def test_sha256sum_agrees(folder: Path) -> None:
     asked = ["sha256sum", "--check", "--strict", "--quiet", FILE]
@@ -122,7 +129,7 @@ def test_a_sealed_folder_below_is_looked_at_by_its_own_list(folder: Path) -> Non
         ("0" * 64 + "  ../outside\n", "outside"),
         ("0" * 64 + "  /etc/passwd\n", "outside"),
         ("0" * 63 + "  short\n", "line 1"),
-        ("\xff", "line 1"),
+        ("\xff\n", "line 1"),
     ],
 )
 def test_lists_that_are_no_lists_are_refused(text: str, why: str, tmp_path: Path) -> None:

@@ -79,9 +79,9 @@ def read_sums(folder: str | Path) -> dict[str, str] | None:
         lines = path.read_bytes().decode("utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
+    if lines.pop():
+        raise InputError(f"{path} ends in the middle of a line: its end is cut off")
     for number, line in enumerate(lines, 1):
-        if not line:
-            continue
         match = _LINE.fullmatch(line)
         if match is None:
             raise InputError(f"{path}, line {number}, is no checksum as sha256sum writes it: the list is damaged")

@@ -109,7 +109,7 @@ def _damage(out: Path, found: Integrity | None) -> list[str]:
         return [f"{out} has no {FILE}, so nothing is known of its files: it is older than checksums, or lost them"]
     remedy = "copy it again, or make the folder again"
     lines = [f"{name} is missing: {remedy}" for name in found.missing]
-    lines += [f"{name} is damaged (its sha256 is another): {remedy}" for name in found.changed]
+    lines += [f"{name}, or its line in {FILE}, is damaged (its sha256 is another): {remedy}" for name in found.changed]
     return lines + [f"{name} is not in {FILE}: take it out, or {remedy}" for name in found.unlisted]
 
 

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,15 @@ def inside(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return order
 
 
+@contextmanager
+def workers_given(patch: pytest.MonkeyPatch, trouble: Callable[[dict[str, Any]], dict[str, Any]]) -> Iterator[None]:
+    """Has workers work on what `trouble` makes of what they are asked for."""
+    usual = apart.run_apart
+    with patch.context() as inner:
+        inner.setattr(apart, "run_apart", lambda module, spec, *rest: usual(module, trouble(dict(spec)), *rest))
+        yield
+
+
 @pytest.mark.parametrize("changes", [[], HARD, ["weights.tune.iters=3", "weights.tune.batch_size=2"]])
 def test_they_are_the_same_bytes(
     changes: list[str], inside: list[int], folders: dict[str, Path], corpus: Path, tmp_path: Path
@@ -76,17 +87,14 @@ def test_inputs_matter(folders: dict[str, Path], corpus: Path, tmp_path: Path) -
 def test_a_worker_that_fails_is_told_and_what_is_done_is_kept(
     inside: list[int], folders: dict[str, Path], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usual = apart.run_apart
-
-    def died(module: str, spec: Any, *rest: Any) -> dict[str, Any]:
+    def die(spec: dict[str, Any]) -> dict[str, Any]:
         if spec["index"] == 1:
             raise DiedError("its process was killed by SIGKILL")
-        return usual(module, spec, *rest)
+        return spec
 
-    with monkeypatch.context() as patch:
-        patch.setattr(apart, "run_apart", died)
-        with pytest.raises(OSError, match=r"block 1 was not rounded: its process was killed by SIGKILL"):
-            run(folders["llama"], tmp_path / "out", corpus, workers=ALONE)
+    died = pytest.raises(OSError, match=r"block 1 was not rounded: its process was killed by SIGKILL")
+    with workers_given(monkeypatch, die), died:
+        run(folders["llama"], tmp_path / "out", corpus, workers=ALONE)
     assert [path.name for path in tmp_path.iterdir()] == [".out.journal"]
     run(folders["llama"], tmp_path / "out", corpus, workers=ALONE)
     assert inside == [0, 1]
@@ -113,47 +121,40 @@ def test_holes_are_filled_one_after_the_other(
 def test_damage_that_a_worker_finds_is_no_reason_to_throw_blocks_away(
     inside: list[int], folders: dict[str, Path], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usual = apart.run_apart
-
-    def damaging(module: str, spec: Any, *rest: Any) -> dict[str, Any]:
+    def damage(spec: dict[str, Any]) -> dict[str, Any]:
         if spec["index"] == 1:
             path = tmp_path / ".out.journal" / spec["inputs"][0]["file"]
             path.write_bytes(path.read_bytes()[:-1] + b"x")
-        return usual(module, spec, *rest)
+        return spec
 
-    with monkeypatch.context() as patch:
-        patch.setattr(apart, "run_apart", damaging)
-        with pytest.raises(gq.InputError, match=r"into-block-00001-0\.bin is damaged"):
-            run(folders["llama"], tmp_path / "out", corpus, workers=ALONE)
+    noticed = pytest.raises(gq.InputError, match=r"into-block-00001-0\.bin is damaged")
+    with workers_given(monkeypatch, damage), noticed:
+        run(folders["llama"], tmp_path / "out", corpus, workers=ALONE)
     assert (tmp_path / ".out.journal" / "block-00000.json").exists()
     run(folders["llama"], tmp_path / "out", corpus, workers=ALONE)
     assert inside == [0, 1, 1]
 
 
-def test_a_worker_on_another_kind_of_machine_is_refused(
-    inside: list[int], folders: dict[str, Path], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"versions": {"torch": "1.0"}}, r"its machine has torch .*, the one that gives out the blocks 1\.0"),
+        ({"head": "another"}, "is another run's by now"),
+    ],
+)
+def test_a_worker_of_another_machine_or_run_keeps_nothing(
+    other: dict[str, Any],
+    message: str,
+    inside: list[int],
+    folders: dict[str, Path],
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    usual = apart.run_apart
-
-    def elsewhere(module: str, spec: Any, *rest: Any) -> dict[str, Any]:
-        return usual(module, {**spec, "versions": {**spec["versions"], "torch": "1.0"}}, *rest)
-
-    monkeypatch.setattr(apart, "run_apart", elsewhere)
-    with pytest.raises(gq.InputError, match=r"its machine has torch .*, the one that gives out the blocks 1\.0"):
+    refused = pytest.raises(gq.InputError, match=message)
+    with workers_given(monkeypatch, lambda spec: {**spec, **other}), refused:
         run(folders["llama"], tmp_path / "out", corpus, workers=ALONE)
-
-
-def test_a_worker_whose_run_is_over_keeps_nothing(
-    inside: list[int], folders: dict[str, Path], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    usual = apart.run_apart
-
-    def late(module: str, spec: Any, *rest: Any) -> dict[str, Any]:
-        return usual(module, {**spec, "head": "another"}, *rest)
-
-    monkeypatch.setattr(apart, "run_apart", late)
-    with pytest.raises(gq.InputError, match="is another run's by now"):
-        run(folders["llama"], tmp_path / "out", corpus, workers=ALONE)
+    assert inside == [0]
     assert not list(tmp_path.glob(".out.journal/block-*"))
 
 

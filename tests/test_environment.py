@@ -13,6 +13,7 @@ from gyroquant.environment import (
     forget_peak,
     peak_memory_bytes,
     resident_memory_bytes,
+    size,
     steady_memory,
 )
 
@@ -119,3 +120,11 @@ def test_memory_that_is_left(files: dict[str, str], available: int, tmp_path: Pa
 
 def test_a_machine_without_proc_has_all_its_memory(tmp_path: Path) -> None:
     assert available_memory(tmp_path) > 10**8
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 bytes"), (999, "999 bytes"), (4200, "4.2 kB"), (91e6, "91 MB"), (9.14e6, "9.1 MB"), (1.5e9, "1.50 GB")],
+)
+def test_bytes_are_told_in_a_unit_that_says_something(count: float, text: str) -> None:
+    assert size(count) == text

@@ -53,6 +53,15 @@ def versions() -> dict[str, Any]:
     }
 
 
+def size(count: float) -> str:
+    """Bytes for people, such as 1.20 GB, 345 MB, 6.7 kB or 890 bytes."""
+    for unit, one in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= one:
+            digits = 2 if unit == "GB" else 0 if count >= 10 * one else 1
+            return f"{count / one:.{digits}f} {unit}"
+    return f"{count:.0f} bytes"
+
+
 def peak_memory_bytes() -> int:
     """The largest resident memory of this process so far, in bytes; 0 where the system does not tell.
 

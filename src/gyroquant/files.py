@@ -86,6 +86,11 @@ def put_json(path: Path, data: Any) -> None:
     put(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
+def put_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a safetensors file as `put` does."""
+    put(path, lambda partial: save_tensors(tensors, partial, metadata))
+
+
 def file_digest(path: Path, note: Callable[[], None] = lambda: None) -> str:
     """sha256 of a file, read a megabyte at a time; `note` is called after each."""
     digest, room = hashlib.sha256(), bytearray(_CHUNK)

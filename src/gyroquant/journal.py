@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gyroquant.errors import GyroquantError, InputError
-from gyroquant.files import file_digest, locked, make_folder, put, save_tensors, sync
+from gyroquant.files import file_digest, locked, make_folder, put, put_tensors, sync
 
 _FORMAT = 1
 _HEAD = "run"
@@ -135,7 +135,7 @@ class Journal:
         path = self.path(name)
         if self._for is not None and not (self._record(_HEAD).exists() and self.head == self._for):
             raise JournalError(f"{self.folder} is another run's by now")
-        put(path, lambda place: save_tensors(tensors, place))
+        put_tensors(path, tensors)
         self.write(name, {**record, "tensors": file_digest(path)})
 
     def get(self, name: str) -> dict[str, Any] | None:
@@ -218,7 +218,7 @@ def put_state(path: Path, tensors: Mapping[str, Tensor], mark: str, data: Any) -
     """Keeps the state of a stage that is under way: tensors, plain data, and a `mark` of what they depend on."""
     text = json.dumps(data)
     metadata = {"mark": mark, "data": text, "sha256": _state_digest(tensors, text)}
-    put(path, lambda place: save_tensors(tensors, place, metadata))
+    put_tensors(path, tensors, metadata)
 
 
 def get_state(path: Path, mark: str) -> tuple[dict[str, Tensor], Any] | None:

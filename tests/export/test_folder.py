@@ -16,7 +16,7 @@ from gyroquant import pipeline
 from gyroquant.errors import InputError
 from gyroquant.estimate import check_fits
 from gyroquant.export import folder as module
-from gyroquant.export.folder import OutputFolder, check_destination, check_room, check_rooms, left_behind, readable
+from gyroquant.export.folder import OutputFolder, check_destination, check_room, check_rooms, left_behind
 from gyroquant.export.shards import merge, write_piece
 from gyroquant.job import expected_bytes, prepare
 
@@ -151,9 +151,9 @@ def test_a_small_disk_is_noticed_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folders: dict[str, Path]
 ) -> None:
     free(monkeypatch, tmp_path, 1000)
-    with pytest.raises(InputError, match=r"out needs about 12\.3 MB, but its disk has 1\.0 kB free; choose"):
+    with pytest.raises(InputError, match=r"out needs about 12 MB, but its disk has 1\.0 kB free; choose"):
         check_room(tmp_path / "out", 12_345_678)
-    with pytest.raises(InputError, match=r"needs about \d+\.\d kB, but its disk has 1\.0 kB free"):
+    with pytest.raises(InputError, match=r"needs about \d+ kB, but its disk has 1\.0 kB free"):
         prepare(folders["llama"], tmp_path / "out", gq.load_recipe("rtn", ["weights.group_size=16"]))
 
 
@@ -165,13 +165,6 @@ def test_places_on_one_disk_need_room_together(tmp_path: Path, monkeypatch: pyte
         check_rooms([(one, 900), (other, 200)])
     if Path("/proc").exists():  # another disk
         check_rooms([(one, 900), (Path("/proc"), 200)])
-
-
-@pytest.mark.parametrize(
-    ("size", "text"), [(0, "0 bytes"), (999, "999 bytes"), (4200, "4.2 kB"), (10**8, "100.0 MB"), (1.5e9, "1.50 GB")]
-)
-def test_bytes_are_told_in_a_unit_that_says_something(size: float, text: str) -> None:
-    assert readable(size) == text
 
 
 def test_what_a_run_before_has_left_is_room_for_the_next(

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from gyroquant.calibration.stream import Stream
@@ -20,7 +19,7 @@ from gyroquant.calibration.text import TokenBatch, sample
 from gyroquant.comparison.texts import token_digest
 from gyroquant.evaluation.outliers import measure_outliers
 from gyroquant.evaluation.perplexity import DTYPES, last_hidden, score_windows, summary
-from gyroquant.files import put_json
+from gyroquant.files import put_json, put_tensors, save_tensors
 from gyroquant.models.runner import BlockRunner, evaluating
 from gyroquant.models.store import WeightStore
 from gyroquant.progress import Stages
@@ -48,14 +47,15 @@ class Shared:
         tokens = sample(text.ids, nsamples, seqlen, seed, text.name)
         path = self.folder / f"calibration-{token_digest(tokens)}.safetensors"
         if not path.exists():
-            _save({"tokens": tokens}, path, {"name": text.name, "sha256": text.sha256})
+            put_tensors(path, {"tokens": tokens}, {"name": text.name, "sha256": text.sha256})
         return path
 
     def test(self, ids: Tensor, progress: Stages) -> Path:
         """The file of a test's tokens, shape (windows, length), and of what leaves the original's last block."""
         path = self.folder / f"test-{token_digest(ids)}.safetensors"
         if not path.exists():
-            _save({"ids": ids, "hidden": last_hidden(self.store, ids, DTYPES[self.dtype], progress=progress)}, path, {})
+            hidden = last_hidden(self.store, ids, DTYPES[self.dtype], progress=progress)
+            put_tensors(path, {"ids": ids, "hidden": hidden})
         return path
 
     def facts(self, calibration: Path, tests: Mapping[str, Path], progress: Stages) -> dict[str, Any]:
@@ -127,8 +127,8 @@ def plain_folder(shared: Shared) -> Path:
         config.dtype = "float32"
         config.save_pretrained(partial)
         store.tokenizer().save_pretrained(partial)
-        weights = {name: tensor.float().contiguous() for name, tensor in store.read(store.shapes).items()}
-        save_file(weights, partial / "model.safetensors", {"format": "pt"})
+        weights = {name: tensor.float() for name, tensor in store.read(store.shapes).items()}
+        save_tensors(weights, partial / "model.safetensors", {"format": "pt"})
         partial.replace(folder)
     return folder
 
@@ -158,10 +158,3 @@ def own_grid(store: WeightStore) -> list[str]:
 
 def _rounded(values: Sequence[float]) -> list[float]:
     return [round(value, 9) for value in values]
-
-
-def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
-    partial.replace(path)

@@ -9,15 +9,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from gyroquant.environment import available_memory, resident_memory_bytes
+from gyroquant.environment import available_memory, resident_memory_bytes, size
 from gyroquant.errors import InputError
 from gyroquant.estimate.reckoning import Reckoning, hidden_bytes, most_workers, observer_bytes
-from gyroquant.export.folder import check_rooms, left_behind, readable
+from gyroquant.export.folder import check_rooms, left_behind
 from gyroquant.job import Job, expected_bytes
 
-_JOURNAL = (
-    3  # copies of the hidden states in the journal: behind the last block and the one before, and the one written
-)
+_JOURNAL = 3  # copies of the hidden states in the journal: behind the last two blocks, and the one being written
 
 
 @dataclass(frozen=True)
@@ -91,8 +89,8 @@ def check_fits(job: Job) -> None:
     if needed > there:
         remedy = _remedy(job, found, worst.name, needed - there)
         raise InputError(
-            f"{job.recipe.name} needs about {readable(needed)} of memory for {job.store.label} (stage "
-            f"{worst.name!r}), and {readable(there)} are available: {remedy}"
+            f"{job.recipe.name} needs about {size(needed)} of memory for {job.store.label} (stage "
+            f"{worst.name!r}), and {size(there)} are available: {remedy}"
         )
 
 
@@ -109,7 +107,7 @@ def _remedy(job: Job, found: Prediction, stage: str, lacking: int) -> str:
     elif held:
         if stage != "finish":
             enough = "" if held >= lacking else ", which is not enough alone"
-            remedies.append(f"keep {readable(held)} of hidden states on disk with --offload DIR{enough}")
+            remedies.append(f"keep {size(held)} of hidden states on disk with --offload DIR{enough}")
         fewer = int(settings.nsamples * (1 - lacking / held))
         remedies.append(f"use --nsamples {fewer}" if fewer > 0 else f"use fewer --nsamples than {settings.nsamples}")
     if stage == "finish":

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from gyroquant.environment import size
 from gyroquant.errors import InputError
 from gyroquant.export.shards import merge, merge_torch, write_piece
 from gyroquant.files import locked, sync, sync_tree
@@ -59,14 +60,6 @@ def _existing(place: Path) -> Path:
     return next(one for one in (place, *place.parents) if one.exists())
 
 
-def readable(size: float) -> str:
-    """A number of bytes for people, such as 1.20 GB, 34.5 MB, 6.7 kB or 890 bytes."""
-    for unit, count, digits in (("GB", 1e9, 2), ("MB", 1e6, 1), ("kB", 1e3, 1)):
-        if size >= count:
-            return f"{size / count:.{digits}f} {unit}"
-    return f"{size:.0f} bytes"
-
-
 def left_behind(out: Path) -> int:
     """Bytes beside `out` that a run before has left there, and the next one goes on from or removes."""
     total = 0
@@ -88,12 +81,12 @@ def check_rooms(needs: Iterable[tuple[Path, int]]) -> None:
     for place, needed in needs:
         disks.setdefault(_existing(place).stat().st_dev, []).append((place, needed))
     for found in disks.values():
-        needed, free = sum(size for _, size in found), shutil.disk_usage(_existing(found[0][0])).free
+        needed, free = sum(one for _, one in found), shutil.disk_usage(_existing(found[0][0])).free
         if free < needed:
             places = " and ".join(str(place) for place, _ in found)
             some, disk = ("needs", "its disk") if len(found) == 1 else ("need", "their disk")
             raise InputError(
-                f"{places} {some} about {readable(needed)}, but {disk} has {readable(free)} free; choose another disk"
+                f"{places} {some} about {size(needed)}, but {disk} has {size(free)} free; choose another disk"
             )
 
 

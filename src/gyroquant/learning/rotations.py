@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gyroquant.errors import InputError
-from gyroquant.files import put, save_tensors
+from gyroquant.files import put_tensors
 from gyroquant.maps import Dense
 from gyroquant.methods.stored import read_rotations
 from gyroquant.models.fold import FoldPlan
@@ -38,7 +38,7 @@ def rotations_of(plan: FoldPlan, sites: Iterable[str]) -> dict[str, Tensor]:
 
 def write_rotations(path: Path, rotations: Mapping[str, Tensor]) -> None:
     """Writes a file of rotations, fp64, whole or not at all. Raises OSError where the disk does not take it."""
-    put(path, lambda place: save_tensors({key: m.double() for key, m in rotations.items()}, place))
+    put_tensors(path, {key: m.double() for key, m in rotations.items()})
 
 
 def load_rotations(place: str | Path) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gyroquant.report.console import size
+from gyroquant.environment import size
 
 UNROTATED, OURS, PAPERS, OPPONENTS = "not rotated", "gyroquant's own", "recipes of papers", "other programs"
 FAMILIES = (UNROTATED, OURS, PAPERS, OPPONENTS)

@@ -77,11 +77,6 @@ def show(*things: Any) -> None:
         console.print(thing, highlight=False)
 
 
-def size(count: float) -> str:
-    """Bytes for people."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
-
-
 def duration(seconds: float) -> str:
     """Seconds for people."""
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"

@@ -9,11 +9,12 @@ from typing import Any
 
 from rich.table import Table
 
+from gyroquant.environment import size
 from gyroquant.evaluation.outliers import Outliers
 from gyroquant.fuzz import Finding, Report
 from gyroquant.inspection import Inspection
 from gyroquant.maps import factors
-from gyroquant.report.console import duration, size, table
+from gyroquant.report.console import duration, table
 
 
 def _mean(values: Iterable[float]) -> float:

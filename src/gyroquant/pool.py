@@ -16,7 +16,7 @@ from gyroquant.processes import Processes
 Task = Callable[..., dict[str, Any]]
 """Does what a spec asks for in a process of its own: (spec, log, and on this machine Processes) -> answer."""
 
-_SLACK = 1.25  # how much more memory than the largest so far a task is given room for
+SLACK = 1.25  # how much more memory than the largest so far a task is given room for
 _RETRIES = 3
 
 
@@ -35,7 +35,7 @@ class LocalPool:
         """How many may run at once, when the largest so far took `peak` bytes (0: none has run)."""
         if not peak:
             return 1
-        return max(1, min(self.workers, int(self._room // (peak * _SLACK))))
+        return max(1, min(self.workers, int(self._room // (peak * SLACK))))
 
     def submit(self, spec: Mapping[str, Any], log: Path) -> Future[dict[str, Any]]:
         """Starts the task for a spec."""

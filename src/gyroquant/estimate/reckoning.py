@@ -16,6 +16,7 @@ from gyroquant.learning.objectives import Sample
 from gyroquant.models.fold import ApplyMap
 from gyroquant.models.store import ModuleStore
 from gyroquant.planning import observed_sites
+from gyroquant.pool import SLACK
 from gyroquant.rounding.base import ModelSolver
 from gyroquant.rounding.stage import together
 
@@ -24,7 +25,6 @@ _CHUNK = 1 << 24  # entries of a parameter that are folded at once, as in `fold`
 _PIECE = 1 << 23  # weights that are rounded to nearest at once
 _AXES = 28  # bytes per entry of second moments while their principal axes are found, in fp64
 _FOLD = 3  # copies in fp64 of what is being folded: before, after, and in between
-_SLACK = 1.25  # how much more memory than it takes a worker is given room for, as in `LocalPool`
 
 
 def hidden_bytes(job: Job) -> int:
@@ -289,7 +289,7 @@ class Reckoning:
             return 0
         most = most_workers(self.job)
         room = available_memory() - first
-        return most if asked.ray else max(1, min(most, int(room // (each * _SLACK))))
+        return most if asked.ray else max(1, min(most, int(room // (each * SLACK))))
 
     def _allocate(self) -> int:
         """The models with one layer rounded: their hidden states, beside the unrounded one's; and logits."""

@@ -14,9 +14,9 @@ from gyroquant.export.gguf_header import stored_tensors
 from gyroquant.models.packed import PackedStore
 from gyroquant.models.store import CheckpointStore
 from gyroquant.opponents.base import Opponent, OpponentError, Outcome, Size, Task, run_side
+from gyroquant.opponents.stored import WIDE
 
 _SUPERBLOCK = 256
-_WIDE = {"F32": 2, "F64": 6}  # bytes of an entry beyond 16 bits
 _LIMIT = 0.5  # the share of weights that may be rounded to another type than the one asked for
 
 
@@ -130,4 +130,4 @@ def wide_tensors(path: Path) -> int:
 
     None of them is part of a rounded layer: types of few bits hold their scales themselves.
     """
-    return sum(one.numbers * _WIDE[one.kind] for one in stored_tensors(path).values() if one.kind in _WIDE)
+    return sum(one.numbers * WIDE[one.kind] for one in stored_tensors(path).values() if one.kind in WIDE)

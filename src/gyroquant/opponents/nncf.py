@@ -8,12 +8,11 @@ from typing import Any, ClassVar
 from xml.etree import ElementTree
 
 from gyroquant.opponents.base import Opponent, OpponentError, Outcome, Size, Task, run_side
-from gyroquant.opponents.stored import layer_weights
+from gyroquant.opponents.stored import WIDE, layer_weights
 
 _SYMMETRIC_ONLY = (2, 3)
 _IR = "openvino_model.xml"
 _PREFIX = "self.decoder."  # of a parameter's name in the graph that its script makes
-_WIDE = {"f32": 2, "f64": 6}  # bytes of an entry beyond 16 bits
 _AWQ = {"awq": True, "scale_estimation": True}
 
 
@@ -81,7 +80,7 @@ def wide_constants(path: Path, original: Path) -> int:
         data = layer.find("data")
         if layer.get("type") != "Const" or data is None or layer.attrib["name"].startswith(rounded):
             continue
-        kind, size = data.attrib["element_type"], int(data.attrib["size"])
-        if kind in _WIDE:
-            found[data.attrib["offset"]] = size * _WIDE[kind] // (2 + _WIDE[kind])
+        kind, size = data.attrib["element_type"].upper(), int(data.attrib["size"])
+        if kind in WIDE:
+            found[data.attrib["offset"]] = size * WIDE[kind] // (2 + WIDE[kind])
     return sum(found.values())

@@ -16,7 +16,7 @@ _BITS = {
     **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
     **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
 }
-_WIDE = {"F32": 2, "F64": 6}  # bytes of an entry beyond 16 bits
+WIDE = {"F32": 2, "F64": 6}  # bytes of an entry beyond 16 bits
 _IN_BLOCK = re.compile(r"\.\d+\..+\.weight$")
 _ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate)$")  # of a mixture of experts; nobody rounds them
 
@@ -56,9 +56,9 @@ def wide_bytes(files: Path, original: Path) -> int:
     modules = layer_weights(original)
     plain = {f"{module}.{part}" for module in modules for part in ("weight", "bias")}  # of rounded ones it is codes
     rounded = tuple(f"{module}." for module in modules)
-    wide = {name: header for name, header in _headers(files).items() if header.dtype in _WIDE}
+    wide = {name: header for name, header in _headers(files).items() if header.dtype in WIDE}
     outside = (header for name, header in wide.items() if name in plain or not name.startswith(rounded))
-    return sum(math.prod(header.shape) * _WIDE[header.dtype] for header in outside)
+    return sum(math.prod(header.shape) * WIDE[header.dtype] for header in outside)
 
 
 def layer_weights(original: Path) -> dict[str, int]:
@@ -99,4 +99,4 @@ def _read(path: Path) -> dict[str, _Header]:
     return found
 
 
-__all__ = ["layer_weights", "true_bits", "wide_bytes"]
+__all__ = ["WIDE", "layer_weights", "true_bits", "wide_bytes"]

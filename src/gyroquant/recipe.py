@@ -213,13 +213,12 @@ class Recipe(BaseModel):
         return turned or self.weights.basis is not None
 
     @property
-    def random(self) -> bool:
-        """Whether a run depends on the seed beyond the choice of calibration windows."""
-        weights = self.weights
-        if self.learn is not None or self.finish is not None or weights.tune is not None:
+    def varies(self) -> bool:
+        """Whether what is rounded depends on seeds: that of the recipe, or that which draws calibration windows."""
+        weights, methods = self.weights, [step.method for steps in self.transform.values() for step in steps]
+        if weights.needs_statistics or isinstance(weights.solver, ModelSolver):
             return True
-        drawn = any(step.method.random for steps in self.transform.values() for step in steps)
-        return drawn or isinstance(weights.solver, ModelSolver)
+        return any(one.random or one.statistics for one in methods) or bool(self.learn or self.finish)
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as it would be written in YAML; `parse` reads it back."""

@@ -26,13 +26,26 @@ def cells(*recipes: str, **changes: Any) -> list[Cell]:
     return grid(Wanted(recipes, **{**SMALL, "bits": (2, 4), **changes}), "MODEL", graph, "the text.txt")
 
 
-def test_recipes_sizes_and_seeds_are_crossed_and_what_draws_nothing_has_one_seed() -> None:
-    found = cells("gptq", "quarot", bits=(2, 3), group_sizes=(16, 32), seeds=(0, 1, 2))
-    assert sum(cell.name == "gptq" for cell in found) == 4
+def test_recipes_sizes_and_seeds_are_crossed_and_what_neither_draws_nor_calibrates_has_one_seed() -> None:
+    found = cells("rtn", "quarot", bits=(2, 3), group_sizes=(16, 32), seeds=(0, 1, 2))
+    assert sum(cell.name == "rtn" for cell in found) == 4
     assert sum(cell.name == "quarot" for cell in found) == 12
     assert {(cell.size.bits, cell.size.group_size) for cell in found} == {(2, 16), (2, 32), (3, 16), (3, 32)}
     assert {cell.settings["seed"] for cell in found if cell.name == "quarot"} == {0, 1, 2}
     assert all(cell.settings["weights"]["bits"] == cell.size.bits for cell in found)
+    assert [cell.seed for cell in cells("gptq", bits=(2,), group_sizes=(48,), seeds=(0, 1))] == [0]  # refused: once
+
+
+def test_a_seed_draws_rotations_and_everybodys_windows() -> None:
+    found = cells("gptq", opponents=("nncf:symmetric GPTQ", "llama.cpp"), bits=(4,), seeds=(0, 1))
+    assert [cell.settings["calibration"]["seed"] for cell in found if cell.kind == "recipe"] == [0, 1]
+    seeds: dict[str, list[int]] = {}
+    for cell in found:
+        seeds.setdefault(cell.name, []).append(cell.seed)
+    assert seeds["nncf: symmetric GPTQ"] == seeds["llama.cpp: Q4_0 imatrix"] == [0, 1]
+    assert seeds["llama.cpp: Q4_0"] == [0]
+    data_free = cells("gptq", opponents=("nncf:data-free",), bits=(4,), seeds=(0, 1))
+    assert [cell.seed for cell in data_free if cell.kind == "opponent"] == [0]
 
 
 def test_only_weights_are_rounded_unless_asked_and_rotations_then_learned_for_them() -> None:

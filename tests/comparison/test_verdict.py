@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -163,9 +164,19 @@ def test_seeds_are_one_row_with_their_spread_and_what_is_not_done_is_none() -> N
     other = cell("gsr", 0.3, key="gsr1", seed=1)
     judged = judge(cell("gptq", 0.5), other, cell("gsr", 0.2), {**cell("x", 0.0), "status": "failed"})
     assert [row["key"] for row in judged["rows"]] == ["gsr", "gptq"]
+    assert "seeds" not in judged["text"]  # of one of the two alone
     low, high = judged["rows"][0]["spread"]
     assert high / low == pytest.approx(math.exp(0.1))
     assert judged["rows"][1]["spread"] is None
+
+
+@pytest.mark.parametrize(("other", "said"), [(0.3, "none turns this round"), (0.6, "they overlap")])
+def test_the_words_tell_what_seeds_do_to_the_answer(other: float, said: str) -> None:
+    seeds = cell("gsr", other, key="gsr1", seed=1), cell("gptq", 0.5, key="gptq1", seed=1)
+    text = judge(cell("gptq", 0.5), cell("gsr", 0.2), *seeds)["text"]
+    spans = re.findall(r"Over 2 seeds: gsr [\d.]+ to [\d.]+, gptq [\d.]+ to [\d.]+; ([^.]*)\.", text)
+    assert len(spans) == 1  # what to use and whether to rotate are the same contest here
+    assert said in spans[0]
 
 
 def test_budgets_and_texts_are_judged_apart() -> None:

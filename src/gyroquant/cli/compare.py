@@ -69,7 +69,7 @@ def compare(
     bits: Annotated[str, typer.Option(help="Numbers of bits.")] = "2,3,4",
     group_size: Annotated[str, typer.Option(help="Group sizes; -1 is a whole row.")] = "64",
     symmetric: Annotated[bool, typer.Option("--symmetric", help="Grids without zero points.")] = False,
-    seeds: Annotated[int, typer.Option(help="Seeds of what is random in a recipe.")] = 1,
+    seeds: Annotated[int, typer.Option(help="Seeds of random rotations and calibration windows.")] = 1,
     nsamples: Annotated[int, typer.Option(help="Windows of text to calibrate on.")] = 64,
     seqlen: Annotated[int, typer.Option(help="Tokens in each window.")] = 512,
     tasks: Tasks = None,

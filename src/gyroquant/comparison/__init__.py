@@ -43,9 +43,9 @@ def compare(
     opponents, bits, group_sizes, symmetric, seeds (how many), nsamples, seqlen, tasks, task_limit, effort, changes,
     keep_activations, as in `comparison.cells.Wanted`.
 
-    Every cell calibrates on the same windows of `calibration`, and is measured on each text of `test` in the windows of
-    each of `presets` (see `evaluate`), or of `window` and `max_windows`, against the original. Opponents run in
-    environments of their own in the folder `environments`, made on demand with `make_environments`.
+    Every cell of a seed calibrates on the same windows of `calibration`, and is measured on each text of `test` in the
+    windows of each of `presets` (see `evaluate`), or of `window` and `max_windows`, against the original. Opponents run
+    in environments of their own in the folder `environments`, made on demand with `make_environments`.
 
     Raises GyroquantError for whatever cannot be right, before any work. A cell that fails is a row that says why.
     """

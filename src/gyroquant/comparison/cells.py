@@ -17,15 +17,13 @@ from gyroquant.presets import SIZED, has_effort, preset_names
 from gyroquant.recipe import Recipe, load_recipe
 
 _DIGITS = 12
-DRAWN_WITH = 0
-"""The seed of everybody's calibration windows."""
 
 
 @dataclass(frozen=True)
 class Conditions:
     """What is the same for all cells of a comparison: fingerprints of model and tokens, evaluation, versions.
 
-    `calibration` has the digest of the text's tokens, seqlen and seed; `tests`, by the digest of the tokens that are
+    `calibration` has the digest of the text's tokens, and seqlen; `tests`, by the digest of the tokens that are
     measured on, the window and the number of windows: what texts are called does not count, nor how many windows a
     shorter text was asked for. `tasks` are those of lm-evaluation-harness, with the number of questions of each
     (0: all).
@@ -52,7 +50,8 @@ class Cell:
     """One run: of one of our recipes, or of another program.
 
     `settings` is the whole recipe as data, or a variant of an opponent with its settings. `command` makes it again; an
-    opponent's is told once the whole comparison is known. A cell with a `refusal` can not be run, and says why.
+    opponent's is told once the whole comparison is known. `seed` is that of what a recipe or a program draws, and of
+    the calibration windows, which are everybody's of that seed. A cell with a `refusal` can not be run, and says why.
     `rotated` is whether it changes the basis that weights are rounded in, `home` where another program is to be had.
     """
 
@@ -124,7 +123,8 @@ class Wanted:
     """The grid of a comparison: what is crossed with what.
 
     `changes` are made to every recipe; `keep_activations` leaves recipes the rounding of activations and KV cache that
-    they have, which is otherwise taken out: a comparison is about weights.
+    they have, which is otherwise taken out: a comparison is about weights. What neither draws nor calibrates has the
+    first of the `seeds` only.
     """
 
     recipes: Sequence[str]
@@ -171,7 +171,7 @@ def grid(wanted: Wanted, model: str, graph: ModelGraph, calibration: str) -> lis
     _check_names(sources)
     cells = [cell for _, cell in sources]
     for name in wanted.opponents:
-        own = [one for size in wanted.sizes() for one in _opponent_cells(name, size, wanted.nsamples)]
+        own = [one for size in wanted.sizes() for one in _opponent_cells(wanted, name, size)]
         if not own:
             raise InputError(f"the opponent {name} has sizes of its own, and none of {bits} bits: leave it out")
         cells += own
@@ -187,6 +187,7 @@ def _check_names(sources: Iterable[tuple[str, Cell]]) -> None:
         if cell.refusal:
             continue
         done = {key: value for key, value in cell.settings.items() if key not in ("seed", "name", "description")}
+        done["calibration"] = {**done["calibration"], "seed": None}
         other, theirs = first.setdefault((cell.name, cell.size), (source, done))
         if done != theirs:
             raise InputError(
@@ -208,16 +209,17 @@ def _recipe_cells(
         recipe = load_recipe(preset, changes, effort)
     except GyroquantError as error:
         load_recipe(preset)  # a name that there is not is an error; one that cannot be changed so is an answer
-        yield Cell("recipe", name, size, 0, {"recipe": preset, "changes": changes}, refusal=str(error))
+        yield Cell("recipe", name, size, wanted.seeds[0], {"recipe": preset, "changes": changes}, refusal=str(error))
         return
     size = Size(size.bits, recipe.weights.grid.group_size, bool(getattr(recipe.weights.grid, "symmetric", True)))
-    for seed in wanted.seeds if recipe.random else wanted.seeds[:1]:
-        own = [f"seed={seed}", f"calibration.seed={DRAWN_WITH}"]  # everybody has the same windows, whatever it says
+    for seed in wanted.seeds if recipe.varies else wanted.seeds[:1]:
+        own = [f"seed={seed}", f"calibration.seed={seed}"]  # everybody has the same windows, whatever a recipe says
         seeded = load_recipe(recipe, own)
         command = shlex.join(_command(model, preset, effort, calibration, [*changes, *own]))
-        yield Cell(
-            "recipe", seeded.name, size, seed, seeded.to_dict(), command, _refusal(graph, seeded), seeded.rotates
-        )
+        refusal = _refusal(graph, seeded)
+        yield Cell("recipe", seeded.name, size, seed, seeded.to_dict(), command, refusal, seeded.rotates)
+        if refusal:
+            return  # the same for all seeds
 
 
 def _preset(name: str, bits: int) -> tuple[str | None, bool]:
@@ -270,8 +272,8 @@ def _command(model: str, preset: str, effort: str | None, text: str, changes: Se
     return words + [word for change in changes for word in ("--set", change)]
 
 
-def _opponent_cells(name: str, size: Size, nsamples: int) -> Iterator[Cell]:
-    """The cells of another program at one size, one a variant; ``name:variant`` asks for one of them.
+def _opponent_cells(wanted: Wanted, name: str, size: Size) -> Iterator[Cell]:
+    """The cells of another program at one size, of every variant; ``name:variant`` asks for one of them.
 
     A variant with groups of its own, or with grids that are symmetric whatever is asked for, is of that size.
     """
@@ -286,6 +288,8 @@ def _opponent_cells(name: str, size: Size, nsamples: int) -> Iterator[Cell]:
         if own.get("bits", size.bits) != size.bits:
             continue  # a type of another size
         real = Size(size.bits, own.get("block", size.group_size), own.get("symmetric", size.symmetric))
-        settings = {"variant": variant, **own, "nsamples": nsamples, "requirements": list(opponent.requirements)}
-        cell = Cell("opponent", f"{name}: {variant}", real, 0, settings, home=opponent.home)
-        yield replace(cell, refusal=opponent.problem(variant, real) or None, rotated=opponent.rotates(variant))
+        settings = {"variant": variant, **own, "nsamples": wanted.nsamples, "requirements": list(opponent.requirements)}
+        cell = Cell("opponent", f"{name}: {variant}", real, wanted.seeds[0], settings, home=opponent.home)
+        cell = replace(cell, refusal=opponent.problem(variant, real) or None, rotated=opponent.rotates(variant))
+        for seed in wanted.seeds if opponent.varies(variant) and not cell.refusal else wanted.seeds[:1]:
+            yield replace(cell, seed=seed)

@@ -49,7 +49,7 @@ class Asked:
             opponents=(f"{cell.name.partition(':')[0]}:{cell.settings['variant']}",),
             bits=(cell.size.bits,),
             group_sizes=(cell.size.group_size,),
-            seeds=(cell.seed,),
+            seeds=tuple(range(cell.seed + 1)),
             effort=None,  # these three are of recipes alone
             changes=(),
             keep_activations=False,

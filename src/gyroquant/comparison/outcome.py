@@ -58,7 +58,6 @@ def outcome(
                 "name": Path(asked.calibration).name,
                 "sha256": calibration.sha256,
                 "seqlen": asked.wanted.seqlen,
-                "seed": conditions.calibration["seed"],
             },
             "tests": texts.about(),
         },

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gyroquant.comparison.budget import expected_seconds
-from gyroquant.comparison.cells import DRAWN_WITH, Cell, Conditions, Wanted, all_named, grid
+from gyroquant.comparison.cells import Cell, Conditions, Wanted, all_named, grid
 from gyroquant.comparison.command import Asked
 from gyroquant.comparison.files import Results
 from gyroquant.comparison.outcome import outcome, write
@@ -111,7 +111,7 @@ def _conditions(store: WeightStore, wanted: Wanted, texts: Texts, dtype: str) ->
     found = versions()
     return Conditions(
         model=fingerprint(store),
-        calibration={"tokens": token_digest(texts.calibration.ids), "seqlen": wanted.seqlen, "seed": DRAWN_WITH},
+        calibration={"tokens": token_digest(texts.calibration.ids), "seqlen": wanted.seqlen},
         tests={
             key: {"window": texts.tests[name].ids.shape[1], "windows": len(texts.tests[name].ids)}
             for name, key in texts.keys.items()
@@ -141,22 +141,24 @@ class _Run:
         self.programs: dict[str, str] = {}
         self.refused: dict[str, str] = {cell.key: cell.refusal for cell in cells if cell.refusal}
         self.left: dict[str, str] = {}
-        self.calibration = self.matched = Path()  # as many windows as any recipe asks for, and as many as are matched
+        # By seed: files of as many windows as any recipe asks for, and of as many as are matched.
+        self.calibration, self.matched = dict[int, Path](), dict[int, Path]()
         self.tests: dict[str, Path] = {}
 
     def prepare(self, texts: Texts) -> dict[str, Any]:
         """Makes what cells share; returns the original's measurements."""
         count, seqlen = self.asked.wanted.nsamples, self.asked.wanted.seqlen
-        self.matched = self.shared.calibration(texts.calibration, count, seqlen, DRAWN_WITH)
+        seeds = sorted({cell.seed for cell in self.cells})
+        self.matched = {seed: self.shared.calibration(texts.calibration, count, seqlen, seed) for seed in seeds}
         for cell in self.cells:
             if cell.kind == "recipe" and not cell.refusal:
                 own = parse(dict(cell.settings)).calibration
                 count = max(count, own.nsamples)
                 if own.seqlen != seqlen:
                     self.refused[cell.key] = f"it calibrates on windows of {own.seqlen}, all others of {seqlen}"
-        self.calibration = self.shared.calibration(texts.calibration, count, seqlen, DRAWN_WITH)
+        self.calibration = {seed: self.shared.calibration(texts.calibration, count, seqlen, seed) for seed in seeds}
         self.tests = {key: self.shared.test(texts.tests[name].ids, self.progress) for name, key in texts.keys.items()}
-        return self.shared.facts(self.matched, self.tests, self.progress)
+        return self.shared.facts(self.matched[seeds[0]], self.tests, self.progress)
 
     def find_programs(self, folder: Path | None, make: bool) -> None:
         """Finds the interpreters of opponents that have something to run; who has none is refused with the reason."""
@@ -240,8 +242,8 @@ class _Run:
             "cell": cell.to_dict(),
             "settings": dict(cell.settings),
             "model": str(Path(model).absolute()) if Path(model).exists() else model,
-            "calibration": str(self.calibration.absolute()),
-            "matched": str(self.matched.absolute()),
+            "calibration": str(self.calibration[cell.seed].absolute()),
+            "matched": str(self.matched[cell.seed].absolute()),
             "tests": {key: str(path.absolute()) for key, path in self.tests.items()},
             "tasks": dict(self.tasks),
             "dtype": self.shared.dtype,

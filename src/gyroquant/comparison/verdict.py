@@ -28,7 +28,8 @@ def verdict(cells: Sequence[Result], original: Mapping[str, Any]) -> list[dict[s
     what is significantly better than the baseline, the best of our recipes that rotate nothing, that of the lowest
     loss; the baseline if there is nothing such. Whether rotating pays: the best result that rotates against the best
     that does not, ours or another program's. Each p of an answer is adjusted for having chosen (`max_t`); those in
-    `rows` are for one pair of cells each.
+    `rows` are for one pair of cells each. Both are of the lowest seed, and know nothing of a run's own chance: where
+    there are several seeds, the words say how far those of the two differ, and whether they overlap.
     """
     judged = []
     for bits in sorted({cell["bits"] for cell in cells}):
@@ -109,6 +110,10 @@ class _Field:
         self.adjusted = self._max_t(self.candidates, self.baseline) if self.baseline else {}
         self.recommended = next(filter(self.better, self.candidates), self.baseline or self.best)
 
+    def seeds(self, cell: Result) -> list[float]:
+        """The perplexities of a cell with all seeds."""
+        return [one["tests"][self.test]["perplexity"] for one in self.all if _same(one) == _same(cell)]
+
     def loss(self, cell: Result) -> float:
         return float(cell["tests"][self.test]["loss"])
 
@@ -148,7 +153,9 @@ def _exponential(value: float) -> float:
 def _budget(bits: int, field: _Field, lost: Sequence[str], original: Mapping[str, Any]) -> dict[str, Any]:
     baseline, recommended, rotation = field.baseline, field.recommended, field.rotation()
     words = _Words(field)
-    lines = [*words.use(), *words.others()], words.rotation(rotation), words.limits(lost)
+    pairs = [(recommended, baseline)] if baseline not in (None, recommended) else []
+    pairs += [(rotation.rotated, rotation.plain)] if rotation else []
+    lines = [*words.use(), *words.others()], words.rotation(rotation), words.seeds(pairs), words.limits(lost)
     return {
         "bits": bits,
         "test": field.test,
@@ -185,7 +192,7 @@ def _row(cell: Result, field: _Field, original: Mapping[str, Any]) -> dict[str, 
         return paired(field.windows(cell), field.windows(other))
 
     gap = paired(field.windows(cell), original["window_losses"]) if _finite(original) else {}
-    seeds = [one["tests"][field.test]["perplexity"] for one in field.all if _same(one) == _same(cell)]
+    seeds = field.seeds(cell)
     return {
         "key": cell["key"],
         "gap": gap.get("difference"),
@@ -280,6 +287,26 @@ class _Words:
         if not found.significant:
             advice += ", or measure on more text"
         return [f"{advice}: {fact}, which is {'' if found.significant else 'not '}significant (p = {found.p:.4f})."]
+
+    def seeds(self, pairs: Iterable[tuple[Result, Result]]) -> list[str]:
+        """What the seeds say of the contests of an answer, where each side was run with several."""
+        lines = {}
+        for first, second in pairs:
+            better, worse = sorted((first, second), key=self.field.loss)
+            low, high = self.field.seeds(better), self.field.seeds(worse)
+            if len(low) < 2 or len(high) < 2:
+                continue
+            spans = (
+                f"{one['name']} {perplexity(min(found))} to {perplexity(max(found))}"
+                for one, found in ((better, low), (worse, high))
+            )
+            said = (
+                "they overlap, so that other seeds could turn this round"
+                if max(low) >= min(high)
+                else "none turns this round"
+            )
+            lines[better["key"], worse["key"]] = f"Over {len(low)} seeds: {', '.join(spans)}; {said}."
+        return list(lines.values())
 
     def limits(self, lost: Sequence[str]) -> list[str]:
         """What the verdict cannot say."""

@@ -109,6 +109,8 @@ class Opponent(ABC):
     """Ways to use it, by name, and the settings of each; they are part of what a result is named by."""
     rotated: ClassVar[frozenset[str]] = frozenset()
     """The variants that change the basis which weights are rounded in; not part of what a result is named by."""
+    fixed: ClassVar[frozenset[str]] = frozenset()
+    """The variants that neither calibrate nor draw anything at random; not part of what a result is named by."""
     installing: ClassVar[Mapping[str, str]] = {}
     """Environment variables while it is installed."""
 
@@ -121,6 +123,11 @@ class Opponent(ABC):
     def rotates(cls, variant: str) -> bool:
         """Whether a variant changes the basis which weights are rounded in."""
         return variant in cls.rotated
+
+    @classmethod
+    def varies(cls, variant: str) -> bool:
+        """Whether what a variant deploys depends on its seed, or on the calibration text."""
+        return variant not in cls.fixed
 
     @abstractmethod
     def problem(self, variant: str, size: Size) -> str:

@@ -52,6 +52,7 @@ class LlamaCpp(Opponent):
         "Q4_K_M imatrix": _type("Q4_K_M", 4, _SUPERBLOCK, imatrix=True),
         "IQ4_XS imatrix": _type("IQ4_XS", 4, _SUPERBLOCK, imatrix=True),
     }
+    fixed = frozenset(name for name, settings in variants.items() if not settings["imatrix"])
 
     def problem(self, variant: str, size: Size) -> str:
         bits = self.variants[variant]["bits"]

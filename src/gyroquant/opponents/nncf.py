@@ -35,6 +35,7 @@ class Nncf(Opponent):
         "symmetric AWQ + scale estimation": {**_AWQ, "symmetric": True},
         "symmetric GPTQ": {"gptq": True, "symmetric": True},
     }
+    fixed = frozenset(("data-free", "symmetric data-free"))
 
     def problem(self, variant: str, size: Size) -> str:
         if size.bits not in (*_SYMMETRIC_ONLY, 4):

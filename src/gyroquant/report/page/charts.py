@@ -229,7 +229,7 @@ def _names(here: Spec, place: Spec) -> Spec:
 
 
 def seeds(comparison: Mapping[str, Any]) -> Spec | None:
-    """Perplexity over the seeds of the rotations; boxes where there are five or more. Parameters `test` and `bits`."""
+    """Perplexity over seeds; boxes where there are five or more. Parameters `test` and `bits`."""
     values = []
     for test in tests(comparison):
         for group, measured in several_seeds(comparison, test):
@@ -255,7 +255,7 @@ def seeds(comparison: Mapping[str, Any]) -> Spec | None:
 
     tooltip = [{"field": name} for name in ("recipe", "seed", "perplexity")]
     return frame(
-        "Perplexity over the seeds of the rotations, one row a recipe.",
+        "Perplexity over the seeds of rotations and calibration windows, one row a method.",
         44 * max(len({one["recipe"] for one in values if one["bits"] == bits}) for bits in budgets),
         {"test": tests(comparison)[0], "bits": min(budgets)},
         data={"values": values},

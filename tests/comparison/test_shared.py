@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 import gyroquant as gq
 from gyroquant import pipeline
-from gyroquant.comparison.shared import Shared, measured, own_grid, plain_folder, read_tokens
+from gyroquant.comparison.shared import Shared, brief, measured, own_grid, plain_folder, read_tokens
 from gyroquant.comparison.texts import Texts, Trial, read_texts
 from gyroquant.evaluation.perplexity import last_hidden
 from gyroquant.job import prepare
@@ -23,6 +23,12 @@ from gyroquant.progress import Stages
 
 def texts(store: WeightStore, corpus: Path, windows: int = 2) -> Texts:
     return read_texts(store, corpus, {"test": Trial(str(corpus), 32, windows)})
+
+
+def test_what_is_drawn_is_kept_to_six_digits() -> None:
+    data = {"name": "1.23456789", "block": 1234567, "mass": {"16": (1.23456789, 0.0)}, "decibels": None}
+    brief_one = {"name": "1.23456789", "block": 1234567, "mass": {"16": [1.23457, 0.0]}, "decibels": None}
+    assert brief([data]) == [brief_one]
 
 
 def test_calibration_tokens_are_those_that_a_run_takes_from_the_text(

@@ -82,7 +82,16 @@ def read_tokens(path: Path) -> TokenBatch:
 def outliers(store: WeightStore, calibration: Path, progress: Stages | None = None) -> list[dict[str, Any]]:
     """What enters the layers of a model, whose maps are in place, on some of the calibration text."""
     tokens = read_tokens(calibration).ids[:_LOOKED_AT]
-    return [asdict(row) for row in measure_outliers(store, tokens, progress=progress, sizes=_MASS_SIZES)]
+    return [brief(asdict(row)) for row in measure_outliers(store, tokens, progress=progress, sizes=_MASS_SIZES)]
+
+
+def brief(data: Any) -> Any:
+    """Plain data with numbers of six significant digits: for what is drawn, of which there is much."""
+    if isinstance(data, float):
+        return float(f"{data:.6g}")
+    if isinstance(data, Mapping):
+        return {key: brief(value) for key, value in data.items()}
+    return [brief(one) for one in data] if isinstance(data, (list, tuple)) else data
 
 
 def measured(

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from gyroquant import pipeline
-from gyroquant.comparison.shared import forward_seconds, measured, outliers, read_tokens
+from gyroquant.comparison.shared import brief, forward_seconds, measured, outliers, read_tokens
 from gyroquant.environment import versions
 from gyroquant.errors import GyroquantError
 from gyroquant.evaluation.tasks import score_tasks
@@ -104,7 +104,7 @@ def _recipe(spec: Mapping[str, Any], scratch: Path) -> dict[str, Any]:
         "proof_error": manifest["proof"]["relative_logit_error"],
         "warnings": manifest["warnings"],
         "measured": {"seconds": seconds, "peak_memory_bytes": manifest["peak_memory_bytes"]},
-        "layers": [_layer(layer) for layer in manifest["layers"]],
+        "layers": [brief(_layer(layer)) for layer in manifest["layers"]],
         "outliers": outliers(open_model(out), Path(spec["calibration"])),
     }
 

@@ -179,7 +179,7 @@ def test_another_program_is_asked_and_one_that_is_not_installed_is_a_row(
         def run(self, variant: str, task: Task, python: Path) -> Outcome:
             assert (variant, python, task.size.bits) == ("fast", Path("/python"), 2)
             assert not list(task.out.iterdir())
-            return Outcome(task.model, 2.5, 1000, 3.0, 10**9, {"program": "1"})
+            return Outcome(task.model, 2.5, 1000, 3.0, 10**9, {"program": "1"}, 1200)
 
     tried: list[Any] = []
 
@@ -200,7 +200,7 @@ def test_another_program_is_asked_and_one_that_is_not_installed_is_a_row(
     found = compared(folders["llama"], corpus, tmp_path, [], opponents=["program:fast"])
     (score,) = found["cells"][2]["tests"].values()
     assert score["kl"] == pytest.approx(0, abs=1e-9)  # it deployed the original
-    assert found["cells"][2]["true_bits"] == 2.5
+    assert [found["cells"][2][key] for key in ("true_bits", "bytes", "file_bytes")] == [2.5, 1000, 1200]
     words = shlex.split(found["cells"][2]["command"])
     assert words[words.index("--opponents") + 1] == "program:fast"
     assert found["cells"][2]["forward_equivalents"] == 3.0 / found["cells"][2]["measured"]["forward_seconds"]

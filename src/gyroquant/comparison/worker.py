@@ -148,6 +148,7 @@ def _opponent(spec: Mapping[str, Any], scratch: Path) -> dict[str, Any]:
         "place": done.dense,
         "true_bits": done.true_bits,
         "bytes": done.bytes,
+        "file_bytes": done.file_bytes,
         "proof_error": None,
         "warnings": [],
         "measured": {"seconds": done.seconds, "peak_memory_bytes": done.peak_memory_bytes},

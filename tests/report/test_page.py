@@ -223,6 +223,19 @@ def test_a_section_without_data_is_left_out_and_said_to_be(
     assert markdown(comparison)
 
 
+def test_of_many_recipes_the_same_few_are_drawn_in_all_budgets() -> None:
+    comparison = example()
+    rotated = [cell for cell in comparison["cells"] if cell["name"] in ("quarot", "gsr", "perq") and cell["seed"] == 0]
+    for n in range(6):
+        for cell in rotated:
+            name = f"{cell['name']} {'abcdef'[n if cell['bits'] == 2 else 5 - n]}"
+            comparison["cells"].append({**cell, "name": name, "label": f"{name} W{cell['bits']}", "key": f"{n}{name}"})
+    drawn = plots(comparison)["outliers"]["data"]["values"]
+    names = [{one["recipe"] for one in drawn if one["bits"] == bits} for bits in (2, 3, 4)]
+    assert names[0] == names[1] == names[2]
+    assert len(names[0]) == 7
+
+
 def nothing_done(comparison: dict[str, Any]) -> None:
     for cell in comparison["cells"]:
         cell |= {"status": "failed", "reason": "out of memory"}

@@ -9,6 +9,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from statistics import fmean, median
 from typing import Any
 
@@ -87,9 +88,17 @@ def last(module: str) -> str:
 
 
 def transforming(comparison: Mapping[str, Any], bits: int) -> list[Cell]:
-    """The cells of a budget that transform the model and whose activations were measured; no more than can be drawn."""
-    found = [one for one in ranked(comparison, bits) if one.get("outliers") and family(one) != UNROTATED]
-    return found[:_MOST]
+    """The cells of a budget that transform the model and whose activations were measured; of many the best, the same
+    recipes in all budgets, no more than can be drawn.
+    """
+    there = [_transforming(comparison, one) for one in sizes(comparison)]
+    ranks = zip_longest(*([short(comparison, cell) for cell in cells] for cells in there))
+    best = list(dict.fromkeys(name for rank in ranks for name in rank if name is not None))[:_MOST]
+    return [cell for cell in _transforming(comparison, bits) if short(comparison, cell) in best]
+
+
+def _transforming(comparison: Mapping[str, Any], bits: int) -> list[Cell]:
+    return [one for one in ranked(comparison, bits) if one.get("outliers") and family(one) != UNROTATED]
 
 
 def outlier_sources(comparison: Mapping[str, Any]) -> list[tuple[str, list[Mapping[str, Any]]]]:

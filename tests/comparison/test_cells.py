@@ -11,6 +11,7 @@ import pytest
 import tiny
 
 from gyroquant.comparison.cells import Cell, Conditions, Wanted, all_named, grid, named
+from gyroquant.comparison.run import BASELINES
 from gyroquant.errors import GyroquantError
 from gyroquant.models.source import open_model
 from gyroquant.opponents import Opponent, Outcome, Size
@@ -46,6 +47,14 @@ def test_a_seed_draws_rotations_and_everybodys_windows() -> None:
     assert seeds["llama.cpp: Q4_0"] == [0]
     data_free = cells("gptq", opponents=("nncf:data-free",), bits=(4,), seeds=(0, 1))
     assert [cell.seed for cell in data_free if cell.kind == "opponent"] == [0]
+
+
+def test_the_baselines_rotate_nothing_and_have_the_stronger_gptq_too() -> None:
+    found = {cell.name: cell for cell in cells(*BASELINES, bits=(2,))}
+    assert list(found) == ["rtn", "gptq", "gptq-act-order"]
+    assert not any(cell.rotated for cell in found.values())
+    solvers = [cell.settings["weights"]["solver"] for cell in found.values()]
+    assert [solver.get("act_order") for solver in solvers] == [None, False, True]
 
 
 def test_only_weights_are_rounded_unless_asked_and_rotations_then_learned_for_them() -> None:

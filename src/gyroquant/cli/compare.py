@@ -12,7 +12,7 @@ from gyroquant.cli.common import AsJson, Debug, print_json
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a GGUF file, or a name on the hub.")]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder of results; what is there is not run again.")]
-Recipes = Annotated[str, typer.Option(help="Recipes, with commas; rtn and gptq are always among them.")]
+Recipes = Annotated[str, typer.Option(help="Recipes, with commas; rtn, gptq and gptq-act-order are always there.")]
 Calibration = Annotated[str, typer.Option("--text", help="The text to calibrate on.")]
 Tests = Annotated[list[str] | None, typer.Option(help="A text to measure on; may be given more than once.")]
 Presets = Annotated[list[str] | None, typer.Option(help="bbt (8 windows of 1024), standard (all, of 2048).")]

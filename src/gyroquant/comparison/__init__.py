@@ -39,9 +39,9 @@ def compare(
     `out` is the folder of results: every cell is a file there, named by what makes it, beside the same comparison as
     `comparison.md` and as a page, `index.html`. A second call runs only what is missing, a killed one goes on where it
     was; `merge` takes over the results of other folders. A name such as `gyro` stands for gyro-w2 at 2 bits, and so on;
-    `rtn` and `gptq` on the model as it is are always among the recipes. `grid` is what they are crossed with, and how:
-    opponents, bits, group_sizes, symmetric, seeds (how many), nsamples, seqlen, tasks, task_limit, effort, changes,
-    keep_activations, as in `comparison.cells.Wanted`.
+    `rtn`, `gptq` and `gptq-act-order` on the model as it is are always among the recipes. `grid` is what they are
+    crossed with, and how: opponents, bits, group_sizes, symmetric, seeds (how many), nsamples, seqlen, tasks,
+    task_limit, effort, changes, keep_activations, as in `comparison.cells.Wanted`.
 
     Every cell of a seed calibrates on the same windows of `calibration`, and is measured on each text of `test` in the
     windows of each of `presets` (see `evaluate`), or of `window` and `max_windows`, against the original. Opponents run

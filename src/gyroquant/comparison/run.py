@@ -32,7 +32,7 @@ from gyroquant.pool import Pool, Workers, make_pool
 from gyroquant.progress import Stages
 from gyroquant.recipe import parse
 
-BASELINES = ("rtn", "gptq")
+BASELINES = ("rtn", "gptq", "gptq-act-order")
 
 
 @dataclass(frozen=True)

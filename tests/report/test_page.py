@@ -236,6 +236,17 @@ def test_of_many_recipes_the_same_few_are_drawn_in_all_budgets() -> None:
     assert len(names[0]) == 7
 
 
+def test_what_is_far_larger_than_its_name_is_told_and_not_drawn(tmp_path: Path) -> None:
+    comparison = example()
+    (large,) = (cell for cell in comparison["cells"] if cell["label"] == "perq W2 g64")
+    large["true_bits"] = 7.885
+    page = made(comparison, tmp_path)
+    assert "Too large to be drawn: perq W2 g64 (7.885 bits)." in page
+    points = data_of(page)["plots"]["pareto"]["data"]["values"]
+    assert "perq W2 g64" not in {one["name"] for one in points}
+    assert max(one["x"] for one in points) < 5
+
+
 def nothing_done(comparison: dict[str, Any]) -> None:
     for cell in comparison["cells"]:
         cell |= {"status": "failed", "reason": "out of memory"}

@@ -29,6 +29,7 @@ from gyroquant.report.comparison_rows import (
 )
 
 Spec = dict[str, Any]
+_FAR = 2.0  # bits above the number in its name
 
 
 def legend(values: Sequence[Any], unit: str = "", **settings: Any) -> Spec:
@@ -89,6 +90,13 @@ def fronts(comparison: Mapping[str, Any], test: str) -> dict[str, list[Row]]:
     return found
 
 
+def far_out(comparison: Mapping[str, Any], test: str) -> list[Row]:
+    """Those that take so many more bits than they are named by that a plot of them would show little else."""
+    kept = {row.cell["key"] for found in fronts(comparison, test).values() for row in found}
+    points = [row for row in lowest_seeds(comparison, test) if row.gap is not None and row.cell["key"] not in kept]
+    return [row for row in points if row.cell["true_bits"] > row.cell["bits"] + _FAR]
+
+
 def _corners(along: Sequence[Row]) -> dict[str, list[float | None]]:
     """The keys of those on a front that are named, of several nearly above one another the last, each with the place
     of the one named before it."""
@@ -124,8 +132,9 @@ def pareto(comparison: Mapping[str, Any]) -> Spec | None:
     for test in tests(comparison):
         along = fronts(comparison, test)
         corners = {scope: _corners(found) for scope, found in along.items()}
+        beyond = far_out(comparison, test)
         for row in lowest_seeds(comparison, test):
-            if row.gap is None or number(row.cell["true_bits"]) is None:
+            if row.gap is None or number(row.cell["true_bits"]) is None or row in beyond:
                 continue
             said = {}
             for heading, words in _hover(row, shown).items():

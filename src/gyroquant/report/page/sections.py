@@ -18,7 +18,7 @@ from gyroquant.report.comparison_rows import (
     tests,
 )
 from gyroquant.report.comparison_words import counts, introduction, model_facts, notes, original_line
-from gyroquant.report.page.charts import Spec, fronts
+from gyroquant.report.page.charts import Spec, far_out, fronts
 from gyroquant.report.page.charts_inside import FIGURES
 from gyroquant.report.page.themes import categories
 
@@ -134,9 +134,9 @@ def _pareto(comparison: Mapping[str, Any], plots: Mapping[str, Spec]) -> dict[st
             f"{row.name} ({row.cell['true_bits']:.3f} bits, {row.gap:+.4f} nats)"
             for row in fronts(comparison, test)["all"]
         ]
-        captions.append(
-            (test, f"On the front, from the smallest: {', '.join(named)}." if named else "Nothing is on a front.")
-        )
+        caption = f"On the front, from the smallest: {', '.join(named)}." if named else "Nothing is on a front."
+        beyond = [f"{row.name} ({row.cell['true_bits']:.3f} bits)" for row in far_out(comparison, test)]
+        captions.append((test, f"{caption} Too large to be drawn: {', '.join(beyond)}." if beyond else caption))
     there = {one["budget"] for one in plots["pareto"]["data"]["values"]}
     return {
         "test": _tests(comparison, "pareto"),

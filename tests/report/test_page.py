@@ -247,6 +247,13 @@ def test_what_is_far_larger_than_its_name_is_told_and_not_drawn(tmp_path: Path) 
     assert max(one["x"] for one in points) < 5
 
 
+def test_boxes_are_drawn_where_there_are_seeds_enough() -> None:
+    comparison = example()
+    assert "bar" in json.dumps(plots(comparison)["seeds"]["layer"])
+    comparison["cells"] = [cell for cell in comparison["cells"] if cell["seed"] < 4]
+    assert "bar" not in json.dumps(plots(comparison)["seeds"]["layer"])
+
+
 def nothing_done(comparison: dict[str, Any]) -> None:
     for cell in comparison["cells"]:
         cell |= {"status": "failed", "reason": "out of memory"}

@@ -30,6 +30,7 @@ from gyroquant.report.comparison_rows import (
 
 Spec = dict[str, Any]
 _FAR = 2.0  # bits above the number in its name
+_BOXED = 5  # seeds from which on a box says something
 
 
 def legend(values: Sequence[Any], unit: str = "", **settings: Any) -> Spec:
@@ -255,7 +256,7 @@ def seeds(comparison: Mapping[str, Any]) -> Spec | None:
     present = [one for one in FAMILIES if any(value["family"] == one for value in values)]
     color = {"field": "family", "type": "nominal", "scale": {"domain": list(FAMILIES)}}
     color["legend"] = legend(present, symbolType="circle")
-    once, many = {"filter": "datum.first_of"}, {"filter": "datum.first_of && datum.seeds >= 5"}
+    once, many = {"filter": "datum.first_of"}, {"filter": f"datum.first_of && datum.seeds >= {_BOXED}"}
 
     def at(field: str, end: str | None = None) -> Spec:
         x = {"field": field, "type": "quantitative", "title": "perplexity", "scale": {"zero": False, "padding": 12}}
@@ -263,6 +264,11 @@ def seeds(comparison: Mapping[str, Any]) -> Spec | None:
         return {"x": x, "y": y, "color": color} | ({"x2": {"field": end}} if end else {})
 
     tooltip = [{"field": name} for name in ("recipe", "seed", "perplexity")]
+    boxes = {
+        "transform": [many],
+        "mark": {"type": "bar", "height": 22, "fillOpacity": 0.18, "strokeWidth": 1.5, "cornerRadius": 2},
+        "encoding": at("quarter", "three_quarters") | {"stroke": {k: v for k, v in color.items() if k != "legend"}},
+    }
     return frame(
         "Perplexity over the seeds of rotations and calibration windows, one row a method.",
         44 * max(len({one["recipe"] for one in values if one["bits"] == bits}) for bits in budgets),
@@ -271,12 +277,7 @@ def seeds(comparison: Mapping[str, Any]) -> Spec | None:
         transform=[{"filter": "datum.test == test && datum.bits == bits"}],
         layer=[
             {"transform": [once], "mark": {"type": "rule", "strokeWidth": 1.5}, "encoding": at("low", "high")},
-            {
-                "transform": [many],
-                "mark": {"type": "bar", "height": 22, "fillOpacity": 0.18, "strokeWidth": 1.5, "cornerRadius": 2},
-                "encoding": at("quarter", "three_quarters")
-                | {"stroke": {k: v for k, v in color.items() if k != "legend"}},
-            },
+            *([boxes] if any(value["seeds"] >= _BOXED for value in values) else []),
             {
                 "transform": [once],
                 "mark": {"type": "tick", "thickness": 3, "height": 22, "opacity": 1},

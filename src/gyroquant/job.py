@@ -28,7 +28,7 @@ from gyroquant.models.packed import PackedStore
 from gyroquant.models.runner import BlockRunner
 from gyroquant.models.source import open_model
 from gyroquant.models.store import WeightStore
-from gyroquant.planning import needs_measuring, plan_folds
+from gyroquant.planning import plan_folds
 from gyroquant.pool import Workers
 from gyroquant.recipe import Recipe, load_recipe
 from gyroquant.refusals import check_bias, check_elsewhere, check_forms, check_places, check_settings, named_in
@@ -115,12 +115,12 @@ class Job:
     @property
     def measures(self) -> bool:
         """Whether maps are chosen by what is measured; until then `plan` holds stand-ins for them."""
-        return needs_measuring(self.recipe)
+        return self.recipe.measures
 
     @property
     def centers_keys(self) -> bool:
         """Whether the mean of the keys has to be measured."""
-        return self.recipe.kv_cache is not None and self.recipe.kv_cache.center_keys
+        return self.recipe.centers_keys
 
     def _calibrated_with(self) -> list[Attachment]:
         quiet = self.recipe.activations is not None and not self.recipe.activations.calibrate

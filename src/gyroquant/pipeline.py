@@ -41,7 +41,7 @@ from gyroquant.models.prove import Proof, prove
 from gyroquant.models.runner import BlockRunner, evaluating
 from gyroquant.models.source import open_model
 from gyroquant.models.store import ModuleStore, WeightStore
-from gyroquant.planning import dump_plan, load_plan, needs_measuring, plan_folds
+from gyroquant.planning import dump_plan, load_plan, plan_folds
 from gyroquant.progress import Stages
 from gyroquant.recipe import Recipe, load_recipe
 
@@ -99,7 +99,7 @@ def transform(
     if recipe.learn is not None:  # only then does it matter what would be rounded
         plan, targets, quantizers = plan_all(store.graph, recipe)
     with evaluating(model):
-        if needs_measuring(recipe):
+        if recipe.measures:
             tokens = _tokens_in_memory(model, recipe, calibration, tokenizer)
             plan = _measured_plan(store, recipe, tokens, torch.float32, model.device, progress)
         if recipe.learn is not None:

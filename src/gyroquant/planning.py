@@ -139,8 +139,3 @@ def measuring_passes(recipe: Recipe) -> int:
         passes += bool(measured)
         pending = waiting
     return passes
-
-
-def needs_measuring(recipe: Recipe) -> bool:
-    """Whether any method of a recipe needs statistics of the model."""
-    return any(step.method.statistics for steps in recipe.transform.values() for step in steps)

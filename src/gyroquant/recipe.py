@@ -213,12 +213,21 @@ class Recipe(BaseModel):
         return turned or self.weights.basis is not None
 
     @property
+    def measures(self) -> bool:
+        """Whether any method needs statistics of the model."""
+        return any(step.method.statistics for steps in self.transform.values() for step in steps)
+
+    @property
+    def centers_keys(self) -> bool:
+        """Whether the mean of the keys has to be measured."""
+        return self.kv_cache is not None and self.kv_cache.center_keys
+
+    @property
     def varies(self) -> bool:
         """Whether what is rounded depends on seeds: that of the recipe, or that which draws calibration windows."""
-        weights, methods = self.weights, [step.method for steps in self.transform.values() for step in steps]
-        if weights.needs_statistics or isinstance(weights.solver, ModelSolver):
-            return True
-        return any(one.random or one.statistics for one in methods) or bool(self.learn or self.finish)
+        calibrates = self.weights.needs_statistics or self.measures or self.centers_keys
+        draws = any(step.method.random for steps in self.transform.values() for step in steps)
+        return bool(calibrates or draws or self.learn or self.finish or isinstance(self.weights.solver, ModelSolver))
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as it would be written in YAML; `parse` reads it back."""
@@ -226,8 +235,7 @@ class Recipe(BaseModel):
         for section in ("weights", "activations", "kv_cache"):
             if data[section] is not None:
                 data[section] = data[section].pop("grid") | data[section]
-        overrides = data["weights"].pop("overrides")
-        if overrides:
+        if overrides := data["weights"].pop("overrides"):
             data["weights"]["overrides"] = [one.pop("grid") | one for one in overrides]
         return data
 
@@ -355,8 +363,7 @@ def parse(data: Any) -> Recipe:
         raise RecipeError("a recipe is a mapping with keys such as transform and weights")
     for key in data:
         _require_known(str(key), Recipe.model_fields, "the recipe")
-    transform = data.get("transform") or {}
-    if not isinstance(transform, dict):
+    if not isinstance(transform := data.get("transform") or {}, dict):
         raise RecipeError("transform maps sites to methods, for example {R1: {method: hadamard}}")
     for site in transform:
         _require_known(str(site), SITE_NAMES, "transform")

@@ -49,6 +49,14 @@ def test_a_seed_draws_rotations_and_everybodys_windows() -> None:
     assert [cell.seed for cell in data_free if cell.kind == "opponent"] == [0]
 
 
+@pytest.mark.parametrize(
+    ("changes", "seeds"),
+    [((), 1), (("kv_cache.bits=4", "kv_cache.center_keys=true"), 2), (("transform.R1.method=random_permutation",), 2)],
+)
+def test_what_draws_or_calibrates_beside_the_weights_has_every_seed(changes: tuple[str, ...], seeds: int) -> None:
+    assert len(cells("rtn", bits=(4,), seeds=(0, 1), changes=changes, keep_activations=True)) == seeds
+
+
 def test_the_baselines_rotate_nothing_and_have_the_stronger_gptq_too() -> None:
     found = {cell.name: cell for cell in cells(*BASELINES, bits=(2,))}
     assert list(found) == ["rtn", "gptq", "gptq-act-order"]

@@ -174,7 +174,7 @@ def test_seeds_are_one_row_with_their_spread_and_what_is_not_done_is_none() -> N
 def test_the_words_tell_what_seeds_do_to_the_answer(other: float, said: str) -> None:
     seeds = cell("gsr", other, key="gsr1", seed=1), cell("gptq", 0.5, key="gptq1", seed=1)
     text = judge(cell("gptq", 0.5), cell("gsr", 0.2), *seeds)["text"]
-    spans = re.findall(r"Over 2 seeds: gsr [\d.]+ to [\d.]+, gptq [\d.]+ to [\d.]+; ([^.]*)\.", text)
+    spans = re.findall(r"Over the seeds: gsr [\d.]+ to [\d.]+, gptq [\d.]+ to [\d.]+; ([^.]*)\.", text)
     assert len(spans) == 1  # what to use and whether to rotate are the same contest here
     assert said in spans[0]
 

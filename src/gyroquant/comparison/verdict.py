@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gyroquant.evaluation.paired import LEVEL, front, max_t, paired
-from gyroquant.report.comparison_rows import perplexity
+from gyroquant.report.comparison_rows import perplexity, same
 
 ROOM = 0.1
 """Bits a weight that a result may take above our recipes that rotate nothing and still be of their budget: rotations
@@ -48,11 +48,6 @@ def _finite(score: Mapping[str, Any]) -> bool:
 
 def _rotated(cell: Result) -> bool:
     return bool(cell.get("rotated", False))
-
-
-def _same(cell: Result) -> tuple[Any, ...]:
-    """What cells have in common that differ in their seed only."""
-    return cell["kind"], cell["name"], cell["bits"], cell["group_size"], cell["symmetric"]
 
 
 @dataclass(frozen=True)
@@ -97,7 +92,7 @@ class _Field:
         self.test, self.all = test, cells
         first: dict[tuple[Any, ...], Result] = {}
         for cell in sorted(cells, key=lambda cell: cell["seed"]):
-            first.setdefault(_same(cell), cell)
+            first.setdefault(same(cell), cell)
         self.cells = sorted(first.values(), key=lambda cell: (self.loss(cell), cell["key"]))
         plain = [cell for cell in self.cells if cell["kind"] == "recipe" and not _rotated(cell)]
         self.baseline = next(iter(plain), None)
@@ -112,7 +107,7 @@ class _Field:
 
     def seeds(self, cell: Result) -> list[float]:
         """The perplexities of a cell with all seeds."""
-        return [one["tests"][self.test]["perplexity"] for one in self.all if _same(one) == _same(cell)]
+        return [one["tests"][self.test]["perplexity"] for one in self.all if same(one) == same(cell)]
 
     def loss(self, cell: Result) -> float:
         return float(cell["tests"][self.test]["loss"])
@@ -305,7 +300,7 @@ class _Words:
                 if max(low) >= min(high)
                 else "none turns this round"
             )
-            lines[better["key"], worse["key"]] = f"Over {len(low)} seeds: {', '.join(spans)}; {said}."
+            lines[better["key"], worse["key"]] = f"Over the seeds: {', '.join(spans)}; {said}."
         return list(lines.values())
 
     def limits(self, lost: Sequence[str]) -> list[str]:

@@ -69,6 +69,14 @@ def test_one_that_gives_no_answer_says_why(body: str, reason: str, runs: int, pr
     assert (tmp_path / "runs").read_text() == "x\n" * runs
 
 
+@pytest.mark.parametrize("module", ["gyroquant.comparison.worker", "gyroquant.apart"])
+def test_a_log_has_no_warning_of_how_a_process_is_started(module: str, tmp_path: Path) -> None:
+    (tmp_path / "scratch").mkdir()
+    with pytest.raises(DiedError, match="KeyError"):
+        run_apart(module, SPEC, tmp_path / "scratch", tmp_path / "log")
+    assert (tmp_path / "log").read_text().startswith("Traceback")
+
+
 def gone(pids: Path) -> bool:
     """Whether the processes with the numbers in a file end."""
     return comes(lambda: not any(map(running, map(int, pids.read_text().split()))))

@@ -108,7 +108,8 @@ def run_apart(
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     asked, answer = scratch / "asked.json", scratch / "answer.json"
-    command = [sys.executable, "-m", module, str(asked), str(answer)]
+    quiet = ["-W", "ignore::RuntimeWarning:runpy"]  # its package has imported the module: no reason for a death
+    command = [sys.executable, *quiet, "-m", module, str(asked), str(answer)]
     environment = os.environ | {"OMP_NUM_THREADS": str(spec["threads"]), "TOKENIZERS_PARALLELISM": "false"}
     for _ in range(_ATTEMPTS):
         _empty(scratch)

@@ -16,7 +16,7 @@ from gyroquant import pipeline
 from gyroquant.calibration.text import load_text
 from gyroquant.environment import versions
 from gyroquant.errors import GyroquantError, InputError
-from gyroquant.evaluation.perplexity import DTYPES, PRESETS, score_windows, summary, text_windows
+from gyroquant.evaluation.perplexity import DTYPES, cut, score_windows, summary, text_windows
 from gyroquant.integrity import check_files, unchecked
 from gyroquant.job import prepare
 from gyroquant.models.outside import load_config
@@ -128,10 +128,7 @@ def evaluate(
     started = time.perf_counter()
     if dtype not in DTYPES:
         raise InputError(f"there is no dtype {dtype!r} to evaluate in; there are {', '.join(DTYPES)}")
-    if preset not in PRESETS:
-        raise InputError(f"there is no preset {preset!r}; presets are {', '.join(PRESETS)}")
-    length, count = PRESETS[preset]
-    length, count = window or length, max_windows or (None if window else count)
+    length, count = cut(preset, window, max_windows)
     store = open_model(model)
     other = None if against is None else open_model(against)
     source = load_text(text, split="test")

@@ -24,14 +24,21 @@ from gyroquant.learning.live import learnable
 from gyroquant.models.fold import FoldPlan
 from gyroquant.models.graph import LinearOp, ModelGraph
 from gyroquant.models.online import Attachment
-from gyroquant.models.packed import PackedStore
 from gyroquant.models.runner import BlockRunner
-from gyroquant.models.source import open_model
+from gyroquant.models.source import open_original
 from gyroquant.models.store import WeightStore
 from gyroquant.planning import plan_folds
 from gyroquant.pool import Workers
 from gyroquant.recipe import Recipe, load_recipe
-from gyroquant.refusals import check_bias, check_elsewhere, check_forms, check_places, check_settings, named_in
+from gyroquant.refusals import (
+    check_bias,
+    check_elsewhere,
+    check_forms,
+    check_places,
+    check_seqlen,
+    check_settings,
+    named_in,
+)
 from gyroquant.rounding.allocate import grids_by_bits
 from gyroquant.rounding.base import ModelSolver, Warn
 from gyroquant.rounding.rtn import RoundToNearest
@@ -167,9 +174,7 @@ def prepare(
     read, recipe, out = (recipe, calibration, *reads), load_recipe(recipe), Path(out)
     offload = Path(offload) if offload else None
     check_places(out, overwrite, model, (*read, *named_in(recipe)), offload)
-    store = open_model(model)
-    if isinstance(store, PackedStore):
-        raise InputError(f"{store.label} is already quantized; start from the model in full precision")
+    store = open_original(model)
     plan, targets, quantizers = plan_all(store.graph, recipe)
     check_forms(store, plan, targets, quantizers, dense, recipe.finish)
     check_settings(store)
@@ -324,9 +329,7 @@ def _tokens(job: Job) -> Tensor | None:
             need = "calibrates" if calibrates else "is proved"
             raise InputError(f"this recipe {need} on text: give --text FILE (or a dataset's name)")
         return None
-    limit = getattr(job.store.config, "max_position_embeddings", None)
-    if limit and settings.seqlen > limit:
-        raise InputError(f"--seqlen {settings.seqlen} is longer than the {limit} positions that the model knows")
+    check_seqlen(job.store, settings.seqlen)
     if isinstance(job.text, TokenBatch):
         return job.text.take(settings.nsamples, settings.seqlen)
     ids = tokenize(job.text, job.tokenizer, job.store.config.vocab_size)

@@ -31,8 +31,20 @@ def check_places(out: Path, overwrite: bool, model: Any, read: Sequence[Any], of
         check_writable(offload)
         if offload.resolve().is_relative_to(out.resolve()):
             raise InputError(f"{offload} lies in {out}, which holds the result alone; choose a place beside it")
+    check_beside(out, model)
+
+
+def check_beside(out: Path, model: Any) -> None:
+    """Refuses a destination that is the model's folder or lies in it."""
     if isinstance(model, (str, Path)) and Path(model).is_dir() and out.resolve().is_relative_to(Path(model).resolve()):
         raise InputError(f"{out} lies in the folder of the model, {model}; choose a place beside it")
+
+
+def check_seqlen(store: WeightStore, seqlen: int) -> None:
+    """Refuses windows of text that are longer than a model can take."""
+    limit = getattr(store.config, "max_position_embeddings", None)
+    if limit and seqlen > limit:
+        raise InputError(f"--seqlen {seqlen} is longer than the {limit} positions that the model knows")
 
 
 def only_journal_left(out: Path) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tiny
 
+import gyroquant as gq
 from gyroquant.comparison.cells import Cell, Conditions, Wanted, all_named, grid, named
 from gyroquant.comparison.run import BASELINES
 from gyroquant.errors import GyroquantError
@@ -109,8 +110,15 @@ def test_calibration_windows_are_everybodys_whatever_a_recipe_draws(tmp_path: Pa
     assert (first.name, other.name) == ("gptq", "gsr")
     assert first.settings["calibration"]["seed"] == 0
     assert shlex.split(first.command)[-2:] == ["--set", "calibration.seed=0"]
-    (changed,) = cells("gptq", bits=(2,), changes=("calibration.seed=3",))
-    assert changed.settings == first.settings
+    for change in ("seed=3", "calibration.seed=3"):
+        with pytest.raises(gq.InputError, match=f"--set {change}: seeds are everybody's, and --seeds says how many"):
+            cells("gptq", bits=(2,), changes=(change,))
+
+
+@pytest.mark.parametrize("change", ["weights.bits=4", "weights={bits: 4}"])
+def test_changes_make_no_other_size(change: str) -> None:
+    with pytest.raises(gq.InputError, match="--set gives the recipe gptq 4 bits: ask for that by --bits"):
+        cells("gptq", bits=(2, 3), changes=(change,))
 
 
 def test_a_command_makes_the_recipe_of_its_cell() -> None:
@@ -129,7 +137,7 @@ def test_a_cell_tells_how_many_windows_it_calibrates_on() -> None:
     (gyro,) = cells("gyro", bits=(2,), nsamples=128)
     other = cells("gptq", opponents=("auto-round:50 steps",), bits=(2,), nsamples=128)[-1]
     assert [cell.to_dict()["nsamples"] for cell in (gptq, gyro, other)] == [128, 64, 128]
-    (odd,) = cells("perq", bits=(2,), changes=("weights.bits=many",))
+    (odd,) = cells("perq", bits=(2,), changes=("weights.solver=many",))
     assert odd.refusal
     assert odd.to_dict()["nsamples"] is None
 

@@ -31,7 +31,7 @@ CASES = [
             tasks=("a", "b"),
             task_limit=9,
             effort="light",
-            changes=("weights.solver=rtn", "seed=4"),
+            changes=("weights.solver=rtn", "calibration.dtype=float32"),
             keep_activations=True,
         ),
         (["a.txt", "b.txt"], ["bbt", "standard"], None, None),
@@ -40,7 +40,13 @@ CASES = [
     ),
     (Wanted(recipes=["rtn"]), (["a.txt"], ["bbt"], 128, 3), "float32", 1),
     (Wanted(recipes=["rtn"]), (["a.txt"], ["bbt"], 128, None), "float32", 1),
+    (Wanted(recipes=["rtn"]), (["a.txt"], ["bbt"], None, 5), "float32", 1),
+    (Wanted(recipes=["rtn"]), (["a.txt"], ["standard"], None, 5), "float32", 1),
 ]
+
+
+def test_windows_alone_keep_the_length_of_the_preset() -> None:
+    assert [(one.window, one.windows) for one in _trials(["a.txt"], ["bbt"], None, 5).values()] == [(1024, 5)]
 
 
 @pytest.fixture
@@ -81,7 +87,7 @@ def test_the_command_of_another_programs_cell_makes_that_cell(called: dict[str, 
         tasks=("a",),
         task_limit=9,
     )
-    tests = _trials(["a b.txt", "c.txt"], [], 32, 4)
+    tests = _trials(["a b.txt", "c.txt"], ["bbt"], 32, 4)
     asked = Asked("the model", wanted, "text file", tests, "bfloat16")
     found = _opponents(wanted, graph)
     assert len(found) > 40

@@ -37,7 +37,7 @@ def test_a_success_elsewhere_replaces_a_failure_here(tmp_path: Path) -> None:
     mine, theirs = Results(tmp_path / "mine"), Results(tmp_path / "theirs")
     mine.put({**DONE, "status": "failed", "reason": "no memory"})
     theirs.put(DONE)
-    assert mine.merge([tmp_path / "theirs"]) == 1
+    assert mine.merge(tmp_path / "theirs") == 1
     assert mine.get(DONE["key"]) == DONE
 
 
@@ -47,9 +47,9 @@ def test_folders_are_merged_but_failures_stay_where_they_are(tmp_path: Path) -> 
     theirs.put(DONE | {"whose": "theirs"})
     theirs.put(DONE | {"key": "b" * 12})
     theirs.put(DONE | {"key": "c" * 12, "status": "failed"})
-    assert mine.merge([tmp_path / "theirs"]) == 1
+    assert mine.merge(tmp_path / "theirs") == 1
     assert mine.get("a" * 12) == DONE | {"whose": "mine"}
     assert mine.get("b" * 12) is not None
     assert mine.get("c" * 12) is None
     with pytest.raises(InputError, match="holds no results to merge"):
-        mine.merge([tmp_path / "nowhere"])
+        mine.merge(tmp_path / "nowhere")

@@ -128,6 +128,26 @@ def test_a_failure_is_a_row_with_its_reason_and_is_tried_again(
     assert [cell["status"] for cell in found["cells"]] == ["done", "done"]
 
 
+def test_what_other_windows_calibrate_is_a_row_that_asks_for_no_more_text(
+    folders: dict[str, Path], corpus: Path, tmp_path: Path, at_once: list[str]
+) -> None:
+    found = compared(folders["llama"], corpus, tmp_path, ["gsr-w2g16"])  # 128 windows of 512, which the text has not
+    assert [cell["status"] for cell in found["cells"]] == ["done", "done", "refused"]
+    assert found["cells"][2]["reason"] == "it calibrates on windows of 512, all others of 32"
+
+
+def test_a_folder_that_has_nothing_of_a_comparison_is_told(
+    folders: dict[str, Path], corpus: Path, tmp_path: Path, at_once: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("gyroquant.progress.Stages.warn", lambda self, text: told.append(text))
+    compared(folders["llama"], corpus, tmp_path / "a", [], bits=[3])
+    compared(folders["llama"], corpus, tmp_path / "b", [], merge=[tmp_path / "a"])
+    assert told == [f"{tmp_path / 'a'} has no result of this comparison, but of another model, text, recipe or version"]
+    compared(folders["llama"], corpus, tmp_path / "b", [], bits=[2, 3], merge=[tmp_path / "a"])
+    assert len(told) == 1
+
+
 def test_a_budget_begins_nothing_that_would_not_be_done(
     folders: dict[str, Path], corpus: Path, tmp_path: Path, at_once: list[str]
 ) -> None:
@@ -143,7 +163,17 @@ def test_bad_input_is_refused_before_any_work(folders: dict[str, Path], corpus: 
     for changes, message in (
         ({"dtype": "float8"}, "dtype is 'float8'"),
         ({"presets": ["large"], "window": None, "max_windows": None}, "there is no preset 'large'"),
-        ({"seeds": 0}, "at least 1"),
+        ({"presets": ["bbt", "standard"], "window": None}, "--windows goes with one --preset, not with bbt and stand"),
+        ({"max_windows": -1}, "--windows is -1, and has to be at least 1"),
+        ({"max_windows": 0}, "--windows is 0"),
+        ({"seeds": 0}, "--seeds names none"),
+        ({"bits": []}, "--bits names none: give at least one"),
+        ({"group_sizes": []}, "--group-size names none"),
+        ({"nsamples": 0}, "--nsamples is 0, and has to be at least 1"),
+        ({"nsamples": -1}, "--nsamples is -1"),
+        ({"seqlen": 1}, "--seqlen is 1, and has to be at least 2"),
+        ({"seqlen": 4096}, "--seqlen 4096 is longer than the 128 positions that the model knows"),
+        ({"task_limit": 0}, "--task-limit is 0"),
         ({"opponents": ["nobody"]}, "there is no opponent 'nobody'"),
         ({"window": 4096}, "does not fit a model of 128 positions"),
         ({"opponents": ["llama.cpp:Q3_K_M"]}, "llama.cpp:Q3_K_M has sizes of its own, and none of 2 bits"),
@@ -153,6 +183,15 @@ def test_bad_input_is_refused_before_any_work(folders: dict[str, Path], corpus: 
             compared(folders["llama"], corpus, out, ["gptq"], **changes)
     with pytest.raises(gq.InputError, match="no text file"):
         compared(folders["llama"], tmp_path / "none.txt", out, ["gptq"])
+    for place in (folders["llama"], folders["llama"] / "out"):
+        with pytest.raises(gq.InputError, match="lies in the folder of the model"):
+            compared(folders["llama"], corpus, place, ["gptq"])
+    with pytest.raises(gq.InputError, match="cannot be written"):
+        compared(folders["llama"], corpus, corpus / "out", ["gptq"])
+    gq.quantize(folders["llama"], "rtn-w4g16", None, tmp_path / "packed")
+    with pytest.raises(gq.InputError, match="is already quantized; start from the model in full precision"):
+        compared(tmp_path / "packed", corpus, out, ["gptq"])
+    assert not out.exists()
 
 
 def test_two_at_once_in_one_folder_are_refused(folders: dict[str, Path], corpus: Path, tmp_path: Path) -> None:

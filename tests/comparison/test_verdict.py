@@ -164,19 +164,38 @@ def test_seeds_are_one_row_with_their_spread_and_what_is_not_done_is_none() -> N
     other = cell("gsr", 0.3, key="gsr1", seed=1)
     judged = judge(cell("gptq", 0.5), other, cell("gsr", 0.2), {**cell("x", 0.0), "status": "failed"})
     assert [row["key"] for row in judged["rows"]] == ["gsr", "gptq"]
-    assert "seeds" not in judged["text"]  # of one of the two alone
     low, high = judged["rows"][0]["spread"]
     assert high / low == pytest.approx(math.exp(0.1))
     assert judged["rows"][1]["spread"] is None
 
 
-@pytest.mark.parametrize(("other", "said"), [(0.3, "none turns this round"), (0.6, "they overlap")])
-def test_the_words_tell_what_seeds_do_to_the_answer(other: float, said: str) -> None:
-    seeds = cell("gsr", other, key="gsr1", seed=1), cell("gptq", 0.5, key="gptq1", seed=1)
+@pytest.mark.parametrize(
+    ("ours", "theirs", "said"),
+    [
+        (0.3, 0.5, "gsr is lower at each"),
+        (0.55, 0.6, "gsr is lower at each"),  # though it has been higher on other windows: they are compared in pairs
+        (0.6, 0.5, "gsr is lower at 1 only: chance turns this round"),
+    ],
+)
+def test_the_words_tell_what_seeds_do_to_the_answer(ours: float, theirs: float, said: str) -> None:
+    seeds = cell("gsr", ours, key="gsr1", seed=1), cell("gptq", theirs, key="gptq1", seed=1)
     text = judge(cell("gptq", 0.5), cell("gsr", 0.2), *seeds)["text"]
-    spans = re.findall(r"Over the seeds: gsr [\d.]+ to [\d.]+, gptq [\d.]+ to [\d.]+; ([^.]*)\.", text)
-    assert len(spans) == 1  # what to use and whether to rotate are the same contest here
-    assert said in spans[0]
+    spans = re.findall(r"Over 2 seeds: gsr [\d.]+ to [\d.]+, gptq [\d.]+(?: to [\d.]+)?; ([^.]*)\.", text)
+    assert spans == [said]  # what to use and whether to rotate are the same contest here
+
+
+def test_what_has_one_seed_is_held_against_every_seed_of_the_other() -> None:
+    fixed, rotated, again = program("Q4_0", 0.4), cell("gsr", 0.2), cell("gsr", 0.6, key="gsr1", seed=1)
+    text = judge(cell("gptq", 0.5), fixed, rotated, again)["text"]
+    assert len(re.findall(r"gsr [\d.]+ to [\d.]+, Q4_0 [\d.]+; gsr is lower at 1 only: chance", text)) == 1
+    assert "Over" not in judge(cell("gptq", 0.5), fixed, rotated)["text"]
+
+
+def test_the_best_of_the_other_programs_is_compared_over_the_seeds_as_well() -> None:
+    cells = cell("gptq", 0.5), cell("gsr", 0.2), program("spin", 0.3, rotated=True), program("nncf", 0.6)
+    twice = [{**one, "key": f"{one['key']}1", "seed": 1} for one in cells]
+    text = judge(*cells, *twice)["text"]
+    assert [line.split()[0] for line in text.split(", ") if "gsr is lower" in line] == ["gptq", "spin"]
 
 
 def test_budgets_and_texts_are_judged_apart() -> None:

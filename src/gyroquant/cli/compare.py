@@ -17,12 +17,16 @@ Calibration = Annotated[str, typer.Option("--text", help="The text to calibrate 
 Tests = Annotated[list[str] | None, typer.Option(help="A text to measure on; may be given more than once.")]
 Presets = Annotated[list[str] | None, typer.Option(help="bbt (8 windows of 1024), standard (all, of 2048).")]
 Window = Annotated[int | None, typer.Option(help="Tokens in a window to measure on, instead of a preset.")]
-Windows = Annotated[int | None, typer.Option(help="At most this many windows.")]
+Windows = Annotated[int | None, typer.Option(help="At most this many windows of that length.")]
 Opponents = Annotated[str | None, typer.Option(help="Other programs, such as auto-round,nncf,llama.cpp:Q2_K.")]
 Tasks = Annotated[str | None, typer.Option(help="Zero-shot tasks of lm-evaluation-harness, with commas.")]
-Changes = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change every recipe.")]
+Changes = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change every recipe, not its bits or seeds.")
+]
 Keep = Annotated[bool, typer.Option("--keep-activations", help="Round activations and KV cache where a recipe does.")]
-Budget = Annotated[str | None, typer.Option(help="Begin nothing that takes longer than this, such as 2h.")]
+Budget = Annotated[
+    str | None, typer.Option(help="Time for all of it, such as 2h: begin nothing that would not be done by then.")
+]
 Ray = Annotated[str | None, typer.Option(metavar="ADDRESS", help="Run on a Ray cluster; local starts one.")]
 Places = Annotated[Path | None, typer.Option(help="The folder of other programs' environments.")]
 Make = Annotated[bool, typer.Option("--make-environments", help="Install other programs that are missing there.")]
@@ -77,7 +81,7 @@ def compare(
     effort: Annotated[str | None, typer.Option(help="light or best, of recipes that have them.")] = None,
     change: Changes = None,
     keep_activations: Keep = False,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16, of what is measured.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16, of what is measured.")] = "float32",
     budget: Budget = None,
     workers: Annotated[int | None, typer.Option(help="Cells at once, as far as memory has room.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of each.")] = None,

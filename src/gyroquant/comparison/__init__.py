@@ -10,7 +10,7 @@ from gyroquant.comparison.cells import Wanted
 from gyroquant.comparison.run import Limits, run
 from gyroquant.comparison.texts import Trial, trials
 from gyroquant.errors import InputError
-from gyroquant.evaluation.perplexity import PRESETS
+from gyroquant.evaluation.perplexity import PRESETS, cut
 from gyroquant.progress import Stages
 
 Texts = str | Path | Sequence[str | Path]
@@ -44,17 +44,14 @@ def compare(
     task_limit, effort, changes, keep_activations, as in `comparison.cells.Wanted`.
 
     Every cell of a seed calibrates on the same windows of `calibration`, and is measured on each text of `test` in the
-    windows of each of `presets` (see `evaluate`), or of `window` and `max_windows`, against the original. Opponents run
-    in environments of their own in the folder `environments`, made on demand with `make_environments`.
+    windows of each of `presets`, which `window` and `max_windows` override (see `evaluate`), against the original.
+    Opponents run in environments of their own in the folder `environments`, made on demand with `make_environments`.
 
     Raises GyroquantError for whatever cannot be right, before any work. A cell that fails is a row that says why.
     """
-    seeds = grid.pop("seeds", 1)
-    if seeds < 1:
-        raise InputError(f"seeds is {seeds}, and has to be at least 1")
     return run(
         model,
-        Wanted(recipes=list(recipes), seeds=tuple(range(seeds)), **grid),
+        Wanted(recipes=list(recipes), seeds=tuple(range(grid.pop("seeds", 1))), **grid),
         out,
         calibration,
         _trials([test] if isinstance(test, (str, Path)) else test, presets, window, max_windows),
@@ -71,14 +68,11 @@ def _trials(
     texts: Sequence[str | Path], presets: Sequence[str], window: int | None, count: int | None
 ) -> dict[str, Trial]:
     """What is measured on what, by a name for people."""
-    for preset in presets:
-        if preset not in PRESETS:
-            raise InputError(f"there is no preset {preset!r}; presets are {', '.join(PRESETS)}")
-    ways = {preset: PRESETS[preset] for preset in presets}
-    if window or count:
-        window = window or PRESETS["standard"][0]
-        ways = {f"{count or 'all'} windows of {window}": (window, count)}
-    return trials(texts, ways)
+    if count is not None and len(presets) > 1:
+        raise InputError(f"--windows goes with one --preset, not with {' and '.join(presets)}")
+    names = {way: preset for preset, way in PRESETS.items()}
+    ways = dict.fromkeys(cut(preset, window, count) for preset in presets)
+    return trials(texts, {names.get(way, f"{way[1] or 'all'} windows of {way[0]}"): way for way in ways})
 
 
 __all__ = ["Limits", "Wanted", "compare"]

@@ -49,10 +49,11 @@ class Conditions:
 class Cell:
     """One run: of one of our recipes, or of another program.
 
-    `settings` is the whole recipe as data, or a variant of an opponent with its settings. `command` makes it again; an
-    opponent's is told once the whole comparison is known. `seed` is that of what a recipe or a program draws, and of
-    the calibration windows, which are everybody's of that seed. A cell with a `refusal` can not be run, and says why.
-    `rotated` is whether it changes the basis that weights are rounded in, `home` where another program is to be had.
+    `settings` is the whole recipe as data, or a variant of an opponent with its settings. `command` makes it again,
+    with as many threads the same bytes; an opponent's is told once the whole comparison is known. `seed` is that of
+    what a recipe or a program draws, and of the calibration windows, which are everybody's of that seed. A cell with a
+    `refusal` can not be run, and says why. `rotated` is whether it changes the basis that weights are rounded in,
+    `home` where another program is to be had.
     """
 
     kind: Literal["recipe", "opponent"]
@@ -122,9 +123,9 @@ def all_named(cells: Iterable[Cell], conditions: Conditions) -> list[Cell]:
 class Wanted:
     """The grid of a comparison: what is crossed with what.
 
-    `changes` are made to every recipe; `keep_activations` leaves recipes the rounding of activations and KV cache that
-    they have, which is otherwise taken out: a comparison is about weights. What neither draws nor calibrates has the
-    first of the `seeds` only.
+    `changes` are made to every recipe, though not of its bits or seeds; `keep_activations` leaves recipes the rounding
+    of activations and KV cache that they have, which is otherwise taken out: a comparison is about weights. What
+    neither draws nor calibrates has the first of the `seeds` only.
     """
 
     recipes: Sequence[str]
@@ -141,6 +142,21 @@ class Wanted:
     changes: Sequence[str] = ()
     keep_activations: bool = False
 
+    def __post_init__(self) -> None:
+        for option, values in (("bits", self.bits), ("group-size", self.group_sizes), ("seeds", self.seeds)):
+            if not values:
+                raise InputError(f"--{option} names none: give at least one")
+        for option, value, least in (
+            ("nsamples", self.nsamples, 1),
+            ("seqlen", self.seqlen, 2),
+            ("task-limit", self.task_limit, 1),
+        ):
+            if value is not None and value < least:
+                raise InputError(f"--{option} is {value}, and has to be at least {least}")
+        drawn = [change for change in self.changes if change.partition("=")[0].strip() in ("seed", "calibration.seed")]
+        if drawn:
+            raise InputError(f"--set {drawn[0]}: seeds are everybody's, and --seeds says how many")
+
     def sizes(self) -> Iterator[Size]:
         """All sizes, the fewest bits first: there methods differ most."""
         for bits in sorted(set(self.bits)):
@@ -151,8 +167,8 @@ class Wanted:
 def grid(wanted: Wanted, model: str, graph: ModelGraph, calibration: str) -> list[Cell]:
     """All cells, those that cannot be run with their refusal; `calibration` is the text that commands name.
 
-    Raises RecipeError or InputError for names that there are not, for what is none of the sizes that are asked for, and
-    for two recipes of one name.
+    Raises RecipeError or InputError for names that there are not, for what is none of the sizes that are asked for, for
+    changes that make another size of a recipe, and for two recipes of one name.
     """
     if wanted.effort not in (None, "default") and not any(
         has_effort(preset, wanted.effort)
@@ -211,6 +227,8 @@ def _recipe_cells(
         load_recipe(preset)  # a name that there is not is an error; one that cannot be changed so is an answer
         yield Cell("recipe", name, size, wanted.seeds[0], {"recipe": preset, "changes": changes}, refusal=str(error))
         return
+    if recipe.weights.grid.bits != size.bits:
+        raise InputError(f"--set gives the recipe {name} {recipe.weights.grid.bits:g} bits: ask for that by --bits")
     size = Size(size.bits, recipe.weights.grid.group_size, bool(getattr(recipe.weights.grid, "symmetric", True)))
     for seed in wanted.seeds if recipe.varies else wanted.seeds[:1]:
         own = [f"seed={seed}", f"calibration.seed={seed}"]  # everybody has the same windows, whatever a recipe says

@@ -61,11 +61,10 @@ def _measured_on(tests: Mapping[str, Trial]) -> list[str]:
     """The texts, each once, and the ways in which every one of them is cut into windows."""
     presets = {way: name for name, way in PRESETS.items()}
     words = [word for source in dict.fromkeys(test.source for test in tests.values()) for word in ("--test", source)]
-    for way in dict.fromkeys((test.window, test.windows) for test in tests.values()):
-        if way in presets:
-            words += ["--preset", presets[way]]
+    for window, windows in dict.fromkeys((test.window, test.windows) for test in tests.values()):
+        if (window, windows) in presets:
+            words += ["--preset", presets[window, windows]]
         else:
-            window, windows = way
             words += ["--window", str(window), *(["--windows", str(windows)] if windows else [])]
     return words
 

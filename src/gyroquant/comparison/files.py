@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,21 +38,19 @@ class Results:
         """Keeps the result of a cell."""
         put_json(self.path(result["key"]), result)
 
-    def merge(self, others: Iterable[Path]) -> int:
-        """Takes over the results of other folders that are not here, or are failures here; returns how many.
+    def merge(self, other: Path) -> int:
+        """Takes over the results of another folder that are not here, or are failures here; returns how many.
 
         Raises InputError for a folder that holds none.
         """
-        taken = 0
-        for other in others:
-            files = sorted((other / "cells").glob("*.json"))
-            if not files:
-                raise InputError(f"{other} holds no results to merge (it has no cells/*.json)")
-            for file in files:
-                mine = self.get(file.stem)
-                if mine is None or mine["status"] != "done":
-                    result = Results(other).get(file.stem)
-                    if result is not None and result["status"] == "done":
-                        self.put(result)
-                        taken += 1
+        files, taken = sorted((other / "cells").glob("*.json")), 0
+        if not files:
+            raise InputError(f"{other} holds no results to merge (it has no cells/*.json)")
+        for file in files:
+            mine = self.get(file.stem)
+            if mine is None or mine["status"] != "done":
+                result = Results(other).get(file.stem)
+                if result is not None and result["status"] == "done":
+                    self.put(result)
+                    taken += 1
         return taken

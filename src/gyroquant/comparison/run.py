@@ -23,14 +23,16 @@ from gyroquant.environment import versions
 from gyroquant.errors import InputError
 from gyroquant.evaluation.perplexity import DTYPES
 from gyroquant.evaluation.tasks import check_tasks
+from gyroquant.export.folder import check_writable
 from gyroquant.files import locked
 from gyroquant.models.fingerprint import fingerprint
-from gyroquant.models.source import open_model
+from gyroquant.models.source import open_original
 from gyroquant.models.store import WeightStore
 from gyroquant.opponents import Opponent, OpponentError, environment
 from gyroquant.pool import Pool, Workers, make_pool
 from gyroquant.progress import Stages
 from gyroquant.recipe import parse
+from gyroquant.refusals import check_beside, check_seqlen
 
 BASELINES = ("rtn", "gptq", "gptq-act-order")
 
@@ -71,7 +73,10 @@ def run(
     if wanted.tasks:
         check_tasks(wanted.tasks)
     workers = Workers(limits.workers, limits.threads, limits.ray)
-    store = open_model(model)
+    check_beside(out, model)
+    check_writable(out.absolute().parent, out)
+    store = open_original(model)
+    check_seqlen(store, wanted.seqlen)
     baseline = [name for name in BASELINES if name not in wanted.recipes]
     wanted = replace(wanted, recipes=[*baseline, *wanted.recipes])
     asked = Asked(str(model), wanted, str(calibration), tests, dtype)
@@ -80,7 +85,12 @@ def run(
     conditions = _conditions(store, wanted, texts, dtype)
     cells = [asked.with_command(cell, workers.each) for cell in all_named(cells, conditions)]
     with locked(out), _growing(out) as results:
-        results.merge(map(Path, merge))
+        for other in map(Path, merge):
+            results.merge(other)
+            if not any(Results(other).path(cell.key).exists() for cell in cells):
+                progress.warn(
+                    f"{other} has no result of this comparison, but of another model, text, recipe or version"
+                )
         shared = Shared(out / "shared" / conditions.name, store, dtype)
         work = _Run(asked, cells, results, shared, workers, limits.budget, progress, conditions.tasks)
         facts = work.prepare(texts)
@@ -153,8 +163,9 @@ class _Run:
         for cell in self.cells:
             if cell.kind == "recipe" and not cell.refusal:
                 own = parse(dict(cell.settings)).calibration
-                count = max(count, own.nsamples)
-                if own.seqlen != seqlen:
+                if own.seqlen == seqlen:
+                    count = max(count, own.nsamples)
+                else:
                     self.refused[cell.key] = f"it calibrates on windows of {own.seqlen}, all others of {seqlen}"
         self.calibration = {seed: self.shared.calibration(texts.calibration, count, seqlen, seed) for seed in seeds}
         self.tests = {key: self.shared.test(texts.tests[name].ids, self.progress) for name, key in texts.keys.items()}

@@ -29,7 +29,7 @@ def verdict(cells: Sequence[Result], original: Mapping[str, Any]) -> list[dict[s
     loss; the baseline if there is nothing such. Whether rotating pays: the best result that rotates against the best
     that does not, ours or another program's. Each p of an answer is adjusted for having chosen (`max_t`); those in
     `rows` are for one pair of cells each. Both are of the lowest seed, and know nothing of a run's own chance: where
-    there are several seeds, the words say how far those of the two differ, and whether they overlap.
+    there are several seeds, the words say how far those of the two reach, and at how many the answer is the same.
     """
     judged = []
     for bits in sorted({cell["bits"] for cell in cells}):
@@ -105,9 +105,10 @@ class _Field:
         self.adjusted = self._max_t(self.candidates, self.baseline) if self.baseline else {}
         self.recommended = next(filter(self.better, self.candidates), self.baseline or self.best)
 
-    def seeds(self, cell: Result) -> list[float]:
-        """The perplexities of a cell with all seeds."""
-        return [one["tests"][self.test]["perplexity"] for one in self.all if same(one) == same(cell)]
+    def seeds(self, cell: Result) -> dict[int, float]:
+        """The perplexities of a cell by seed."""
+        alike = [one for one in self.all if same(one) == same(cell)]
+        return {one["seed"]: one["tests"][self.test]["perplexity"] for one in alike}
 
     def loss(self, cell: Result) -> float:
         return float(cell["tests"][self.test]["loss"])
@@ -132,6 +133,12 @@ class _Field:
         p = self._max_t(sides[swap], higher)[lower["key"]]
         return _Contest(lower, higher, _exponential(self.loss(higher) - self.loss(lower)), p)
 
+    def other(self) -> _Contest | None:
+        """The recommended against the best of the other kind: of programs where it is ours, of ours where it is one."""
+        kind = self.recommended["kind"]
+        sides = [c for c in self.within if c["kind"] == kind], [c for c in self.within if c["kind"] != kind]
+        return self.contest(self.recommended, sides[1][0], sides) if sides[1] else None
+
     def rotation(self) -> _Rotation | None:
         """The best that rotates against the best that does not, where there are both."""
         sides = [cell for cell in self.within if _rotated(cell)], [cell for cell in self.within if not _rotated(cell)]
@@ -141,6 +148,11 @@ class _Field:
         return max_t({cell["key"]: self.windows(cell) for cell in cells}, self.windows(against))
 
 
+def _span(cell: Result, found: Sequence[float]) -> str:
+    low, high = perplexity(min(found)), perplexity(max(found))
+    return f"{cell['name']} {low}" + f" to {high}" * (low != high)
+
+
 def _exponential(value: float) -> float:
     return math.exp(min(value, 700.0))  # a hopeless model still gets a number that JSON can hold
 
@@ -148,9 +160,10 @@ def _exponential(value: float) -> float:
 def _budget(bits: int, field: _Field, lost: Sequence[str], original: Mapping[str, Any]) -> dict[str, Any]:
     baseline, recommended, rotation = field.baseline, field.recommended, field.rotation()
     words = _Words(field)
+    other = field.other()
     pairs = [(recommended, baseline)] if baseline not in (None, recommended) else []
-    pairs += [(rotation.rotated, rotation.plain)] if rotation else []
-    lines = [*words.use(), *words.others()], words.rotation(rotation), words.seeds(pairs), words.limits(lost)
+    pairs += [(contest.lower, contest.higher) for contest in (other, rotation) if contest]
+    lines = [*words.use(), *words.others(other)], words.rotation(rotation), words.seeds(pairs), words.limits(lost)
     return {
         "bits": bits,
         "test": field.test,
@@ -187,7 +200,7 @@ def _row(cell: Result, field: _Field, original: Mapping[str, Any]) -> dict[str, 
         return paired(field.windows(cell), field.windows(other))
 
     gap = paired(field.windows(cell), original["window_losses"]) if _finite(original) else {}
-    seeds = field.seeds(cell)
+    seeds = field.seeds(cell).values()
     return {
         "key": cell["key"],
         "gap": gap.get("difference"),
@@ -251,17 +264,14 @@ class _Words:
             return []
         return [f"Lower still, but over the budget of {field.limit:.3f} bits: {self.said(field.over[0])}."]
 
-    def others(self) -> list[str]:
+    def others(self, found: _Contest | None) -> list[str]:
         """What is best of ours where another program is recommended, and of the others where ours is."""
-        chosen, within = self.field.recommended, self.field.within
-        sides = [c for c in within if c["kind"] == chosen["kind"]], [c for c in within if c["kind"] != chosen["kind"]]
-        if not sides[1]:
+        if found is None:
             return []
-        nearest = sides[1][0]
-        found = self.field.contest(chosen, nearest, sides)
+        chosen = self.field.recommended
+        nearest, way = (found.higher, "worse") if found.lower is chosen else (found.lower, "better")
         who = "our recipes" if chosen["kind"] == "opponent" else "the other programs"
         weight = "significantly" if found.significant else "not significantly"
-        way = "worse" if found.lower is chosen else "better"
         return [f"Best of {who}: {self.said(nearest)}, {weight} {way} (p = {found.p:.4f})."]
 
     def rotation(self, found: _Rotation | None) -> list[str]:
@@ -284,23 +294,26 @@ class _Words:
         return [f"{advice}: {fact}, which is {'' if found.significant else 'not '}significant (p = {found.p:.4f})."]
 
     def seeds(self, pairs: Iterable[tuple[Result, Result]]) -> list[str]:
-        """What the seeds say of the contests of an answer, where each side was run with several."""
+        """What the seeds say of the contests of an answer. Both sides of a seed have calibrated on the same windows, so
+        that they are compared seed by seed; what has only one is held against every seed of the other.
+        """
         lines = {}
         for first, second in pairs:
             better, worse = sorted((first, second), key=self.field.loss)
             low, high = self.field.seeds(better), self.field.seeds(worse)
-            if len(low) < 2 or len(high) < 2:
+            if len(low) == 1:
+                low = dict.fromkeys(high, low[better["seed"]])
+            elif len(high) == 1:
+                high = dict.fromkeys(low, high[worse["seed"]])
+            seeds = low.keys() & high.keys()
+            if len(seeds) < 2:
                 continue
-            spans = (
-                f"{one['name']} {perplexity(min(found))} to {perplexity(max(found))}"
-                for one, found in ((better, low), (worse, high))
+            lower = sum(low[seed] < high[seed] for seed in seeds)
+            spans = (_span(one, [found[seed] for seed in seeds]) for one, found in ((better, low), (worse, high)))
+            said = "at each" if lower == len(seeds) else f"at {lower} only: chance turns this round"
+            lines[better["key"], worse["key"]] = (
+                f"Over {len(seeds)} seeds: {', '.join(spans)}; {better['name']} is lower {said}."
             )
-            said = (
-                "they overlap, so that other seeds could turn this round"
-                if max(low) >= min(high)
-                else "none turns this round"
-            )
-            lines[better["key"], worse["key"]] = f"Over the seeds: {', '.join(spans)}; {said}."
         return list(lines.values())
 
     def limits(self, lost: Sequence[str]) -> list[str]:

@@ -34,11 +34,26 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 """What models can be measured in."""
 
 
+def cut(preset: str, window: int | None, most: int | None) -> tuple[int, int | None]:
+    """The window length and number of windows (None: all) of a preset, where `window` and `most` say nothing else.
+
+    Raises InputError for a preset that there is not.
+    """
+    if preset not in PRESETS:
+        raise InputError(f"there is no preset {preset!r}; presets are {', '.join(PRESETS)}")
+    length, count = PRESETS[preset]
+    if window is not None:
+        length, count = window, None
+    return length, count if most is None else most
+
+
 def text_windows(text: Text, store: WeightStore, length: int, count: int | None, tokenizer: Any = None) -> Tensor:
     """The first `count` windows (None: all) of a text, shape (windows, length), for a model.
 
-    Raises InputError for a window that does not fit the model, and for a text that has none.
+    Raises InputError for a window that does not fit the model, for a text that has none, and for a count below 1.
     """
+    if count is not None and count < 1:
+        raise InputError(f"--windows is {count}, and has to be at least 1")
     limit = getattr(store.config, "max_position_embeddings", None)
     if length < 2 or (limit and length > limit):
         raise InputError(

@@ -39,6 +39,14 @@ def open_model(model: str | Path | PreTrainedModel) -> WeightStore:
     return _open_folder(_fetch(str(model)))
 
 
+def open_original(model: str | Path | PreTrainedModel) -> WeightStore:
+    """As `open_model`, and raises InputError for a model that gyroquant has quantized already."""
+    store = open_model(model)
+    if isinstance(store, PackedStore):
+        raise InputError(f"{store.label} is already quantized; start from the model in full precision")
+    return store
+
+
 def _open_folder(folder: Path) -> WeightStore:
     if not (folder / "config.json").exists():
         files = sorted(folder.glob("*.gguf"))

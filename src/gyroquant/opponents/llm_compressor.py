@@ -13,7 +13,8 @@ class LLMCompressor(Scripted):
 
     SpinQuant's R1 and R2 are fused; they are random Hadamard matrices and not learned there. QuIP's rotates the input
     of every layer while the model runs; its matrices are in the files and count as bits, and are multiplied into the
-    plain weights that are evaluated. It draws all of them from a fixed seed: another seed gives the same result.
+    plain weights that are evaluated. It draws all of them from a fixed seed: another seed calibrates on other windows
+    and rotates by the same matrices.
     """
 
     name = "llm-compressor"

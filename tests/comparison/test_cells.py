@@ -50,6 +50,17 @@ def test_a_seed_draws_rotations_and_everybodys_windows() -> None:
     assert [cell.seed for cell in data_free if cell.kind == "opponent"] == [0]
 
 
+def test_variants_that_are_symmetric_anyway_are_there_once_where_all_are() -> None:
+    names = {
+        symmetric: [cell.name for cell in cells(opponents=("nncf",), bits=(4,), symmetric=symmetric)]
+        for symmetric in (True, False)
+    }
+    assert names[False].count("nncf: symmetric GPTQ") == 1
+    assert names[True] == [name for name in names[False] if "symmetric" not in name]
+    (asked,) = cells(opponents=("nncf:symmetric GPTQ",), bits=(4,), symmetric=True)
+    assert asked.name == "nncf: symmetric GPTQ"
+
+
 @pytest.mark.parametrize(
     ("changes", "seeds"),
     [((), 1), (("kv_cache.bits=4", "kv_cache.center_keys=true"), 2), (("transform.R1.method=random_permutation",), 2)],

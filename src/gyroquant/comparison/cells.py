@@ -293,7 +293,8 @@ def _command(model: str, preset: str, effort: str | None, text: str, changes: Se
 def _opponent_cells(wanted: Wanted, name: str, size: Size) -> Iterator[Cell]:
     """The cells of another program at one size, of every variant; ``name:variant`` asks for one of them.
 
-    A variant with groups of its own, or with grids that are symmetric whatever is asked for, is of that size.
+    A variant with groups of its own, or with grids that are symmetric whatever is asked for, is of that size; where
+    that makes it the same as another one, it is there once.
     """
     name, _, only = name.partition(":")
     if name not in Opponent.kinds:
@@ -301,11 +302,16 @@ def _opponent_cells(wanted: Wanted, name: str, size: Size) -> Iterator[Cell]:
     opponent = Opponent.kinds[name]()
     if only and only not in opponent.variants:
         raise InputError(f"{name} has no variant {only!r}; there are {', '.join(opponent.variants)}")
+    there: list[Any] = []
     for variant in [only] if only else opponent.variants:
         own = opponent.variants[variant]
         if own.get("bits", size.bits) != size.bits:
             continue  # a type of another size
         real = Size(size.bits, own.get("block", size.group_size), own.get("symmetric", size.symmetric))
+        what = {key: value for key, value in own.items() if key != "symmetric"}, real
+        if what in there:
+            continue
+        there.append(what)
         settings = {"variant": variant, **own, "nsamples": wanted.nsamples, "requirements": list(opponent.requirements)}
         cell = Cell("opponent", f"{name}: {variant}", real, wanted.seeds[0], settings, home=opponent.home)
         cell = replace(cell, refusal=opponent.problem(variant, real) or None, rotated=opponent.rotates(variant))

@@ -94,6 +94,16 @@ def test_a_program_may_be_what_rotates() -> None:
     assert judged["rotation"]["pays"]
 
 
+def test_what_pays_among_those_that_rotate_alone_is_said_to_pay_narrowly() -> None:
+    chance = random.Random(4)
+    others = [program(f"p{i}", [0.5 + chance.gauss(0.2, 0.3) for _ in BASE]) for i in range(12)]
+    ours = cell("gsr", [0.46, 0.45, 0.47, 0.44, 0.46, 0.49, 0.51, 0.47])
+    judged = judge(cell("gptq", [0.5] * len(BASE)), ours, *others)
+    assert judged["rotation"]["pays"]
+    assert judged["recommended"] == "gptq"
+    assert "Rotating pays, narrowly: gsr" in judged["text"]
+
+
 def test_what_rotates_and_beats_ours_is_not_said_to_pay_where_a_program_does_as_well_without() -> None:
     judged = judge(cell("gptq", 0.9), cell("gsr", 0.1), program("auto-round", [0.12 + 0.1 * gap for gap in NOISY]))
     assert judged["recommended"] == "gsr"

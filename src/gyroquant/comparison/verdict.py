@@ -284,8 +284,13 @@ class _Words:
             f"{self.said(found.rotated)}, the best that rotates, has {found.factor:.2f} times {way} perplexity than "
             f"{self.said(found.plain)}, the best that does not"
         )
-        if found.pays:
+        if found.pays and _rotated(self.field.recommended):
             return [f"Rotating pays: {fact} (p = {found.p:.4f})."]
+        if found.pays:  # of all candidates it is not significantly the best, of those that rotate it is
+            return [
+                f"Rotating pays, narrowly: {fact} (p = {found.p:.4f}, adjusted for those that rotate and not for all "
+                "candidates)."
+            ]
         advice = "Do not rotate"
         if _rotated(self.field.recommended):  # it beats our own, but a program does about as well without
             advice += f" where {found.plain['name']} will do"

@@ -290,11 +290,16 @@ def _command(model: str, preset: str, effort: str | None, text: str, changes: Se
     return words + [word for change in changes for word in ("--set", change)]
 
 
+def _without_symmetric(variant: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a variant that is always symmetric is otherwise; None for one that is not."""
+    return {key: value for key, value in variant.items() if key != "symmetric"} if "symmetric" in variant else None
+
+
 def _opponent_cells(wanted: Wanted, name: str, size: Size) -> Iterator[Cell]:
     """The cells of another program at one size, of every variant; ``name:variant`` asks for one of them.
 
     A variant with groups of its own, or with grids that are symmetric whatever is asked for, is of that size; where
-    that makes it the same as another one, it is there once.
+    that is what another variant does, it is there once.
     """
     name, _, only = name.partition(":")
     if name not in Opponent.kinds:
@@ -302,16 +307,13 @@ def _opponent_cells(wanted: Wanted, name: str, size: Size) -> Iterator[Cell]:
     opponent = Opponent.kinds[name]()
     if only and only not in opponent.variants:
         raise InputError(f"{name} has no variant {only!r}; there are {', '.join(opponent.variants)}")
-    there: list[Any] = []
     for variant in [only] if only else opponent.variants:
         own = opponent.variants[variant]
+        if not only and size.symmetric and _without_symmetric(own) in opponent.variants.values():
+            continue  # the other one is symmetric as well
         if own.get("bits", size.bits) != size.bits:
             continue  # a type of another size
         real = Size(size.bits, own.get("block", size.group_size), own.get("symmetric", size.symmetric))
-        what = {key: value for key, value in own.items() if key != "symmetric"}, real
-        if what in there:
-            continue
-        there.append(what)
         settings = {"variant": variant, **own, "nsamples": wanted.nsamples, "requirements": list(opponent.requirements)}
         cell = Cell("opponent", f"{name}: {variant}", real, wanted.seeds[0], settings, home=opponent.home)
         cell = replace(cell, refusal=opponent.problem(variant, real) or None, rotated=opponent.rotates(variant))

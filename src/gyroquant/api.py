@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from gyroquant import pipeline
 from gyroquant.calibration.text import load_text
@@ -21,6 +21,7 @@ from gyroquant.integrity import check_files, unchecked
 from gyroquant.job import prepare
 from gyroquant.models.outside import load_config
 from gyroquant.models.packed import METHOD
+from gyroquant.models.runner import auto_class
 from gyroquant.models.source import open_model
 from gyroquant.models.store import safetensors_index
 from gyroquant.pool import Workers
@@ -97,7 +98,7 @@ def _load(folder: Path, dtype: str | torch.dtype, device: str) -> PreTrainedMode
     safe: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
     try:
         _ = None if ours is None else ours.online  # checked from the headers, before anything is decoded
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **safe).to(device).eval()
+        return auto_class(config).from_pretrained(folder, dtype=dtype, **safe).to(device).eval()
     except GyroquantError:
         raise
     except (OSError, RuntimeError, TypeError, ValueError) as error:
@@ -131,6 +132,12 @@ def evaluate(
     length, count = cut(preset, window, max_windows)
     store = open_model(model)
     other = None if against is None else open_model(against)
+    progress = progress or Stages()
+    for one in (store, other):
+        if one is not None:
+            pipeline.compare(one, progress)
+            for note in one.notes:
+                progress.warn(note)
     source = load_text(text, split="test")
     batch = text_windows(source, store, length, count, tokenizer)
     scores = score_windows(store, batch, other, DTYPES[dtype], device, progress)

@@ -128,7 +128,7 @@ def _tolerance(facts: Mapping[str, Any]) -> float:
 
 def _checked(chosen: Format, folder: Path, store: PackedStore, tolerance: float) -> dict[str, Any]:
     """What a few tokens' logits are like, or why that is not known."""
-    ids = torch.randint(store.config.vocab_size, (1, _PROOF_TOKENS), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(store.text_config.vocab_size, (1, _PROOF_TOKENS), generator=torch.Generator().manual_seed(0))
     try:
         runtime = open_runtime(chosen.name, folder, exact=True)
     except InputError as error:
@@ -217,10 +217,10 @@ def verify_export(
 def _windows(store: PackedStore, text: str | Path | None, window: int, count: int) -> Tensor:
     if text is None:
         generator = torch.Generator().manual_seed(0)
-        length = min(window, getattr(store.config, "max_position_embeddings", window))
-        return torch.randint(store.config.vocab_size, (1, length), generator=generator)
+        length = min(window, getattr(store.text_config, "max_position_embeddings", window))
+        return torch.randint(store.text_config.vocab_size, (1, length), generator=generator)
     source = load_text(text, split="test")
-    ids = tokenize(source, store.tokenizer(), store.config.vocab_size)
+    ids = tokenize(source, store.tokenizer(), store.text_config.vocab_size)
     return windows(ids, window, source.name)[:count]
 
 

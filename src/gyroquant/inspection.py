@@ -150,7 +150,7 @@ def inspect_model(
             result.prediction = predict(job)
     if text is not None and not dry_run:
         source = load_text(text)
-        ids = tokenize(source, result.store.tokenizer(), result.store.config.vocab_size)
+        ids = tokenize(source, result.store.tokenizer(), result.store.text_config.vocab_size)
         length = min(_LENGTH, getattr(result.store.config, "max_position_embeddings", None) or _LENGTH)
         batch = sample(ids, min(_SAMPLES, max(1, ids.numel() // length)), length, 0, source.name)
         result.outliers = measure_outliers(result.store, batch, device, progress)

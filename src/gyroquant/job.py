@@ -332,7 +332,7 @@ def _tokens(job: Job) -> Tensor | None:
     check_seqlen(job.store, settings.seqlen)
     if isinstance(job.text, TokenBatch):
         return job.text.take(settings.nsamples, settings.seqlen)
-    ids = tokenize(job.text, job.tokenizer, job.store.config.vocab_size)
+    ids = tokenize(job.text, job.tokenizer, job.store.text_config.vocab_size)
     return sample(ids, settings.nsamples, settings.seqlen, settings.seed, job.text.name)
 
 

@@ -34,8 +34,10 @@ from gyroquant.journal import Journal
 from gyroquant.learning import finish, learn
 from gyroquant.learning.rotations import FILE_NAME, rotations_of, write_rotations
 from gyroquant.maps import dump
+from gyroquant.models.adapters import check_plain
 from gyroquant.models.fingerprint import fingerprint
 from gyroquant.models.fold import FoldPlan
+from gyroquant.models.opened import Comparison, compare_with_transformers
 from gyroquant.models.packed import PackedStore
 from gyroquant.models.prove import Proof, prove
 from gyroquant.models.runner import BlockRunner, evaluating
@@ -59,6 +61,12 @@ def _prove(store: WeightStore, plan: FoldPlan, tokens: Tensor, recipe: Recipe, p
     runner = BlockRunner(store.skeleton(), plan.graph)
     with progress.stage("prove", len(plan.graph.blocks)) as advance:
         return prove(store, plan, runner, tokens, recipe.proof.threshold, lambda done, total: advance())
+
+
+def compare(store: WeightStore, progress: Stages) -> Comparison:
+    """Holds a model as it was read against what transformers runs; see `compare_with_transformers`."""
+    with progress.stage("compare with transformers", len(store.graph.blocks)) as advance:
+        return compare_with_transformers(store, advance)
 
 
 def _measured_plan(
@@ -94,8 +102,10 @@ def transform(
     exact. Weights keep their dtype; the proof is made in fp32.
     """
     recipe, progress = load_recipe(recipe), progress or Stages()
+    check_plain(model)
     store = ModuleStore(model)
     plan = plan_folds(store.graph, recipe)
+    compare(store, progress)
     if recipe.learn is not None:  # only then does it matter what would be rounded
         plan, targets, quantizers = plan_all(store.graph, recipe)
     with evaluating(model):
@@ -116,10 +126,10 @@ def _proof_tokens(model: Any, recipe: Recipe, calibration: Calibration | None, t
     settings = recipe.proof
     if calibration is not None:
         return _tokens_in_memory(model, recipe, calibration, tokenizer, settings.nsamples, settings.seqlen)
-    limit = int(getattr(model.config, "max_position_embeddings", None) or settings.seqlen)
+    limit = int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or settings.seqlen)
     generator = torch.Generator().manual_seed(recipe.seed)
     shape = (settings.nsamples, min(settings.seqlen, limit))
-    return torch.randint(0, model.config.vocab_size, shape, generator=generator).to(model.device)
+    return torch.randint(0, model.config.get_text_config().vocab_size, shape, generator=generator).to(model.device)
 
 
 def _tokens_in_memory(
@@ -133,7 +143,7 @@ def _tokens_in_memory(
     """Windows of a calibration text for a model in memory: as many and as long as the recipe says, or as asked for."""
     settings = recipe.calibration
     count, length = count or settings.nsamples, length or settings.seqlen
-    length = min(length, int(getattr(model.config, "max_position_embeddings", None) or length))
+    length = min(length, int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or length))
     if isinstance(calibration, Tensor):
         return calibration[:count, :length].to(model.device)
     if calibration is None:
@@ -141,7 +151,7 @@ def _tokens_in_memory(
     if tokenizer is None:
         raise InputError("a calibration text needs its tokenizer: transform(..., tokenizer=...)")
     text = load_text(calibration)
-    ids = tokenize(text, tokenizer, model.config.vocab_size)
+    ids = tokenize(text, tokenizer, model.config.get_text_config().vocab_size)
     return sample(ids, count, length, settings.seed, text.name).to(model.device)
 
 
@@ -169,7 +179,8 @@ def run(job: Job, progress: Stages | None = None) -> dict[str, Any]:
             return there
         if journal.begin(facts):
             progress.warn(f"going on from where a run before was stopped ({journal.folder})")
-        warnings: list[str] = []
+        warnings = list(job.store.notes)
+        opened = journal.stage("opened", lambda: compare(job.store, progress).to_dict())
         _measure(job, journal, progress)
         learned = _learn(job, journal, progress)
         proof = journal.stage("proof", lambda: _prove_job(job, progress).to_dict())
@@ -181,10 +192,11 @@ def run(job: Job, progress: Stages | None = None) -> dict[str, Any]:
             writer = writer_of(job, folder)
             layers = round_model(job, writer, journal, progress, warnings)
             writer.online([*job.plan.online, *job.quantizers])
+            writer.carry()
             folder.merge()
             manifest = _manifest(job, model, proof, layers, writer, warnings)
             writer.finish(job.tokenizer, manifest["untied"])
-            manifest["learned"], manifest["allocation"] = learned, allocation
+            manifest["opened"], manifest["learned"], manifest["allocation"] = opened, learned, allocation
             manifest["finished"] = _finish(job, folder.partial, journal, progress)
             _write_rotations(job, folder.partial)
             manifest["seconds"] = round(time.perf_counter() - started, 3)

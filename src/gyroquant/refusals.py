@@ -42,7 +42,7 @@ def check_beside(out: Path, model: Any) -> None:
 
 def check_seqlen(store: WeightStore, seqlen: int) -> None:
     """Refuses windows of text that are longer than a model can take."""
-    limit = getattr(store.config, "max_position_embeddings", None)
+    limit = getattr(store.text_config, "max_position_embeddings", None)
     if limit and seqlen > limit:
         raise InputError(f"--seqlen {seqlen} is longer than the {limit} positions that the model knows")
 

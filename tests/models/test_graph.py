@@ -20,7 +20,8 @@ def test_every_parameter_is_claimed_once(name: str) -> None:
 
 
 def test_every_described_model_type_has_a_tiny_model() -> None:
-    assert {tiny.CONFIGS[name]().model_type for name in tiny.CONFIGS} == set(model_types())
+    configs = (tiny.CONFIGS | tiny.WRAPPERS).values()
+    assert {config().get_text_config().model_type for config in configs} == set(model_types())
 
 
 def test_an_unclaimed_parameter_is_an_error_that_names_it() -> None:

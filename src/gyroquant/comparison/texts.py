@@ -56,7 +56,7 @@ class Texts:
 def read_texts(store: WeightStore, calibration: str | Path, tests: Mapping[str, Trial]) -> Texts:
     """Reads and tokenizes. Raises InputError for a text, a tokenizer or a window that does not fit."""
     tokenizer, source = store.tokenizer(), load_text(calibration)
-    ids = tokenize(source, tokenizer, store.config.vocab_size)
+    ids = tokenize(source, tokenizer, store.text_config.vocab_size)
     found = {}
     for name, test in tests.items():
         text = load_text(test.source, split="test")

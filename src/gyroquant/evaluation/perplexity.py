@@ -54,12 +54,12 @@ def text_windows(text: Text, store: WeightStore, length: int, count: int | None,
     """
     if count is not None and count < 1:
         raise InputError(f"--windows is {count}, and has to be at least 1")
-    limit = getattr(store.config, "max_position_embeddings", None)
+    limit = getattr(store.text_config, "max_position_embeddings", None)
     if length < 2 or (limit and length > limit):
         raise InputError(
             f"a window of {length} tokens does not fit a model of {limit} positions (and needs at least 2)"
         )
-    ids = tokenize(text, tokenizer or store.tokenizer(), store.config.vocab_size)
+    ids = tokenize(text, tokenizer or store.tokenizer(), store.text_config.vocab_size)
     return windows(ids, length, text.name)[:count]
 
 
@@ -131,7 +131,7 @@ def score_windows(
     `known` is what `last_hidden` gave for the model `against`, on the same tokens and in the same dtype.
     """
     stores = [store] if against is None else [store, against]
-    if against is not None and against.config.vocab_size != store.config.vocab_size:
+    if against is not None and against.text_config.vocab_size != store.text_config.vocab_size:
         raise InputError(f"{against.label} has another vocabulary than {store.label}: they cannot be compared")
     width = max(one.graph.hidden for one in stores) * dtype.itemsize * input_ids.shape[1]
     chunk = max(1, _CHUNK_BYTES // width)

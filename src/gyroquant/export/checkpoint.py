@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 import gyroquant.models.architectures  # noqa: F401  (registers the described architectures)
 from gyroquant.errors import InputError
 from gyroquant.export.folder import OutputFolder
+from gyroquant.export.writer import copy_companions
 from gyroquant.grids import QuantizedWeight
 from gyroquant.models.graph import LinearOp
 from gyroquant.models.packed import PackedStore
@@ -38,6 +39,8 @@ def write_tensors(store: PackedStore, folder: OutputFolder, encode: Encode) -> N
             if name in rounded:
                 tensors |= encode(ops[name], store.quantized(name))
         folder.add(original_names(store, tensors))
+    for name in store.graph.carried:
+        folder.add(original_names(store, store.read([name])))
 
 
 def original_names(store: PackedStore, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -68,6 +71,7 @@ def write_companions(store: PackedStore, folder: OutputFolder) -> None:
         settings.save_pretrained(folder.partial)
     with suppress(InputError):
         store.tokenizer().save_pretrained(folder.partial)
+    copy_companions(store, folder.partial)
 
 
 def linear_modules(store: PackedStore) -> list[str]:

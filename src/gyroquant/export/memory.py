@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from gyroquant.models.fold import FoldPlan, fold
-from gyroquant.models.store import ModuleStore, WeightStore
+from gyroquant.models.runner import auto_class
+from gyroquant.models.store import ModuleStore, WeightStore, untie
 
 
 @torch.no_grad()
 def write_folded(model: Any, plan: FoldPlan) -> None:
     """Writes a plan's folded parameters into the model and unties what is no longer tied. Online maps stay out."""
-    store = ModuleStore(model)
+    store, stored = ModuleStore(model), model.state_dict()
     outer = {name: tensor.clone() for name, tensor in store.read(plan.graph.outer_params()).items()}
     untied = plan.unties(outer)
     for name, tensor in fold(plan, outer, (*outer, *untied)).items():
@@ -22,21 +22,22 @@ def write_folded(model: Any, plan: FoldPlan) -> None:
         if name in untied:
             module.weight = torch.nn.Parameter(tensor.to(module.weight), requires_grad=module.weight.requires_grad)
         else:
-            model.get_parameter(name).copy_(tensor)
+            stored[name].copy_(tensor)
     if untied:
-        model.config.tie_word_embeddings = False
+        untie(model.config)
         model.all_tied_weights_keys = {k: v for k, v in model.all_tied_weights_keys.items() if k not in untied}
     for i in range(len(plan.graph.blocks)):
         tensors = {name: tensor.clone() for name, tensor in store.read(plan.graph.block_params(i)).items()}
         for name, tensor in fold(plan, tensors).items():
-            model.get_parameter(name).copy_(tensor)
+            stored[name].copy_(tensor)
 
 
 @torch.no_grad()
 def build_folded(store: WeightStore, plan: FoldPlan) -> Any:
     """A model of its own with all parameters of a store, folded, fp32, without its online maps."""
-    model = AutoModelForCausalLM.from_config(store.config, dtype=torch.float32, trust_remote_code=False)
+    model = auto_class(store.config).from_config(store.config, dtype=torch.float32, trust_remote_code=False)
+    stored = model.state_dict()
     for name in store.shapes:
-        model.get_parameter(name).copy_(store.read([name])[name])
+        stored[name].copy_(store.read([name])[name])
     write_folded(model, plan)
     return model.eval()

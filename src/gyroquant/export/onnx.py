@@ -74,7 +74,7 @@ def _refusals(config: Any) -> Iterable[str]:
 
 def _settings(store: PackedStore) -> dict[str, Any]:
     """The description by which `onnxruntime_genai` runs the graph."""
-    longest = getattr(store.config, "max_position_embeddings", _LONGEST)
+    longest = getattr(store.text_config, "max_position_embeddings", _LONGEST)
     chosen = store.generation_config()
     search = {name: value for name in _CHOICES if (value := getattr(chosen, name, None)) is not None}
     tokens = {
@@ -83,7 +83,7 @@ def _settings(store: PackedStore) -> dict[str, Any]:
         if (value := _first(name, chosen, store.config)) is not None
     }
     # The runner knows a model by its type, and runs all that write text from text alike.
-    model = {"type": "llama", "context_length": longest, "vocab_size": store.config.vocab_size}
+    model = {"type": "llama", "context_length": longest, "vocab_size": store.text_config.vocab_size}
     shared = {"max_length": min(longest, _LONGEST), "past_present_share_buffer": True}
     return {"model": model | tokens | {"decoder": _decoder(store)}, "search": search | shared}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
@@ -19,9 +20,14 @@ from gyroquant.grids import QuantizedWeight, stored_bits
 from gyroquant.models.graph import LinearOp
 from gyroquant.models.online import Attachment
 from gyroquant.models.packed import Description, from_matrix
-from gyroquant.models.store import WeightStore
+from gyroquant.models.store import WeightStore, untie
 
 Rounded = Sequence[tuple[LinearOp, QuantizedWeight]]
+_AT_ONCE = 32  # parameters that are carried in one piece
+_COMPANIONS = (  # what the processor of a model that also takes images or sound is made from
+    *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
+    *("image_processor_config.json", "feature_extractor_config.json"),
+)
 _SAVED = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -32,6 +38,14 @@ def saved_dtype(name: str, source: torch.dtype) -> torch.dtype:
     if name not in _SAVED:
         raise InputError(f"the dtype to save in is auto, {', '.join(_SAVED)}, not {name!r}")
     return _SAVED[name]
+
+
+def copy_companions(store: WeightStore, folder: Path) -> None:
+    """Copies the settings of a processor, which stand beside the configuration where a model has them."""
+    source = Path(store.label)
+    for name in _COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
 
 
 @dataclass
@@ -92,8 +106,16 @@ class Writer(ABC):
         config.architectures = [type(self.store.skeleton()).__name__]
         config.dtype = self.dtype
         if untied:
-            config.tie_word_embeddings = False
+            untie(config)
         return config
+
+    def carry(self) -> None:
+        """Writes what the decoder of a larger model runs without, unchanged and in the dtype in which it is stored."""
+        names = self.store.graph.carried
+        for start in range(0, len(names), _AT_ONCE):
+            piece = self.piece(self.store.read(names[start : start + _AT_ONCE]))
+            self._plain_bits += piece.other_bits
+            self.folder.add(piece.arrays)
 
     def finish(self, tokenizer: Any, untied: list[str]) -> None:
         """Writes configuration and tokenizer."""
@@ -103,6 +125,7 @@ class Writer(ABC):
             settings.save_pretrained(self.folder.partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(self.folder.partial)
+        copy_companions(self.store, self.folder.partial)
 
     def bits(self) -> dict[str, Any]:
         """What was really stored. `per_weight` is bits per rounded weight, online maps and padding included."""

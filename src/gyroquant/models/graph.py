@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 import torch
 
 from gyroquant.errors import UnsupportedModelError
-from gyroquant.models.spec import Architecture, Embedding, Entry, Linear, Norm, Part, architecture_of
+from gyroquant.models.spec import (
+    Architecture,
+    Embedding,
+    Entry,
+    Linear,
+    Norm,
+    Part,
+    architecture_of,
+    wrapper_writers,
+)
 
 Shape = tuple[int, ...]
 
@@ -97,10 +106,14 @@ Op = LinearOp | NormOp | EmbeddingOp
 
 @dataclass(frozen=True)
 class Group:
-    """One block of a model, or what lies around the blocks: the operations and the parameters they claim."""
+    """One block of a model, or what lies around the blocks: the operations and the parameters they claim.
+
+    `buffers` are persistent ones: stored like parameters, needed to run, never folded or rounded.
+    """
 
     label: str
     ops: tuple[Op, ...]
+    buffers: tuple[str, ...] = ()
 
     @property
     def linears(self) -> tuple[LinearOp, ...]:
@@ -121,6 +134,7 @@ class Group:
             yield op.gain if isinstance(op, NormOp) else op.weight
             if not isinstance(op, EmbeddingOp) and op.bias:
                 yield op.bias
+        yield from self.buffers
 
     def readers(self, basis: str) -> tuple[LinearOp, ...]:
         return tuple(op for op in self.linears if op.entry.reads == basis)
@@ -149,7 +163,12 @@ class Group:
 
 @dataclass(frozen=True)
 class ModelGraph:
-    """A whole model: its blocks in order, what is around them, its head layout and its tied parameters."""
+    """A whole model: its blocks in order, what is around them, its head layout and its tied parameters.
+
+    `config` is that of the decoder, also where the decoder is a part of a larger model (a *wrapper*, which also takes
+    images or sound). `carried` are the wrapper's other parameters, which the decoder runs without; `r1_blocked` says
+    why the residual stream may not be changed, and is empty where it may.
+    """
 
     config: Any
     architecture: Architecture
@@ -161,6 +180,8 @@ class ModelGraph:
     tied: Mapping[str, str]
     blocks: tuple[Group, ...]
     outer: Group
+    carried: tuple[str, ...] = ()
+    r1_blocked: str = ""
 
     def block_params(self, index: int) -> tuple[str, ...]:
         return tuple(self.blocks[index].params())
@@ -279,14 +300,23 @@ def build_graph(
     shapes: Mapping[str, Shape],
     tied: Mapping[str, str] | None = None,
     architecture: Architecture | None = None,
+    *,
+    decoder: str = "",
+    buffers: Collection[str] = (),
 ) -> ModelGraph:
-    """Resolves the description of ``config.model_type``, or another `architecture`, against a model's parameters.
+    """Resolves the description of a configuration's decoder, or another `architecture`, against a model's parameters.
 
-    `shapes` maps every stored parameter to its shape; `tied` maps the name of a tied parameter to the stored one.
+    `shapes` maps every stored parameter to its shape; `tied` maps the name of a tied parameter to the stored one;
+    `decoder` is the name of the decoder's module, which matters where the model is a wrapper; `buffers` are the names
+    in `shapes` that are persistent buffers.
     Raises UnsupportedModelError for an unknown architecture, a missing parameter, or one that no entry claims.
     """
+    whole, config, tied = config, config.get_text_config(decoder=True), dict(tied or {})
     architecture = architecture or architecture_of(config)
-    tied = dict(tied or {})
+    writers: tuple[Linear, ...] | None = ()
+    if whole is not config and decoder:
+        writers, architecture = wrapper_writers(whole.model_type), architecture.inside(decoder)
+        architecture = replace(architecture, outer=(*architecture.outer, *(writers or ())))
     resolver = _Resolver(architecture, config, shapes, tied)
     pattern = re.compile(re.escape(architecture.blocks) + r"\.(\d+)\.")
     numbers = {int(match.group(1)) for name in shapes if (match := pattern.match(name))}
@@ -295,11 +325,20 @@ def build_graph(
             f"{config.model_type}: expected blocks {architecture.blocks}.0, .1, ... without gaps"
         )
     blocks = tuple(
-        resolver.group(f"block {i}", architecture.block, f"{architecture.blocks}.{i}.") for i in range(len(numbers))
+        _with_buffers(
+            resolver.group(f"block {i}", architecture.block, f"{architecture.blocks}.{i}."),
+            [name for name in buffers if name.startswith(f"{architecture.blocks}.{i}.")],
+        )
+        for i in range(len(numbers))
     )
-    outer = resolver.group("the model", architecture.outer, "")
+    outer = _with_buffers(
+        resolver.group("the model", architecture.outer, ""),
+        [name for name in buffers if not pattern.match(name) and name.startswith(decoder)],
+    )
     claimed = {tied.get(name, name) for group in (*blocks, outer) for name in group.params()}
     unclaimed = sorted(set(shapes) - claimed)
+    carried = [name for name in unclaimed if whole is not config and decoder and not name.startswith(f"{decoder}.")]
+    unclaimed = [name for name in unclaimed if name not in carried]
     if unclaimed:
         raise UnsupportedModelError(
             f"{config.model_type}: the description ({architecture.name}) claims no parameter named "
@@ -317,4 +356,12 @@ def build_graph(
         tied=tied,
         blocks=blocks,
         outer=outer,
+        carried=tuple(carried),
+        r1_blocked=""
+        if writers is not None
+        else f"which parts of {whole.model_type} write into the residual stream of its decoder is not described",
     )
+
+
+def _with_buffers(group: Group, buffers: Iterable[str]) -> Group:
+    return replace(group, buffers=tuple(buffers))

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
 
 from gyroquant.errors import InputError, UnsupportedModelError
 from gyroquant.models.graph import ModelGraph
@@ -64,15 +65,30 @@ def _split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, 
     return named.pop("hidden_states"), (), named
 
 
+def auto_class(config: Any) -> Any:
+    """The class of transformers that opens the model of a configuration: a language model, or one around it that also
+    takes images or sound. Raises InputError for a configuration that no language model has.
+    """
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM
+    if type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING:
+        return AutoModelForMultimodalLM
+    raise InputError(
+        f"transformers has no language model of the type {config.model_type!r}: only decoders that predict the next "
+        "token can be opened"
+    )
+
+
 def build_skeleton(config: Any, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The model of a configuration with every parameter on the meta device and every buffer filled.
 
-    Buffers that are not stored with a model (rotary frequencies, embedding scales) are computed as transformers
-    computes them when it loads one. Raises InputError where they come out infinite or are far too large.
+    Buffers are computed as transformers computes them when it loads a model: rotary frequencies and embedding scales,
+    which no file stores, and persistent ones, which hold their initial values until a file's are handed in. Raises
+    InputError where they come out infinite or are far too large.
     """
     stored = config.dtype
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False)
     config.dtype = stored  # which transformers has overwritten
     for module in model.modules():
         empty = {name: b for name, b in module.named_buffers(recurse=False) if b.is_meta}
@@ -82,7 +98,8 @@ def build_skeleton(config: Any, dtype: torch.dtype = torch.float32) -> nn.Module
                     f"its configuration makes {', '.join(empty)} larger than any model's: mend config.json"
                 )
             for name, buffer in empty.items():
-                setattr(module, name, nn.Buffer(torch.empty_like(buffer, device="cpu"), persistent=False))
+                persistent = name not in module._non_persistent_buffers_set
+                setattr(module, name, nn.Buffer(torch.empty_like(buffer, device="cpu"), persistent=persistent))
             model._init_weights(module)
             wrong = [name for name in empty if not bool(getattr(module, name).isfinite().all())]
             if wrong:
@@ -151,7 +168,8 @@ class BlockRunner:
         """The same with gradients."""
         stubs = [_Stub(block) for block in self.blocks]
         stubs[-1].answer = hidden
-        any_token = 1 if self.model.config.pad_token_id == 0 else 0  # padding would change how some models mask
+        padding = getattr(self.model.config.get_text_config(decoder=True), "pad_token_id", None)
+        any_token = 1 if padding == 0 else 0  # padding would change how some models mask
         input_ids = torch.full(hidden.shape[:2], any_token, dtype=torch.long, device=hidden.device)
         out = self._with_stubs(stubs, input_ids, outer)
         assert out is not None

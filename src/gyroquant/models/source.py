@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 import gyroquant.models.architectures  # noqa: F401  (registers the described architectures)
 from gyroquant.errors import InputError
 from gyroquant.integrity import FILE
+from gyroquant.models.adapters import ADAPTER, check_plain, merged_in_memory, open_adapter
 from gyroquant.models.gguf import GgufStore
 from gyroquant.models.outside import kind_of, read_json, remedy
 from gyroquant.models.packed import METHOD, PackedStore
@@ -23,7 +24,10 @@ def open_model(model: str | Path | PreTrainedModel) -> WeightStore:
     The weights of a folder that gyroquant wrote are compared with its checksums (see `integrity.unchecked`).
     """
     if isinstance(model, PreTrainedModel):
+        check_plain(model)
         return ModuleStore(model)
+    if not isinstance(model, (str, Path)):
+        return merged_in_memory(model)
     path = Path(model)
     if path.is_file():
         if path.suffix != ".gguf":
@@ -48,6 +52,8 @@ def open_original(model: str | Path | PreTrainedModel) -> WeightStore:
 
 
 def _open_folder(folder: Path) -> WeightStore:
+    if (folder / ADAPTER).is_file():
+        return open_adapter(folder)
     if not (folder / "config.json").exists():
         files = sorted(folder.glob("*.gguf"))
         if len(files) == 1:

@@ -5,7 +5,7 @@ A *basis* is the coordinate system of the vectors that flow between two operatio
     residual        the residual stream                       attn_in, mlp_in  the outputs of the norms in front of them
     q, k, v         per-head queries, keys, values            attn_out         the heads' mixed values, input of o_proj
     gate, up, act   of the feed-forward network               final            the output of the last norm
-    logits, fixed   never changed
+    logits, fixed   never changed                             image            what an encoder of images or sound gives
 
 A prefix keeps several feed-forward networks in one block apart: ``experts.act``, ``shared.act``.
 """
@@ -13,7 +13,7 @@ A prefix keeps several feed-forward networks in one block apart: ``experts.act``
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from gyroquant.errors import UnsupportedModelError
@@ -82,8 +82,38 @@ class Architecture:
     refuse: Callable[[Any], str | None] = lambda config: None
     """Given a configuration, the reason why this variant of the architecture is not supported, or None."""
 
+    def inside(self, decoder: str) -> Architecture:
+        """The same description for a decoder that is the module `decoder` of a larger model."""
+        base = self.blocks.rpartition(".")[0]
+
+        def moved(name: str) -> str:
+            return decoder + name.removeprefix(base) if name.startswith(f"{base}.") else name
+
+        def relocated(part: Part) -> Part:
+            if isinstance(part, tuple):
+                return tuple(tuple(replace(entry, name=moved(entry.name)) for entry in group) for group in part)
+            return replace(part, name=moved(part.name))
+
+        return replace(self, blocks=moved(self.blocks), outer=tuple(relocated(part) for part in self.outer))
+
 
 _REGISTRY: dict[str, Architecture] = {}
+_WRAPPERS: dict[str, tuple[Linear, ...]] = {}
+
+
+def register_wrapper(model_types: tuple[str, ...], *writers: Linear) -> None:
+    """Makes known which linear layers of models around a decoder write into its residual stream: the projections of
+    what encoders of images and sound give.
+    """
+    for model_type in model_types:
+        if model_type in _WRAPPERS:
+            raise ValueError(f"the wrapper {model_type!r} is described twice")
+        _WRAPPERS[model_type] = writers
+
+
+def wrapper_writers(model_type: str) -> tuple[Linear, ...] | None:
+    """What `register_wrapper` was told of a model type, or None."""
+    return _WRAPPERS.get(model_type)
 
 
 def register(architecture: Architecture) -> Architecture:

@@ -15,19 +15,23 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from gyroquant.errors import InputError
 from gyroquant.models.graph import ModelGraph, Shape, build_graph
+from gyroquant.models.names import left_out, trainer_names, trainer_patterns
 from gyroquant.models.online import Attachment
 from gyroquant.models.outside import load_config, read_json, remedy
 from gyroquant.models.runner import build_skeleton
 
 # Names that old checkpoints store although no parameter of that name exists: they are computed, not learned.
-_COMPUTED = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "attention.bias", "attention.masked_bias")
+_COMPUTED = (
+    *("rotary_emb.inv_freq", "position_ids", "attn.bias", "attn.masked_bias"),
+    *("attention.bias", "attention.masked_bias"),
+)
 
 
 class WeightStore(ABC):
@@ -36,6 +40,8 @@ class WeightStore(ABC):
     label: str
     config: Any
     online: tuple[Attachment, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What is to be told of how the model was read: what was left out, what contradicts its configuration."""
 
     @property
     @abstractmethod
@@ -72,9 +78,38 @@ class WeightStore(ABC):
         """The settings that the model generates text with, or None."""
         return getattr(self.skeleton(), "generation_config", None)
 
+    @property
+    def text_config(self) -> Any:
+        """The configuration of the decoder, which in a model that also takes images is a part of the whole one."""
+        return self.config.get_text_config(decoder=True)
+
     @cached_property
     def graph(self) -> ModelGraph:
-        return build_graph(self.config, self.shapes, self.tied)
+        model = self.skeleton()
+        buffers = [name for name in persistent_buffers(model) if name in self.shapes]
+        return build_graph(self.config, self.shapes, self.tied, decoder=decoder_name(model), buffers=buffers)
+
+
+def untie(config: Any) -> None:
+    """Says in a configuration, and in that of its decoder, that the head is not tied to the embedding."""
+    for part in (config, config.get_text_config(decoder=True)):
+        part.tie_word_embeddings = False
+
+
+def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers of a model that are stored with it, by their full names."""
+    return {
+        f"{prefix}.{name}" if prefix else name: buffer
+        for prefix, module in model.named_modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    }
+
+
+def decoder_name(model: Any) -> str:
+    """The full name of the module that is a model's decoder; empty where transformers does not tell."""
+    decoder = model.get_decoder()
+    return next((name for name, module in model.named_modules() if module is decoder), "")
 
 
 def finite(tensor: Tensor, name: str, label: str) -> Tensor:
@@ -89,10 +124,11 @@ class ModuleStore(WeightStore):
 
     def __init__(self, model: PreTrainedModel):
         self.model, self.config, self.label = model, model.config, type(model).__name__
-        self._params = dict(model.named_parameters())
+        self._params: dict[str, Tensor] = dict(model.named_parameters())
         everything = dict(model.named_parameters(remove_duplicate=False))
         stored = {id(parameter): name for name, parameter in self._params.items()}
         self._tied = {name: stored[id(p)] for name, p in everything.items() if name not in self._params}
+        self._params |= persistent_buffers(model)
 
     @property
     def shapes(self) -> Mapping[str, Shape]:
@@ -190,14 +226,24 @@ def _tensors_of(path: Path) -> dict[str, LazyTensor]:
 
 
 class CheckpointStore(WeightStore):
-    """A folder as transformers saves it: config.json and safetensors."""
+    """A folder as transformers saves it: config.json and safetensors.
+
+    Ties are those of the stored weights: where a head and an embedding are both there and differ, they are not tied,
+    whatever the configuration says.
+    """
 
     def __init__(self, folder: Path):
         self.folder, self.label = folder, str(folder)
         self._stored = safetensors_index(folder)
         self.config = load_config(folder, [tensor.shape for tensor in self._stored.values()])
+        self._notes: list[str] = []
         self._tensors = self._index()
+        self.key_mapping: dict[str, str] = {}
         self._shapes, self._groups = self._match()
+
+    @property
+    def notes(self) -> tuple[str, ...]:  # type: ignore[override]
+        return tuple(self._notes)
 
     def _index(self) -> Mapping[str, Any]:
         """What is stored, decoded when it is read, under its names in the file."""
@@ -217,7 +263,8 @@ class CheckpointStore(WeightStore):
     def _match(self) -> tuple[dict[str, Shape], dict[str, Callable[[], dict[str, Tensor]]]]:
         """The model's parameters and, for each, a function that reads the group of tensors which it is made from."""
         model = self._skeleton
-        wanted = {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in self.tied}
+        known = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+        renames = trainer_names(self._tensors, known)
         mapping = self._mapping()
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -225,16 +272,21 @@ class CheckpointStore(WeightStore):
         transforms: dict[str, tuple[Any, list[tuple[str, str]]]] = {}
         unexpected: list[str] = []
         for key in sorted(self._tensors, key=_natural):
-            target, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, wanted)
-            if target not in wanted and key in wanted:
-                target, pattern = key, None
-            if target in wanted:
+            name = renames.get(key, key)
+            target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
+            if target not in known and name in known:
+                target, pattern = name, None
+            if target in known:
                 transform = None if pattern is None else by_pattern[pattern]
                 transforms.setdefault(target, (transform, []))[1].append((key, pattern or key))
-            elif target not in self.tied and not key.endswith(_COMPUTED):
-                unexpected.append(key)
-        if unexpected:
-            raise InputError(f"{self.label} stores {', '.join(unexpected[:4])}, which {type(model).__name__} has not")
+            elif not name.endswith(_COMPUTED):
+                unexpected.append(name)
+        self._notes += left_out(unexpected, model, self.label)
+        if renames:
+            self._notes.append(f"names of a trainer's wrapper ({next(iter(renames))}, ...) were read without it")
+            self.key_mapping = trainer_patterns(renames)
+        self._settle_ties(transforms)
+        wanted = {name: shape for name, shape in known.items() if name not in self.tied}
         groups: dict[str, Callable[[], dict[str, Tensor]]] = {}
         for target, (transform, sources) in transforms.items():
             read = self._reader(target, transform, sources)
@@ -245,18 +297,62 @@ class CheckpointStore(WeightStore):
                 else [target.replace(transform.target_patterns[0], other, 1) for other in transform.target_patterns]
             )
             groups |= dict.fromkeys(targets, read)
-        missing = sorted(set(wanted) - set(groups))
-        if missing:
-            raise InputError(
-                f"{self.label} lacks {', '.join(missing[:4])} of {type(model).__name__}; is a shard missing?"
-            )
+        self._check_missing(sorted(set(wanted) - set(groups)), groups)
         return wanted, groups
+
+    def _settle_ties(self, transforms: dict[str, Any]) -> None:
+        """Holds the ties of the configuration against what is stored: a tied parameter may be stored under either name,
+        and one that differs from the other is one of its own.
+        """
+        for alias, name in self.tied.items():
+            if alias not in transforms:
+                continue
+            stored = transforms[alias]
+            if name not in transforms:
+                transforms[name] = transforms.pop(alias)
+            elif self._same(stored, transforms[name]):
+                del transforms[alias]
+            else:
+                self._notes.append(
+                    f"{alias} is stored and differs from {name}, to which config.json ties it: it is read as it is "
+                    "stored. Set tie_word_embeddings to false there"
+                )
+        differ = [alias for alias in self.tied if alias in transforms]
+        if differ:
+            untie(self.config)
+            del self._skeleton  # the next one is built without the tie
+
+    def _same(self, first: Any, second: Any) -> bool:
+        """Whether two stored parameters hold the same numbers."""
+        (_, [(one, _), *_]), (_, [(other, _), *_]) = first, second
+        a, b = self._tensors[one], self._tensors[other]
+        return a.shape == b.shape and bool(torch.equal(a[...], b[...]))
+
+    def _check_missing(self, missing: list[str], groups: dict[str, Callable[[], dict[str, Tensor]]]) -> None:
+        """Refuses parameters that are not there. Persistent buffers that are not keep their initial values."""
+        buffers = persistent_buffers(self._skeleton)
+        for name in [name for name in missing if name in buffers]:
+            missing.remove(name)
+            groups[name] = lambda name=name: {name: buffers[name]}  # type: ignore[misc]
+            self._notes.append(f"{name} is not stored: it has the value that transformers starts with")
+        if not missing:
+            return
+        kind = type(self._skeleton).__name__
+        head = self._skeleton.get_output_embeddings()
+        names = {id(module): name for name, module in self._skeleton.named_modules()}
+        if missing == [f"{names.get(id(head))}.weight"]:
+            raise InputError(
+                f"{self.label} lacks {missing[0]} of {kind}, and config.json does not tie the head to the embedding: "
+                "fetch the shard that holds it; if the model is tied, set tie_word_embeddings to true"
+            )
+        raise InputError(f"{self.label} lacks {', '.join(missing[:4])} of {kind}; is a shard missing?")
 
     def _check_source(self, target: str, shape: Shape | None, keys: list[str]) -> None:
         """Refuses tensors that are not floating point, and one that is a parameter as it is and has another shape."""
+        buffers = persistent_buffers(self._skeleton)
         for key in keys:
             tensor = self._tensors[key]
-            if isinstance(tensor, LazyTensor) and tensor.dtype not in _DTYPES:
+            if isinstance(tensor, LazyTensor) and tensor.dtype not in _DTYPES and target not in buffers:
                 raise InputError(
                     f"{self.label}: {key} is stored as {tensor.dtype}; start from the model in 16 or 32 bits"
                 )
@@ -278,7 +374,7 @@ class CheckpointStore(WeightStore):
 
         return read
 
-    @cached_property
+    @property
     def tied(self) -> Mapping[str, str]:
         return dict(self._skeleton.all_tied_weights_keys)
 

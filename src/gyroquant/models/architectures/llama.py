@@ -40,6 +40,9 @@ def _register(name: str, model_types: tuple[str, ...], mlp: tuple[Part, ...], ro
     register(Architecture(name, model_types, blocks="model.layers", block=block, outer=OUTER, rope=rope))
 
 
-_register("llama", ("llama", "mistral", "smollm3", "granite", "qwen2", "qwen3", "seed_oss"), MLP, "half")
+_LLAMA = ("llama", "mistral", "smollm3", "granite", "qwen2", "qwen3", "seed_oss")
+_IN_WRAPPERS = ("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text")  # whose positions are 3-D for images alone
+
+_register("llama", (*_LLAMA, *_IN_WRAPPERS), MLP, "half")
 _register("llama_interleaved", ("ernie4_5", "helium"), MLP, "interleaved")
 _register("arcee", ("arcee",), UNGATED_MLP, "half")

@@ -193,7 +193,7 @@ def build(name: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
 def tokens(model: PreTrainedModel, batch: int = 2, length: int = 24, seed: int = 1) -> torch.Tensor:
     """Random token ids, shape (batch, length)."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, model.config.vocab_size, (batch, length), generator=generator)
+    return torch.randint(0, model.config.get_text_config().vocab_size, (batch, length), generator=generator)
 
 
 def tokenizer() -> transformers.PreTrainedTokenizerFast:

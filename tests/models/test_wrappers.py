@@ -9,7 +9,8 @@ import torch
 from safetensors import safe_open
 
 import gyroquant as gq
-from gyroquant.errors import UnsupportedModelError
+from gyroquant.errors import InputError, UnsupportedModelError
+from gyroquant.models import spec
 from gyroquant.models.opened import compare_with_transformers
 from gyroquant.models.source import open_model
 from gyroquant.recipe import load_recipe
@@ -105,12 +106,15 @@ def test_the_result_opens_under_its_own_class_with_its_images(folder: Path, dens
         assert any("vis" in key for key in file.keys())
 
 
-@pytest.mark.parametrize("folder", ["gemma3_wrapper"], indirect=True)
-def test_a_wrapper_whose_writers_are_not_described_keeps_its_residual_stream(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match="which parts of gemma3 write into the residual stream"):
+@pytest.mark.parametrize("folder", ["llava"], indirect=True)
+def test_a_wrapper_whose_writers_are_not_described_keeps_its_residual_stream(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(spec._WRAPPERS, "llava")
+    with pytest.raises(UnsupportedModelError, match="which parts of llava write into the residual stream"):
         gq.quantize(folder, load_recipe("gsr", SETTINGS), TEXT, tmp_path / "no")
     made = gq.quantize(folder, load_recipe("gptq", SETTINGS), TEXT, tmp_path / "out")
-    original = tiny.build("gemma3_wrapper")
+    original = tiny.build("llava")
     ids = tiny.tokens(original) % 80 + 3
     with torch.no_grad():
         assert away(made(input_ids=ids).logits, original(input_ids=ids).logits) < 0.03
@@ -120,3 +124,12 @@ def test_a_wrapper_whose_writers_are_not_described_keeps_its_residual_stream(fol
 def test_a_decoder_inside_another_model_is_evaluated(folder: Path) -> None:
     found = gq.evaluate(folder, TEXT, window=32, max_windows=4)
     assert found["perplexity"] > 1
+
+
+@pytest.mark.parametrize("folder", ["qwen2_vl"], indirect=True)
+def test_formats_without_a_place_for_images_name_those_that_have_one(folder: Path, tmp_path: Path) -> None:
+    settings = ["weights.bits=4", "weights.symmetric=true", *SETTINGS[1:]]
+    gq.quantize(folder, load_recipe("rtn", settings), TEXT, tmp_path / "out")
+    with pytest.raises(InputError, match=r"no place for what qwen2_vl has around its decoder.*compressed-tensors"):
+        gq.export(tmp_path / "out", "openvino", tmp_path / "ov")
+    gq.export(tmp_path / "out", "compressed-tensors", tmp_path / "ct")

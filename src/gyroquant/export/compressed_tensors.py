@@ -52,7 +52,7 @@ class CompressedTensors(Format):
 
     name = "compressed-tensors"
     title = "compressed-tensors"
-    carries = Carries(weights=(WeightType(_FORMAT, bits=tuple(range(2, 9))),))
+    carries = Carries(weights=(WeightType(_FORMAT, bits=tuple(range(2, 9))),), wrappers=True)
     packages = ("compressed_tensors",)
     extra = "compressed-tensors"
 

@@ -24,7 +24,7 @@ class Dense(Format):
 
     name = "dense"
     title = "plain safetensors"
-    carries = Carries(dense=True, experts=True)
+    carries = Carries(dense=True, experts=True, wrappers=True)
     dtype: ClassVar[torch.dtype | None] = None
 
     def write(self, store: PackedStore, folder: OutputFolder) -> dict[str, Any]:

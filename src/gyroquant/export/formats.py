@@ -100,7 +100,8 @@ def halves(grid: IntegerGrid) -> bool:
 @dataclass(frozen=True)
 class Carries:
     """What a format can hold: kinds of weights, the points where maps may run, whether weights may be rounded in a
-    basis of their inputs, and which architectures (None: all). A `dense` one holds every weight as plain numbers.
+    basis of their inputs, and which architectures (None: all). A `dense` one holds every weight as plain numbers, and
+    one that holds `wrappers` holds models which also take images, with the decoder inside.
     """
 
     weights: tuple[WeightType, ...] = ()
@@ -109,6 +110,7 @@ class Carries:
     model_types: tuple[str, ...] | None = None
     basis: bool = False
     experts: bool = False
+    wrappers: bool = False
 
     def type_of(self, layer: Layer) -> WeightType | None:
         """The first way in which a layer fits, if there is one."""
@@ -213,8 +215,15 @@ def format_named(name: str) -> Format:
 
 def check_fit(format_: Format, needs: Needs) -> None:
     """Raises InputError with every reason why a model does not fit a format, and the formats that it does fit."""
-    problems = format_.problems(needs)
+    problems = _all_problems(format_, needs)
     if problems:
-        others = [name for name, one in sorted(Format.kinds.items()) if not one.problems(needs)]
+        others = [name for name, one in sorted(Format.kinds.items()) if not _all_problems(one, needs)]
         instead = f" Formats that hold it as it is: {', '.join(others)}." if others else ""
         raise InputError("; ".join(problems) + "." + instead)
+
+
+def _all_problems(format_: Format, needs: Needs) -> list[str]:
+    wrapper = needs.config is not None and needs.config.get_text_config(decoder=True) is not needs.config
+    if wrapper and not format_.carries.wrappers:  # whose settings are those of its decoder elsewhere
+        return [f"{format_.title} has no place for what {needs.model_type} has around its decoder"]
+    return format_.problems(needs)

@@ -51,7 +51,7 @@ class Gptq(Format):
 
     name = "gptq"
     title = "GPTQ checkpoint"
-    carries = Carries(weights=(WeightType("qweight", bits=(2, 3, 4, 8)),))
+    carries = Carries(weights=(WeightType("qweight", bits=(2, 3, 4, 8)),), wrappers=True)
 
     def problems(self, needs: Needs) -> list[str]:
         return [*super().problems(needs), *_one_kind(needs), *_in_blocks(needs), *_whole_words(needs)]

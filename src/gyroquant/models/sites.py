@@ -100,7 +100,7 @@ def _r1(graph: ModelGraph) -> Iterator[Site]:
     writers: list[Port] = []
     readers: list[Port] = []
     absorbs: list[tuple[NormOp, tuple[Port, ...]]] = []
-    blocked, layer_norm = graph.r1_blocked, False
+    blocked, layer_norm = "", False
     for group in groups:
         writers += group.writers("residual")
         readers += [op.read_port() for op in group.readers("residual")]
@@ -126,7 +126,7 @@ def _r1(graph: ModelGraph) -> Iterator[Site]:
         absorbs=tuple(absorbs),
         admits="orthogonal",
         keeps_mean=layer_norm,
-        blocked=blocked,
+        blocked=blocked or graph.r1_blocked,
     )
 
 

@@ -40,11 +40,11 @@ def check_beside(out: Path, model: Any) -> None:
         raise InputError(f"{out} lies in the folder of the model, {model}; choose a place beside it")
 
 
-def check_seqlen(store: WeightStore, seqlen: int) -> None:
-    """Refuses windows of text that are longer than a model can take."""
-    limit = getattr(store.config, "max_position_embeddings", None)
+def check_seqlen(config: Any, seqlen: int, option: str = "--seqlen") -> None:
+    """Refuses windows of text that are longer than a model of this configuration can take."""
+    limit = getattr(config, "max_position_embeddings", None)
     if limit and seqlen > limit:
-        raise InputError(f"--seqlen {seqlen} is longer than the {limit} positions that the model knows")
+        raise InputError(f"{option} {seqlen} is longer than the {limit} positions that the model knows")
 
 
 def only_journal_left(out: Path) -> bool:

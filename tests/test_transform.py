@@ -13,8 +13,13 @@ import transformers
 import gyroquant as gq
 from gyroquant.models.fold import FoldPlan
 
-FULL = {"transform": {"R1": {"method": "hadamard", "random_signs": True}, "R2": "hadamard"}, "weights": {"bits": 4}}
-ONLINE = {"transform": {**FULL["transform"], "R3": "hadamard", "R4": "hadamard"}, "weights": {"bits": 4}}
+PROOF = {"nsamples": 2, "seqlen": 24}
+FULL = {
+    "transform": {"R1": {"method": "hadamard", "random_signs": True}, "R2": "hadamard"},
+    "weights": {"bits": 4},
+    "proof": PROOF,
+}
+ONLINE = FULL | {"transform": {**FULL["transform"], "R3": "hadamard", "R4": "hadamard"}}
 
 
 def logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
@@ -79,7 +84,7 @@ def test_a_model_with_online_maps_refuses_to_be_saved_plainly(tmp_path: Path) ->
 
 def test_tied_embeddings_are_untied_only_when_needed() -> None:
     model = tiny.build("llama_tied")
-    gq.transform(model, {"transform": {"R2": "hadamard"}, "weights": {"bits": 4}})
+    gq.transform(model, {"transform": {"R2": "hadamard"}, "weights": {"bits": 4}, "proof": PROOF})
     assert model.lm_head.weight is model.model.embed_tokens.weight
     gq.transform(model, FULL)
     assert model.lm_head.weight is not model.model.embed_tokens.weight

@@ -136,6 +136,12 @@ def tokens(model: PreTrainedModel, batch: int = 2, length: int = 24, seed: int =
     return torch.randint(0, model.config.vocab_size, (batch, length), generator=generator)
 
 
+def amount(nsamples: int = 2, length: int = 24) -> list[str]:
+    """The changes of a recipe that ask for as many tokens as `tokens` gives, to calibrate and to prove on."""
+    sections = ("calibration", "proof")
+    return [change for s in sections for change in (f"{s}.nsamples={nsamples}", f"{s}.seqlen={length}")]
+
+
 def tokenizer() -> transformers.PreTrainedTokenizerFast:
     """A tokenizer of 96 words: w0 .. w92 behind the three special tokens."""
     from tokenizers import Tokenizer, models, pre_tokenizers

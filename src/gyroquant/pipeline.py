@@ -128,11 +128,13 @@ def transform(
 def _proof_tokens(model: Any, recipe: Recipe, source: Text | TokenBatch | None, tokenizer: Any) -> Tensor:
     """The tokens that the proof in memory is made on: as many as the recipe says, never fewer."""
     settings, drawn = recipe.proof, recipe.calibration
-    check_seqlen(model.config, settings.seqlen, "--set proof.seqlen:")
     vocabulary = model.config.vocab_size
     if isinstance(source, TokenBatch):
         tokens = source.checked(vocabulary).cut(settings.nsamples, settings.seqlen, "proof")
-    elif source is not None:
+    check_seqlen(model.config, settings.seqlen, "proof.seqlen")
+    if isinstance(source, TokenBatch):
+        return tokens.to(model.device)
+    if source is not None:
         stream = token_stream(source, tokenizer, vocabulary, drawn.add_bos)
         tokens = stream.sample(settings.nsamples, settings.seqlen, drawn.seed).ids
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,8 +51,8 @@ def test_calibration_tokens_are_those_that_a_run_takes_from_the_text(
 def test_a_measurement_is_that_of_evaluate(tmp_path: Path, folders: dict[str, Path], corpus: Path) -> None:
     store, other = open_model(folders["llama"]), open_model(tiny.build("llama", seed=3))
     shared = Shared(tmp_path / "shared", store, "float32")
-    ids = texts(store, corpus, 5).tests["test"].ids
-    file = shared.test(ids, Stages())
+    batch = texts(store, corpus, 5).tests["test"]
+    file = shared.test(batch, Stages())
     found = measured(other, store, file, "float32")
     wanted = gq.evaluate(other.model, corpus, store.folder, window=32, max_windows=5, tokenizer=store.tokenizer())
     for key in ("perplexity", "kl", "top1_agreement"):
@@ -60,15 +61,15 @@ def test_a_measurement_is_that_of_evaluate(tmp_path: Path, folders: dict[str, Pa
     assert len(found["window_kl"]) == 5
     file.touch()
     stamp = file.stat().st_mtime_ns
-    assert shared.test(ids, Stages()) == file
+    assert shared.test(batch, Stages()) == file
     assert file.stat().st_mtime_ns == stamp
-    assert shared.test(ids.flip(0), Stages()) != file
+    assert shared.test(replace(batch, ids=batch.ids.flip(0)), Stages()) != file
 
 
 def test_known_hidden_states_are_really_used(folders: dict[str, Path], tmp_path: Path, corpus: Path) -> None:
     store = open_model(folders["llama"])
     shared = Shared(tmp_path, store, "float32")
-    file = shared.test(texts(store, corpus).tests["test"].ids, Stages())
+    file = shared.test(texts(store, corpus).tests["test"], Stages())
     ids = tiny.tokens(store.skeleton(), 2, 32)
     save_file({"ids": ids, "hidden": last_hidden(store, ids).flip(0).contiguous()}, file)
     assert measured(open_model(folders["llama"]), store, file, "float32")["kl"] > 0.01  # those of the other window

@@ -63,6 +63,8 @@ def test_tests_are_called_by_their_tokens_not_by_their_names(
         "window": 32,
         "windows": 3,
         "tokens": 96,
+        "text_tokens": 100,
+        "bos": None,
     }
 
 

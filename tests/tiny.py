@@ -154,6 +154,21 @@ def tokenizer() -> transformers.PreTrainedTokenizerFast:
     )
 
 
+CHAT = "<s> {% for m in messages %}{{ m['role'] }} {{ m['content'] }} </s> {% endfor %}"
+"""A chat template that begins a conversation by BOS, as Llama's does."""
+
+
+def beginning(single: str = "<s> $A", template: str | None = None) -> transformers.PreTrainedTokenizerFast:
+    """`tokenizer` with what its post-processor puts around a text, `single`, and a chat template."""
+    from tokenizers import processors
+
+    found = tokenizer()
+    special = [("<pad>", 0), ("<s>", 1), ("</s>", 2)]
+    found.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
+    found.chat_template = template
+    return found
+
+
 def prose(words: int, seed: int = 0) -> str:
     """Random words of the tiny tokenizer, some much more often than others."""
     generator = torch.Generator().manual_seed(seed)

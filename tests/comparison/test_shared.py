@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import gyroquant as gq
 from gyroquant import pipeline
@@ -46,6 +47,26 @@ def test_calibration_tokens_are_those_that_a_run_takes_from_the_text(
     assert (again.text.name, again.text.sha256) == (job.text.name, job.text.sha256)
     with pytest.raises(gq.InputError, match="8 windows of 32 tokens, not as 9 windows of 32"):
         batch.take(9, 32)
+
+
+def test_everybody_calibrates_on_windows_that_begin_with_bos(
+    tmp_path: Path, folders: dict[str, Path], corpus: Path
+) -> None:
+    """The file that other programs read holds the windows which a run of ours takes from the text."""
+    folder = tmp_path / "model"
+    shutil.copytree(folders["llama"], folder)
+    tiny.beginning().save_pretrained(folder)
+    store = open_model(folder)
+    file = Shared(tmp_path / "shared", store, "float32").calibration(texts(store, corpus).calibration, 5, 32, 0)
+    recipe = gq.load_recipe("gptq", ["calibration.nsamples=5", "calibration.seqlen=32", "weights.group_size=16"])
+    job = prepare(folder, tmp_path / "a", recipe, corpus)
+    assert torch.equal(load_file(file)["tokens"], job.tokens)
+    assert job.tokens is not None
+    assert job.tokens[:, 0].eq(1).all()
+    assert read_tokens(file).bos == job.bos == (1,)
+    test = Shared(tmp_path / "shared", store, "float32").test(texts(store, corpus, 5).tests["test"], Stages())
+    wanted = gq.evaluate(folder, corpus, window=32, max_windows=5)
+    assert measured(store, None, test, "float32")["loss"] == pytest.approx(wanted["loss"], rel=1e-6)
 
 
 def test_a_measurement_is_that_of_evaluate(tmp_path: Path, folders: dict[str, Path], corpus: Path) -> None:

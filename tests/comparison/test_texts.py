@@ -79,6 +79,26 @@ def test_another_tokenizer_makes_other_texts(folders: dict[str, Path], corpus: P
     assert here.keys != there.keys
 
 
+def test_windows_begin_with_bos_where_the_tokenizer_puts_it(
+    folders: dict[str, Path], corpus: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "model"
+    shutil.copytree(folders["llama"], other)
+    tiny.beginning().save_pretrained(other)
+    trial, store = Trial(str(corpus), 32, 4), open_model(other)
+    on, off, none = (
+        read(other, a=trial),
+        read_texts(store, corpus, {"a": trial}, False),
+        read(folders["llama"], a=trial),
+    )
+    assert (on.bos, off.bos, none.bos) == ("<s>", None, None)
+    assert on.tests["a"].ids[:, 0].eq(1).all()
+    assert off.tests["a"].ids[:, 0].eq(1).tolist() == [True, False, False, False]
+    assert len({text.keys["a"] for text in (on, off, none)}) == 3
+    assert on.about()["a"]["bos"] == "<s>"
+    assert (on.about()["a"]["tokens"], off.about()["a"]["tokens"]) == (4 * 31, 4 * 32)
+
+
 def swap_two_words(folder: Path) -> None:
     path = folder / "tokenizer.json"
     text = path.read_text()

@@ -185,8 +185,7 @@ def interval(values: Tensor, weight: Tensor | int, seed: int = 0, level: float =
     """
     generator = torch.Generator().manual_seed(seed)
     picks = torch.randint(0, len(values), (_RESAMPLES, len(values)), generator=generator)
-    weights = torch.as_tensor(weight, dtype=torch.float64).expand(len(values))
-    means = values[picks].mean(1) / weights[picks].mean(1)
+    means = values[picks].mean(1) / (weight[picks].double().mean(1) if isinstance(weight, Tensor) else weight)
     tail = (1 - level) / 2
     low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=means.dtype))
     return float(low), float(high)

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import gyroquant as gq
 from gyroquant import pipeline, verification
+from gyroquant.calibration.text import load_text
 from gyroquant.cli import app
 from gyroquant.integrity import seal
 from gyroquant.job import prepare
@@ -123,6 +125,42 @@ def test_the_recipe_is_written_where_no_preset_is_near(folders: dict[str, Path],
     assert f"--recipe {tmp_path / 'r.yaml'}" in command
     assert "--dense" in command
     assert gq.load_recipe(tmp_path / "r.yaml") == gq.load_recipe(LEARNED)
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+def test_the_proof_of_a_folder_from_before_windows_began_with_bos_is_made_on_its_tokens(
+    suffix: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its manifest has neither the key nor what windows begin with: they were cut from the text as it stands."""
+    model, text = tmp_path / "model", tmp_path / f"text{suffix}"
+    shutil.copytree(folders["llama"], model)
+    tiny.beginning(template=tiny.CHAT).save_pretrained(model)
+    rows = [{"messages": [{"role": "user", "content": tiny.prose(40, i)}]} for i in range(30)]
+    text.write_text("\n".join(map(json.dumps, rows)))
+    job = prepare(
+        model,
+        tmp_path / "out",
+        gq.load_recipe("gsr", [*BRIEF, "calibration.add_bos=false"]),
+        load_text(text, prose=True),
+    )
+    pipeline.run(job)
+    path = tmp_path / "out" / "gyroquant.json"
+    manifest = json.loads(path.read_text())
+    assert manifest["text"].pop("bos") is None
+    assert manifest["recipe"]["calibration"].pop("add_bos") is False
+    path.write_text(json.dumps(manifest))
+    seal(tmp_path / "out")
+    seen, original = list[torch.Tensor](), verification.prove
+
+    def prove(store: Any, plan: Any, runner: Any, tokens: torch.Tensor, *rest: Any) -> Any:
+        seen.append(tokens)
+        return original(store, plan, runner, tokens, *rest)
+
+    monkeypatch.setattr(verification, "prove", prove)
+    status, result = run(tmp_path / "out", "--proof", "--text", text)
+    assert status == 0, result["problems"]
+    assert torch.equal(seen[0], pipeline.proof_sample(job))
+    assert "calibration.add_bos=false" in result["command"]
 
 
 def test_the_proof_is_made_again(out: Path, folders: dict[str, Path], corpus: Path, tmp_path: Path) -> None:

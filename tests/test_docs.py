@@ -63,7 +63,8 @@ def test_the_example_of_a_method_works() -> None:
         ids = tiny.tokens(model)
         with torch.no_grad():
             before = model(ids).logits
-            gq.transform(model, {"transform": {"R1": "reverse", "R4": "reverse"}, "weights": {"bits": 4}})
+            recipe = {"transform": {"R1": "reverse", "R4": "reverse"}, "weights": {"bits": 4}}
+            gq.transform(model, recipe | {"proof": {"seqlen": 24}})
             assert torch.allclose(model(ids).logits, before, atol=1e-4)
         site = find_sites(open_model(model).graph, "R1")[0]
         chosen = Method.kinds["reverse"]().choose(site, Context(seed=0, group_size=16))

@@ -13,8 +13,13 @@ import transformers
 import gyroquant as gq
 from gyroquant.models.fold import FoldPlan
 
-FULL = {"transform": {"R1": {"method": "hadamard", "random_signs": True}, "R2": "hadamard"}, "weights": {"bits": 4}}
-ONLINE = {"transform": {**FULL["transform"], "R3": "hadamard", "R4": "hadamard"}, "weights": {"bits": 4}}
+PROOF = {"nsamples": 2, "seqlen": 24}
+FULL = {
+    "transform": {"R1": {"method": "hadamard", "random_signs": True}, "R2": "hadamard"},
+    "weights": {"bits": 4},
+    "proof": PROOF,
+}
+ONLINE = FULL | {"transform": {**FULL["transform"], "R3": "hadamard", "R4": "hadamard"}}
 
 
 def logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
@@ -79,7 +84,7 @@ def test_a_model_with_online_maps_refuses_to_be_saved_plainly(tmp_path: Path) ->
 
 def test_tied_embeddings_are_untied_only_when_needed() -> None:
     model = tiny.build("llama_tied")
-    gq.transform(model, {"transform": {"R2": "hadamard"}, "weights": {"bits": 4}})
+    gq.transform(model, {"transform": {"R2": "hadamard"}, "weights": {"bits": 4}, "proof": PROOF})
     assert model.lm_head.weight is model.model.embed_tokens.weight
     gq.transform(model, FULL)
     assert model.lm_head.weight is not model.model.embed_tokens.weight
@@ -140,6 +145,68 @@ def test_calibration_text_needs_a_tokenizer(corpus: Path, tokenizer: object) -> 
         gq.transform(model, FULL, calibration=corpus)
     recipe = FULL | {"proof": {"nsamples": 3, "seqlen": 20}}
     assert gq.transform(model, recipe, calibration=corpus, tokenizer=tokenizer).tokens == 60
+
+
+MEASURED = FULL | {"transform": {"R4": {"method": "massdiff", "block": 16}}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "shape", "match"),
+    [
+        (
+            {"proof": {}},
+            (2, 24),
+            r"2 windows of 24 tokens, not as 2 windows of 256.*--set proof.nsamples=2 --set proof.seqlen=24",
+        ),
+        ({"proof": {"nsamples": 3, "seqlen": 24}}, (2, 24), r"--set proof.nsamples=2 --set proof.seqlen=24"),
+        (
+            {"calibration": {"nsamples": 4000, "seqlen": 24}},
+            (2, 24),
+            r"not as 4000 windows.*--set calibration.nsamples=2",
+        ),
+        (
+            {"calibration": {"nsamples": 2, "seqlen": 16}},
+            (2, 24),
+            r"--set calibration.nsamples=2 --set calibration.seqlen=24",
+        ),
+        ({"calibration": {"nsamples": 2, "seqlen": 24}}, (2, 23), r"not as 2 windows of 24"),
+        (
+            {"proof": {"nsamples": 2, "seqlen": 129}},
+            None,
+            r"proof.seqlen 129 is longer than the 128 positions.*--set proof.seqlen=128",
+        ),
+        ({"proof": {"nsamples": 2, "seqlen": 129}}, (2, 129), r"longer than the 128 positions"),
+        ({}, (48,), r"of shape \(samples, length\)"),
+    ],
+)
+def test_fewer_tokens_than_asked_for_are_refused(
+    changes: dict[str, object], shape: tuple[int, ...] | None, match: str
+) -> None:
+    model = tiny.build("llama")
+    state = {n: t.clone() for n, t in model.state_dict().items()}
+    ids = None if shape is None else torch.randint(0, 96, shape)
+    recipe = (MEASURED if "calibration" in changes else FULL) | changes
+    with pytest.raises(gq.InputError, match=match):
+        gq.transform(model, recipe, calibration=ids)
+    assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
+
+
+def test_ids_of_another_model_are_refused() -> None:
+    with pytest.raises(gq.InputError, match="token 96, but the model knows only 96"):
+        gq.transform(tiny.build("llama"), FULL, calibration=torch.full((2, 24), 96))
+
+
+def test_ids_are_taken_as_they_are_and_the_proof_says_how_many() -> None:
+    ids = tiny.tokens(tiny.build("llama"), 5, 40)
+    assert gq.transform(tiny.build("llama"), FULL, calibration=ids).tokens == 48
+    recipe = MEASURED | {"calibration": {"nsamples": 5, "seqlen": 40}, "proof": {"nsamples": 5, "seqlen": 40}}
+    assert gq.transform(tiny.build("llama"), recipe, calibration=ids).tokens == 200
+
+
+def test_a_text_that_is_too_short_for_the_proof_is_refused(tokenizer: object) -> None:
+    with pytest.raises(gq.InputError, match="enough for 4 samples of 24, not for 5"):
+        recipe = FULL | {"proof": {"nsamples": 5, "seqlen": 24}}
+        gq.transform(tiny.build("llama"), recipe, calibration=[tiny.prose(100)], tokenizer=tokenizer)
 
 
 def test_twice_is_still_exact() -> None:

@@ -196,6 +196,12 @@ def tokens(model: PreTrainedModel, batch: int = 2, length: int = 24, seed: int =
     return torch.randint(0, model.config.get_text_config().vocab_size, (batch, length), generator=generator)
 
 
+def amount(nsamples: int = 2, length: int = 24) -> list[str]:
+    """The changes of a recipe that ask for as many tokens as `tokens` gives, to calibrate and to prove on."""
+    sections = ("calibration", "proof")
+    return [change for s in sections for change in (f"{s}.nsamples={nsamples}", f"{s}.seqlen={length}")]
+
+
 def tokenizer() -> transformers.PreTrainedTokenizerFast:
     """A tokenizer of 96 words: w0 .. w92 behind the three special tokens."""
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -206,6 +212,21 @@ def tokenizer() -> transformers.PreTrainedTokenizerFast:
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<pad>"
     )
+
+
+CHAT = "<s> {% for m in messages %}{{ m['role'] }} {{ m['content'] }} </s> {% endfor %}"
+"""A chat template that begins a conversation by BOS, as Llama's does."""
+
+
+def beginning(single: str = "<s> $A", template: str | None = None) -> transformers.PreTrainedTokenizerFast:
+    """`tokenizer` with what its post-processor puts around a text, `single`, and a chat template."""
+    from tokenizers import processors
+
+    found = tokenizer()
+    special = [("<pad>", 0), ("<s>", 1), ("</s>", 2)]
+    found.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
+    found.chat_template = template
+    return found
 
 
 def prose(words: int, seed: int = 0) -> str:

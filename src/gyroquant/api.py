@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from gyroquant import pipeline
-from gyroquant.calibration.text import load_text
+from gyroquant.calibration.text import bos_text, load_text
 from gyroquant.environment import versions
 from gyroquant.errors import GyroquantError, InputError
 from gyroquant.evaluation.perplexity import DTYPES, cut, score_windows, summary, text_windows
@@ -26,16 +26,17 @@ from gyroquant.models.source import open_model
 from gyroquant.models.store import safetensors_index
 from gyroquant.pool import Workers
 from gyroquant.progress import Stages
-from gyroquant.recipe import Recipe
+from gyroquant.recipe import Recipe, load_recipe
 
 
 def quantize(
     model: str | Path | PreTrainedModel,
     recipe: str | Path | dict[str, Any] | Recipe,
-    calibration: str | Path | Sequence[str] | None = None,
+    calibration: str | Path | Sequence[str | Mapping[str, Any]] | None = None,
     out: str | Path | None = None,
     *,
     tokenizer: Any = None,
+    add_bos: bool | None = None,
     dense: bool = False,
     overwrite: bool = False,
     device: str = "cpu",
@@ -48,7 +49,8 @@ def quantize(
     """Transforms, proves, rounds and saves a model, and returns it loaded back from what was saved.
 
     `model` is a name on the hub, a folder, a GGUF file or a transformers model; `calibration` a text file, a list of
-    strings or a dataset; `out` a folder that does not exist yet (left out: nothing is kept on disk). The manifest is
+    strings or a dataset (see `calibration.text.load_text`), `add_bos` the recipe's `calibration.add_bos` if it is to be
+    another; `out` a folder that does not exist yet (left out: nothing is kept on disk). The manifest is
     the attribute `gyroquant_manifest` of the result. A run into `out` that was stopped is gone on with, unless it is to
     be `fresh`. With `workers`, blocks are rounded side by side. Raises a GyroquantError before any work for whatever
     cannot be done.
@@ -58,7 +60,7 @@ def quantize(
         job = prepare(
             model,
             place,
-            recipe,
+            recipe if add_bos is None else load_recipe(recipe, [f"calibration.add_bos={str(add_bos).lower()}"]),
             calibration,
             tokenizer=tokenizer,
             dense=dense,
@@ -68,6 +70,7 @@ def quantize(
             offload=offload,
             fresh=fresh,
             workers=workers,
+            reads=[recipe] if isinstance(recipe, (str, Path)) else (),
         )
         manifest = pipeline.run(job, progress)
         loaded = load(place, device=device)
@@ -110,21 +113,24 @@ def _load(folder: Path, dtype: str | torch.dtype, device: str) -> PreTrainedMode
 
 def evaluate(
     model: str | Path | PreTrainedModel,
-    text: str | Path | Sequence[str] = "wikitext2",
+    text: str | Path | Sequence[str | Mapping[str, Any]] = "wikitext2",
     against: str | Path | PreTrainedModel | None = None,
     *,
     preset: Literal["standard", "bbt"] = "standard",
     window: int | None = None,
     max_windows: int | None = None,
     tokenizer: Any = None,
+    add_bos: bool = True,
     dtype: str = "float32",
     device: str = "cpu",
     progress: Stages | None = None,
 ) -> dict[str, Any]:
     """Perplexity of a model on a text and, with `against`, its KL divergence from and agreement with another.
 
-    Windows do not overlap and each is predicted from its second token on. `window` and `max_windows` override the
-    preset. Raises InputError for texts and tokenizers that do not fit.
+    Windows do not overlap and each is predicted from its second token on. With `add_bos` each begins with what the
+    tokenizer puts in front of a text, if anything, which no prediction is counted of; `bos` of the result says what.
+    `window` and `max_windows` override the preset; where the text has fewer windows than asked for, `windows` and
+    `windows_asked` of the result differ. Raises InputError for texts and tokenizers that do not fit.
     """
     started = time.perf_counter()
     if dtype not in DTYPES:
@@ -139,14 +145,18 @@ def evaluate(
             for note in one.notes:
                 progress.warn(note)
     source = load_text(text, split="test")
-    batch = text_windows(source, store, length, count, tokenizer)
-    scores = score_windows(store, batch, other, DTYPES[dtype], device, progress)
+    tokenizer = tokenizer or store.tokenizer()
+    batch = text_windows(source, store, length, count, tokenizer, add_bos)
+    scores = score_windows(store, batch.ids, other, DTYPES[dtype], device, progress, bos=batch.bos)
     return summary(scores) | {
         "model": store.label,
         "against": None if other is None else other.label,
-        "text": {"name": source.name, "sha256": source.sha256},
-        "tokens": batch.numel(),
-        "windows": len(batch),
+        "text": source.about() | {"tokens": batch.text_tokens},
+        "add_bos": add_bos,
+        "bos": bos_text(batch.bos, tokenizer),
+        "tokens": batch.tokens,
+        "windows": len(batch.ids),
+        "windows_asked": count,
         "window": length,
         "dtype": dtype,
         "true_bits_per_weight": store.bits_per_weight(),

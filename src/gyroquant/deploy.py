@@ -12,7 +12,7 @@ from torch import Tensor
 
 import gyroquant.export.hf
 import gyroquant.export.known  # noqa: F401  (registers the formats)
-from gyroquant.calibration.text import load_text, tokenize, windows
+from gyroquant.calibration.text import load_text, token_stream
 from gyroquant.environment import versions
 from gyroquant.errors import InputError, ProofError
 from gyroquant.export.folder import OutputFolder, check_destination, check_room
@@ -220,8 +220,7 @@ def _windows(store: PackedStore, text: str | Path | None, window: int, count: in
         length = min(window, getattr(store.text_config, "max_position_embeddings", window))
         return torch.randint(store.text_config.vocab_size, (1, length), generator=generator)
     source = load_text(text, split="test")
-    ids = tokenize(source, store.tokenizer(), store.text_config.vocab_size)
-    return windows(ids, window, source.name)[:count]
+    return token_stream(source, store.tokenizer(), store.text_config.vocab_size).windows(window, count).ids
 
 
 def _measured(runtime: Runtime, reference: Runtime, batch: Tensor, advance: Advance = lambda: None) -> dict[str, float]:

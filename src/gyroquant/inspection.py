@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from gyroquant.calibration.text import load_text, sample, tokenize
+from gyroquant.calibration.text import bos_text, load_text, token_stream
 from gyroquant.errors import GyroquantError, InputError
 from gyroquant.estimate import Prediction
 from gyroquant.evaluation.outliers import Outliers, measure_outliers
@@ -36,6 +36,8 @@ class Inspection:
     fits: dict[str, str] = field(default_factory=dict)
     """Recipe name -> why it does not fit; empty when it does."""
     outliers: list[Outliers] = field(default_factory=list)
+    observed: dict[str, Any] = field(default_factory=dict)
+    """The text that outliers were measured on: how many windows of how many tokens, and what each begins with."""
     recipe: str | None = None
     prediction: Prediction | None = None
     layers: list[dict[str, Any]] = field(default_factory=list)
@@ -84,6 +86,7 @@ class Inspection:
             "sites": self.sites(),
             "recipes": self.fits,
             "outliers": [asdict(row) for row in self.outliers],
+            "observed": self.observed,
             "recipe": self.recipe,
             "prediction": None if self.prediction is None else self.prediction.to_dict(),
             "layers": self.layers,
@@ -118,13 +121,14 @@ def inspect_model(
     text: str | Path | None = None,
     *,
     effort: str | None = None,
+    add_bos: bool = True,
     device: str = "cpu",
     dry_run: bool = False,
     offload: str | Path | None = None,
     progress: Stages | None = None,
 ) -> Inspection:
     """Looks at a model: its sites and which recipes fit; with `text` its outliers; with `recipe`, at an `effort` if it
-    has several, what that takes. `offload` is as for quantizing.
+    has several, what that takes. `add_bos` and `offload` are as for quantizing.
 
     With `dry_run` only the last of these, in a process that has done nothing else: what `quantize` would take.
     """
@@ -149,9 +153,10 @@ def inspect_model(
             job = prepare(model, Path(scratch) / "out", wanted, text, device=device, offload=offload)
             result.prediction = predict(job)
     if text is not None and not dry_run:
-        source = load_text(text)
-        ids = tokenize(source, result.store.tokenizer(), result.store.text_config.vocab_size)
-        length = min(_LENGTH, getattr(result.store.config, "max_position_embeddings", None) or _LENGTH)
-        batch = sample(ids, min(_SAMPLES, max(1, ids.numel() // length)), length, 0, source.name)
-        result.outliers = measure_outliers(result.store, batch, device, progress)
+        tokenizer, length = result.store.tokenizer(), _LENGTH
+        length = min(length, getattr(result.store.text_config, "max_position_embeddings", None) or length)
+        stream = token_stream(load_text(text), tokenizer, result.store.text_config.vocab_size, add_bos)
+        batch = stream.sample(min(_SAMPLES, len(stream.windows(length).ids)), length, 0)
+        result.outliers = measure_outliers(result.store, batch.ids, device, progress)
+        result.observed = {"windows": len(batch.ids), "window": length, "bos": bos_text(batch.bos, tokenizer)}
     return result

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from gyroquant.calibration.observers import Pairing
 from gyroquant.calibration.stream import Stream
-from gyroquant.calibration.text import Text, TokenBatch, load_text, sample, tokenize
+from gyroquant.calibration.text import Text, TokenBatch, calibration_windows, load_text
 from gyroquant.environment import native_bfloat16, usable_device
 from gyroquant.errors import InputError, RecipeError
 from gyroquant.export.folder import check_room, left_behind
@@ -68,8 +68,8 @@ class Job:
     """Everything that a quantization needs.
 
     `targets` are the layers to round, `grids` those of them that have another grid than the rest, `quantizers` what
-    rounds while the model runs, `tokens` (samples, length) the text, `rounded` what a solver that takes whole models
-    has made of the targets.
+    rounds while the model runs, `tokens` (samples, length) the text, `bos` what each sample of it begins with,
+    `rounded` what a solver that takes whole models has made of the targets.
     """
 
     store: WeightStore
@@ -83,6 +83,7 @@ class Job:
     tokens: Tensor | None = None
     grids: dict[str, Grid] = field(default_factory=dict)
     rounded: dict[str, QuantizedWeight] = field(default_factory=dict)
+    bos: tuple[int, ...] = ()
 
     @property
     def graph(self) -> ModelGraph:
@@ -154,7 +155,7 @@ def prepare(
     model: str | Path | PreTrainedModel,
     out: str | Path,
     recipe: str | Path | Mapping[str, Any] | Recipe,
-    calibration: str | Path | Sequence[str] | TokenBatch | None = None,
+    calibration: str | Path | Sequence[str | Mapping[str, Any]] | Text | TokenBatch | None = None,
     *,
     tokenizer: Any = None,
     dense: bool = False,
@@ -179,7 +180,7 @@ def prepare(
     check_forms(store, plan, targets, quantizers, dense, recipe.finish)
     check_settings(store)
     source = calibration if calibration is not None else recipe.calibration.text
-    text = source if source is None or isinstance(source, TokenBatch) else load_text(source)
+    text = source if source is None or isinstance(source, (Text, TokenBatch)) else load_text(source)
     output = Output(
         folder=out,
         dtype=saved_dtype(save_dtype, store.dtype),
@@ -192,7 +193,9 @@ def prepare(
     )
     words = text is not None and not isinstance(text, TokenBatch)
     job = Job(store, recipe, plan, targets, output, tokenizer or _tokenizer(store, words), quantizers, text)
-    job.tokens = _tokens(job)
+    windows = _windows(job)
+    if windows is not None:
+        job.tokens, job.bos = windows.ids, windows.bos
     job.grids = grids_of(recipe, targets)
     _check_budget(job)
     _check_held_out(job)
@@ -320,8 +323,8 @@ def _tokenizer(store: WeightStore, required: bool) -> Any:
         return None
 
 
-def _tokens(job: Job) -> Tensor | None:
-    """The windows of text to calibrate on, shape (samples, length), or None for a recipe that needs none."""
+def _windows(job: Job) -> TokenBatch | None:
+    """The windows of text to calibrate on, or None for a recipe that needs none."""
     settings = job.recipe.calibration
     if job.text is None:
         calibrates = job.needs_stream or job.measures or job.recipe.learn or job.recipe.finish
@@ -329,11 +332,9 @@ def _tokens(job: Job) -> Tensor | None:
             need = "calibrates" if calibrates else "is proved"
             raise InputError(f"this recipe {need} on text: give --text FILE (or a dataset's name)")
         return None
-    check_seqlen(job.store, settings.seqlen)
-    if isinstance(job.text, TokenBatch):
-        return job.text.take(settings.nsamples, settings.seqlen)
-    ids = tokenize(job.text, job.tokenizer, job.store.text_config.vocab_size)
-    return sample(ids, settings.nsamples, settings.seqlen, settings.seed, job.text.name)
+    check_seqlen(job.store.text_config, settings.seqlen)
+    amount = (settings.nsamples, settings.seqlen, settings.seed, settings.add_bos)
+    return calibration_windows(job.text, job.tokenizer, job.store.text_config.vocab_size, *amount)
 
 
 def expected_bytes(job: Job) -> int:

@@ -18,7 +18,14 @@ from gyroquant.allocation import ALLOCATION, allocate, give
 from gyroquant.apart import round_apart
 from gyroquant.blocks import round_model, writer_of
 from gyroquant.calibration.measure import Want, measure
-from gyroquant.calibration.text import load_text, sample, tokenize
+from gyroquant.calibration.text import (
+    Text,
+    TokenBatch,
+    bos_text,
+    calibration_windows,
+    load_text,
+    token_stream,
+)
 from gyroquant.elsewhere import round_elsewhere
 from gyroquant.environment import peak_memory_bytes, steady_memory, versions
 from gyroquant.errors import InputError
@@ -46,8 +53,9 @@ from gyroquant.models.store import ModuleStore, WeightStore
 from gyroquant.planning import dump_plan, load_plan, plan_folds
 from gyroquant.progress import Stages
 from gyroquant.recipe import Recipe, load_recipe
+from gyroquant.refusals import check_seqlen
 
-Calibration = str | Path | Sequence[str] | Tensor
+Calibration = str | Path | Sequence[str | Mapping[str, Any]] | Tensor
 
 
 def _trivial_proof(plan: FoldPlan, threshold: float) -> Proof:
@@ -97,9 +105,12 @@ def transform(
 
     Maps are measured and learned as the recipe says; nothing is rounded, weights, activations and cache stay exact.
 
-    `calibration` is a text, with `tokenizer`, or token ids of shape (batch, length); without it the proof is made on
-    random tokens. Raises UnsupportedModelError (of which ProofError is one) with the model untouched when it cannot be
-    exact. Weights keep their dtype; the proof is made in fp32.
+    `calibration` is a text, with `tokenizer`, or token ids of shape (samples, length), which are taken as they are;
+    without it the proof is made on random tokens. A recipe that measures or learns takes `calibration.nsamples` windows
+    of `calibration.seqlen` tokens (given ids have to be that long), the proof `proof.nsamples` of `proof.seqlen` (of
+    given ids the first). Raises InputError where there are fewer, or where the model knows fewer positions, and
+    UnsupportedModelError (of which ProofError is one) when it cannot be exact, each time with the model untouched.
+    Weights keep their dtype; the proof is made in fp32.
     """
     recipe, progress = load_recipe(recipe), progress or Stages()
     check_plain(model)
@@ -108,51 +119,60 @@ def transform(
     compare(store, progress)
     if recipe.learn is not None:  # only then does it matter what would be rounded
         plan, targets, quantizers = plan_all(store.graph, recipe)
+    source = _source(calibration, tokenizer)
+    proof_tokens = _proof_tokens(model, recipe, source, tokenizer)
     with evaluating(model):
         if recipe.measures:
-            tokens = _tokens_in_memory(model, recipe, calibration, tokenizer)
+            tokens = _windows_in_memory(model, recipe, source, tokenizer)
             plan = _measured_plan(store, recipe, tokens, torch.float32, model.device, progress)
         if recipe.learn is not None:
-            text = None if calibration is None else _tokens_in_memory(model, recipe, calibration, tokenizer)
+            text = None if source is None else _windows_in_memory(model, recipe, source, tokenizer)
             setting = learning_setting(recipe, text, targets, quantizers, torch.float32)
             plan = learn(store, plan, recipe.learn, setting, progress).plan
-        proof = _prove(store, plan, _proof_tokens(model, recipe, calibration, tokenizer), recipe, progress)
+        proof = _prove(store, plan, proof_tokens, recipe, progress)
     write_folded(model, plan)
     keep_online(model, plan.online)
     return proof
 
 
-def _proof_tokens(model: Any, recipe: Recipe, calibration: Calibration | None, tokenizer: Any) -> Tensor:
-    settings = recipe.proof
-    if calibration is not None:
-        return _tokens_in_memory(model, recipe, calibration, tokenizer, settings.nsamples, settings.seqlen)
-    limit = int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or settings.seqlen)
-    generator = torch.Generator().manual_seed(recipe.seed)
-    shape = (settings.nsamples, min(settings.seqlen, limit))
-    return torch.randint(0, model.config.get_text_config().vocab_size, shape, generator=generator).to(model.device)
+def _proof_tokens(model: Any, recipe: Recipe, source: Text | TokenBatch | None, tokenizer: Any) -> Tensor:
+    """The tokens that the proof in memory is made on: as many as the recipe says, never fewer."""
+    settings, drawn = recipe.proof, recipe.calibration
+    vocabulary = model.config.get_text_config().vocab_size
+    if isinstance(source, TokenBatch):
+        tokens = source.checked(vocabulary).cut(settings.nsamples, settings.seqlen, "proof")
+    check_seqlen(model.config.get_text_config(), settings.seqlen, "proof.seqlen")
+    if isinstance(source, TokenBatch):
+        return tokens.to(model.device)
+    if source is not None:
+        stream = token_stream(source, tokenizer, vocabulary, drawn.add_bos)
+        tokens = stream.sample(settings.nsamples, settings.seqlen, drawn.seed).ids
+    else:
+        generator = torch.Generator().manual_seed(recipe.seed)
+        tokens = torch.randint(0, vocabulary, (settings.nsamples, settings.seqlen), generator=generator)
+    return tokens.to(model.device)
 
 
-def _tokens_in_memory(
-    model: Any,
-    recipe: Recipe,
-    calibration: Calibration | None,
-    tokenizer: Any,
-    count: int | None = None,
-    length: int | None = None,
-) -> Tensor:
-    """Windows of a calibration text for a model in memory: as many and as long as the recipe says, or as asked for."""
+def _windows_in_memory(model: Any, recipe: Recipe, source: Text | TokenBatch | None, tokenizer: Any) -> Tensor:
+    """The windows that a recipe calibrates on, for a model in memory."""
     settings = recipe.calibration
-    count, length = count or settings.nsamples, length or settings.seqlen
-    length = min(length, int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or length))
-    if isinstance(calibration, Tensor):
-        return calibration[:count, :length].to(model.device)
-    if calibration is None:
+    if source is None:
         raise InputError("this recipe measures the model on text: transform(..., calibration=..., tokenizer=...)")
+    check_seqlen(model.config.get_text_config(), settings.seqlen)
+    amount = (settings.nsamples, settings.seqlen, settings.seed, settings.add_bos)
+    return calibration_windows(source, tokenizer, model.config.get_text_config().vocab_size, *amount).ids.to(
+        model.device
+    )
+
+
+def _source(calibration: Calibration | None, tokenizer: Any) -> Text | TokenBatch | None:
+    if calibration is None:
+        return None
+    if isinstance(calibration, Tensor):
+        return TokenBatch("the token ids", "", calibration)
     if tokenizer is None:
         raise InputError("a calibration text needs its tokenizer: transform(..., tokenizer=...)")
-    text = load_text(calibration)
-    ids = tokenize(text, tokenizer, model.config.get_text_config().vocab_size)
-    return sample(ids, count, length, settings.seed, text.name).to(model.device)
+    return load_text(calibration)
 
 
 def run(job: Job, progress: Stages | None = None) -> dict[str, Any]:
@@ -336,7 +356,7 @@ def _manifest(
         "model_type": job.store.config.model_type,
         "recipe": recipe.to_dict(),
         "seed": recipe.seed,
-        "text": None if text is None else {"name": text.name, "sha256": text.sha256},
+        "text": None if text is None else text.about() | {"bos": bos_text(job.bos, job.tokenizer)},
         "calibration_dtype": str(job.compute_dtype).removeprefix("torch.") if job.needs_stream else None,
         "sites": [{"site": site.label, "map": dump(m, {}), "online": online} for site, m, online in job.plan.folded],
         "untied": list(job.plan.unties(original)),

@@ -135,6 +135,9 @@ class Weights(BaseModel):
 class Calibration(BaseModel):
     """The text that a model is observed on. `dtype` auto is bfloat16 where the processor multiplies it natively.
 
+    With `add_bos` every window begins with the special tokens that the tokenizer puts in front of a text, if it puts
+    any there, as models are run; without it, only the first window of the text has them.
+
     `inputs` are what a block is calibrated on: what the rounded blocks before it give, as GPTQ does, or what the
     original ones would, as in the parallel form of AdaQuant (arXiv 2006.10518): then blocks do not know of
     each other's errors, and can be rounded side by side.
@@ -145,12 +148,15 @@ class Calibration(BaseModel):
     nsamples: Annotated[int, Field(gt=0)] = 128
     seqlen: Annotated[int, Field(gt=1)] = 512
     seed: _Seed = 0
+    add_bos: bool = True
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     inputs: Literal["rounded", "original"] = "rounded"
 
 
 class ProofSettings(BaseModel):
-    """How the proof is made: on `nsamples` windows of `seqlen` tokens, refused above `threshold`."""
+    """How the proof is made: on the first `nsamples` calibration windows, up to `seqlen` tokens of each (the result
+    says on how many tokens), refused above `threshold`.
+    """
 
     model_config = _STRICT
     threshold: Annotated[float, Field(gt=0)] = 1e-4

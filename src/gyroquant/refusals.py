@@ -40,11 +40,12 @@ def check_beside(out: Path, model: Any) -> None:
         raise InputError(f"{out} lies in the folder of the model, {model}; choose a place beside it")
 
 
-def check_seqlen(store: WeightStore, seqlen: int) -> None:
-    """Refuses windows of text that are longer than a model can take."""
-    limit = getattr(store.text_config, "max_position_embeddings", None)
+def check_seqlen(config: Any, seqlen: int, option: str = "--seqlen") -> None:
+    """Refuses windows of text that are longer than a model of this configuration can take."""
+    limit = getattr(config, "max_position_embeddings", None)
     if limit and seqlen > limit:
-        raise InputError(f"--seqlen {seqlen} is longer than the {limit} positions that the model knows")
+        remedy = f"; --set {option}={limit}, or less" if "." in option else ""
+        raise InputError(f"{option} {seqlen} is longer than the {limit} positions that the model knows{remedy}")
 
 
 def only_journal_left(out: Path) -> bool:
@@ -76,12 +77,13 @@ def _is_there(place: str | Path) -> bool:
 
 
 def check_settings(store: WeightStore) -> None:
-    """Refuses settings that could be read or made, but not written into the result: transformers checks them again."""
-    generation = store.generation_config()
+    """Refuses settings that could be read or made, but not written into the result: transformers checks them again.
+
+    Those of generation are carried over as they are, whatever transformers holds of them, but have to be readable.
+    """
+    store.generation_config()
     try:
         store.config.validate()
-        if generation is not None:
-            generation.validate(strict=True)
     except Exception as error:  # each class has checks of its own
         why = " ".join(str(error).split())
         raise InputError(f"{store.label}: its configuration contradicts itself: {why} Mend it") from error

@@ -14,6 +14,7 @@ import yaml
 from safetensors import SafetensorError
 
 from gyroquant.calibration.measure import Want, measure
+from gyroquant.calibration.text import load_text
 from gyroquant.deploy import MANIFEST as EXPORT_MANIFEST
 from gyroquant.environment import versions
 from gyroquant.errors import GyroquantError, InputError, ProofError, RecipeError
@@ -97,11 +98,19 @@ def _manifest(out: Path) -> tuple[dict[str, Any], bool]:
                 found = json.loads(path.read_text(encoding="utf-8"))
                 needed = ("source", "format") if name == EXPORT_MANIFEST else ("model", "recipe", "proof")
                 if all(key in found for key in needed):
-                    return found, name == EXPORT_MANIFEST
+                    return _as_it_ran(found), name == EXPORT_MANIFEST
             except (OSError, ValueError, TypeError) as error:
                 raise InputError(f"{path} is damaged: {error}. Copy or make the folder again") from error
             raise InputError(f"{path} is no manifest that gyroquant wrote, or is damaged")
     raise InputError(f"{out} is not a folder that gyroquant wrote: it has neither {MANIFEST} nor {EXPORT_MANIFEST}")
+
+
+def _as_it_ran(manifest: dict[str, Any]) -> dict[str, Any]:
+    """A manifest that says of its recipe what went without saying when it was written: windows began without BOS."""
+    calibration = manifest.get("recipe", {}).get("calibration")
+    if isinstance(calibration, dict):
+        calibration.setdefault("add_bos", False)
+    return manifest
 
 
 def _damage(out: Path, found: Integrity | None) -> list[str]:
@@ -190,7 +199,9 @@ def _proved_again(
     if dtype is not None:
         recipe = load_recipe(recipe, [f"calibration.dtype={dtype}"])
     with TemporaryDirectory() as scratch:
-        job = prepare(_original(manifest, against), Path(scratch) / "out", recipe, _text(manifest, text))
+        old = "bos" not in (manifest["text"] or {})  # of a run that read every file as prose
+        words = load_text(_text(manifest, text), prose=old)
+        job = prepare(_original(manifest, against), Path(scratch) / "out", recipe, words)
         problems = _other_text(job, manifest)
         with evaluating(job.store.skeleton()):
             plan, source = _planned_again(job, out, progress)

@@ -8,8 +8,19 @@ import pytest
 import tiny
 import torch
 import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from gyroquant.calibration.text import load_text, sample, tokenize, windows
+from gyroquant.calibration.text import (
+    TokenBatch,
+    TokenStream,
+    bos_tokens,
+    load_text,
+    sample,
+    token_stream,
+    tokenize,
+    windows,
+)
 from gyroquant.errors import InputError
 
 Tokenizer = transformers.PreTrainedTokenizerFast
@@ -55,6 +66,99 @@ def test_files_that_are_no_text(tmp_path: Path, content: bytes, why: str) -> Non
         load_text(path)
 
 
+def test_a_mark_of_the_byte_order_and_line_ends_are_no_characters_of_a_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfw1 w2\r\n\r\nw3\n")
+    assert load_text(tmp_path / "a.txt").content == "w1 w2\n\nw3\n"
+
+
+@pytest.mark.parametrize(
+    ("single", "front"),
+    [
+        ("$A", ()),
+        ("$A </s>", ()),
+        ("<s> $A", (1,)),
+        ("<s> $A </s>", (1,)),
+        ("<s> <s> $A", (1,)),
+        ("<pad> <s> $A", (0, 1)),
+        ("</s> $A", (2,)),
+    ],
+)
+def test_every_window_begins_as_the_tokenizer_begins_a_text(single: str, front: tuple[int, ...]) -> None:
+    tokenizer, text = tiny.beginning(single), load_text([tiny.prose(200)])
+    assert bos_tokens(tokenizer) == front
+    stream = token_stream(text, tokenizer, 96)
+    assert stream.ids.tolist() == tiny.tokenizer()(text.content)["input_ids"]  # and nothing behind it
+    batch = stream.windows(32)
+    own = 32 - len(front)
+    assert batch.ids.tolist() == [[*front, *stream.ids[i : i + own].tolist()] for i in range(0, 200 - own + 1, own)]
+    assert (batch.tokens, batch.text_tokens) == (len(batch.ids) * own, 200)
+    drawn = stream.sample(4, 32, 3).ids
+    assert {tuple(row) for row in drawn.tolist()} <= {tuple(row) for row in batch.ids.tolist()}
+
+
+def test_without_bos_windows_are_cut_from_what_the_tokenizer_gives() -> None:
+    tokenizer, text = tiny.beginning("<s> $A </s>"), load_text([tiny.prose(100)])
+    stream = token_stream(text, tokenizer, 96, add_bos=False)
+    assert stream.bos == ()
+    assert stream.ids.tolist() == tokenizer(text.content)["input_ids"]
+    assert stream.windows(32).ids[:, 0].eq(1).tolist() == [True, False, False]
+
+
+def test_a_tokenizer_without_bos_gives_the_same_with_and_without_it(corpus: Path, tokenizer: Tokenizer) -> None:
+    streams = [token_stream(load_text(corpus), tokenizer, 96, add_bos) for add_bos in (True, False)]
+    assert torch.equal(streams[0].sample(5, 32, 1).ids, streams[1].sample(5, 32, 1).ids)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 4), min_size=9, max_size=60), st.integers(3, 8), st.sampled_from([(1,), (1, 2)]))
+def test_windows_hold_the_text_once_and_begin_with_bos_once(ids: list[int], length: int, bos: tuple[int, ...]) -> None:
+    """A text that has BOS itself where a window begins does not get another one there."""
+    stream = TokenStream("it", "", torch.tensor(ids), bos)
+    batch = stream.windows(length)
+    at, size = 0, len(bos)
+    for row in batch.ids.tolist():
+        assert len(row) == length
+        assert tuple(row[:size]) == bos
+        has_own = tuple(ids[at : at + size]) == bos
+        body = row if has_own else row[size:]
+        assert body == ids[at : at + len(body)]
+        at += len(body)
+    assert at == batch.tokens
+    assert len(ids) - at < length  # no whole window is left out
+
+
+def test_a_text_that_holds_bos_already_gets_no_second_one() -> None:
+    text = load_text(["<s> " + tiny.prose(100)])
+    first = token_stream(text, tiny.beginning(), 96).windows(32).ids[0].tolist()
+    assert first[0] == 1
+    assert first[1] > 2
+
+
+def test_windows_without_room_for_text_are_refused() -> None:
+    with pytest.raises(InputError, match="no room for text"):
+        windows(torch.arange(50), 2, bos=(0, 1))
+
+
+def test_a_tokenizer_that_truncates_by_default_does_not_cut_a_text() -> None:
+    tokenizer = tiny.beginning()
+    tokenizer.backend_tokenizer.enable_truncation(16)
+    assert token_stream(load_text([tiny.prose(100)]), tokenizer, 96).ids.numel() == 100
+
+
+@pytest.mark.parametrize(
+    ("ids", "why"),
+    [
+        (torch.ones(24, dtype=torch.long), "shape"),
+        (torch.ones(2, 24), "give integers"),
+        (torch.full((2, 24), 96), "knows only 96"),
+        (torch.full((2, 24), -1), "token -1"),
+    ],
+)
+def test_ids_that_are_no_windows_of_the_model(ids: torch.Tensor, why: str) -> None:
+    with pytest.raises(InputError, match=why):
+        TokenBatch("the ids", "", ids).checked(96)
+
+
 def test_names_that_are_nothing() -> None:
     with pytest.raises(InputError, match=r"no text file 'wikitext3'; give a file, one of wikitext2, c4, pile-10k"):
         load_text("wikitext3")
@@ -87,6 +191,15 @@ def test_named_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     with pytest.raises(InputError, match="cannot be fetched: offline; give a local text file"):
         load_text("no/where:train:text")
+
+
+def test_rows_beyond_the_limit_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", _Datasets())
+    assert "note" not in load_text("wikitext2").about()
+    monkeypatch.setattr("gyroquant.calibration.text._ROWS", 1)
+    text = load_text("wikitext2")
+    assert text.content == "first"
+    assert text.about()["note"] == "the first 1 rows alone"
 
 
 def test_datasets_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -164,6 +164,15 @@ def test_what_does_not_fit_is_refused_with_the_reason_and_a_wrong_name_is_an_err
         cells("gptq", opponents=("nobody",))
 
 
+def test_how_windows_begin_is_told_by_the_tokens_and_the_command_not_by_the_name_of_a_result() -> None:
+    (on,), (off,) = (cells("gptq", bits=(4,), add_bos=add_bos) for add_bos in (True, False))
+    assert named(on, CONDITIONS).key == named(off, CONDITIONS).key
+    assert "add_bos" not in on.command
+    assert off.command.endswith("calibration.add_bos=false")
+    with pytest.raises(gq.InputError, match="--no-bos says how they begin"):
+        Wanted(recipes=["gptq"], changes=["calibration.add_bos=false"])
+
+
 def test_a_cell_is_named_by_what_is_done_not_by_what_it_is_called() -> None:
     (one,) = cells("gptq", bits=(2,))
     key = named(one, CONDITIONS).key

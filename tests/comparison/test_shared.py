@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import gyroquant as gq
 from gyroquant import pipeline
@@ -47,11 +49,31 @@ def test_calibration_tokens_are_those_that_a_run_takes_from_the_text(
         batch.take(9, 32)
 
 
+def test_everybody_calibrates_on_windows_that_begin_with_bos(
+    tmp_path: Path, folders: dict[str, Path], corpus: Path
+) -> None:
+    """The file that other programs read holds the windows which a run of ours takes from the text."""
+    folder = tmp_path / "model"
+    shutil.copytree(folders["llama"], folder)
+    tiny.beginning().save_pretrained(folder)
+    store = open_model(folder)
+    file = Shared(tmp_path / "shared", store, "float32").calibration(texts(store, corpus).calibration, 5, 32, 0)
+    recipe = gq.load_recipe("gptq", ["calibration.nsamples=5", "calibration.seqlen=32", "weights.group_size=16"])
+    job = prepare(folder, tmp_path / "a", recipe, corpus)
+    assert torch.equal(load_file(file)["tokens"], job.tokens)
+    assert job.tokens is not None
+    assert job.tokens[:, 0].eq(1).all()
+    assert read_tokens(file).bos == job.bos == (1,)
+    test = Shared(tmp_path / "shared", store, "float32").test(texts(store, corpus, 5).tests["test"], Stages())
+    wanted = gq.evaluate(folder, corpus, window=32, max_windows=5)
+    assert measured(store, None, test, "float32")["loss"] == pytest.approx(wanted["loss"], rel=1e-6)
+
+
 def test_a_measurement_is_that_of_evaluate(tmp_path: Path, folders: dict[str, Path], corpus: Path) -> None:
     store, other = open_model(folders["llama"]), open_model(tiny.build("llama", seed=3))
     shared = Shared(tmp_path / "shared", store, "float32")
-    ids = texts(store, corpus, 5).tests["test"].ids
-    file = shared.test(ids, Stages())
+    batch = texts(store, corpus, 5).tests["test"]
+    file = shared.test(batch, Stages())
     found = measured(other, store, file, "float32")
     wanted = gq.evaluate(other.model, corpus, store.folder, window=32, max_windows=5, tokenizer=store.tokenizer())
     for key in ("perplexity", "kl", "top1_agreement"):
@@ -60,15 +82,15 @@ def test_a_measurement_is_that_of_evaluate(tmp_path: Path, folders: dict[str, Pa
     assert len(found["window_kl"]) == 5
     file.touch()
     stamp = file.stat().st_mtime_ns
-    assert shared.test(ids, Stages()) == file
+    assert shared.test(batch, Stages()) == file
     assert file.stat().st_mtime_ns == stamp
-    assert shared.test(ids.flip(0), Stages()) != file
+    assert shared.test(replace(batch, ids=batch.ids.flip(0)), Stages()) != file
 
 
 def test_known_hidden_states_are_really_used(folders: dict[str, Path], tmp_path: Path, corpus: Path) -> None:
     store = open_model(folders["llama"])
     shared = Shared(tmp_path, store, "float32")
-    file = shared.test(texts(store, corpus).tests["test"].ids, Stages())
+    file = shared.test(texts(store, corpus).tests["test"], Stages())
     ids = tiny.tokens(store.skeleton(), 2, 32)
     save_file({"ids": ids, "hidden": last_hidden(store, ids).flip(0).contiguous()}, file)
     assert measured(open_model(folders["llama"]), store, file, "float32")["kl"] > 0.01  # those of the other window

@@ -63,6 +63,8 @@ def test_tests_are_called_by_their_tokens_not_by_their_names(
         "window": 32,
         "windows": 3,
         "tokens": 96,
+        "text_tokens": 100,
+        "bos": None,
     }
 
 
@@ -75,6 +77,26 @@ def test_another_tokenizer_makes_other_texts(folders: dict[str, Path], corpus: P
     assert here.calibration.sha256 == there.calibration.sha256
     assert token_digest(here.calibration.ids) != token_digest(there.calibration.ids)
     assert here.keys != there.keys
+
+
+def test_windows_begin_with_bos_where_the_tokenizer_puts_it(
+    folders: dict[str, Path], corpus: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "model"
+    shutil.copytree(folders["llama"], other)
+    tiny.beginning().save_pretrained(other)
+    trial, store = Trial(str(corpus), 32, 4), open_model(other)
+    on, off, none = (
+        read(other, a=trial),
+        read_texts(store, corpus, {"a": trial}, False),
+        read(folders["llama"], a=trial),
+    )
+    assert (on.bos, off.bos, none.bos) == ("<s>", None, None)
+    assert on.tests["a"].ids[:, 0].eq(1).all()
+    assert off.tests["a"].ids[:, 0].eq(1).tolist() == [True, False, False, False]
+    assert len({text.keys["a"] for text in (on, off, none)}) == 3
+    assert on.about()["a"]["bos"] == "<s>"
+    assert (on.about()["a"]["tokens"], off.about()["a"]["tokens"]) == (4 * 31, 4 * 32)
 
 
 def swap_two_words(folder: Path) -> None:

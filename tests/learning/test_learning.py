@@ -285,14 +285,15 @@ def test_rounded_weights_are_looked_at_when_they_are_rounded_to_nearest(
 
 def test_a_model_in_memory_gets_learned_rotations() -> None:
     model = tiny.build("llama")
-    recipe = gq.load_recipe("rtn", [*BASE, "learn.objective=weights", "learn.steps=2", "learn.lr=0.5"])
+    base = [*BASE, *tiny.amount()]
+    recipe = gq.load_recipe("rtn", [*base, "learn.objective=weights", "learn.steps=2", "learn.lr=0.5"])
     plain = tiny.build("llama")
-    gq.transform(plain, gq.load_recipe("rtn", BASE))
+    gq.transform(plain, gq.load_recipe("rtn", base))
     proof = gq.transform(model, recipe)
     assert proof.relative_logit_error < 5e-6
     assert not torch.allclose(model.model.embed_tokens.weight, plain.model.embed_tokens.weight, atol=1e-3)
     with pytest.raises(gq.InputError, match="needs text"):
-        gq.transform(tiny.build("llama"), gq.load_recipe("rtn", [*BASE, "learn.objective=kl", "learn.steps=2"]))
+        gq.transform(tiny.build("llama"), gq.load_recipe("rtn", [*base, "learn.objective=kl", "learn.steps=2"]))
 
 
 @pytest.mark.parametrize("more", [[], SCALES], ids=["rotations", "scales"])

@@ -142,5 +142,5 @@ def test_its_recipe_is_exact_online_and_saved(
 
 def test_it_can_stand_in_front_of_every_linear_layer() -> None:
     model = tiny.build("llama")
-    recipe = gq.load_recipe("rtn", ["transform.linear={method: duquant, block: 16, steps: 8}"])
+    recipe = gq.load_recipe("rtn", ["transform.linear={method: duquant, block: 16, steps: 8}", *tiny.amount()])
     assert gq.transform(model, recipe, tiny.tokens(model)).relative_logit_error < 5e-6

@@ -102,7 +102,7 @@ class TestContract:
         """What is measured is measured on the model itself, and what a site cannot take it refuses."""
         used = []
         for site in MEANT_FOR.get(name, SITES):
-            changes = [f"transform.{site}={METHODS[name]}", "weights.group_size=16"]
+            changes = [f"transform.{site}={METHODS[name]}", "weights.group_size=16", *tiny.amount()]
             try:
                 transformed = tiny.build(model)
                 proof = gq.transform(transformed, gq.load_recipe("rtn", changes), tiny.tokens(transformed))

@@ -75,7 +75,8 @@ def test_it_is_chosen_by_what_enters_the_layers(model: str, site: str) -> None:
     built = tiny.build(model)
     store = open_model(built)
     ids = tiny.tokens(built)
-    recipe = gq.load_recipe("rtn", [f"transform.{site}=[{{method: massdiff, block: 16}}]", "weights.group_size=16"])
+    changes = [f"transform.{site}=[{{method: massdiff, block: 16}}]", "weights.group_size=16"]
+    recipe = gq.load_recipe("rtn", [*changes, *tiny.amount(*ids.shape)])
     found = {}
 
     def look(plan: FoldPlan, wants: list[Want]) -> None:
@@ -100,7 +101,8 @@ def test_it_is_chosen_by_what_enters_the_layers(model: str, site: str) -> None:
 def test_a_blockwise_rotation_follows_its_permutation() -> None:
     model = tiny.build("llama")
     steps = "[{method: massdiff, block: 16}, {method: hadamard, block: 16}]"
-    recipe = gq.load_recipe("rtn", [f"transform.R4={steps}", f"transform.R1={steps}", "weights.group_size=16"])
+    changes = [f"transform.R4={steps}", f"transform.R1={steps}", "weights.group_size=16"]
+    recipe = gq.load_recipe("rtn", [*changes, *tiny.amount()])
     before = {name: p.clone() for name, p in model.named_parameters()}
     with pytest.raises(gq.InputError, match="measures the model on text"):
         gq.transform(model, recipe)

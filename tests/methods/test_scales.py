@@ -57,7 +57,8 @@ def test_smoothing_makes_activations_and_weights_alike(model: str, site: str, al
     ids = tiny.tokens(built, batch=4)
     before = wants_of(built, site, ids)
     weights = {label: column_max(want) for label, want in before.items()}  # read before the fold changes them
-    gq.transform(built, gq.load_recipe("rtn", [f"transform.{site}={{method: smooth, alpha: {alpha}}}"]), ids)
+    step = f"transform.{site}={{method: smooth, alpha: {alpha}}}"
+    gq.transform(built, gq.load_recipe("rtn", [step, *tiny.amount(*ids.shape)]), ids)
     after = wants_of(built, site, ids)
     assert before.keys() == after.keys()
     for label, want in after.items():

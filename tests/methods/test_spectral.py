@@ -30,7 +30,8 @@ EXACT = 5e-6
 
 def transformed(name: str, *changes: str) -> tuple[torch.nn.Module, Proof]:
     model = tiny.build(name)
-    return model, gq.transform(model, gq.load_recipe("rtn", ["weights.group_size=16", *changes]), tiny.tokens(model))
+    recipe = gq.load_recipe("rtn", ["weights.group_size=16", *changes, *tiny.amount()])
+    return model, gq.transform(model, recipe, tiny.tokens(model))
 
 
 def outputs(model: torch.nn.Module, module: str, ids: torch.Tensor) -> torch.Tensor:
@@ -107,7 +108,8 @@ def test_energy_flattens_where_it_is_corrected() -> None:
         before.model.layers[0].mlp.up_proj.weight[7] *= 20
     ids, name = tiny.tokens(before), "model.layers.0.mlp.down_proj"
     spread = energies(before, name, ids)
-    gq.transform(before, gq.load_recipe("rtn", ["transform.R4=spectral_scale", "weights.group_size=16"]), ids)
+    changes = ["transform.R4=spectral_scale", "weights.group_size=16", *tiny.amount()]
+    gq.transform(before, gq.load_recipe("rtn", changes), ids)
     after = energies(before, name, ids)
     assert float(after.max() / after.median()) < 0.2 * float(spread.max() / spread.median())
 
@@ -178,6 +180,7 @@ def test_the_recipe_is_exact_or_refused(name: str) -> None:
         with pytest.raises(UnsupportedModelError, match=REFUSED[name, site]):
             gq.transform(model, gq.load_recipe("pair-pca", others), tiny.tokens(model))
     changes = ["weights.group_size=16", "transform.R2=hadamard", *(f"transform.{site}=null" for site in without)]
+    changes += tiny.amount()
     proof = gq.transform(model, gq.load_recipe("pair-pca", changes), tiny.tokens(model))
     assert max(proof.relative_logit_error, proof.worst_block_error) < EXACT
     if name in KEYS:

@@ -9,11 +9,15 @@ import tiny
 import torch
 from gguf_file import write_gguf
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+import gyroquant as gq
+from gyroquant import pipeline
 from gyroquant.errors import InputError
+from gyroquant.job import prepare
 from gyroquant.models.source import open_model
-from gyroquant.models.store import CheckpointStore
+from gyroquant.models.store import CheckpointStore, load_tokenizer
 
 
 @pytest.mark.parametrize("name", tiny.CONFIGS)
@@ -164,3 +168,64 @@ def test_a_store_reads_only_what_it_is_asked_for(folders: dict[str, Path], monke
     store.read(store.graph.block_params(1))
     assert read
     assert all(key.startswith("model.layers.1.") for key in read)
+
+
+@pytest.mark.parametrize("written", ["LlamaTokenizerFast", "GPT2Tokenizer", "Qwen2Tokenizer", "TokenizersBackend"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+def test_a_tokenizer_file_gives_its_tokens_whatever_class_is_written(
+    written: str, model_type: str, tmp_path: Path
+) -> None:
+    """transformers builds some classes anew, with a way of their own to cut words and to normalize."""
+    text = "Hello  12345 world's DON'T\n\n\n x=1;\te\u0301 99  a" * 3
+    raw = Tokenizer(models.BPE())
+    raw.normalizer = normalizers.NFKC()
+    raw.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(r"\p{N}{1,3}|\n+"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    raw.train_from_iterator([text], trainers.BpeTrainer(vocab_size=400, show_progress=False, initial_alphabet=alphabet))
+    raw.add_special_tokens(["<s>", "</s>"])
+    fast = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>")
+    fast.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"tokenizer_class": written}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    found = load_tokenizer(tmp_path, "it")
+    assert found(text)["input_ids"] == raw.encode(text).ids
+    assert (found.bos_token, found.eos_token) == ("<s>", "</s>")
+    found.save_pretrained(tmp_path / "again")
+    assert Tokenizer.from_file(str(tmp_path / "again" / "tokenizer.json")).encode(text).ids == raw.encode(text).ids
+
+
+GENERATION = [
+    {"temperature": 0.6, "top_p": 0.9},
+    {"do_sample": False, "temperature": 0.0},
+    {"do_sample": True, "temperature": 0.7, "max_length": 4096},
+]
+
+
+@pytest.mark.parametrize("more", GENERATION)
+def test_settings_of_generation_are_carried_over_as_they_are(
+    more: dict[str, object], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """transformers refuses to write some of them, which is no reason to lose a quantization at its end."""
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(folders["llama"], model)
+    path = model / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | more))
+    pipeline.run(prepare(model, out, gq.load_recipe("rtn", ["weights.group_size=16"])))
+    assert (out / path.name).read_bytes() == path.read_bytes()
+    gq.export(out, "dense", tmp_path / "export", check=False)
+    assert (tmp_path / "export" / path.name).read_bytes() == path.read_bytes()
+    gq.load(out)
+
+
+@pytest.mark.parametrize("more", GENERATION)
+def test_settings_of_generation_in_memory_are_carried_over_as_they_are(more: dict[str, object], tmp_path: Path) -> None:
+    model = tiny.build("llama")
+    model.generation_config.update(**more)
+    recipe = gq.load_recipe("rtn", ["weights.group_size=16"])
+    pipeline.run(prepare(model, tmp_path / "out", recipe, tokenizer=tiny.tokenizer()))
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    kept = {key: value for key, value in more.items() if value}  # what is as by default need not be there
+    assert kept.items() <= written.items()

@@ -101,7 +101,7 @@ def test_transform_in_memory(assets: tuple[Path, Path, Path]) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(
         assets[0].parent, gguf_file=assets[0].name, dtype=torch.float32
     )
-    ids = torch.randint(0, 49152, (1, 64), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, 49152, (2, 256), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         before = model(ids).logits
         proof = gq.transform(model, "quarot", calibration=ids)

@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from gyroquant.cli.chat import chat
-from gyroquant.cli.common import AsJson, Changes, Debug, Device, Effort, Model, TextSource, changes, print_json
+from gyroquant.cli.common import AsJson, Changes, Debug, Device, Effort, Model, NoBos, TextSource, changes, print_json
 from gyroquant.cli.compare import compare
 from gyroquant.cli.deploy import export, formats, verify_export
 from gyroquant.cli.quantize import quantize
@@ -37,11 +37,14 @@ app.command()(quantize)
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="OUT", help="A folder that gyroquant wrote, or any MODEL.")],
-    text: Annotated[str, typer.Option("--text", help="A text file, wikitext2 or another dataset.")] = "wikitext2",
+    text: Annotated[
+        str, typer.Option("--text", help="A text, .jsonl, .json or .parquet file, wikitext2 or another dataset.")
+    ] = "wikitext2",
     against: Annotated[str | None, typer.Option(help="The original, for KL divergence and top-1 agreement.")] = None,
     preset: Annotated[str, typer.Option(help="standard (windows of 2048) or bbt (8 windows of 1024).")] = "standard",
     windows: Annotated[int | None, typer.Option(help="At most this many windows of that length.")] = None,
     window: Annotated[int | None, typer.Option(help="Tokens in a window.")] = None,
+    no_bos: NoBos = False,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Device = "cpu",
     as_json: AsJson = False,
@@ -58,6 +61,7 @@ def evaluate(
         preset=preset,  # type: ignore[arg-type]  # checked there
         window=window,
         max_windows=windows,
+        add_bos=not no_bos,
         dtype=dtype,
         device=device,
         progress=console.ConsoleStages(),
@@ -79,6 +83,7 @@ def inspect(
     text: TextSource = None,
     nsamples: Annotated[int | None, typer.Option(help="Windows of text, as for quantize.")] = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens in each window.")] = None,
+    no_bos: NoBos = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only what the recipe takes: memory of every stage, disk and time.")
     ] = False,
@@ -94,9 +99,10 @@ def inspect(
     result = inspect_model(
         model,
         recipe,
-        changes(change, nsamples, seqlen, None),
+        changes(change, nsamples, seqlen, None, no_bos),
         text,
         effort=effort,
+        add_bos=not no_bos,
         device=device,
         dry_run=dry_run,
         offload=offload,

@@ -17,13 +17,21 @@ Effort = Annotated[
     str | None, typer.Option("--effort", help="light, default or best, of recipes that have them (gyro-w2 and so on).")
 ]
 TextSource = Annotated[
-    str | None, typer.Option("--text", help="A text file, wikitext2, c4, pile-10k or name:split:column.")
+    str | None,
+    typer.Option(
+        "--text", help="A text, .jsonl, .json or .parquet file, wikitext2, c4, pile-10k or name:split:column."
+    ),
+]
+NoBos = Annotated[
+    bool, typer.Option("--no-bos", help="Do not begin every window of text as the tokenizer begins a text (BOS).")
 ]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, ...")]
 
 
-def changes(given: list[str] | None, nsamples: int | None, seqlen: int | None, seed: int | None) -> list[str]:
-    """The changes of a recipe that --set asks for, and then --nsamples, --seqlen and --seed."""
+def changes(
+    given: list[str] | None, nsamples: int | None, seqlen: int | None, seed: int | None, no_bos: bool = False
+) -> list[str]:
+    """The changes of a recipe that --set asks for, and then --nsamples, --seqlen, --seed and --no-bos."""
     result = list(given or ())
     if nsamples is not None:
         result.append(f"calibration.nsamples={nsamples}")
@@ -31,6 +39,8 @@ def changes(given: list[str] | None, nsamples: int | None, seqlen: int | None, s
         result.append(f"calibration.seqlen={seqlen}")
     if seed is not None:
         result += [f"seed={seed}", f"calibration.seed={seed}"]
+    if no_bos:
+        result.append("calibration.add_bos=false")
     return result
 
 

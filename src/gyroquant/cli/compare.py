@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gyroquant.cli.common import AsJson, Debug, print_json
+from gyroquant.cli.common import AsJson, Debug, NoBos, print_json
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a GGUF file, or a name on the hub.")]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder of results; what is there is not run again.")]
@@ -81,6 +81,7 @@ def compare(
     effort: Annotated[str | None, typer.Option(help="light or best, of recipes that have them.")] = None,
     change: Changes = None,
     keep_activations: Keep = False,
+    no_bos: NoBos = False,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16, of what is measured.")] = "float32",
     budget: Budget = None,
     workers: Annotated[int | None, typer.Option(help="Cells at once, as far as memory has room.")] = None,
@@ -110,6 +111,7 @@ def compare(
         "effort": effort,
         "changes": change or (),
         "keep_activations": keep_activations,
+        "add_bos": not no_bos,
     }
     where = {"environments": environments, "make_environments": make_environments, "merge": merge or ()}
     how: dict[str, Any] = {"presets": preset or ["bbt"], "window": window, "max_windows": windows, "dtype": dtype}

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gyroquant.cli.common import AsJson, Changes, Debug, Device, Effort, Model, TextSource, changes, print_json
+from gyroquant.cli.common import AsJson, Changes, Debug, Device, Effort, Model, NoBos, TextSource, changes, print_json
 
 RecipeName = Annotated[
     str, typer.Option("--recipe", "-r", help="A recipe's name or a YAML file; see `gyroquant recipes`.")
@@ -29,6 +29,7 @@ def quantize(
     nsamples: Annotated[int | None, typer.Option(help="Windows of text to calibrate on.")] = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens in each window.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the rotations and of the choice of windows.")] = None,
+    no_bos: NoBos = False,
     dense: Annotated[
         bool, typer.Option("--dense", help="Write plain 16- or 32-bit weights that any loader opens.")
     ] = False,
@@ -57,7 +58,7 @@ def quantize(
 
     if format is not None and not overwrite:
         _check_unexported(out, format)
-    loaded = load_recipe(recipe, changes(change, nsamples, seqlen, seed), effort)
+    loaded = load_recipe(recipe, changes(change, nsamples, seqlen, seed, no_bos), effort)
     job = prepare(
         model,
         out,

@@ -41,7 +41,7 @@ def compare(
     was; `merge` takes over the results of other folders. A name such as `gyro` stands for gyro-w2 at 2 bits, and so on;
     `rtn`, `gptq` and `gptq-act-order` on the model as it is are always among the recipes. `grid` is what they are
     crossed with, and how: opponents, bits, group_sizes, symmetric, seeds (how many), nsamples, seqlen, tasks,
-    task_limit, effort, changes, keep_activations, as in `comparison.cells.Wanted`.
+    task_limit, effort, changes, keep_activations, add_bos, as in `comparison.cells.Wanted`.
 
     Every cell of a seed calibrates on the same windows of `calibration`, and is measured on each text of `test` in the
     windows of each of `presets`, which `window` and `max_windows` override (see `evaluate`), against the original.

@@ -104,6 +104,9 @@ def digest(data: Any) -> str:
 def named(cell: Cell, conditions: Conditions) -> Cell:
     """The cell with its key. Names and descriptions do not count, only what is done."""
     done = {key: value for key, value in cell.settings.items() if key not in ("name", "description")}
+    if cell.kind == "recipe" and isinstance(own := done.get("calibration"), Mapping):
+        # the tokens among the conditions tell it, and results from before there was a choice are found again
+        done["calibration"] = {key: value for key, value in own.items() if key != "add_bos"}
     what: dict[str, Any] = {"kind": cell.kind, "settings": done, "seed": cell.seed}
     if cell.kind == "opponent":
         what |= {"name": cell.name, "size": vars(cell.size)}
@@ -125,7 +128,8 @@ class Wanted:
 
     `changes` are made to every recipe, though not of its bits or seeds; `keep_activations` leaves recipes the rounding
     of activations and KV cache that they have, which is otherwise taken out: a comparison is about weights. What
-    neither draws nor calibrates has the first of the `seeds` only.
+    neither draws nor calibrates has the first of the `seeds` only. With `add_bos` every window, to calibrate or to
+    measure on, begins with the special tokens that the tokenizer puts in front of a text.
     """
 
     recipes: Sequence[str]
@@ -141,6 +145,7 @@ class Wanted:
     effort: str | None = None
     changes: Sequence[str] = ()
     keep_activations: bool = False
+    add_bos: bool = True
 
     def __post_init__(self) -> None:
         for option, values in (("bits", self.bits), ("group-size", self.group_sizes), ("seeds", self.seeds)):
@@ -156,6 +161,9 @@ class Wanted:
         drawn = [change for change in self.changes if change.partition("=")[0].strip() in ("seed", "calibration.seed")]
         if drawn:
             raise InputError(f"--set {drawn[0]}: seeds are everybody's, and --seeds says how many")
+        begun = [change for change in self.changes if change.partition("=")[0].strip() == "calibration.add_bos"]
+        if begun:
+            raise InputError(f"--set {begun[0]}: windows are everybody's, and --no-bos says how they begin")
 
     def sizes(self) -> Iterator[Size]:
         """All sizes, the fewest bits first: there methods differ most."""
@@ -232,6 +240,8 @@ def _recipe_cells(
     size = Size(size.bits, recipe.weights.grid.group_size, bool(getattr(recipe.weights.grid, "symmetric", True)))
     for seed in wanted.seeds if recipe.varies else wanted.seeds[:1]:
         own = [f"seed={seed}", f"calibration.seed={seed}"]  # everybody has the same windows, whatever a recipe says
+        if recipe.calibration.add_bos != wanted.add_bos:
+            own.append(f"calibration.add_bos={str(wanted.add_bos).lower()}")
         seeded = load_recipe(recipe, own)
         command = shlex.join(_command(model, preset, effort, calibration, [*changes, *own]))
         refusal = _refusal(graph, seeded)

@@ -33,6 +33,7 @@ class Asked:
         words += ["--effort", wanted.effort] if wanted.effort else []
         words += [word for change in wanted.changes for word in ("--set", change)]
         words += ["--keep-activations"] if wanted.keep_activations else []
+        words += [] if wanted.add_bos else ["--no-bos"]
         words += ["--text", self.calibration, *_measured_on(self.tests)]
         words += ["--tasks", ",".join(wanted.tasks)] if wanted.tasks else []
         words += ["--task-limit", str(wanted.task_limit)] if wanted.task_limit else []

@@ -58,6 +58,7 @@ def outcome(
                 "name": Path(asked.calibration).name,
                 "sha256": calibration.sha256,
                 "seqlen": asked.wanted.seqlen,
+                "bos": texts.bos,
             },
             "tests": texts.about(),
         },

@@ -76,12 +76,12 @@ def run(
     check_beside(out, model)
     check_writable(out.absolute().parent, out)
     store = open_original(model)
-    check_seqlen(store, wanted.seqlen)
+    check_seqlen(store.config, wanted.seqlen)
     baseline = [name for name in BASELINES if name not in wanted.recipes]
     wanted = replace(wanted, recipes=[*baseline, *wanted.recipes])
     asked = Asked(str(model), wanted, str(calibration), tests, dtype)
     cells = grid(wanted, asked.model, store.graph, asked.calibration)
-    texts = read_texts(store, calibration, tests)
+    texts = read_texts(store, calibration, tests, wanted.add_bos)
     conditions = _conditions(store, wanted, texts, dtype)
     cells = [asked.with_command(cell, workers.each) for cell in all_named(cells, conditions)]
     with locked(out), _growing(out) as results:
@@ -121,7 +121,8 @@ def _conditions(store: WeightStore, wanted: Wanted, texts: Texts, dtype: str) ->
     found = versions()
     return Conditions(
         model=fingerprint(store),
-        calibration={"tokens": token_digest(texts.calibration.ids), "seqlen": wanted.seqlen},
+        calibration={"tokens": token_digest(texts.calibration.ids), "seqlen": wanted.seqlen}
+        | ({"bos": list(texts.calibration.bos)} if texts.calibration.bos else {}),
         tests={
             key: {"window": texts.tests[name].ids.shape[1], "windows": len(texts.tests[name].ids)}
             for name, key in texts.keys.items()
@@ -168,7 +169,7 @@ class _Run:
                 else:
                     self.refused[cell.key] = f"it calibrates on windows of {own.seqlen}, all others of {seqlen}"
         self.calibration = {seed: self.shared.calibration(texts.calibration, count, seqlen, seed) for seed in seeds}
-        self.tests = {key: self.shared.test(texts.tests[name].ids, self.progress) for name, key in texts.keys.items()}
+        self.tests = {key: self.shared.test(texts.tests[name], self.progress) for name, key in texts.keys.items()}
         return self.shared.facts(self.matched[seeds[0]], self.tests, self.progress)
 
     def find_programs(self, folder: Path | None, make: bool) -> None:
@@ -257,6 +258,7 @@ class _Run:
             "matched": str(self.matched[cell.seed].absolute()),
             "tests": {key: str(path.absolute()) for key, path in self.tests.items()},
             "tasks": dict(self.tasks),
+            "add_bos": self.asked.wanted.add_bos,
             "dtype": self.shared.dtype,
             "scratch": str(scratch.absolute()),
             "threads": threads,

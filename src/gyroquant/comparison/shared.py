@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from gyroquant.calibration.stream import Stream
-from gyroquant.calibration.text import TokenBatch, sample
+from gyroquant.calibration.text import TokenBatch, TokenStream
 from gyroquant.comparison.texts import token_digest
 from gyroquant.evaluation.outliers import measure_outliers
 from gyroquant.evaluation.perplexity import DTYPES, last_hidden, score_windows, summary
@@ -40,22 +40,24 @@ class Shared:
     def __init__(self, folder: Path, store: WeightStore, dtype: str):
         self.folder, self.store, self.dtype = folder, store, dtype
 
-    def calibration(self, text: TokenBatch, nsamples: int, seqlen: int, seed: int) -> Path:
-        """The file of the calibration tokens, shape (samples, length), of a text whose tokens are `ids`, shape
-        (tokens,). Raises InputError for a text that is too short.
+    def calibration(self, text: TokenStream, nsamples: int, seqlen: int, seed: int) -> Path:
+        """The file of the calibration tokens, shape (samples, length), of a text, which everybody calibrates on.
+
+        Raises InputError for a text that is too short.
         """
-        tokens = sample(text.ids, nsamples, seqlen, seed, text.name)
+        tokens = text.sample(nsamples, seqlen, seed).ids
         path = self.folder / f"calibration-{token_digest(tokens)}.safetensors"
         if not path.exists():
-            put_tensors(path, {"tokens": tokens}, {"name": text.name, "sha256": text.sha256})
+            about = {"name": text.name, "sha256": text.sha256, **_told(text.bos)}
+            put_tensors(path, {"tokens": tokens}, about)
         return path
 
-    def test(self, ids: Tensor, progress: Stages) -> Path:
+    def test(self, batch: TokenBatch, progress: Stages) -> Path:
         """The file of a test's tokens, shape (windows, length), and of what leaves the original's last block."""
-        path = self.folder / f"test-{token_digest(ids)}.safetensors"
+        path = self.folder / f"test-{token_digest(batch.ids)}.safetensors"
         if not path.exists():
-            hidden = last_hidden(self.store, ids, DTYPES[self.dtype], progress=progress)
-            put_tensors(path, {"ids": ids, "hidden": hidden})
+            hidden = last_hidden(self.store, batch.ids, DTYPES[self.dtype], progress=progress)
+            put_tensors(path, {"ids": batch.ids, "hidden": hidden}, _told(batch.bos))
         return path
 
     def facts(self, calibration: Path, tests: Mapping[str, Path], progress: Stages) -> dict[str, Any]:
@@ -76,7 +78,16 @@ def read_tokens(path: Path) -> TokenBatch:
     """The calibration tokens of a comparison."""
     with safe_open(path, framework="pt") as file:
         about = file.metadata()
-        return TokenBatch(about["name"], about["sha256"], file.get_tensor("tokens"))
+        return TokenBatch(about["name"], about["sha256"], file.get_tensor("tokens"), _bos(about))
+
+
+def _told(bos: Sequence[int]) -> dict[str, str]:
+    """What a file of tokens says of those at the head of its windows: nothing where there are none."""
+    return {"bos": json.dumps(list(bos))} if bos else {}
+
+
+def _bos(about: Mapping[str, str] | None) -> tuple[int, ...]:
+    return tuple(json.loads((about or {}).get("bos", "[]")))
 
 
 def outliers(store: WeightStore, calibration: Path, progress: Stages | None = None) -> list[dict[str, Any]]:
@@ -99,9 +110,9 @@ def measured(
 ) -> dict[str, Any]:
     """Perplexity and divergence of a model on a test, with each window's, which paired comparisons are made of."""
     with safe_open(test, framework="pt") as file:
-        ids = file.get_tensor("ids")
+        ids, bos = file.get_tensor("ids"), _bos(file.metadata())
         known = None if original is None else file.get_tensor("hidden")
-    scores = score_windows(store, ids, original, DTYPES[dtype], progress=progress, known=known)
+    scores = score_windows(store, ids, original, DTYPES[dtype], progress=progress, known=known, bos=bos)
     found = summary(scores) | {"window_losses": _rounded((scores.loss / scores.predicted).tolist()), "window_kl": None}
     if scores.kl is not None:
         found["window_kl"] = _rounded((scores.kl / scores.predicted).tolist())

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from gyroquant.calibration.text import TokenBatch, load_text, tokenize
+from gyroquant.calibration.text import TokenBatch, TokenStream, bos_text, load_text, token_stream
 from gyroquant.evaluation.perplexity import text_windows
 from gyroquant.models.store import WeightStore
 
@@ -29,10 +29,14 @@ class Trial:
 
 @dataclass(frozen=True)
 class Texts:
-    """Tokens: all of the `calibration` text, shape (tokens,), and by name those of `tests`, shape (windows, length)."""
+    """Tokens: all of the `calibration` text, shape (tokens,), and by name those of `tests`, shape (windows, length).
 
-    calibration: TokenBatch
+    `bos` is what every window begins with, as results tell it, or None.
+    """
+
+    calibration: TokenStream
     tests: Mapping[str, TokenBatch]
+    bos: str | None = None
 
     @cached_property
     def keys(self) -> dict[str, str]:
@@ -47,22 +51,26 @@ class Texts:
                 "sha256": test.sha256,
                 "window": test.ids.shape[1],
                 "windows": len(test.ids),
-                "tokens": test.ids.numel(),
+                "tokens": test.tokens,
+                "text_tokens": test.text_tokens,
+                "bos": self.bos,
             }
             for name, test in self.tests.items()
         }
 
 
-def read_texts(store: WeightStore, calibration: str | Path, tests: Mapping[str, Trial]) -> Texts:
-    """Reads and tokenizes. Raises InputError for a text, a tokenizer or a window that does not fit."""
-    tokenizer, source = store.tokenizer(), load_text(calibration)
-    ids = tokenize(source, tokenizer, store.text_config.vocab_size)
-    found = {}
+def read_texts(store: WeightStore, calibration: str | Path, tests: Mapping[str, Trial], add_bos: bool = True) -> Texts:
+    """Reads and tokenizes; with `add_bos` every window begins as the tokenizer begins a text.
+
+    Raises InputError for a text, a tokenizer or a window that does not fit.
+    """
+    tokenizer, found = store.tokenizer(), {}
+    stream = token_stream(load_text(calibration), tokenizer, store.text_config.vocab_size, add_bos)
     for name, test in tests.items():
         text = load_text(test.source, split="test")
-        measured_on = text_windows(text, store, test.window, test.windows, tokenizer).clone()
-        found[name] = TokenBatch(text.name, text.sha256, measured_on)
-    return Texts(TokenBatch(source.name, source.sha256, ids), found)
+        measured_on = text_windows(text, store, test.window, test.windows, tokenizer, add_bos)
+        found[name] = replace(measured_on, ids=measured_on.ids.clone())
+    return Texts(stream, found, bos_text(stream.bos, tokenizer))
 
 
 def token_digest(ids: Tensor) -> str:

@@ -118,7 +118,8 @@ def _tasks(spec: Mapping[str, Any], place: Path, original: WeightStore) -> dict[
     folder = place.parent if place.is_file() else place
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False, **where).eval()
     (limit,) = set(asked.values())
-    return score_tasks(model, original.tokenizer(), list(asked), limit=limit or None)
+    add_bos = bool(spec.get("add_bos", True))
+    return score_tasks(model, original.tokenizer(), list(asked), limit=limit or None, add_bos=add_bos)
 
 
 def _layer(layer: Mapping[str, Any]) -> dict[str, Any]:

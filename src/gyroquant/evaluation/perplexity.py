@@ -5,7 +5,7 @@ held.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gyroquant.calibration.stream import Stream
-from gyroquant.calibration.text import Text, tokenize, windows
+from gyroquant.calibration.text import Text, TokenBatch, token_stream
 from gyroquant.errors import InputError
 from gyroquant.models.online import attached
 from gyroquant.models.runner import BlockRunner, evaluating
@@ -47,8 +47,11 @@ def cut(preset: str, window: int | None, most: int | None) -> tuple[int, int | N
     return length, count if most is None else most
 
 
-def text_windows(text: Text, store: WeightStore, length: int, count: int | None, tokenizer: Any = None) -> Tensor:
-    """The first `count` windows (None: all) of a text, shape (windows, length), for a model.
+def text_windows(
+    text: Text, store: WeightStore, length: int, count: int | None, tokenizer: Any = None, add_bos: bool = True
+) -> TokenBatch:
+    """The first `count` windows (None: all) of a text, shape (windows, length), for a model; fewer where the text has
+    fewer. With `add_bos` each begins with the special tokens that the tokenizer puts in front of a text.
 
     Raises InputError for a window that does not fit the model, for a text that has none, and for a count below 1.
     """
@@ -59,20 +62,22 @@ def text_windows(text: Text, store: WeightStore, length: int, count: int | None,
         raise InputError(
             f"a window of {length} tokens does not fit a model of {limit} positions (and needs at least 2)"
         )
-    ids = tokenize(text, tokenizer or store.tokenizer(), store.text_config.vocab_size)
-    return windows(ids, length, text.name)[:count]
+    return token_stream(text, tokenizer or store.tokenizer(), store.text_config.vocab_size, add_bos).windows(
+        length, count
+    )
 
 
 @dataclass(frozen=True)
 class WindowScores:
-    """Sums over the predicted tokens of each window, shape (windows,), fp64; `predicted` tokens are in every window.
+    """Sums over the predicted tokens of each window, shape (windows,), fp64; `predicted` is how many there are in each,
+    shape (windows,), int64.
 
     `kl` (in nats, from the other model to this one) and `agree` (equal most likely tokens) are None without another
     model.
     """
 
     loss: Tensor
-    predicted: int
+    predicted: Tensor
     kl: Tensor | None = None
     agree: Tensor | None = None
 
@@ -125,10 +130,12 @@ def score_windows(
     device: str = "cpu",
     progress: Stages | None = None,
     known: Tensor | None = None,
+    bos: Sequence[int] = (),
 ) -> WindowScores:
     """Scores `input_ids`, shape (windows, length): all tokens but a window's first are predicted from those before.
 
-    `known` is what `last_hidden` gave for the model `against`, on the same tokens and in the same dtype.
+    The tokens `bos` begin texts, which nothing predicts: they are read, and no prediction of them counts. `known` is
+    what `last_hidden` gave for the model `against`, on the same tokens and in the same dtype.
     """
     stores = [store] if against is None else [store, against]
     if against is not None and against.text_config.vocab_size != store.text_config.vocab_size:
@@ -136,6 +143,10 @@ def score_windows(
     width = max(one.graph.hidden for one in stores) * dtype.itemsize * input_ids.shape[1]
     chunk = max(1, _CHUNK_BYTES // width)
     totals = torch.zeros(3, len(input_ids), dtype=torch.float64)
+    counted = ~torch.isin(input_ids, torch.tensor(bos, dtype=input_ids.dtype, device=input_ids.device))
+    predicted = counted[:, 1:].sum(1).cpu()
+    if not bool(predicted.all()):
+        raise InputError("a window holds no token that is predicted, only such that begin a text: take longer windows")
     pieces = range(0, len(input_ids), chunk)
     steps = sum(len(one.graph.blocks) for one in stores if one is store or known is None) * len(pieces)
     with (progress or Stages()).stage("evaluate", steps) as advance:
@@ -147,29 +158,36 @@ def score_windows(
                     there = known[first : first + chunk] if one is against and known is not None else None
                     streams.append(_hidden(one, ids, dtype, device, advance, there))
             for number, start, logs in _pairs(stores, streams):
-                totals[:, first + number] += _sums(ids[number], start, logs)
-    scores = WindowScores(totals[0], input_ids.shape[1] - 1)
-    return scores if against is None else WindowScores(totals[0], scores.predicted, totals[1], totals[2])
+                totals[:, first + number] += _sums(ids[number], start, logs, counted[first + number])
+    return WindowScores(totals[0], predicted, *(() if against is None else (totals[1], totals[2])))
 
 
-def _sums(ids: Tensor, start: int, logs: list[Tensor]) -> Tensor:
-    """Loss, divergence and agreement of one piece of a window, summed over its positions that predict a token."""
-    wanted = ids[start + 1 : start + 1 + len(logs[0])].to(logs[0].device)
-    ours = logs[0][: len(wanted)]
+def _sums(ids: Tensor, start: int, logs: list[Tensor], counted: Tensor) -> Tensor:
+    """Loss, divergence and agreement of one piece of a window, summed over its positions that predict a token which is
+    `counted`, shape (length,).
+    """
+    where = slice(start + 1, start + 1 + len(logs[0]))
+    wanted, keep = ids[where].to(logs[0].device), counted[where].to(logs[0].device)
+    logs = [one[: len(wanted)] for one in logs]
+    if not bool(keep.all()):
+        wanted, logs = wanted[keep], [one[keep] for one in logs]
+    ours = logs[0]
     loss = -ours.gather(1, wanted[:, None]).sum()
     if len(logs) == 1:
         return torch.stack([loss, loss.new_zeros(()), loss.new_zeros(())]).double().cpu()
-    theirs = logs[1][: len(wanted)]
+    theirs = logs[1]
     kl = (theirs.exp() * (theirs - ours)).sum()
     agree = (ours.argmax(-1) == theirs.argmax(-1)).sum()
     return torch.stack([loss, kl, agree.to(loss)]).double().cpu()
 
 
-def interval(values: Tensor, weight: int, seed: int = 0, level: float = 0.95) -> tuple[float, float]:
-    """Bootstrap confidence interval over windows for the mean of ``values / weight``; `values` has shape (windows,)."""
+def interval(values: Tensor, weight: Tensor | int, seed: int = 0, level: float = 0.95) -> tuple[float, float]:
+    """Bootstrap confidence interval over windows for the sum of `values` over that of `weight`, both of shape
+    (windows,); a number is the weight of every window.
+    """
     generator = torch.Generator().manual_seed(seed)
     picks = torch.randint(0, len(values), (_RESAMPLES, len(values)), generator=generator)
-    means = values[picks].mean(1) / weight
+    means = values[picks].mean(1) / (weight[picks].double().mean(1) if isinstance(weight, Tensor) else weight)
     tail = (1 - level) / 2
     low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=means.dtype))
     return float(low), float(high)
@@ -181,7 +199,7 @@ def summary(scores: WindowScores) -> dict[str, Any]:
     """
 
     def mean(values: Tensor) -> float:
-        return float(values.mean()) / scores.predicted
+        return float(values.mean()) / float(scores.predicted.double().mean())
 
     def exponential(value: float) -> float:
         return math.exp(min(value, 700.0))  # a hopeless model still gets a number that JSON can hold
@@ -191,6 +209,7 @@ def summary(scores: WindowScores) -> dict[str, Any]:
         "perplexity": exponential(mean(scores.loss)),
         "perplexity_interval": [exponential(low), exponential(high)],
         "loss": mean(scores.loss),
+        "predicted": int(scores.predicted.sum()),
         "kl": None,
         "kl_interval": None,
         "top1_agreement": None,

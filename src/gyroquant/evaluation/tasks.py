@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gyroquant.calibration.text import bos_tokens
 from gyroquant.errors import InputError
 
 _HARNESS = "lm_eval"
@@ -35,12 +36,14 @@ def score_tasks(
     tasks: Sequence[str],
     *,
     limit: int | None = None,
+    add_bos: bool = True,
     batch_size: int = 8,
     include: str | Path | None = None,
 ) -> dict[str, dict[str, float]]:
     """Accuracy of a transformers model in each task, and its standard error, over the first `limit` questions.
 
-    Raises InputError where the harness is not installed, a task is unknown, or its data cannot be reached.
+    With `add_bos` every question begins as the tokenizer begins a text; the harness leaves that out by itself. Raises
+    InputError where the harness is not installed, a task is unknown, or its data cannot be reached.
     """
     manager = check_tasks(tasks, include)
     from lm_eval import simple_evaluate
@@ -48,7 +51,13 @@ def score_tasks(
 
     try:
         found = simple_evaluate(
-            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal"),
+            HFLM(
+                pretrained=model,
+                tokenizer=tokenizer,
+                batch_size=batch_size,
+                backend="causal",
+                add_bos_token=add_bos and bool(bos_tokens(tokenizer)),
+            ),
             tasks=list(tasks),
             limit=limit,
             task_manager=manager,

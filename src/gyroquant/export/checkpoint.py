@@ -66,9 +66,7 @@ def write_rest(
 
 def write_companions(store: PackedStore, folder: OutputFolder) -> None:
     """Writes the settings of generation and the tokenizer, where a model has them."""
-    settings = store.generation_config()
-    if settings is not None:
-        settings.save_pretrained(folder.partial)
+    store.write_generation_config(folder.partial)
     with suppress(InputError):
         store.tokenizer().save_pretrained(folder.partial)
     copy_companions(store, folder.partial)

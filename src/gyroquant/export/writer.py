@@ -120,9 +120,7 @@ class Writer(ABC):
     def finish(self, tokenizer: Any, untied: list[str]) -> None:
         """Writes configuration and tokenizer."""
         self._config(untied).save_pretrained(self.folder.partial)
-        settings = self.store.generation_config()
-        if settings is not None:
-            settings.save_pretrained(self.folder.partial)
+        self.store.write_generation_config(self.folder.partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(self.folder.partial)
         copy_companions(self.store, self.folder.partial)

@@ -6,6 +6,7 @@ file (experts may be listed there and stacked here). Only safetensors and GGUF f
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
@@ -15,8 +16,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -32,6 +34,9 @@ _COMPUTED = (
     *("rotary_emb.inv_freq", "position_ids", "attn.bias", "attn.masked_bias"),
     *("attention.bias", "attention.masked_bias"),
 )
+
+
+_GENERATION = "generation_config.json"
 
 
 class WeightStore(ABC):
@@ -82,6 +87,14 @@ class WeightStore(ABC):
     def text_config(self) -> Any:
         """The configuration of the decoder, which in a model that also takes images is a part of the whole one."""
         return self.config.get_text_config(decoder=True)
+
+    def write_generation_config(self, folder: Path) -> None:
+        """Writes these settings, if there are any, into a folder: as they are, though transformers might refuse to
+        write some that contradict each other. They change how text is drawn from the model, not the model.
+        """
+        settings = self.generation_config()
+        if settings is not None:
+            settings.to_json_file(folder / _GENERATION)
 
     @cached_property
     def graph(self) -> ModelGraph:
@@ -403,7 +416,7 @@ class CheckpointStore(WeightStore):
         return finite(tensor, name, self.label)
 
     def generation_config(self) -> Any:
-        path = self.folder / "generation_config.json"
+        path = self.folder / _GENERATION
         if not path.exists():  # a folder need not have one
             return super().generation_config()
         read_json(path)
@@ -412,18 +425,66 @@ class CheckpointStore(WeightStore):
         except Exception as error:  # whatever settings of a wrong type make it raise
             raise InputError(f"{path} cannot be used: {error}; mend it or take it away") from error
 
+    def write_generation_config(self, folder: Path) -> None:
+        path = self.folder / _GENERATION
+        if path.exists():
+            (folder / _GENERATION).write_bytes(path.read_bytes())
+        else:
+            super().write_generation_config(folder)
+
     def tokenizer(self) -> Any:
         return load_tokenizer(self.folder, self.label)
 
 
 def load_tokenizer(folder: Path, label: str, **options: Any) -> Any:
-    """The tokenizer in a folder; code that the folder may bring is never run. Raises InputError when there is none."""
+    """The tokenizer in a folder; code that the folder may bring is never run. Raises InputError when there is none.
+
+    Where there is a tokenizer.json, it gives its tokens. transformers builds many classes anew from its vocabulary and
+    merges alone, and these classes cut words in their own way, not in the file's.
+    """
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
+        found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
+        if not options and _cuts_otherwise(found, folder / "tokenizer.json"):
+            return PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False, **_special_tokens(found))
+        return found
     except Exception as error:  # transformers raises many kinds for a missing tokenizer
         own = "trust_remote_code" in str(error)
         why = "it names code of its own (auto_map), which is never run" if own else str(error)
         raise InputError(f"{label} has no usable tokenizer: {why}") from error
+
+
+_TOKENIZER_STEPS = ("normalizer", "pre_tokenizer", "model")
+_MODEL_SETTINGS = (
+    "dropout",
+    "unk_token",
+    "continuing_subword_prefix",
+    "end_of_word_suffix",
+    "fuse_unk",
+    "byte_fallback",
+    "ignore_merges",
+)
+
+
+def _cuts_otherwise(tokenizer: Any, path: Path) -> bool:
+    """Whether a tokenizer normalizes or cuts texts in another way than a tokenizer.json says."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or not path.is_file() or "__init__" not in vars(type(tokenizer)):
+        return False  # or its class takes the file as it is
+    stored = Tokenizer.from_file(str(path))
+    return any(_step(backend, name) != _step(stored, name) for name in _TOKENIZER_STEPS)
+
+
+def _step(backend: Any, name: str) -> Any:
+    """What is comparable of a part of a tokenizer; of its model the settings, since all keep the vocabulary."""
+    part = getattr(backend, name)
+    if name == "model":
+        return [type(part).__name__, *(getattr(part, setting, None) or None for setting in _MODEL_SETTINGS)]
+    return None if part is None else json.loads(part.__getstate__())
+
+
+def _special_tokens(tokenizer: Any) -> dict[str, str]:
+    """The special tokens that a class knows though no file may name them."""
+    return {name: str(token) for name, token in tokenizer.special_tokens_map.items() if name.endswith("_token")}
 
 
 def checked_skeleton(config: Any, label: str) -> Any:

@@ -23,12 +23,19 @@ def introduction(comparison: Mapping[str, Any]) -> str:
     seeds = f" ({runs} runs with all seeds)" if runs > len(done) else ""
     made = f"{' and '.join(counted)} at {bits} bits{seeds}"
     on = ", ".join(
-        f"{one['name']} ({one['windows']} windows of {one['window']} tokens)" for one in texts["tests"].values()
+        f"{one['name']} ({one['windows']} windows of {one['window']} tokens{_begins(one)})"
+        for one in texts["tests"].values()
     )
-    samples = f"{settings['nsamples']} samples of {settings['seqlen']} tokens of {texts['calibration']['name']}"
+    of = f"tokens of {texts['calibration']['name']}{_begins(texts['calibration'])}"
+    samples = f"{settings['nsamples']} samples of {settings['seqlen']} {of}"
     if any(own_samples(comparison, cell) for group in done for cell in group):
         samples += ", unless the tables give another number of samples,"
     return f"{made}, each calibrated on {samples} and measured on {on}."
+
+
+def _begins(text: Mapping[str, Any]) -> str:
+    """What is said of windows of which each begins with special tokens."""
+    return f", each of which begins with {text['bos']}" if text.get("bos") else ""
 
 
 def counts(comparison: Mapping[str, Any]) -> str:

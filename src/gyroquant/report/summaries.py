@@ -28,6 +28,15 @@ def _above(limits: Sequence[Mapping[str, float]]) -> str:
     return f"{decibels:.1f} dB, or {bits:.2f} bits per weight (mean of {len(limits)} layers)"
 
 
+def _proof(proof: Mapping[str, Any]) -> str:
+    return f"{proof['relative_logit_error']:.1e} (on {proof['tokens']} tokens)"
+
+
+def _begins(bos: str | None) -> str:
+    """What is said of windows of which each begins with special tokens."""
+    return f", each of which begins with {bos}" if bos else ""
+
+
 def quantized(manifest: Mapping[str, Any], out: str) -> list[Table]:
     """What `quantize` did: proof, bits, time, memory."""
     proof, bits = manifest["proof"], manifest["bits"]
@@ -38,7 +47,7 @@ def quantized(manifest: Mapping[str, Any], out: str) -> list[Table]:
     rows = [
         ("written to", out),
         ("recipe", manifest["recipe"]["name"]),
-        ("proof: relative logit error", f"{proof['relative_logit_error']:.1e}" if folded else "0 (nothing folded)"),
+        ("proof: relative logit error", _proof(proof) if folded else "0 (nothing folded)"),
         ("proof: worst block", f"{proof['worst_block']} ({proof['worst_block_error']:.1e})" if folded else "-"),
         ("true bits per rounded weight", f"{bits['per_weight']:.4f}"),
         ("bits per weight, whole model", f"{bits['whole_model_per_weight']:.2f}"),
@@ -145,7 +154,11 @@ def evaluated(result: Mapping[str, Any]) -> list[Table]:
         rows.append(("KL divergence (nats a token)", f"{result['kl']:.4f}", span(result["kl_interval"], 4)))
         rows.append(("top-1 agreement", f"{result['top1_agreement']:.4f}", span(result["top1_interval"], 4)))
     rows.append(("true bits per weight", f"{result['true_bits_per_weight']:.4f}", ""))
-    rows.append(("tokens", f"{result['tokens']} in {result['windows']} windows of {result['window']}", ""))
+    asked, there = result["windows_asked"], result["windows"]
+    fewer = f" (of {asked} asked for: the text has no more)" if asked is not None and there < asked else ""
+    windows = f"{there} windows of {result['window']}{_begins(result['bos'])}{fewer}"
+    rows.append(("tokens", f"{result['tokens']} of {result['text']['tokens']} in {windows}", ""))
+    rows.append(("predicted", str(result["predicted"]), ""))
     return [table(result["model"], ("measured", "value", "95 % interval"), rows, right=(1,))]
 
 

@@ -76,7 +76,7 @@ def run(
     check_beside(out, model)
     check_writable(out.absolute().parent, out)
     store = open_original(model)
-    check_seqlen(store.config, wanted.seqlen)
+    check_seqlen(store.text_config, wanted.seqlen)
     baseline = [name for name in BASELINES if name not in wanted.recipes]
     wanted = replace(wanted, recipes=[*baseline, *wanted.recipes])
     asked = Asked(str(model), wanted, str(calibration), tests, dtype)

@@ -133,10 +133,8 @@ class Weights(BaseModel):
 
 
 class Calibration(BaseModel):
-    """The text that a model is observed on. `dtype` auto is bfloat16 where the processor multiplies it natively.
-
-    With `add_bos` every window begins with the special tokens that the tokenizer puts in front of a text, if it puts
-    any there, as models are run; without it, only the first window of the text has them.
+    """The text that a model is observed on. `dtype` auto is bfloat16 where the processor multiplies it natively. With
+    `add_bos` every window begins as the tokenizer begins a text, otherwise only the first one does.
 
     `inputs` are what a block is calibrated on: what the rounded blocks before it give, as GPTQ does, or what the
     original ones would, as in the parallel form of AdaQuant (arXiv 2006.10518): then blocks do not know of
@@ -154,9 +152,7 @@ class Calibration(BaseModel):
 
 
 class ProofSettings(BaseModel):
-    """How the proof is made: on the first `nsamples` calibration windows, up to `seqlen` tokens of each (the result
-    says on how many tokens), refused above `threshold`.
-    """
+    """How the proof is made: on up to `nsamples` windows and `seqlen` tokens of each, refused above `threshold`."""
 
     model_config = _STRICT
     threshold: Annotated[float, Field(gt=0)] = 1e-4
@@ -297,8 +293,6 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "target": Target,
     "allocate": Allocate,
 }
-
-
 _PLAIN = ("ignore", "true_sequential", "correct_bias", "measure")
 
 

@@ -6,7 +6,6 @@ file (experts may be listed there and stacked here). Only safetensors and GGUF f
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
@@ -16,9 +15,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -28,6 +26,7 @@ from gyroquant.models.names import left_out, trainer_names, trainer_patterns
 from gyroquant.models.online import Attachment
 from gyroquant.models.outside import load_config, read_json, remedy
 from gyroquant.models.runner import build_skeleton
+from gyroquant.models.tokenizers import load_tokenizer as load_tokenizer
 
 # Names that old checkpoints store although no parameter of that name exists: they are computed, not learned.
 _COMPUTED = (
@@ -434,57 +433,6 @@ class CheckpointStore(WeightStore):
 
     def tokenizer(self) -> Any:
         return load_tokenizer(self.folder, self.label)
-
-
-def load_tokenizer(folder: Path, label: str, **options: Any) -> Any:
-    """The tokenizer in a folder; code that the folder may bring is never run. Raises InputError when there is none.
-
-    Where there is a tokenizer.json, it gives its tokens. transformers builds many classes anew from its vocabulary and
-    merges alone, and these classes cut words in their own way, not in the file's.
-    """
-    try:
-        found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
-        if not options and _cuts_otherwise(found, folder / "tokenizer.json"):
-            return PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False, **_special_tokens(found))
-        return found
-    except Exception as error:  # transformers raises many kinds for a missing tokenizer
-        own = "trust_remote_code" in str(error)
-        why = "it names code of its own (auto_map), which is never run" if own else str(error)
-        raise InputError(f"{label} has no usable tokenizer: {why}") from error
-
-
-_TOKENIZER_STEPS = ("normalizer", "pre_tokenizer", "model")
-_MODEL_SETTINGS = (
-    "dropout",
-    "unk_token",
-    "continuing_subword_prefix",
-    "end_of_word_suffix",
-    "fuse_unk",
-    "byte_fallback",
-    "ignore_merges",
-)
-
-
-def _cuts_otherwise(tokenizer: Any, path: Path) -> bool:
-    """Whether a tokenizer normalizes or cuts texts in another way than a tokenizer.json says."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None or not path.is_file() or "__init__" not in vars(type(tokenizer)):
-        return False  # or its class takes the file as it is
-    stored = Tokenizer.from_file(str(path))
-    return any(_step(backend, name) != _step(stored, name) for name in _TOKENIZER_STEPS)
-
-
-def _step(backend: Any, name: str) -> Any:
-    """What is comparable of a part of a tokenizer; of its model the settings, since all keep the vocabulary."""
-    part = getattr(backend, name)
-    if name == "model":
-        return [type(part).__name__, *(getattr(part, setting, None) or None for setting in _MODEL_SETTINGS)]
-    return None if part is None else json.loads(part.__getstate__())
-
-
-def _special_tokens(tokenizer: Any) -> dict[str, str]:
-    """The special tokens that a class knows though no file may name them."""
-    return {name: str(token) for name, token in tokenizer.special_tokens_map.items() if name.endswith("_token")}
 
 
 def checked_skeleton(config: Any, label: str) -> Any:

@@ -37,6 +37,7 @@ from gyroquant.maps import dump
 from gyroquant.models.fingerprint import fingerprint
 from gyroquant.models.fold import FoldPlan
 from gyroquant.models.packed import PackedStore
+from gyroquant.models.prequantized.base import source_notes
 from gyroquant.models.prove import Proof, prove
 from gyroquant.models.runner import BlockRunner, evaluating
 from gyroquant.models.source import open_model
@@ -169,7 +170,7 @@ def run(job: Job, progress: Stages | None = None) -> dict[str, Any]:
             return there
         if journal.begin(facts):
             progress.warn(f"going on from where a run before was stopped ({journal.folder})")
-        warnings: list[str] = []
+        warnings = source_notes(job.store)
         _measure(job, journal, progress)
         learned = _learn(job, journal, progress)
         proof = journal.stage("proof", lambda: _prove_job(job, progress).to_dict())
@@ -322,6 +323,7 @@ def _manifest(
         "model": job.store.label,
         "model_sha256": model,
         "model_type": job.store.config.model_type,
+        "source_quantization": job.store.source_quantization,
         "recipe": recipe.to_dict(),
         "seed": recipe.seed,
         "text": None if text is None else {"name": text.name, "sha256": text.sha256},

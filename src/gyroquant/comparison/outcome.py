@@ -17,6 +17,7 @@ from gyroquant.comparison.verdict import verdict
 from gyroquant.environment import versions
 from gyroquant.errors import InputError
 from gyroquant.files import put_json
+from gyroquant.models.prequantized.base import source_notes
 from gyroquant.models.store import WeightStore
 from gyroquant.progress import Stages
 from gyroquant.report.comparison_markdown import markdown
@@ -63,7 +64,7 @@ def outcome(
         },
         "settings": {key: _plain(value) for key, value in vars(asked.wanted).items()} | {"dtype": asked.dtype},
         "versions": versions(),
-        "notes": [*own_grid(store), *made_differently(cells)],
+        "notes": [*source_notes(store), *own_grid(store), *made_differently(cells)],
         "original": {"tests": tests, "outliers": facts["outliers"]},
         "cells": list(cells),
         "verdict": verdict(cells, tests),

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gyroquant.errors import GyroquantError, InputError
 from gyroquant.models.graph import Shape
-from gyroquant.models.store import CheckpointStore, LazyTensor
+from gyroquant.models.store import CheckpointStore, LazyTensor, WeightStore
 
 Stored = dict[str, LazyTensor]
 Arrays = dict[str, Tensor]
@@ -243,6 +243,15 @@ def _forget(config: Any) -> None:
             _forget(inner)
 
 
+def source_notes(store: WeightStore) -> list[str]:
+    """What has to be said of a model that another program has quantized; nothing of any other one."""
+    source = store.source_quantization
+    if source is None:
+        return []
+    first = f"the original is quantized already ({told(source)}): what that has cost is not measured, nor undone"
+    return [first, *(f"the original's quantization: {note}" for note in source["notes"])]
+
+
 def told(source: Mapping[str, Any]) -> str:
     """One line on what a model was stored as, from its `source_quantization`."""
     bits = " and ".join(map(str, source["bits"]))
@@ -250,4 +259,4 @@ def told(source: Mapping[str, Any]) -> str:
     return f"{source['method']}{layout}, {bits} bits ({source['bits_per_weight']:.2f} stored), decoded to fp32"
 
 
-__all__ = ["Arrays", "Decoded", "Format", "Modules", "PrequantizedStore", "Stored", "method_of", "told"]
+__all__ = ["Arrays", "Decoded", "Format", "Modules", "PrequantizedStore", "Stored", "method_of", "source_notes", "told"]

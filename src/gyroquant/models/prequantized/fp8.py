@@ -92,7 +92,7 @@ class Fp8(Format):
                 )
             parts = {"weight": stored.pop(key), "scale": stored.pop(place)}
             rule = partial(scaled, block=block, packed=packed)
-            yield self.decoded(key, shape, parts, rule, 4 if packed else 8, block)
+            yield self.decoded(key, shape, parts, rule, 4 if packed else 8, block[1] if block[0] == 1 else block)
 
     @staticmethod
     def _scales(key: str) -> tuple[str, ...]:

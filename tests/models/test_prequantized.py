@@ -13,10 +13,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, GptOssConfig, Mxfp4Config
 
 import gyroquant as gq
+from gyroquant.comparison.shared import Shared, plain_folder
 from gyroquant.errors import InputError, UnsupportedModelError
+from gyroquant.inspection import inspect_model
+from gyroquant.models.fingerprint import fingerprint
 from gyroquant.models.prequantized.base import PrequantizedStore
 from gyroquant.models.prequantized.bits import e2m1, e8m0, unpack, unpack_padded
 from gyroquant.models.source import open_model, open_original
+from gyroquant.report import console, summaries
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
@@ -355,3 +359,20 @@ def test_a_quantized_original_is_quantized_as_the_plain_model_that_it_stands_for
     assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
     with pytest.raises(InputError, match="is already quantized; start from the model in full precision"):
         open_original(tmp_path / "m-out")
+
+
+def test_a_quantized_original_is_evaluated_inspected_and_compared(
+    folders: Any, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    meant = made.folder(folders["llama"], tmp_path / "m", GPTQ, made.gptq(4, 32, True))
+    plain = made.plain(folders["llama"], tmp_path / "p", meant)
+    same = gq.evaluate(tmp_path / "m", corpus, plain, window=32, max_windows=4)
+    assert same["kl"] < 1e-9
+    assert same["true_bits_per_weight"] == open_model(tmp_path / "m").bits_per_weight()
+    console.show(*summaries.inspected(inspect_model(tmp_path / "m")))
+    assert "gptq, gptq, 4 bits (5.12 stored), decoded to fp32" in " ".join(capsys.readouterr().out.split())
+    shared = Shared(tmp_path / "shared", open_model(tmp_path / "m"), "float32")
+    folder = plain_folder(shared)  # what other programs are given
+    assert folder != tmp_path / "m"
+    assert json.loads((folder / "config.json").read_text()).get("quantization_config") is None
+    assert fingerprint(open_model(folder)) == fingerprint(shared.store) == fingerprint(open_model(plain))

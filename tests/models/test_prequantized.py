@@ -20,7 +20,7 @@ from gyroquant.models.fingerprint import fingerprint
 from gyroquant.models.prequantized.base import PrequantizedStore
 from gyroquant.models.prequantized.bits import e2m1, e8m0, unpack, unpack_padded
 from gyroquant.models.source import open_model, open_original
-from gyroquant.report import console, summaries
+from gyroquant.report import summaries
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
@@ -361,16 +361,14 @@ def test_a_quantized_original_is_quantized_as_the_plain_model_that_it_stands_for
         open_original(tmp_path / "m-out")
 
 
-def test_a_quantized_original_is_evaluated_inspected_and_compared(
-    folders: Any, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_quantized_original_is_evaluated_inspected_and_compared(folders: Any, corpus: Path, tmp_path: Path) -> None:
     meant = made.folder(folders["llama"], tmp_path / "m", GPTQ, made.gptq(4, 32, True))
     plain = made.plain(folders["llama"], tmp_path / "p", meant)
     same = gq.evaluate(tmp_path / "m", corpus, plain, window=32, max_windows=4)
     assert same["kl"] < 1e-9
     assert same["true_bits_per_weight"] == open_model(tmp_path / "m").bits_per_weight()
-    console.show(*summaries.inspected(inspect_model(tmp_path / "m")))
-    assert "gptq, gptq, 4 bits (5.12 stored), decoded to fp32" in " ".join(capsys.readouterr().out.split())
+    about = summaries.inspected(inspect_model(tmp_path / "m"))[0]
+    assert "gptq, 4 bits (5.12 stored), decoded to fp32" in list(about.columns[1].cells)
     shared = Shared(tmp_path / "shared", open_model(tmp_path / "m"), "float32")
     folder = plain_folder(shared)  # what other programs are given
     assert folder != tmp_path / "m"

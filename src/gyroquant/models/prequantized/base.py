@@ -255,7 +255,7 @@ def source_notes(store: WeightStore) -> list[str]:
 def told(source: Mapping[str, Any]) -> str:
     """One line on what a model was stored as, from its `source_quantization`."""
     bits = " and ".join(map(str, source["bits"]))
-    layout = f", {source['layout']}" if source["layout"] else ""
+    layout = f", {source['layout']}" if source["layout"] not in (None, source["method"]) else ""
     return f"{source['method']}{layout}, {bits} bits ({source['bits_per_weight']:.2f} stored), decoded to fp32"
 
 

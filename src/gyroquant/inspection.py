@@ -82,6 +82,7 @@ class Inspection:
     def to_dict(self) -> dict[str, Any]:
         return {
             "model": self.store.label,
+            "source_quantization": self.store.source_quantization,
             **self.shape,
             "sites": self.sites(),
             "recipes": self.fits,

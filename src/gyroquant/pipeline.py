@@ -354,6 +354,7 @@ def _manifest(
         "model": job.store.label,
         "model_sha256": model,
         "model_type": job.store.config.model_type,
+        "source_quantization": job.store.source_quantization,
         "recipe": recipe.to_dict(),
         "seed": recipe.seed,
         "text": None if text is None else text.about() | {"bos": bos_text(job.bos, job.tokenizer)},

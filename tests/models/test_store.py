@@ -125,10 +125,10 @@ def test_files_and_folders_that_are_no_models(tmp_path: Path) -> None:
         open_model(tmp_path)
 
 
-def test_models_quantized_by_others_are_refused(copy: Path) -> None:
+def test_models_quantized_in_forms_that_are_not_decoded_are_refused(copy: Path) -> None:
     config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}}))
-    with pytest.raises(InputError, match=r"already quantized \(gptq\)"):
+    (copy / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "aqlm"}}))
+    with pytest.raises(InputError, match=r"already quantized \(aqlm\), a form that is not decoded"):
         open_model(copy)
 
 

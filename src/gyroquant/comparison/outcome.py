@@ -64,7 +64,7 @@ def outcome(
         },
         "settings": {key: _plain(value) for key, value in vars(asked.wanted).items()} | {"dtype": asked.dtype},
         "versions": versions(),
-        "notes": [*own_grid(store), *made_differently(cells)],
+        "notes": [*store.notes, *own_grid(store), *made_differently(cells)],
         "original": {"tests": tests, "outliers": facts["outliers"]},
         "cells": list(cells),
         "verdict": verdict(cells, tests),

@@ -136,7 +136,7 @@ def plain_folder(shared: Shared) -> Path:
     """A Hugging Face folder of the original that other programs open: its own, or one made of it, in fp32."""
     store = shared.store
     own = getattr(store, "folder", None)
-    if own is not None:
+    if own is not None and store.source_quantization is None:
         return Path(own)
     folder = shared.folder / "plain"
     if not folder.exists():

@@ -51,7 +51,7 @@ class Reckoning:
     def __init__(self, job: Job):
         self.job, self.graph, self.recipe = job, job.graph, job.recipe
         self.base = resident_memory_bytes()
-        self.stored = 0 if isinstance(job.store, ModuleStore) else job.store.dtype.itemsize  # of what is read
+        self.stored = 0 if isinstance(job.store, ModuleStore) else job.store.read_dtype.itemsize
         self.wide = max(4, job.store.dtype.itemsize)
         self.compute, self.width = job.compute_dtype.itemsize, job.graph.hidden
         self.outer = self.graph.outer_params()

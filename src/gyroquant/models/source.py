@@ -13,6 +13,7 @@ from gyroquant.models.adapters import ADAPTER, check_plain, merged_in_memory, op
 from gyroquant.models.gguf import GgufStore
 from gyroquant.models.outside import kind_of, read_json, remedy
 from gyroquant.models.packed import METHOD, PackedStore
+from gyroquant.models.prequantized.opening import open_prequantized, quantization_of
 from gyroquant.models.store import CheckpointStore, ModuleStore, WeightStore
 
 _WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", FILE]
@@ -60,15 +61,14 @@ def _open_folder(folder: Path) -> WeightStore:
             return GgufStore(files[0])
         raise InputError(f"{folder} has no config.json" + ("; name one of its GGUF files" if files else ""))
     try:
-        quantization = read_json(folder / "config.json").get("quantization_config")
+        quantization = quantization_of(folder, read_json(folder / "config.json"))
     except InputError as error:
         raise InputError(f"{folder} has no usable config.json: {error}") from error
     if quantization is None:
         return CheckpointStore(folder)
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-    if method != METHOD:
-        raise InputError(f"{folder} is already quantized ({method}); start from the model in full precision")
-    return PackedStore(folder)
+    if isinstance(quantization, dict) and quantization.get("quant_method") == METHOD:
+        return PackedStore(folder)
+    return open_prequantized(folder, quantization)
 
 
 def _fetch(name: str) -> Path:

@@ -46,6 +46,8 @@ class WeightStore(ABC):
     online: tuple[Attachment, ...] = ()
     notes: tuple[str, ...] = ()
     """What is to be told of how the model was read: what was left out, what contradicts its configuration."""
+    source_quantization: Mapping[str, Any] | None = None
+    """How another program has quantized the weights, if one has; see `gyroquant.models.prequantized`."""
 
     @property
     @abstractmethod
@@ -69,6 +71,11 @@ class WeightStore(ABC):
     @abstractmethod
     def dtype(self) -> torch.dtype:
         """The dtype of most of the stored weights."""
+
+    @property
+    def read_dtype(self) -> torch.dtype:
+        """The dtype in which most of the weights are read."""
+        return self.dtype
 
     def bits_per_weight(self) -> float:
         """Stored bits per weight; for a rounded model, per rounded weight with everything that goes with it."""

@@ -14,6 +14,7 @@ from gyroquant.evaluation.outliers import Outliers
 from gyroquant.fuzz import Finding, Report
 from gyroquant.inspection import Inspection
 from gyroquant.maps import factors
+from gyroquant.models.prequantized.base import told
 from gyroquant.report.console import duration, table
 
 
@@ -57,6 +58,8 @@ def quantized(manifest: Mapping[str, Any], out: str) -> list[Table]:
         ("time", duration(manifest["seconds"])),
         ("peak memory", size(manifest["peak_memory_bytes"])),
     ]
+    if manifest.get("source_quantization"):
+        rows.append(("the original", told(manifest["source_quantization"])))
     if manifest["untied"]:
         rows.append(("untied", ", ".join(manifest["untied"]) + " (its norm's gain was folded into it)"))
     return [table("", ("quantized", ""), rows)]
@@ -173,6 +176,9 @@ def inspected(result: Inspection) -> list[Any]:
         ("tied", tied),
         ("stored bits per weight", f"{shape['bits_per_weight']:.2f}"),
     ]
+    if result.store.source_quantization is not None:
+        about.append(("quantized by another program", told(result.store.source_quantization)))
+        about += [("", note) for note in result.store.source_quantization["notes"]]
     shown: list[Any] = [
         table(result.store.label, ("model", ""), about),
         sites(result),

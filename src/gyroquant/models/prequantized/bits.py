@@ -1,0 +1,78 @@
+"""What formats of quantized weights share: streams of bits, elements of 4 bits, powers of two, scales of blocks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gyroquant.errors import InputError
+
+_E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
+
+
+def unpack(words: Tensor, bits: int, count: int) -> Tensor:
+    """The first `count` codes of `bits` bits (1 to 8) in each row of words of any whole type, (..., words) -> uint8
+    (..., count). Codes follow one another without a gap, least significant bit first, across words.
+    """
+    if words.is_floating_point() or not 1 <= bits <= 8:
+        raise InputError(f"codes of {bits} bits in {words.dtype} cannot be unpacked")
+    data = words.contiguous().view(torch.uint8)
+    if data.shape[-1] * 8 < count * bits:
+        raise InputError(f"{data.shape[-1]} bytes a row cannot hold {count} codes of {bits} bits")
+    lanes = -(-count // 8)  # of eight codes, which begin and end on a byte
+    data = torch.nn.functional.pad(data[..., : lanes * bits], (0, max(0, lanes * bits - data.shape[-1])))
+    data = data.reshape(*data.shape[:-1], lanes, bits)
+    out = torch.empty(*data.shape[:-1], 8, dtype=torch.uint8)
+    for lane in range(8):
+        byte, shift = divmod(lane * bits, 8)
+        code = data[..., byte] >> shift
+        if shift + bits > 8:
+            code |= data[..., byte + 1] << (8 - shift)
+        out[..., lane] = code & ((1 << bits) - 1)
+    return out.flatten(-2)[..., :count]
+
+
+def unpack_padded(words: Tensor, bits: int, count: int) -> Tensor:
+    """As `unpack`, for int32 words that hold 32 // bits whole codes each and leave their highest bits unused."""
+    each = 32 // bits
+    if words.dtype != torch.int32 or words.shape[-1] * each < count:
+        raise InputError(f"{words.shape[-1]} words of {words.dtype} cannot hold {count} codes of {bits} bits")
+    shifts = torch.arange(each, dtype=torch.int32) * bits
+    codes = (words.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
+    return codes.to(torch.uint8).flatten(-2)[..., :count]
+
+
+def e2m1(data: Tensor) -> Tensor:
+    """Elements of 4 bits (E2M1), two a byte, the lower half first: (..., n) bytes -> fp32 (..., 2 n)."""
+    data = data.contiguous().view(torch.uint8)
+    pairs = torch.stack((data & 15, data >> 4), dim=-1).flatten(-2)
+    return _E2M1[pairs.int()]
+
+
+def e8m0(exponents: Tensor) -> Tensor:
+    """Powers of two by their exponent plus 127, as uint8 or float8_e8m0fnu -> fp32; 255 is NaN."""
+    return exponents.contiguous().view(torch.float8_e8m0fnu).float()
+
+
+def scale_blocks(values: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
+    """fp32 values (..., rows, columns) times the scale of their block of rows and columns, in place.
+
+    `scales` has the shape (..., ceil(rows / block[0]), ceil(columns / block[1])): the last blocks may be cut off.
+    """
+    rows, columns = values.shape[-2:]
+    high, wide = min(block[0], rows), min(block[1], columns)
+    if tuple(scales.shape[-2:]) != (-(-rows // high), -(-columns // wide)):
+        raise InputError(f"scales of shape {tuple(scales.shape)} do not fit blocks of {block} in {tuple(values.shape)}")
+    scales = scales.float()
+    if high == 1 and columns % wide == 0:
+        values.unflatten(-1, (-1, wide)).mul_(scales.unsqueeze(-1))
+        return values
+    for number, start in enumerate(range(0, rows, high)):
+        along = scales[..., number, :].repeat_interleave(wide, -1)[..., :columns]
+        values[..., start : start + high, :] *= along.unsqueeze(-2)
+    return values
+
+
+def whole(tensor: Tensor, expected: int) -> bool:
+    """Whether all of a matrix has one scale, or each of `expected` matrices in a stack."""
+    return tensor.numel() == expected

@@ -14,8 +14,6 @@ from torch import Tensor
 from gyroquant.errors import InputError, RecipeError
 from gyroquant.grids.basis import Basis
 
-_TINY = 2.0**-24  # the smallest positive fp16 number
-
 
 def _group_size(value: int) -> int:
     if value == -1 or 16 <= value <= 256:
@@ -61,6 +59,11 @@ class Grid(BaseModel, ABC):
     @abstractmethod
     def group_bits(self) -> int:
         """The bits stored for each group besides its codes."""
+
+    @property
+    def tensor_bits(self) -> int:
+        """The bits stored for a scale of the whole weight."""
+        return 0
 
     def group_of(self, columns: int, name: str = "a weight") -> int:
         """The group size for rows of this many weights. Raises RecipeError when it does not divide them."""
@@ -185,7 +188,8 @@ class QuantizedWeight:
     def bits(self) -> int:
         """The bits that are stored for the matrix, up to what filling the last byte takes."""
         basis = 0 if self.basis is None or self.basis.scale is None else 16 * self.basis.scale.numel()
-        return self.grid.bits * self.codes.numel() + self.grid.group_bits * self.params.scale.numel() + basis
+        groups = self.grid.group_bits * self.params.scale.numel()
+        return self.grid.bits * self.codes.numel() + groups + self.grid.tensor_bits + basis
 
     def pack(self) -> dict[str, Tensor]:
         return self.grid.pack(self.codes, self.params) | ({} if self.basis is None else self.basis.pack())
@@ -194,19 +198,6 @@ class QuantizedWeight:
 def straight_through(seen: Tensor, value: Tensor) -> Tensor:
     """`value`, with the gradient of `seen`: rounding as gradients are to see it."""
     return seen + (value - seen).detach()
-
-
-def clamped_half(scale: Tensor, low: float) -> Tensor:
-    """The fp16 number nearest to each scale, from `low` on, as fp32 and none of them 0."""
-    return half_scale(scale.clamp(low, torch.finfo(torch.float16).max))
-
-
-def half_scale(scale: Tensor) -> Tensor:
-    """Scales as fp16 holds them, as fp32, none of them 0. Raises InputError for NaN and for what fp16 cannot hold."""
-    scale = scale.half().float()
-    if not bool(scale.isfinite().all()):
-        raise InputError("a group of numbers is not finite or too large for an fp16 scale (above 65504)")
-    return torch.where(scale.abs() < _TINY, _TINY, scale)
 
 
 def stored(arrays: dict[str, Tensor], part: str, shape: tuple[int, ...]) -> Tensor:

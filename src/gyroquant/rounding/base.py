@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import Tensor
 from gyroquant.grids import Grid, QuantizedWeight
 
 Warn = Callable[[str], None]
+_SMALL = 2.0**-30
 
 
 @dataclass
@@ -93,8 +95,20 @@ class ModelSolver(Solver):
         raise TypeError(f"{self.name} rounds whole models")
 
 
+def in_reach(weight: Tensor, rounded: Tensor) -> tuple[Tensor, Tensor]:
+    """Both times the same power of two, where weights are so small that fp32 does not hold their squares; shares of
+    them stay what they are.
+    """
+    largest = float(weight.abs().amax())
+    if not 0 < largest < _SMALL:
+        return weight, rounded
+    up = 2.0 ** min(-math.frexp(largest)[1], 120)
+    return weight * up, rounded * up
+
+
 def weight_error(weight: Tensor, rounded: Tensor) -> float:
     """``|W - Q|^2 / |W|^2``."""
+    weight, rounded = in_reach(weight, rounded)
     return float((weight - rounded).square().sum() / weight.square().sum().clamp_min(1e-30))
 
 
@@ -105,4 +119,5 @@ def output_energy(weight: Tensor, statistics: InputStatistics) -> float:
 
 def output_error(weight: Tensor, rounded: Tensor, statistics: InputStatistics) -> float:
     """``|X (W - Q)^T|^2 / |X W^T|^2`` over the calibration tokens, from the second moments alone."""
+    weight, rounded = in_reach(weight, rounded)
     return output_energy(weight - rounded, statistics) / max(output_energy(weight, statistics), 1e-30)

@@ -1,10 +1,9 @@
-"""Weights that lie on a grid already, whatever scale they lie on it by: ternary ones, or those of a model that was rounded
-before.
+"""Weights that lie on a grid already, by whatever scale: ternary ones, or those of a model that was rounded before.
 
 A search for the least squared error that only makes ranges narrower never meets the scale of such a group, unless its
-largest weight happens to lie on the outermost number. The scales that can be meant are few: the largest weight is one of
-the grid's numbers. Of these one is taken where it gives back *every* weight of the group, and nowhere else, so that
-weights which lie on no grid keep the scale that the search found for them.
+largest weight happens to lie on the outermost number. The scales that can be meant are few: the largest weight is one
+of the grid's numbers. Of these one is taken where it gives back *every* weight of the group, and nowhere else, so that
+weights which lie on no grid keep the scale that the search found for them, and published results stay as they are.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ from torch import Tensor
 
 from gyroquant.grids.base import Grid, GroupParams
 
-# How far a weight may be from the number that stands for it: as far as bfloat16 moved the weight and fp16 the scale, and
-# by a share of a step, for what errors of other groups have added to it (a rounded weight is off by 0.29 steps).
+# How far a weight may be from the number that stands for it: as far as bfloat16 moved the weight and fp16 the scale,
+# and by a share of a step, for what errors of other groups have added to it (a rounded weight is off by 0.29 steps).
 _RELATIVE = 2.0**-9 + 2.0**-11
 _STEPS = 2.0**-6
 _PROBED = 8  # weights of a group that are looked at first
@@ -86,7 +85,7 @@ def _paired(tried: GroupParams, row: Tensor, which: Tensor) -> GroupParams:
 
 
 def _fitted(grid: Grid, groups: Tensor, params: GroupParams) -> GroupParams:
-    """The storable parameters nearest to the scale of least squared error for the numbers that groups are nearest to."""
+    """The storable parameters nearest to the scale of least squared error, each weight held by its nearest number."""
     steps = grid.nearest(groups, params) / params.scale
     scale = (groups * steps).sum(-1, keepdim=True) / steps.square().sum(-1, keepdim=True)
     return grid.storable(torch.where(scale.isfinite(), scale, params.scale), params.zero)

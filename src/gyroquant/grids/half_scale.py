@@ -24,10 +24,7 @@ def half(scale: Tensor) -> Tensor:
     """Scales as fp16 holds them, as fp32, none of them 0. Raises InputError for NaN and for what fp16 cannot hold."""
     scale = scale.half().float()
     if not bool(scale.isfinite().all()):
-        raise InputError(
-            "a group of numbers is not finite or too large for an fp16 scale (above 65504): NaN or infinity come from a "
-            "damaged model or an overflow"
-        )
+        raise InputError("a group of numbers is not finite or too large for an fp16 scale (above 65504)")
     return torch.where(scale.abs() < _TINY, _TINY, scale)
 
 
@@ -35,9 +32,9 @@ class HalfScaleGrid(Grid):
     """Grids that store an fp16 scale for each group.
 
     fp16 has no numbers between 0 and 6e-8, few up to 6e-5 and none from 65520 on. For a weight whose groups have such
-    scales `bind` gives a copy of the grid that stores them over a scale of the whole weight, a power of two, as `global`
-    (fp32): products with it are exact, so that groups which fp16 held come out as they would without it. Weights that
-    fp16 serves, all ordinary ones, have none. `params` hold the products.
+    scales `bind` gives a copy of the grid that stores them over a scale of the whole weight, a power of two, as
+    `global` (fp32): products with it are exact, so that groups which fp16 held come out as they would without it.
+    Weights that fp16 serves, all ordinary ones, have none. `params` hold the products.
     """
 
     _tensor_scale: float | None = PrivateAttr(default=None)

@@ -25,8 +25,8 @@ class IntegerGrid(HalfScaleGrid):
     `midrise` their numbers lie at odd multiples of half a step instead, as many on either side and none at zero, which
     at 2 bits is 0.4 to 0.8 dB better for Gaussian weights than any that hold zero (QuIP, arXiv 2307.13304, rounds so).
     One symmetric bit is +-scale/2 with the scale that fits best. `scale` chooses between the range of the group
-    (`minmax`), both ends of it times `clip`, and the clipped range with the least squared error (`mse`), which also finds
-    the scale of a group that lies on such numbers already.
+    (`minmax`), both ends of it times `clip`, and the clipped range with the least squared error (`mse`), which also
+    finds the scale of a group that lies on such numbers already.
     """
 
     grid: Literal["integer"] = "integer"
@@ -81,7 +81,7 @@ class IntegerGrid(HalfScaleGrid):
         return prefer_exact(self, groups, found, self._on_whole_steps(low, high))
 
     def _on_whole_steps(self, low: Tensor, high: Tensor) -> GroupParams:
-        """What puts the ends of each group's range on numbers of the grid, coarse steps first: shape (..., candidates)."""
+        """What puts the ends of each group's range on numbers, coarse steps first; shape (..., candidates)."""
         if self.symmetric:
             outermost = max(1, 2 ** (self.bits - 1))
             number = torch.arange(1, outermost + 1, device=low.device) - (self._middle % 1)

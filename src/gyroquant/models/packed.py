@@ -128,7 +128,6 @@ class Description:
             "cache": self._cache,
         }
 
-
     def _version(self) -> int:
         """The oldest version whose readers understand it all."""
         for part, version in (("tensor_scale", 3), ("basis", 2)):

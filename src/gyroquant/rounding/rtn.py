@@ -35,8 +35,8 @@ class RoundToNearest(Solver):
 
 
 def rows_on_grid(weight: Tensor, rounded: QuantizedWeight) -> Tensor:
-    """Which rows of a matrix, shape (out, in), are not all zero and lie on the grid already, so that rounding to nearest
-    gave them back but for what 16 bits keep of a number; bool of shape (out,).
+    """Which rows of a matrix, shape (out, in), are not all zero and lie on the grid already, so that rounding to
+    nearest gave them back but for what 16 bits keep of a number; bool of shape (out,).
     """
     groups = weight.view(len(weight), rounded.params.scale.shape[1], -1)
     same = is_given_back(rounded.grid, groups, rounded.params).flatten(1).all(1)

@@ -70,8 +70,8 @@ class Rounding:
         return Placed(name, basis.encode(matrix), there, basis)
 
     def solve(self, placed: Placed, grid: Grid) -> QuantizedWeight:
-        """Rounds to a grid that is made for the matrix; without statistics, to nearest. Rows that lie on the grid already
-        stay what they are, whatever the solver would make up for.
+        """Rounds to a grid that is made for the matrix; without statistics, to nearest. Rows that lie on the grid
+        already stay what they are, whatever the solver would make up for.
         """
         there = on_grid(placed.matrix, grid)
         if there is not None and bool(there[0].all()):

@@ -53,7 +53,7 @@ class HalfScaleGrid(Grid):
         """How far fp16 may move scales, as a share of them: those of a weight, root of the mean square (normal numbers
         are moved by 2^-11 at most), and that of any one group.
         """
-        return 2.0**-10.5, 2.0**-6
+        return 2.0**-9, 2.0**-6
 
     @abstractmethod
     def _full_scale(self, groups: Tensor) -> Tensor:

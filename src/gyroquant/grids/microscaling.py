@@ -76,7 +76,7 @@ def _possible_scales(widest: float, peaks: Tensor) -> list[float]:
     """
     found = []
     for element in (E2M1_MAX, 4.0):
-        for group in range(256, int(_E4M3_MAX) + 1, 32):
+        for group in (240, *range(256, int(_E4M3_MAX) + 1, 32)):  # of every mantissa one
             scale = widest * (E2M1_MAX * _E4M3_MAX) / (element * group)
             wanted = peaks / scale / torch.tensor([E2M1_MAX, 4.0], device=peaks.device)
             near = wanted.clamp(max=_E4M3_MAX).to(_E4M3).float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ def _group_size(value: int) -> int:
         return value
     raise ValueError("group_size is -1 (one group a row) or between 16 and 256")
 
+
+_SQUARED = (2.0**-40, 2.0**40)  # numbers of this size have squares, those of their rounding errors included
 
 GroupSize = Annotated[int, AfterValidator(_group_size)]
 
@@ -143,9 +146,10 @@ class Grid(BaseModel, ABC):
 
     def least_squares(self, groups: Tensor, candidates: Iterable[GroupParams]) -> GroupParams:
         """For each group the candidate of least squared error, the first of equals."""
-        best, error = None, torch.empty(0)
+        best, error, up = None, torch.empty(0), lift(groups)
         for tried in candidates:
-            tried_error = (self.nearest(groups, tried) - groups).square_().sum(-1, keepdim=True)
+            away = (self.nearest(groups, tried) - groups).mul_(up) if up != 1 else self.nearest(groups, tried) - groups
+            tried_error = away.square_().sum(-1, keepdim=True)
             if best is None:
                 best, error = tried, tried_error
                 continue
@@ -193,6 +197,14 @@ class QuantizedWeight:
 
     def pack(self) -> dict[str, Tensor]:
         return self.grid.pack(self.codes, self.params) | ({} if self.basis is None else self.basis.pack())
+
+
+def lift(numbers: Tensor) -> float:
+    """The power of two by which numbers are multiplied before they are squared: 1 unless fp32 lacks their squares."""
+    largest = float(numbers.detach().abs().amax()) if numbers.numel() else 0.0
+    if largest == 0 or not math.isfinite(largest) or _SQUARED[0] < largest < _SQUARED[1]:
+        return 1.0
+    return 2.0 ** max(-120, min(120, -math.frexp(largest)[1]))
 
 
 def straight_through(seen: Tensor, value: Tensor) -> Tensor:

@@ -11,12 +11,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gyroquant.grids.base import Grid, GroupParams
+from gyroquant.grids.base import Grid, GroupParams, lift
 
 # How far a weight may be from the number that stands for it: as far as bfloat16 moved the weight and fp16 the scale,
 # and by a share of a step, for what errors of other groups have added to it (a rounded weight is off by 0.29 steps).
 _RELATIVE = 2.0**-9 + 2.0**-11
 _STEPS = 2.0**-6
+_MOST = 2.0**-4  # of a step: more is never allowed, lest chance finds what is not meant
 _PROBED = 8  # weights of a group that are looked at first
 _MANY, _SAMPLE = 64, 256  # of more candidates than that, not all groups are asked if none of a sample has one
 _PIECE = 1 << 22
@@ -28,7 +29,7 @@ def is_given_back(grid: Grid, weights: Tensor, params: GroupParams, relative: fl
     """
     numbers = grid.nearest(weights, params)
     steps = grid.gap(numbers / params.scale) * params.scale.abs()
-    return (numbers - weights).abs() <= relative * weights.abs() + _STEPS * steps
+    return (numbers - weights).abs() <= torch.minimum(relative * weights.abs(), _MOST * steps) + _STEPS * steps
 
 
 def prefer_exact(grid: Grid, groups: Tensor, found: GroupParams, tried: GroupParams) -> GroupParams:
@@ -92,4 +93,4 @@ def _fitted(grid: Grid, groups: Tensor, params: GroupParams) -> GroupParams:
 
 
 def _error(grid: Grid, groups: Tensor, params: GroupParams) -> Tensor:
-    return (grid.nearest(groups, params) - groups).square().sum(-1)
+    return ((grid.nearest(groups, params) - groups) * lift(groups)).square().sum(-1)

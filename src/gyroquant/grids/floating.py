@@ -158,6 +158,13 @@ class Fp4Grid(E2M1Grid, HalfScaleFloatGrid):
     group_size: GroupSize = -1
     scale: Literal["minmax", "mse"] = "mse"
 
+    @property
+    def _may_move(self) -> tuple[float, float]:
+        return 2.0**-7, 2.0**-6
+
+    def _full_scale(self, groups: Tensor) -> Tensor:
+        return groups.abs().amax(-1, keepdim=True) / E2M1_MAX * (1 if self.scale == "minmax" else SCALINGS[0])
+
     def fit(self, groups: Tensor) -> GroupParams:
         wide = largest(groups) / E2M1_MAX
         if self.scale == "minmax":
@@ -182,13 +189,14 @@ class Fp8Grid(HalfScaleFloatGrid):
     def fit(self, groups: Tensor) -> GroupParams:
         extreme = largest(groups)
         found = self.scaled(self._half(extreme / self._max))
-        return prefer_exact(self, groups, found, self.scaled(extreme / self._top_binade(extreme.device)))
+        return prefer_exact(self, groups, found, self.scaled(extreme / self._largest_elements(extreme.device)))
 
-    def _top_binade(self, device: torch.device) -> Tensor:
-        """The elements of the largest exponent: the largest weight of a group that lies on the grid is one of them."""
-        below = 2.0 ** (math.frexp(self._max)[1] - 1)
-        step = below / 2**self._mantissa
-        return torch.arange(below, self._max + step / 2, step, device=device)
+    def _largest_elements(self, device: torch.device) -> Tensor:
+        """The elements above half the largest one, of every mantissa one: what the largest weight of a group that lies
+        on the grid is in units of some scale.
+        """
+        elements = torch.arange(128, dtype=torch.uint8, device=device).view(_FP8[self.format]).float()
+        return elements[elements.isfinite() & (elements > self._max / 2)]
 
     @property
     def _max(self) -> float:

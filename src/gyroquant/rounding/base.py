@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,9 +12,9 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from gyroquant.grids import Grid, QuantizedWeight
+from gyroquant.grids.base import lift
 
 Warn = Callable[[str], None]
-_SMALL = 2.0**-30
 
 
 @dataclass
@@ -96,14 +95,11 @@ class ModelSolver(Solver):
 
 
 def in_reach(weight: Tensor, rounded: Tensor) -> tuple[Tensor, Tensor]:
-    """Both times the same power of two, where weights are so small that fp32 does not hold their squares; shares of
+    """Both times the same power of two, where fp32 does not hold the squares of the weights; shares of
     them stay what they are.
     """
-    largest = float(weight.abs().amax())
-    if not 0 < largest < _SMALL:
-        return weight, rounded
-    up = 2.0 ** min(-math.frexp(largest)[1], 120)
-    return weight * up, rounded * up
+    up = lift(weight)
+    return (weight, rounded) if up == 1 else (weight * up, rounded * up)
 
 
 def weight_error(weight: Tensor, rounded: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -45,10 +46,11 @@ def rows_on_grid(weight: Tensor, rounded: QuantizedWeight) -> Tensor:
 
 def on_grid(weight: Tensor, grid: Grid) -> tuple[Tensor, QuantizedWeight] | None:
     """The rows that lie on a grid already, and the matrix rounded to nearest; None if none of a few rows does. `grid`
-    is bound to the matrix.
+    is bound to the matrix. Grids that take the range of a group look for the scale here, too.
     """
+    searching = grid.model_copy(update={"scale": "mse"}) if "scale" in type(grid).model_fields else grid
     some = weight[torch.linspace(0, len(weight) - 1, min(len(weight), _SAMPLE)).long()]
-    if not bool(rows_on_grid(some, RoundToNearest().solve(some, grid)).any()):
+    if not bool(rows_on_grid(some, RoundToNearest().solve(some, searching)).any()):
         return None
-    nearest = RoundToNearest().solve(weight, grid)
+    nearest = replace(RoundToNearest().solve(weight, searching), grid=grid)
     return rows_on_grid(weight, nearest), nearest

@@ -1,4 +1,4 @@
-"""What a dtype does not hold is refused before any work, with the parameter and the remedy; so are scales, by formats."""
+"""What a dtype does not hold is refused before any work, by name and with the remedy; so are scales, by formats."""
 
 import json
 from pathlib import Path

@@ -18,6 +18,7 @@ ROOMS = [
     "comparison",
     "report",
     "fuzz",
+    "testing",
     "inspection",
     "predict",
     "verification",

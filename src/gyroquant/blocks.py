@@ -21,6 +21,7 @@ from gyroquant.journal import Journal
 from gyroquant.models.fold import fold
 from gyroquant.models.online import CacheQuantizer, attached
 from gyroquant.models.prove import folded_outer
+from gyroquant.models.ranges import Ranges
 from gyroquant.models.runner import BlockRunner
 from gyroquant.models.sites import attention_module
 from gyroquant.progress import Advance, Stages
@@ -29,6 +30,7 @@ from gyroquant.rounding.stage import Part, round_part
 
 _OUTER = "outer"
 TUNING = "tuning"
+_USUAL = (2.0**-12, 2.0**7)  # scales with which float16 holds what is decoded, whatever the codes
 
 
 @torch.no_grad()
@@ -139,6 +141,7 @@ def keep_block(
     rounded, reports, deployed = round_block(
         job, index, job.graph.blocks[index], tensors, stream, advance, said, job.recipe.weights.tune, tuning
     )
+    _check_rounded(rounded, job.output.dtype)
     piece = writer.piece(_saved(deployed, job.output.dtype, rounded), _by_op(job, rounded))
     record: dict[str, Any] = {"notes": piece.notes, "layers": [asdict(one) for one in reports], "warnings": said}
     record["key_mean"] = _key_mean(job, index)
@@ -186,6 +189,7 @@ def _outer(
     if record is None:
         said: list[str] = []
         rounded, reports = _round_head(job, outer, stream, said) if job.rounds_head else ({}, [])
+        _check_rounded(rounded, job.output.dtype)
         piece = writer.piece(_saved(outer, job.output.dtype, rounded), _by_op(job, rounded))
         record = {"notes": piece.notes, "layers": [asdict(one) for one in reports], "warnings": said}
         journal.put(_OUTER, piece.arrays, record)
@@ -219,3 +223,12 @@ def _saved(
         if not bool(tensor.isfinite().all()):
             raise InputError(f"{name} is too large for {dtype}; choose another with --save-dtype bfloat16 or float32")
     return saved
+
+
+def _check_rounded(rounded: Mapping[str, QuantizedWeight], dtype: torch.dtype) -> None:
+    """Refuses rounded weights that the output's dtype does not hold decoded; only odd scales need a look."""
+    ranges = Ranges(dtype)
+    for name, weight in rounded.items():
+        if not _USUAL[0] < float(weight.params.scale.abs().max()) < _USUAL[1]:
+            ranges.add(name, weight.dequantize())
+    ranges.check(ranges.largest)

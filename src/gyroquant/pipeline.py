@@ -47,13 +47,14 @@ from gyroquant.models.fold import FoldPlan
 from gyroquant.models.opened import Comparison, compare_with_transformers
 from gyroquant.models.packed import PackedStore
 from gyroquant.models.prove import Proof, prove
+from gyroquant.models.ranges import Ranges
 from gyroquant.models.runner import BlockRunner, evaluating
 from gyroquant.models.source import open_model
 from gyroquant.models.store import ModuleStore, WeightStore
 from gyroquant.planning import dump_plan, load_plan, plan_folds
-from gyroquant.progress import Stages
+from gyroquant.progress import Advance, Stages
 from gyroquant.recipe import Recipe, load_recipe
-from gyroquant.refusals import check_seqlen
+from gyroquant.refusals import check_folded, check_seqlen
 
 Calibration = str | Path | Sequence[str | Mapping[str, Any]] | Tensor
 
@@ -190,8 +191,9 @@ def run(job: Job, progress: Stages | None = None) -> dict[str, Any]:
     journal = Journal(job.output.folder, job.output.fresh)
     with _threads(job), journal, evaluating(job.store.skeleton()):
         mend(job.output.folder)
+        warnings = list(job.store.notes)
         with progress.stage("look at the model", len(job.store.shapes)) as advance:
-            model = fingerprint(job.store, advance)
+            model = _look(job, warnings, advance)
         facts = _facts(job, model)
         there = _already(job, journal, facts)
         if there is not None:
@@ -199,10 +201,10 @@ def run(job: Job, progress: Stages | None = None) -> dict[str, Any]:
             return there
         if journal.begin(facts):
             progress.warn(f"going on from where a run before was stopped ({journal.folder})")
-        warnings = list(job.store.notes)
         opened = journal.stage("opened", lambda: compare(job.store, progress).to_dict())
         _measure(job, journal, progress)
         learned = _learn(job, journal, progress)
+        warnings += check_folded(job.store, job.plan, job.targets, job.output.dtype)
         proof = journal.stage("proof", lambda: _prove_job(job, progress).to_dict())
         allocation = _allocate(job, journal, progress, warnings)
         job.rounded = round_elsewhere(job, progress)
@@ -229,6 +231,16 @@ def run(job: Job, progress: Stages | None = None) -> dict[str, Any]:
     for text in warnings:
         progress.warn(text)
     return manifest
+
+
+def _look(job: Job, warnings: list[str], advance: Advance) -> str:
+    """The model's fingerprint. Refuses, in the same pass, parameters that the output's dtype does not hold,
+    rounded ones too: whoever opens the folder has them in that dtype. What maps change is looked at when it is changed.
+    """
+    ranges = Ranges(job.output.dtype)
+    found = fingerprint(job.store, advance, ranges.add)
+    warnings += ranges.check(name for name in job.store.shapes if not job.plan.edits.get(name))
+    return found
 
 
 @contextmanager

@@ -57,7 +57,7 @@ def plan_folds(
         for one in pending:
             if any(one.behind(other) for other in waiting):
                 waiting.append(one)
-            elif one.step.method.statistics and measure is not None:
+            elif one.step.method.looks and measure is not None:
                 wants += [(one, Want(site, one.step.method.statistics)) for site in _sites(graph, one)]
                 waiting.append(one)
             else:
@@ -92,22 +92,22 @@ def observed_sites(graph: ModelGraph, recipe: Recipe) -> list[tuple[Site, tuple[
     """Every site that is measured for a recipe, and the kinds of observers that look at it."""
     pending = [_Pending(name, step) for name in SITE_NAMES for step in recipe.transform.get(name, ())]
     return [
-        (site, one.step.method.statistics)
-        for one in pending
-        if one.step.method.statistics
-        for site in _sites(graph, one)
+        (site, one.step.method.statistics) for one in pending if one.step.method.looks for site in _sites(graph, one)
     ]
 
 
 def _choose(method: Method, site: Site, recipe: Recipe, want: Want | None) -> Map:
     grid = recipe.weights.grid
     context = Context(seed=recipe.seed, group_size=grid.group_size, grid=grid)
-    if not method.statistics:
+    if not method.looks:
         return method.choose(site, context)
     if want is None:
         method.check(site, context)
         return _stand_in(site, method.structure)
-    return method.choose(site, replace(context, statistics=want.seen, weights=want.weights))
+    if method.needs_weights:
+        assert want.weights is not None
+        context = replace(context, weights=want.weights)
+    return method.choose(site, replace(context, statistics=want.seen))
 
 
 def _stand_in(site: Site, structure: Structure) -> Map:
@@ -134,7 +134,7 @@ def measuring_passes(recipe: Recipe) -> int:
         for one in pending:
             if any(one.behind(other) for other in (*measured, *waiting)):
                 waiting.append(one)
-            elif one.step.method.statistics:
+            elif one.step.method.looks:
                 measured.append(one)
         passes += bool(measured)
         pending = waiting

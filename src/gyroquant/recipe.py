@@ -216,8 +216,8 @@ class Recipe(BaseModel):
 
     @property
     def measures(self) -> bool:
-        """Whether any method needs statistics of the model."""
-        return any(step.method.statistics for steps in self.transform.values() for step in steps)
+        """Whether any method needs statistics of the model, or its weights."""
+        return any(step.method.looks for steps in self.transform.values() for step in steps)
 
     @property
     def centers_keys(self) -> bool:

@@ -6,14 +6,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gyroquant.errors import InputError, UnsupportedModelError
 from gyroquant.export.folder import check_destination, check_writable
 from gyroquant.integrity import FILE
 from gyroquant.journal import Journal
 from gyroquant.learning import Finish
-from gyroquant.models.fold import FoldPlan
+from gyroquant.models.fold import FoldPlan, fold
 from gyroquant.models.graph import LinearOp, ModelGraph
 from gyroquant.models.online import Attachment
+from gyroquant.models.prove import folded_outer
+from gyroquant.models.ranges import Ranges
 from gyroquant.models.store import WeightStore
 from gyroquant.recipe import Recipe
 from gyroquant.rounding.base import ModelSolver
@@ -135,3 +139,21 @@ def check_elsewhere(graph: ModelGraph, targets: Mapping[str, LinearOp], recipe: 
                 f"the solver {recipe.weights.solver.name} rounds plain linear layers of blocks, and {layer_name(op)} "
                 "is none: put it into weights.ignore, or take another solver"
             )
+
+
+def check_folded(store: WeightStore, plan: FoldPlan, targets: Mapping[str, LinearOp], dtype: torch.dtype) -> list[str]:
+    """Refuses plain parameters that the output's dtype does not hold once maps are folded into them: those around the
+    blocks, and vectors in blocks. Returns what to say of biases that are too small for it.
+    """
+    ranges, graph = Ranges(dtype), store.graph
+    changed = {name for name, edits in plan.edits.items() if edits and name not in targets}
+    if changed.intersection((*graph.outer_params(), *graph.tied)):
+        for name, tensor in folded_outer(plan, store.read(graph.outer_params())).items():
+            if name not in targets:
+                ranges.add(name, tensor.float())
+    for index in range(len(graph.blocks)):
+        vectors = [name for name in graph.block_params(index) if len(store.shapes[name]) == 1]
+        here = [name for name in vectors if name in changed]
+        for name, tensor in fold(plan, store.read(vectors), here).items() if here else ():
+            ranges.add(name, tensor.float())
+    return ranges.check(ranges.largest)

@@ -1,7 +1,7 @@
 """What every method must satisfy. A new method adds one line to METHODS."""
 
-from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any, ClassVar, Literal
 
 import pytest
 import tiny
@@ -9,13 +9,14 @@ import torch
 
 import gyroquant as gq
 from gyroquant import maps
-from gyroquant.calibration.measure import Want
+from gyroquant.calibration.observers import AbsMax, Observer
 from gyroquant.errors import RecipeError
-from gyroquant.grids import IntegerGrid
+from gyroquant.estimate import observer_bytes
 from gyroquant.maps import BlockDiagonal, Hadamard, Map, Walsh
 from gyroquant.methods import Context, Method
 from gyroquant.models.sites import Site, find_sites
 from gyroquant.models.source import open_model
+from gyroquant.testing import CONTEXT, check_method, choose_on_random
 
 METHODS: dict[str, dict[str, object]] = {
     "identity": {"method": "identity"},
@@ -40,10 +41,24 @@ METHODS: dict[str, dict[str, object]] = {
     "smooth": {"method": "smooth"},
     "awq": {"method": "awq", "steps": 4},
 }
-CONTEXT = Context(seed=7, group_size=32, grid=IntegerGrid(group_size=32))
 SITES = ("R1", "R2", "attn_out", "qk", "R3", "R4", "attn_in", "mlp_in")
 MEANT_FOR = {"pair pca": {"qk"}, "head pca": {"R2", "qk"}, "across heads": {"attn_out"}}
 """The sites of the methods that refuse all others."""
+
+
+def every_observer() -> list[type[Observer]]:
+    found, kinds = [], [Observer]
+    while kinds:
+        kind = kinds.pop()
+        kinds += kind.__subclasses__()
+        found += [kind] if kind.__module__.startswith("gyroquant") and kind is not Observer else []
+    return found
+
+
+def held_tensors(thing: Any) -> list[torch.Tensor]:
+    """The tensors that an object keeps, and those of its observers."""
+    parts = [value for value in vars(thing).values() if isinstance(value, torch.Tensor)]
+    return parts + [t for value in vars(thing).values() if isinstance(value, Observer) for t in held_tensors(value)]
 
 
 def method(name: str) -> Method:
@@ -55,18 +70,7 @@ def sites(model: str, name: str, structure: str = "orthogonal") -> list[Site]:
     return find_sites(open_model(tiny.build(model)).graph, name, structure=structure)
 
 
-def choose(chosen: Method, site: Site, context: Context = CONTEXT) -> Map:
-    """The map for a site whose vectors are random, with channels of very different size."""
-    generator = torch.Generator().manual_seed(site.n)
-    want = Want(site, chosen.statistics)
-    want(torch.randn(200, site.n, generator=generator) * torch.rand(site.n, generator=generator).exp())
-
-    def weights() -> Iterator[torch.Tensor]:
-        again = torch.Generator().manual_seed(site.n)
-        yield from (torch.randn(24, width * site.n, generator=again) for width in (2, 4))
-
-    chosen.check(site, context)
-    return chosen.choose(site, replace(context, statistics=want.seen, weights=weights))
+choose = choose_on_random
 
 
 def test_every_method_has_a_row() -> None:
@@ -92,10 +96,9 @@ class TestContract:
             eye = torch.eye(m.n, dtype=torch.float64)
             assert torch.allclose(m.dense() @ m.inverse().dense(), eye, atol=1e-9)
 
-    def test_the_same_seed_gives_the_same_map(self, name: str) -> None:
-        site = sites("llama", max(MEANT_FOR.get(name, {"R1"})))[0]
-        one, again = (choose(method(name), site).dense() for _ in range(2))
-        assert torch.equal(one, again)
+    def test_it_is_what_it_says_of_itself(self, name: str) -> None:
+        chosen = method(name)
+        check_method(chosen, sites("llama", max(MEANT_FOR.get(name, {"R1"})), chosen.structure)[0])
 
     @pytest.mark.parametrize("model", ["llama", "qwen2_moe", "gpt2"])
     def test_folding_it_wherever_it_fits_is_exact(self, name: str, model: str) -> None:
@@ -171,3 +174,86 @@ def test_orders_without_a_hadamard_matrix_name_a_block() -> None:
     site = Site(name="R4", block=0, label="R4 of block 0", n=92)
     with pytest.raises(RecipeError, match=r"R4 of block 0: no Hadamard matrix of order 92.*blocks of 4"):
         Method.kinds["hadamard"]().choose(site, CONTEXT)
+
+
+@pytest.fixture
+def kinds() -> Any:
+    """The registered methods, put back afterwards."""
+    before = dict(Method.kinds)
+    yield Method.kinds
+    Method.kinds.clear()
+    Method.kinds.update(before)
+
+
+def greedy(needs: bool, seen: tuple[Any, ...] = ()) -> type[Method]:
+    """Somebody else's method, which scales by what the weights hold."""
+
+    class Greedy(Method):
+        method: Literal["greedy"] = "greedy"
+        structure: ClassVar[Any] = "diagonal"
+        statistics: ClassVar[tuple[Any, ...]] = seen
+        needs_weights: ClassVar[bool] = needs
+
+        def choose(self, site: Site, context: Context) -> Map:
+            total = torch.zeros(site.n)
+            for weight in context.weights():
+                total += weight.abs().sum(0).view(-1, site.n).sum(0)
+            return maps.Diagonal(1 / total.double().clamp_min(1e-9))
+
+    return Greedy
+
+
+@pytest.mark.parametrize("seen", [(), (AbsMax,)], ids=["nothing", "statistics"])
+def test_weights_come_to_methods_that_say_they_need_them_and_to_no_others(kinds: Any, seen: tuple[Any, ...]) -> None:
+    recipe = {"transform": {"mlp_in": {"method": "greedy"}}, "weights": {"bits": 4, "group_size": 32}}
+    site = sites("llama", "mlp_in", "diagonal")[0]
+    greedy(True, seen)
+    check_method(Method.kinds["greedy"](), site)
+    transformed = tiny.build("llama")
+    before = transformed.model.layers[0].mlp.up_proj.weight.detach().clone()
+    gq.transform(transformed, gq.load_recipe(recipe), tiny.tokens(transformed))
+    assert not torch.allclose(transformed.model.layers[0].mlp.up_proj.weight, before)
+    greedy(False, seen)
+    with pytest.raises(AssertionError, match="greedy: a method that reads the weights"):
+        check_method(Method.kinds["greedy"](), site)
+    with pytest.raises(RecipeError, match="needs_weights"):
+        gq.transform(tiny.build("llama"), gq.load_recipe(recipe), tiny.tokens(transformed))
+
+
+@pytest.mark.parametrize("says", [False, True])
+def test_methods_that_say_the_wrong_thing_of_chance_are_found(kinds: Any, says: bool) -> None:
+    class Dice(Method):
+        method: Literal["dice"] = "dice"
+
+        @property
+        def random(self) -> bool:
+            return says
+
+        def choose(self, site: Site, context: Context) -> Map:
+            return maps.hadamard(site.n) if says else maps.random_signs(site.n, context.generator(site))
+
+    with pytest.raises(AssertionError, match="says that it is random" if says else "has to say so"):
+        check_method(Dice(), sites("llama", "R1")[0])
+
+
+def test_observers_say_how_large_they_are(kinds: Any) -> None:
+    class Silent:
+        def __init__(self, n: int):
+            self.n = n
+
+        def __call__(self, x: torch.Tensor) -> None:
+            pass
+
+    with pytest.raises(TypeError, match="Silent is no observer"):
+        greedy(False, (Silent,))
+    with pytest.raises(RecipeError, match="observer Silent does not say how much memory"):
+        observer_bytes(Silent, 64)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in every_observer() if kind.__name__ != "CrossGram"])
+def test_observers_are_as_large_as_they_say(kind: Any) -> None:
+    observer = kind(256)
+    for _ in range(4):
+        observer(torch.randn(300, 256))
+    held = sum(t.numel() * t.element_size() for t in held_tensors(observer))
+    assert 0.4 * kind.size_in_bytes(256) <= held <= 1.1 * kind.size_in_bytes(256) + 64

@@ -39,7 +39,7 @@ class Want:
     site: Site
     kinds: tuple[Callable[[int], Any], ...]
     seen: dict[Any, Any] = field(default_factory=dict)
-    weights: Callable[[], Iterator[Tensor]] = lambda: iter(())
+    weights: Callable[[], Iterator[Tensor]] | None = None
 
     def __post_init__(self) -> None:
         self.seen = {kind: kind(self.site.n) for kind in self.kinds}

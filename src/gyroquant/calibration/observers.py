@@ -4,6 +4,7 @@ themselves.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -25,7 +26,20 @@ _STRIP = 1024
 _SAMPLE = 512
 
 
-class Gram:
+class Observer(ABC):
+    """What looks at vectors: made for vectors of n numbers, called with batches of them, shape (tokens, n)."""
+
+    @abstractmethod
+    def __call__(self, x: Tensor) -> None:
+        """Takes note of some vectors."""
+
+    @staticmethod
+    @abstractmethod
+    def size_in_bytes(n: int) -> int:
+        """The memory that it takes for vectors of n numbers, by which runs are checked to fit before they start."""
+
+
+class Gram(Observer):
     """Sum of ``x^T x`` over tokens, shape (n, n), fp32."""
 
     drift: Tensor | None = None
@@ -44,6 +58,10 @@ class Gram:
             start, stop = n * stripe // _STRIPES, n * (stripe + 1) // _STRIPES
             self.lower[start:stop, :stop].addmm_(x[:, start:stop].T, x[:, :stop])
 
+    @staticmethod
+    def size_in_bytes(n: int) -> int:
+        return 4 * n * n
+
     @property
     def gram(self) -> Tensor:
         """The sum as it is so far, made whole where it is kept: what lies above the diagonal is never read again."""
@@ -55,7 +73,7 @@ class Gram:
         return self.lower
 
 
-class MeanAbs:
+class MeanAbs(Observer):
     """Mean magnitude of every channel, shape (n,): the mean l1 mass that MassDiff spreads (arXiv 2601.22347)."""
 
     def __init__(self, n: int):
@@ -69,6 +87,10 @@ class MeanAbs:
     def _of(self, x: Tensor) -> Tensor:
         return x.abs()
 
+    @staticmethod
+    def size_in_bytes(n: int) -> int:
+        return 8 * n
+
     @property
     def value(self) -> Tensor:
         return self._sum / max(1, self.count)
@@ -81,7 +103,7 @@ class MeanSquare(MeanAbs):
         return x.square()
 
 
-class AbsMax:
+class AbsMax(Observer):
     """Largest magnitude of every channel, shape (n,)."""
 
     def __init__(self, n: int):
@@ -89,6 +111,10 @@ class AbsMax:
 
     def __call__(self, x: Tensor) -> None:
         self.value = torch.maximum(self.value, x.abs().amax(0).float().cpu())
+
+    @staticmethod
+    def size_in_bytes(n: int) -> int:
+        return 4 * n
 
 
 class Pairing:
@@ -147,7 +173,7 @@ def _plus(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     return a.T @ b if total is None else total.addmm_(a.T, b)
 
 
-class PaddedSpectrum:
+class PaddedSpectrum(Observer):
     """Mean square of every Walsh-Hadamard coefficient, shape (D,): D is n or the next power of two, with zeros behind.
 
     Coefficients are in natural (Sylvester's) order, of the orthonormal transform: section 3 of arXiv 2605.25203.
@@ -161,12 +187,16 @@ class PaddedSpectrum:
     def __call__(self, x: Tensor) -> None:
         self._energy(self._transform.apply(nn.functional.pad(x, (0, self.pad))))
 
+    @staticmethod
+    def size_in_bytes(n: int) -> int:
+        return MeanSquare.size_in_bytes(next_power_of_two(n))
+
     @property
     def value(self) -> Tensor:
         return self._energy.value
 
 
-class TokenSample:
+class TokenSample(Observer):
     """At most 512 of the vectors: half are those with the largest entries, half come at even intervals.
 
     Kept in bfloat16, at most 1024 n bytes.
@@ -185,6 +215,10 @@ class TokenSample:
             self._even, self._stride = self._even[::2].clone(), 2 * self._stride
 
     @staticmethod
+    def size_in_bytes(n: int) -> int:
+        return 2 * _SAMPLE * n
+
+    @staticmethod
     def _strongest(x: Tensor) -> Tensor:
         return x[x.abs().amax(1).topk(min(len(x), _SAMPLE // 2)).indices]
 
@@ -194,7 +228,7 @@ class TokenSample:
         return torch.cat([self._peaks, self._even]).float()
 
 
-class Moments:
+class Moments(Observer):
     """Figures of the outliers of an input: its largest magnitude against its rms, and its kurtosis.
 
     `channel_max` is the largest magnitude of every channel.
@@ -227,6 +261,10 @@ class Moments:
     def kurtosis(self) -> float:
         """Fourth moment over squared second moment, over all entries: 3 for a Gaussian."""
         return float(self.sums[1] * self.count / self.sums[0].square())
+
+    @staticmethod
+    def size_in_bytes(n: int) -> int:
+        return 4 * n
 
 
 def input_key(op: LinearOp, own: frozenset[str]) -> str:

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from gyroquant.calibration.observers import Gram, TokenSample
+from gyroquant.calibration.observers import Gram
 from gyroquant.environment import available_memory, resident_memory_bytes
+from gyroquant.errors import RecipeError
 from gyroquant.job import Job, rounds_while_learning
 from gyroquant.learning.objectives import Sample
 from gyroquant.models.fold import ApplyMap
@@ -328,7 +329,11 @@ class Reckoning:
 
 
 def observer_bytes(kind: Any, n: int) -> int:
-    """Bytes of an observer of vectors of n numbers."""
-    if kind is Gram:
-        return 4 * n * n
-    return 1024 * n if kind is TokenSample else 16 * n
+    """Bytes of an observer of vectors of n numbers. Raises RecipeError for one that does not say."""
+    size = getattr(kind, "size_in_bytes", None)
+    if size is None:
+        raise RecipeError(
+            f"the observer {getattr(kind, '__name__', kind)} does not say how much memory it takes: give it a static "
+            "method size_in_bytes(n)"
+        )
+    return int(size(n))

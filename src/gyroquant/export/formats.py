@@ -8,14 +8,15 @@ from __future__ import annotations
 import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from gyroquant.errors import InputError
 from gyroquant.export.folder import OutputFolder
-from gyroquant.grids import Grid, IntegerGrid
+from gyroquant.grids import Grid, GroupParams, IntegerGrid, QuantizedWeight
 from gyroquant.models.online import Attachment, CacheQuantizer, InputQuantizer
 from gyroquant.models.packed import PackedStore, matrix_shape
+from gyroquant.rounding.base import weight_error
 
 _PLACES = {
     "input": "in front of {module}",
@@ -29,7 +30,7 @@ _PLACES = {
 @dataclass(frozen=True)
 class Layer:
     """A rounded parameter: its grid and how many weights a row of it has. `plain` ones are rounded in the basis that
-    they are stored in, `stacked` ones hold several experts.
+    they are stored in, `stacked` ones hold several experts, `wide` ones have scales that fp16 does not hold.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Layer:
     columns: int
     plain: bool = True
     stacked: bool = False
+    wide: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,18 @@ def needs_of(store: PackedStore) -> Needs:
         spec = description["grids"][entry["grid"]]
         columns = matrix_shape(store.shapes[name], op.entry.transposed)[1]
         columns = entry.get("basis", {}).get("order", columns)
-        layers.append(Layer(name, Grid.kinds[spec["grid"]](**spec), columns, "basis" not in entry, op.entry.stacked))
+        grid, wide = Grid.kinds[spec["grid"]](**spec), bool(entry.get("tensor_scale")) and _wide(store.quantized(name))
+        layers.append(Layer(name, grid, columns, "basis" not in entry, op.entry.stacked, wide))
     return Needs(store.config.model_type, tuple(layers), store.online, store.config)
+
+
+def _wide(weight: QuantizedWeight) -> bool:
+    """Whether fp16 scales would change a weight by more than rounding them does anyway."""
+    scale = weight.params.scale.half().float()
+    if not bool(scale.isfinite().all()):
+        return True
+    halved = replace(weight, params=GroupParams(scale, weight.params.zero))
+    return weight_error(weight.dequantize(), halved.dequantize()) > 2.0**-22
 
 
 @dataclass(frozen=True)
@@ -101,7 +113,8 @@ def halves(grid: IntegerGrid) -> bool:
 class Carries:
     """What a format can hold: kinds of weights, the points where maps may run, whether weights may be rounded in a
     basis of their inputs, and which architectures (None: all). A `dense` one holds every weight as plain numbers, and
-    one that holds `wrappers` holds models which also take images, with the decoder inside.
+    one that holds `wrappers` holds models which also take images, with the decoder inside. `wide_scales` are scales
+    beyond fp16.
     """
 
     weights: tuple[WeightType, ...] = ()
@@ -111,6 +124,7 @@ class Carries:
     basis: bool = False
     experts: bool = False
     wrappers: bool = False
+    wide_scales: bool = False
 
     def type_of(self, layer: Layer) -> WeightType | None:
         """The first way in which a layer fits, if there is one."""
@@ -170,6 +184,12 @@ class Format(ABC):
             elif self.carries.type_of(layer) is None:
                 grid = _described(layer.grid)
                 yield grid, f"{self.title} has no type for {grid} ({layer.name}); {self._nearest(layer.grid)}"
+            elif layer.wide and not self.carries.wide_scales:
+                yield (
+                    "wide",
+                    f"{self.title} has fp16 scales, and those of {layer.name} are too small or too large for them; add "
+                    "the layer to weights.ignore",
+                )
 
     def _nearest(self, grid: Grid) -> str:
         """What this format has instead: the types of as many bits, or all."""

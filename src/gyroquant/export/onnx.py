@@ -38,7 +38,9 @@ class Onnx(Format):
     title = "ONNX"
     packages = ("onnx",)
     extra = "onnx"
-    carries = Carries(weights=tuple(_TYPES.values()), points=POINTS, basis=True, model_types=MODEL_TYPES)
+    carries = Carries(
+        weights=tuple(_TYPES.values()), points=POINTS, basis=True, model_types=MODEL_TYPES, wide_scales=True
+    )
 
     def problems(self, needs: Needs) -> list[str]:
         return [*super().problems(needs), *unknown_settings(self.title, needs.config), *_refusals(needs.config)]

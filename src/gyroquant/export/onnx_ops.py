@@ -187,6 +187,8 @@ class OnnxOperations(Operations):
     def _scales(self, weight: QuantizedWeight, repeat: int) -> Value:
         """The scale of every block, (rows, blocks): stored once a group, repeated when the file is opened."""
         scale = weight.params.scale.half()
+        if not torch.equal(scale.float(), weight.params.scale):
+            scale = weight.params.scale
         if repeat == 1:
             return self.constant(scale[..., 0])
         rows, groups, _ = scale.shape

@@ -180,6 +180,10 @@ class DenseWriter(Writer):
         piece, tensors = Piece({}, other_bits=stored_bits(plain)), dict(plain)
         for op, weight in rounded:
             dense = from_matrix(weight.dequantize(), op.shape, op.entry.transposed).to(self.dtype)
+            if not bool(dense.isfinite().all()):
+                raise InputError(
+                    f"{op.weight} is too large for {self.dtype}; choose another with --save-dtype bfloat16 or float32"
+                )
             piece.count(op, {f"{op.weight}_dense": dense})
             tensors[op.weight] = dense
         piece.arrays = revert_weight_conversion(self.store.skeleton(), tensors)

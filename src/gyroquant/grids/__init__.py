@@ -3,6 +3,7 @@
 from gyroquant.grids.base import Grid, GroupParams, QuantizedWeight, grid_from, stored_bits, straight_through
 from gyroquant.grids.basis import Basis
 from gyroquant.grids.floating import Fp4Grid, Fp8Grid
+from gyroquant.grids.half_scale import HalfScaleGrid
 from gyroquant.grids.integer import IntegerGrid
 from gyroquant.grids.microscaling import Mxfp4Grid, Nvfp4Grid
 
@@ -12,6 +13,7 @@ __all__ = [
     "Fp8Grid",
     "Grid",
     "GroupParams",
+    "HalfScaleGrid",
     "IntegerGrid",
     "Mxfp4Grid",
     "Nvfp4Grid",

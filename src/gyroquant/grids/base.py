@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,14 +15,14 @@ from torch import Tensor
 from gyroquant.errors import InputError, RecipeError
 from gyroquant.grids.basis import Basis
 
-_TINY = 2.0**-24  # the smallest positive fp16 number
-
 
 def _group_size(value: int) -> int:
     if value == -1 or 16 <= value <= 256:
         return value
     raise ValueError("group_size is -1 (one group a row) or between 16 and 256")
 
+
+_SQUARED = (2.0**-40, 2.0**40)  # numbers of this size have squares, those of their rounding errors included
 
 GroupSize = Annotated[int, AfterValidator(_group_size)]
 
@@ -61,6 +62,11 @@ class Grid(BaseModel, ABC):
     @abstractmethod
     def group_bits(self) -> int:
         """The bits stored for each group besides its codes."""
+
+    @property
+    def tensor_bits(self) -> int:
+        """The bits stored for a scale of the whole weight."""
+        return 0
 
     def group_of(self, columns: int, name: str = "a weight") -> int:
         """The group size for rows of this many weights. Raises RecipeError when it does not divide them."""
@@ -140,9 +146,10 @@ class Grid(BaseModel, ABC):
 
     def least_squares(self, groups: Tensor, candidates: Iterable[GroupParams]) -> GroupParams:
         """For each group the candidate of least squared error, the first of equals."""
-        best, error = None, torch.empty(0)
+        best, error, up = None, torch.empty(0), lift(groups)
         for tried in candidates:
-            tried_error = (self.nearest(groups, tried) - groups).square_().sum(-1, keepdim=True)
+            away = (self.nearest(groups, tried) - groups).mul_(up) if up != 1 else self.nearest(groups, tried) - groups
+            tried_error = away.square_().sum(-1, keepdim=True)
             if best is None:
                 best, error = tried, tried_error
                 continue
@@ -185,28 +192,24 @@ class QuantizedWeight:
     def bits(self) -> int:
         """The bits that are stored for the matrix, up to what filling the last byte takes."""
         basis = 0 if self.basis is None or self.basis.scale is None else 16 * self.basis.scale.numel()
-        return self.grid.bits * self.codes.numel() + self.grid.group_bits * self.params.scale.numel() + basis
+        groups = self.grid.group_bits * self.params.scale.numel()
+        return self.grid.bits * self.codes.numel() + groups + self.grid.tensor_bits + basis
 
     def pack(self) -> dict[str, Tensor]:
         return self.grid.pack(self.codes, self.params) | ({} if self.basis is None else self.basis.pack())
 
 
+def lift(numbers: Tensor) -> float:
+    """The power of two by which numbers are multiplied before they are squared: 1 unless fp32 lacks their squares."""
+    largest = float(numbers.detach().abs().amax()) if numbers.numel() else 0.0
+    if largest == 0 or not math.isfinite(largest) or _SQUARED[0] < largest < _SQUARED[1]:
+        return 1.0
+    return 2.0 ** max(-120, min(120, -math.frexp(largest)[1]))
+
+
 def straight_through(seen: Tensor, value: Tensor) -> Tensor:
     """`value`, with the gradient of `seen`: rounding as gradients are to see it."""
     return seen + (value - seen).detach()
-
-
-def clamped_half(scale: Tensor, low: float) -> Tensor:
-    """The fp16 number nearest to each scale, from `low` on, as fp32 and none of them 0."""
-    return half_scale(scale.clamp(low, torch.finfo(torch.float16).max))
-
-
-def half_scale(scale: Tensor) -> Tensor:
-    """Scales as fp16 holds them, as fp32, none of them 0. Raises InputError for NaN and for what fp16 cannot hold."""
-    scale = scale.half().float()
-    if not bool(scale.isfinite().all()):
-        raise InputError("a group of numbers is not finite or too large for an fp16 scale (above 65504)")
-    return torch.where(scale.abs() < _TINY, _TINY, scale)
 
 
 def stored(arrays: dict[str, Tensor], part: str, shape: tuple[int, ...]) -> Tensor:

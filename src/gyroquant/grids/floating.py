@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from gyroquant.errors import InputError
-from gyroquant.grids.base import Grid, GroupParams, GroupSize, clamped_half, half_scale, stored
+from gyroquant.grids.base import Grid, GroupParams, GroupSize
 from gyroquant.grids.bitpack import pack, unpack
+from gyroquant.grids.exact import prefer_exact
+from gyroquant.grids.half_scale import HalfScaleGrid
 
 E2M1_MAX = 6.0
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -46,10 +48,6 @@ class FloatGrid(Grid):
     """What floating-point grids share: `scale` times an element, stored as codes and scales; `zero` is always 0."""
 
     @property
-    def group_bits(self) -> int:
-        return 16
-
-    @property
     @abstractmethod
     def _max(self) -> float:
         """The largest element."""
@@ -68,9 +66,6 @@ class FloatGrid(Grid):
         """Parameters of these scales."""
         return GroupParams(scale, torch.zeros_like(scale))
 
-    def storable(self, scale: Tensor, zero: Tensor) -> GroupParams:
-        return self.scaled(clamped_half(scale, 0))
-
     def span(self, zero: Tensor) -> tuple[Tensor, Tensor]:
         largest = torch.full_like(zero, self._max)
         return -largest, largest
@@ -87,11 +82,38 @@ class FloatGrid(Grid):
         scale = self._restored(arrays, (rows, columns // self.group_of(columns)))
         return unpack(arrays["codes"], self.bits, shape), self.scaled(scale.unsqueeze(-1))
 
+    @abstractmethod
     def _stored(self, scale: Tensor) -> dict[str, Tensor]:
-        return {"scales": scale.half()}
+        """What is stored for scales of shape (rows, groups)."""
+
+    @abstractmethod
+    def _restored(self, arrays: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
+        """The inverse of `_stored`."""
+
+
+class HalfScaleFloatGrid(FloatGrid, HalfScaleGrid):
+    """Floating-point grids with an fp16 scale for each group."""
+
+    @property
+    def group_bits(self) -> int:
+        return 16
+
+    def storable(self, scale: Tensor, zero: Tensor) -> GroupParams:
+        return self.scaled(self._clamped(scale, 0))
+
+    @property
+    def _may_move(self) -> tuple[float, float]:
+        share = 2.0 ** -(self._mantissa + 2)  # less than half a step of the largest numbers, which are the coarsest
+        return share, share
+
+    def _full_scale(self, groups: Tensor) -> Tensor:
+        return groups.abs().amax(-1, keepdim=True) / self._max
+
+    def _stored(self, scale: Tensor) -> dict[str, Tensor]:
+        return self._half_arrays(scale)
 
     def _restored(self, arrays: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
-        return stored(arrays, "scales", shape).float()
+        return self._half_restored(arrays, shape)
 
 
 class E2M1Grid(FloatGrid):
@@ -125,7 +147,7 @@ class E2M1Grid(FloatGrid):
         return nearest_e2m1(weights, params.scale).mul_(params.scale)
 
 
-class Fp4Grid(E2M1Grid):
+class Fp4Grid(E2M1Grid, HalfScaleFloatGrid):
     """E2M1 elements with an fp16 scale for each group or row.
 
     `scale` chooses between the largest weight of a group becoming 6 (`minmax`) and the scale of least squared error
@@ -136,19 +158,27 @@ class Fp4Grid(E2M1Grid):
     group_size: GroupSize = -1
     scale: Literal["minmax", "mse"] = "mse"
 
+    @property
+    def _may_move(self) -> tuple[float, float]:
+        return 2.0**-7, 2.0**-6
+
+    def _full_scale(self, groups: Tensor) -> Tensor:
+        return groups.abs().amax(-1, keepdim=True) / E2M1_MAX * (1 if self.scale == "minmax" else SCALINGS[0])
+
     def fit(self, groups: Tensor) -> GroupParams:
         wide = largest(groups) / E2M1_MAX
         if self.scale == "minmax":
-            return self.scaled(half_scale(wide))
-        return self.least_squares(groups, (self.scaled(half_scale(wide * factor)) for factor in SCALINGS))
+            return self.scaled(self._half(wide))
+        return self.least_squares(groups, (self.scaled(self._half(wide * factor)) for factor in SCALINGS))
 
 
 _FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 
-class Fp8Grid(FloatGrid):
+class Fp8Grid(HalfScaleFloatGrid):
     """Elements of 8 bits, `format` e4m3 (the finite one, up to 448) or e5m2 (up to 57344), with an fp16 scale for each
-    group or row. Codes are the bit patterns; the largest weight of a group becomes the largest element.
+    group or row. Codes are the bit patterns; the largest weight of a group becomes the largest element, or another one
+    where a group lies on the grid already.
     """
 
     grid: Literal["fp8"] = "fp8"
@@ -157,7 +187,16 @@ class Fp8Grid(FloatGrid):
     format: Literal["e4m3", "e5m2"] = "e4m3"
 
     def fit(self, groups: Tensor) -> GroupParams:
-        return self.scaled(half_scale(largest(groups) / self._max))
+        extreme = largest(groups)
+        found = self.scaled(self._half(extreme / self._max))
+        return prefer_exact(self, groups, found, self.scaled(extreme / self._largest_elements(extreme.device)))
+
+    def _largest_elements(self, device: torch.device) -> Tensor:
+        """The elements above half the largest one, of every mantissa one: what the largest weight of a group that lies
+        on the grid is in units of some scale.
+        """
+        elements = torch.arange(128, dtype=torch.uint8, device=device).view(_FP8[self.format]).float()
+        return elements[elements.isfinite() & (elements > self._max / 2)]
 
     @property
     def _max(self) -> float:

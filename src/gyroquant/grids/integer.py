@@ -8,13 +8,15 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from gyroquant.grids.base import Grid, GroupParams, GroupSize, clamped_half, half_scale, stored
+from gyroquant.grids.base import GroupParams, GroupSize
 from gyroquant.grids.bitpack import pack, unpack
+from gyroquant.grids.exact import prefer_exact
+from gyroquant.grids.half_scale import HalfScaleGrid
 
 _SHRINK = tuple(1.0 - 0.02 * i for i in range(41))  # clipping factors that the MSE search tries
 
 
-class IntegerGrid(Grid):
+class IntegerGrid(HalfScaleGrid):
     """Codes 0 .. 2^bits - 1 that stand for ``(code - zero) * scale``, with the scale stored in fp16.
 
     Asymmetric grids span the smallest to the largest weight of a group, always holding 0, with an integer zero point
@@ -23,7 +25,8 @@ class IntegerGrid(Grid):
     `midrise` their numbers lie at odd multiples of half a step instead, as many on either side and none at zero, which
     at 2 bits is 0.4 to 0.8 dB better for Gaussian weights than any that hold zero (QuIP, arXiv 2307.13304, rounds so).
     One symmetric bit is +-scale/2 with the scale that fits best. `scale` chooses between the range of the group
-    (`minmax`), both ends of it times `clip`, and the clipped range with the least squared error (`mse`).
+    (`minmax`), both ends of it times `clip`, and the clipped range with the least squared error (`mse`), which also
+    finds the scale of a group that lies on such numbers already.
     """
 
     grid: Literal["integer"] = "integer"
@@ -66,20 +69,35 @@ class IntegerGrid(Grid):
 
     def _params(self, low: Tensor, high: Tensor) -> GroupParams:
         if self.symmetric:
-            return GroupParams(half_scale(-low / self._middle), torch.full_like(low, self._middle))
-        scale = half_scale((high - low) / self._levels)
+            return GroupParams(self._half(-low / self._middle), torch.full_like(low, self._middle))
+        scale = self._half((high - low) / self._levels)
         return GroupParams(scale, torch.round(-low / scale).clamp(0, self._levels))
 
     def fit(self, groups: Tensor) -> GroupParams:
         low, high = self._range(groups)
         if self.scale == "minmax":
             return self._params(low * self.clip, high * self.clip)
-        return self.least_squares(groups, (self._params(low * factor, high * factor) for factor in _SHRINK))
+        found = self.least_squares(groups, (self._params(low * factor, high * factor) for factor in _SHRINK))
+        return prefer_exact(self, groups, found, self._on_whole_steps(low, high))
+
+    def _on_whole_steps(self, low: Tensor, high: Tensor) -> GroupParams:
+        """What puts the ends of each group's range on numbers, coarse steps first; shape (..., candidates)."""
+        if self.symmetric:
+            outermost = max(1, 2 ** (self.bits - 1))
+            number = torch.arange(1, outermost + 1, device=low.device) - (self._middle % 1)
+            scale = -low / number
+            return GroupParams(scale, torch.full_like(scale, self._middle))
+        scale = (high - low) / torch.arange(1, self._levels + 1, device=low.device)
+        return GroupParams(scale, torch.round(-low / scale).nan_to_num(0).clamp(0, self._levels))
+
+    def _full_scale(self, groups: Tensor) -> Tensor:
+        low, high = self._range(groups)
+        return low / self._middle if self.symmetric else (high - low) / self._levels
 
     def storable(self, scale: Tensor, zero: Tensor) -> GroupParams:
         if self.symmetric:
-            return GroupParams(clamped_half(scale, -float("inf")), torch.full_like(zero, self._middle))
-        return GroupParams(clamped_half(scale, 0), torch.round(zero).clamp(0, self._levels))
+            return GroupParams(self._clamped(scale, -float("inf")), torch.full_like(zero, self._middle))
+        return GroupParams(self._clamped(scale, 0), torch.round(zero).clamp(0, self._levels))
 
     def stretched(self, params: GroupParams, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         if self.symmetric:
@@ -104,7 +122,7 @@ class IntegerGrid(Grid):
         return self._steps(weights, params).sub_(params.zero).mul_(params.scale)
 
     def pack(self, codes: Tensor, params: GroupParams) -> dict[str, Tensor]:
-        arrays = {"codes": pack(codes, self.bits), "scales": params.scale.squeeze(-1).half()}
+        arrays = {"codes": pack(codes, self.bits)} | self._half_arrays(params.scale.squeeze(-1))
         if not self.symmetric:
             arrays["zeros"] = pack(params.zero.to(torch.uint8), self.bits)
         return arrays
@@ -112,7 +130,7 @@ class IntegerGrid(Grid):
     def unpack(self, arrays: dict[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, GroupParams]:
         rows, columns = shape
         groups = columns // self.group_of(columns)
-        scale = stored(arrays, "scales", (rows, groups)).float().unsqueeze(-1)
+        scale = self._half_restored(arrays, (rows, groups)).unsqueeze(-1)
         codes = unpack(arrays["codes"], self.bits, shape)
         if self.symmetric:
             return codes, GroupParams(scale, torch.full_like(scale, self._middle))

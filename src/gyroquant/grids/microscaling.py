@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gyroquant.errors import InputError
 from gyroquant.grids.base import GroupParams, stored
+from gyroquant.grids.exact import is_given_back
 from gyroquant.grids.floating import E2M1_MAX, SCALINGS, E2M1Grid, largest
 
 # What is added to the bits of an fp32 number before its exponent is read: 1.75 and above go up, or all above 1.5.
@@ -68,12 +69,30 @@ def _whole_scale(extreme: Tensor) -> Tensor:
     return (extreme / (E2M1_MAX * _E4M3_MAX)).clamp(min=_LEAST)
 
 
+def _possible_scales(widest: float, peaks: Tensor) -> list[float]:
+    """The tensor scales by which a weight whose groups have these largest magnitudes may lie on the grid already: its
+    largest weight is an element times a group scale, and so is the largest of each group. `widest` takes the largest of
+    both for the former.
+    """
+    found = []
+    for element in (E2M1_MAX, 4.0):
+        for group in (240, *range(256, int(_E4M3_MAX) + 1, 32)):  # of every mantissa one
+            scale = widest * (E2M1_MAX * _E4M3_MAX) / (element * group)
+            wanted = peaks / scale / torch.tensor([E2M1_MAX, 4.0], device=peaks.device)
+            near = wanted.clamp(max=_E4M3_MAX).to(_E4M3).float()
+            if bool((((near - wanted).abs() <= 2.0**-8 * wanted).any(-1) | (peaks[:, 0] == 0)).all()):
+                found.append(scale)
+    return found
+
+
 class Nvfp4Grid(E2M1Grid):
     """NVFP4: groups of 16, each with an E4M3 scale, times one fp32 scale of the whole weight.
 
     A grid must be bound to a weight before it can fit or pack. `fake` of one that is not bound gives each row a tensor
     scale of its own, so that tokens do not depend on each other. `scale` is as for fp4; the group scales in
-    `GroupParams` are the products, as the codes are multiplied with them.
+    `GroupParams` are the products, as the codes are multiplied with them. The tensor scale makes the largest weight the
+    largest element of a group with the largest scale, or with `mse` others of them where the weight lies on the grid
+    already.
     """
 
     grid: Literal["nvfp4"] = "nvfp4"
@@ -98,14 +117,27 @@ class Nvfp4Grid(E2M1Grid):
     def bind(self, *weights: Tensor) -> Nvfp4Grid:
         if self._tensor_scale is not None:
             return self
-        bound = self.model_copy()
-        bound._tensor_scale = max(float(_whole_scale(largest(weight.float().reshape(1, -1)))) for weight in weights)
-        return bound
+        widest = max(float(_whole_scale(largest(weight.float().reshape(1, -1)))) for weight in weights)
+        if self.scale == "mse" and widest > _LEAST:
+            groups = [weight.detach().float().reshape(-1, self.group_size) for weight in weights]
+            peaks = torch.cat([largest(each) for each in groups])
+            for scale in _possible_scales(widest, peaks):
+                bound = self._with(scale)
+                if all(bool(is_given_back(bound, each, bound.fit(each)).all()) for each in groups):
+                    return bound
+        return self._with(widest)
 
     def bound_by(self, arrays: dict[str, Tensor]) -> Nvfp4Grid:
+        return self._with(float(stored(arrays, "global", (1,))))
+
+    def _with(self, tensor_scale: float) -> Nvfp4Grid:
         bound = self.model_copy()
-        bound._tensor_scale = float(stored(arrays, "global", (1,)))
+        bound._tensor_scale = tensor_scale
         return bound
+
+    @property
+    def tensor_bits(self) -> int:
+        return 32
 
     def fit(self, groups: Tensor) -> GroupParams:
         return self._fit(groups, largest(groups), self._as_tensor(groups.device))

@@ -30,6 +30,7 @@ class Awq(Method):
     method: Literal["awq"] = "awq"
     structure: ClassVar[Structure] = "diagonal"
     statistics: ClassVar[tuple[Any, ...]] = (MeanAbs, MeanSquare)
+    needs_weights: ClassVar[bool] = True
     steps: Annotated[int, Field(ge=2, le=100)] = 20
     scales: Literal["minmax", "recipe"] = "minmax"
 

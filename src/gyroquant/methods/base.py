@@ -18,19 +18,27 @@ from gyroquant.maps import Map, blocks
 from gyroquant.models.sites import Site, Structure
 
 
+def _no_weights() -> Iterator[Tensor]:
+    raise RecipeError(
+        "a method that reads the weights at its site has to say so before: set needs_weights: ClassVar[bool] = True in "
+        "its class"
+    )
+
+
 @dataclass(frozen=True)
 class Context:
     """What a method may know besides its site: the seed, the group size of the weights (-1: one a row), their grid.
 
     `statistics` holds what was measured of the vectors at the site, by kind; see `Method.statistics`. For methods that
-    have any, `weights` gives the weights that read the site and will be rounded, one matrix after another, shape (rows,
-    k n) with the site's basis k times along a row, in the basis that the vectors were measured in.
+    say `needs_weights`, and others are refused, `weights` gives the weights that read the site and will be rounded, one
+    matrix after another, shape (rows, k n) with the site's basis k times along a row, in the basis that the vectors
+    were measured in.
     """
 
     seed: int
     group_size: int
     statistics: Mapping[type[Any], Any] = field(default_factory=dict)
-    weights: Callable[[], Iterator[Tensor]] = lambda: iter(())
+    weights: Callable[[], Iterator[Tensor]] = _no_weights
     grid: Grid = field(default_factory=IntegerGrid)
 
     def generator(self, site: Site) -> torch.Generator:
@@ -48,14 +56,27 @@ class Method(BaseModel, ABC):
     """What its maps are, whatever is measured."""
     statistics: ClassVar[tuple[Callable[[int], Any], ...]] = ()
     """The observers that it needs; `Context.statistics` holds them, by kind, once they have seen the site's vectors."""
+    needs_weights: ClassVar[bool] = False
+    """Whether it reads `Context.weights`."""
 
     method: str
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         name = cls.model_fields["method"].default
+        for observer in cls.statistics if isinstance(cls.statistics, tuple) else ():
+            if not hasattr(observer, "size_in_bytes"):
+                raise TypeError(
+                    f"{cls.__name__}.statistics: {getattr(observer, '__name__', observer)} is no observer, which says "
+                    "how much memory it takes (gyroquant.calibration.observers.Observer.size_in_bytes)"
+                )
         if isinstance(name, str):
             Method.kinds[name] = cls
+
+    @property
+    def looks(self) -> bool:
+        """Whether it can only choose once the model was looked at: for statistics, or for weights."""
+        return bool(self.statistics) or self.needs_weights
 
     @property
     def random(self) -> bool:

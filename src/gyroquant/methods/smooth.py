@@ -23,6 +23,7 @@ class Smooth(Method):
     method: Literal["smooth"] = "smooth"
     structure: ClassVar[Structure] = "diagonal"
     statistics: ClassVar[tuple[Any, ...]] = (AbsMax,)
+    needs_weights: ClassVar[bool] = True
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
 
     def choose(self, site: Site, context: Context) -> Map:

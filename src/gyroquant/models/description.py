@@ -28,6 +28,7 @@ class _Tensor(BaseModel):
     grid: _Index
     transposed: bool = False
     basis: _Basis | None = None
+    tensor_scale: bool = False
 
 
 class _Place(BaseModel):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
+
+from torch import Tensor
 
 from gyroquant.models.store import WeightStore
 from gyroquant.progress import Advance
@@ -12,9 +15,11 @@ _ELSEWHERE = ("_name_or_path", "transformers_version", "quantization_config", "d
 _VALUES = 1 << 24  # that are made fp32 at once
 
 
-def fingerprint(store: WeightStore, progress: Advance = lambda: None) -> str:
+def fingerprint(
+    store: WeightStore, progress: Advance = lambda: None, look: Callable[[str, Tensor], None] = lambda name, piece: None
+) -> str:
     """sha256 of a model: of its parameters, whatever file they lie in, and of its configuration. Reports progress once
-    a parameter.
+    a parameter; `look` is shown every piece of each as it is read, fp32.
     """
     total = hashlib.sha256()
     config = store.config.to_dict()
@@ -26,6 +31,8 @@ def fingerprint(store: WeightStore, progress: Advance = lambda: None) -> str:
         total.update(f"{name} {tuple(tensor.shape)}".encode())
         flat = tensor.detach().contiguous().view(-1)
         for start in range(0, len(flat), _VALUES):
-            total.update(flat[start : start + _VALUES].float().cpu().numpy().data)
+            piece = flat[start : start + _VALUES].float().cpu()
+            look(name, piece)
+            total.update(piece.numpy().data)
         progress()
     return total.hexdigest()

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from gyroquant.errors import GyroquantError, InputError
-from gyroquant.grids import Basis, Grid, QuantizedWeight, grid_from
+from gyroquant.grids import Basis, Grid, HalfScaleGrid, QuantizedWeight, grid_from
 from gyroquant.integrity import check_files
 from gyroquant.maps import Map, dump, load
 from gyroquant.models.description import check_description, check_places
@@ -29,7 +29,9 @@ from gyroquant.models.store import CheckpointStore, LazyTensor
 from gyroquant.progress import Advance
 
 METHOD = "gyroquant"
-FORMAT_VERSIONS = (1, 2)  # 2 where a basis changes what codes stand for, which readers of 1 would not see
+# 2 where a basis changes what codes stand for, which readers of 1 would not see; 3 where an integer, fp4 or fp8 weight
+# has a scale of the whole parameter, which readers of 2 would not see.
+FORMAT_VERSIONS = (1, 2, 3)
 PARTS = ("codes", "scales", "zeros", "global", "basis")
 MAPS = "gyroquant_map."
 _STORED_BITS = {"U8": 8, "I8": 8, "F16": 16, "BF16": 16, "I32": 32, "F32": 32, "I64": 64, "F64": 64}
@@ -82,6 +84,8 @@ class Description:
             entry["transposed"] = True
         if weight.basis is not None:
             entry["basis"] = weight.basis.describe()
+        if isinstance(weight.grid, HalfScaleGrid) and weight.grid.tensor_scale is not None:
+            entry["tensor_scale"] = True
         return entry
 
     def add_tensor(self, name: str, entry: Mapping[str, Any]) -> None:
@@ -115,7 +119,7 @@ class Description:
     def to_dict(self) -> dict[str, Any]:
         return {
             "quant_method": METHOD,
-            "format_version": FORMAT_VERSIONS[any("basis" in entry for entry in self._tensors.values())],
+            "format_version": self._version(),
             "grids": list(self._grids),
             "tensors": self._tensors,
             "maps": [dump(m, {}, f"{MAPS}{i}") for i, m in enumerate(self._maps)],
@@ -123,6 +127,13 @@ class Description:
             "inputs": self._inputs,
             "cache": self._cache,
         }
+
+    def _version(self) -> int:
+        """The oldest version whose readers understand it all."""
+        for part, version in (("tensor_scale", 3), ("basis", 2)):
+            if any(part in entry for entry in self._tensors.values()):
+                return version
+        return 1
 
 
 def _same(a: Map, b: Map) -> bool:
@@ -137,7 +148,7 @@ def check_version(description: Mapping[str, Any], where: str) -> None:
     """Raises InputError for a folder of a version that this one does not understand, or with a damaged description."""
     version = description.get("format_version")
     if version not in FORMAT_VERSIONS:
-        known = " and ".join(map(str, FORMAT_VERSIONS))
+        known = f"{FORMAT_VERSIONS[0]} to {FORMAT_VERSIONS[-1]}"
         raise InputError(f"{where} has format version {version}, this gyroquant reads versions {known}")
     check_description(description, where)
 
@@ -156,6 +167,8 @@ def unpack(description: Mapping[str, Any], name: str, arrays: dict[str, Tensor],
 
 def _unpacked(description: Mapping[str, Any], name: str, arrays: dict[str, Tensor], shape: Shape) -> QuantizedWeight:
     entry = description["tensors"][name]
+    if entry.get("tensor_scale") and "global" not in arrays:
+        raise KeyError("global")
     grid, basis = grid_from(description["grids"][entry["grid"]]).bound_by(arrays), None
     rows, columns = matrix_shape(shape, bool(entry.get("transposed")))
     if entry.get("basis") is not None:

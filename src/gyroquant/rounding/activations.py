@@ -8,7 +8,7 @@ import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny
 from torch import Tensor
 
-from gyroquant.errors import RecipeError
+from gyroquant.errors import InputError, RecipeError
 from gyroquant.grids import Grid, IntegerGrid
 from gyroquant.models.graph import LinearOp, ModelGraph
 from gyroquant.models.online import CacheQuantizer, InputQuantizer
@@ -88,4 +88,7 @@ class KeyMean:
         self._count += keys.shape[0] * keys.shape[2]
 
     def result(self) -> Tensor:
-        return (torch.as_tensor(self._sum) / max(1, self._count)).half()
+        mean = (torch.as_tensor(self._sum) / max(1, self._count)).half()
+        if not bool(mean.isfinite().all()):
+            raise InputError("keys are too large for their mean to be stored as fp16: set kv_cache.center_keys=false")
+        return mean

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from gyroquant.grids import Grid, QuantizedWeight
+from gyroquant.grids.base import lift
 
 Warn = Callable[[str], None]
 
@@ -93,8 +94,17 @@ class ModelSolver(Solver):
         raise TypeError(f"{self.name} rounds whole models")
 
 
+def in_reach(weight: Tensor, rounded: Tensor) -> tuple[Tensor, Tensor]:
+    """Both times the same power of two, where fp32 does not hold the squares of the weights; shares of
+    them stay what they are.
+    """
+    up = lift(weight)
+    return (weight, rounded) if up == 1 else (weight * up, rounded * up)
+
+
 def weight_error(weight: Tensor, rounded: Tensor) -> float:
     """``|W - Q|^2 / |W|^2``."""
+    weight, rounded = in_reach(weight, rounded)
     return float((weight - rounded).square().sum() / weight.square().sum().clamp_min(1e-30))
 
 
@@ -105,4 +115,5 @@ def output_energy(weight: Tensor, statistics: InputStatistics) -> float:
 
 def output_error(weight: Tensor, rounded: Tensor, statistics: InputStatistics) -> float:
     """``|X (W - Q)^T|^2 / |X W^T|^2`` over the calibration tokens, from the second moments alone."""
+    weight, rounded = in_reach(weight, rounded)
     return output_energy(weight - rounded, statistics) / max(output_energy(weight, statistics), 1e-30)

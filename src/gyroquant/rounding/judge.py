@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gyroquant.grids import QuantizedWeight
 from gyroquant.models.graph import LinearOp
-from gyroquant.rounding.base import InputStatistics, output_energy, weight_error
+from gyroquant.rounding.base import InputStatistics, in_reach, output_energy, weight_error
 from gyroquant.rounding.limit import Limit, limit, spectrum
 from gyroquant.rounding.stage import Part
 
@@ -70,6 +70,7 @@ def _report(
     statistics: InputStatistics | None,
     eigenvalues: Tensor | None,
 ) -> LayerReport:
+    matrix, rounded = in_reach(matrix, rounded)
     if statistics is None or eigenvalues is None:
         return LayerReport(name, weight_error(matrix, rounded), None, None)
     energy = output_energy(matrix, statistics)

@@ -23,6 +23,7 @@ from gyroquant.models.graph import LinearOp
 from gyroquant.models.packed import as_matrix, from_matrix
 from gyroquant.models.runner import pass_back
 from gyroquant.progress import Advance
+from gyroquant.rounding.rtn import rows_on_grid
 from gyroquant.rounding.tunable import TunableWeight
 
 _CHECKPOINT = 20  # steps between states that are kept
@@ -110,10 +111,16 @@ class BlockTuner:
     ):
         self.ops, self.rounded, self.hidden, self.target = ops, dict(rounded), hidden, target
         self.run, self.most = run, most
-        self.tunable = {
-            name: TunableWeight(as_matrix(tensors[name].float(), ops[name]), weight) for name, weight in rounded.items()
-        }
+        self.tunable: dict[str, TunableWeight] = {}
         self.rest = {name: tensor.to(hidden.dtype) for name, tensor in tensors.items() if name not in rounded}
+        for name, weight in rounded.items():
+            matrix = as_matrix(tensors[name].float(), ops[name])
+            there = matrix if weight.basis is None else weight.basis.encode(matrix)
+            if bool((rows_on_grid(there, weight) | ~there.any(1)).all()):  # it lay on the grid, and stays there
+                kept = from_matrix(weight.dequantize(), ops[name].shape, ops[name].entry.transposed)
+                self.rest[name] = kept.to(hidden.dtype)
+            else:
+                self.tunable[name] = TunableWeight(matrix, weight)
 
     def _weights(self) -> dict[str, Tensor]:
         return {
@@ -159,6 +166,10 @@ class BlockTuner:
 
         With `checkpoint`, a file, the state is kept there now and then, and what was stopped goes on from it.
         """
+        if not self.tunable:
+            for _ in range(settings.iters):
+                progress()
+            return self.rounded
         state = _State(self._moving(settings), torch.Generator().manual_seed(seed))
         if checkpoint is not None:
             state.resume(checkpoint, str(seed))
@@ -206,6 +217,7 @@ class BlockTuner:
             with torch.no_grad():
                 one.offset.zero_()
                 one.stretch.fill_(1)
+        after = self.rounded | after
         return after if tuned < self.loss(picks, backward=False) else self.rounded
 
 

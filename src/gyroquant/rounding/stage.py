@@ -20,6 +20,7 @@ from gyroquant.models.packed import as_matrix
 from gyroquant.rounding.base import InputStatistics, Solver, Warn
 from gyroquant.rounding.basis import WeightBasis
 from gyroquant.rounding.refine import Refine
+from gyroquant.rounding.rtn import on_grid
 from gyroquant.rounding.target import Target
 
 
@@ -69,7 +70,16 @@ class Rounding:
         return Placed(name, basis.encode(matrix), there, basis)
 
     def solve(self, placed: Placed, grid: Grid) -> QuantizedWeight:
-        """Rounds to a grid that is made for the matrix; without statistics, to nearest."""
+        """Rounds to a grid that is made for the matrix; without statistics, to nearest. Rows that lie on the grid
+        already stay what they are, whatever the solver would make up for.
+        """
+        there = on_grid(placed.matrix, grid)
+        if there is not None and bool(there[0].all()):
+            return replace(there[1], basis=placed.basis)
+        solved = self._solved(placed, grid)
+        return solved if there is None else _with_rows(solved, *there)
+
+    def _solved(self, placed: Placed, grid: Grid) -> QuantizedWeight:
         solver, warn = self.solver, partial(_named, self.warn, placed.name)
         if placed.statistics is None and (solver.needs_statistics or self.refine is not None):
             warn("no calibration token reached this expert; it is rounded to nearest")
@@ -81,6 +91,15 @@ class Rounding:
         if self.refine is not None and statistics is not None:
             solved = self.refine.run(matrix, solved, statistics)
         return replace(solved, basis=placed.basis)
+
+
+def _with_rows(solved: QuantizedWeight, rows: Tensor, other: QuantizedWeight) -> QuantizedWeight:
+    """A rounded matrix with some rows of another one."""
+    codes = torch.where(rows[:, None], other.codes, solved.codes)
+    chosen = rows[:, None, None]
+    scale = torch.where(chosen, other.params.scale, solved.params.scale)
+    zero = torch.where(chosen, other.params.zero, solved.params.zero)
+    return replace(solved, codes=codes, params=GroupParams(scale, zero))
 
 
 def is_ignored(module: str, patterns: Iterable[str]) -> bool:

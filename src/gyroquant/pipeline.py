@@ -235,11 +235,13 @@ def run(job: Job, progress: Stages | None = None) -> dict[str, Any]:
 
 def _look(job: Job, warnings: list[str], advance: Advance) -> str:
     """The model's fingerprint. Refuses, in the same pass, parameters that the output's dtype does not hold,
-    rounded ones too: whoever opens the folder has them in that dtype. What maps change is looked at when it is changed.
+    rounded ones too: whoever opens the folder has them in that dtype. What maps change is looked at when it is changed,
+    and what is carried along keeps its own.
     """
     ranges = Ranges(job.output.dtype)
     found = fingerprint(job.store, advance, ranges.add)
-    warnings += ranges.check(name for name in job.store.shapes if not job.plan.edits.get(name))
+    changed = {name for name, edits in job.plan.edits.items() if edits} | set(job.graph.carried)
+    warnings += ranges.check(name for name in job.store.shapes if name not in changed)
     return found
 
 

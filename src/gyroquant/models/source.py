@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 import gyroquant.models.architectures  # noqa: F401  (registers the described architectures)
 from gyroquant.errors import InputError
 from gyroquant.integrity import FILE
-from gyroquant.models.gguf import GgufStore
+from gyroquant.models.gguf import GgufStore, find_gguf
 from gyroquant.models.outside import kind_of, read_json, remedy
 from gyroquant.models.packed import METHOD, PackedStore
 from gyroquant.models.store import CheckpointStore, ModuleStore, WeightStore
@@ -49,10 +49,7 @@ def open_original(model: str | Path | PreTrainedModel) -> WeightStore:
 
 def _open_folder(folder: Path) -> WeightStore:
     if not (folder / "config.json").exists():
-        files = sorted(folder.glob("*.gguf"))
-        if len(files) == 1:
-            return GgufStore(files[0])
-        raise InputError(f"{folder} has no config.json" + ("; name one of its GGUF files" if files else ""))
+        return GgufStore(find_gguf(folder))
     try:
         quantization = read_json(folder / "config.json").get("quantization_config")
     except InputError as error:

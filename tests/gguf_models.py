@@ -20,7 +20,7 @@ import torch
 import transformers
 from gguf import GGMLQuantizationType as Type
 
-from gyroquant.models.store import WeightStore
+from gyroquant.models.gguf import GgufStore
 
 NAMES = {
     "llama": "llama", "llama_bias": "llama", "llama_tied": "llama", "mistral": "llama", "mixtral": "llama",
@@ -271,14 +271,9 @@ def build(name: str, **changes: Any) -> Any:
 
 
 @torch.no_grad()
-def logits(store: WeightStore, ids: torch.Tensor) -> torch.Tensor:
-    """What the model of a store says of a text, ids of shape (length,), in fp32."""
-    model = type(store.skeleton())(store.config).eval().float()
-    missing, unexpected = model.load_state_dict(store.read(store.shapes), strict=False)
-    assert not unexpected
-    assert set(missing) <= set(store.tied)
-    model.tie_weights()
-    return model(ids[None]).logits[0]
+def logits(store: GgufStore, ids: torch.Tensor) -> torch.Tensor:
+    """What the model of a file says of a text, ids of shape (length,), in fp32."""
+    return store.load()(ids[None]).logits[0]
 
 
 def one_bit(data: np.ndarray) -> np.ndarray:

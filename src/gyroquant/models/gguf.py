@@ -58,6 +58,13 @@ class GgufStore(WeightStore):
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         return {name: finite(self._plan.read(name), name, self.label) for name in names}
 
+    def load(self) -> Any:
+        """The whole model in fp32, to be run by transformers."""
+        model = checked_skeleton(self.config, self.label)
+        model.load_state_dict(self.read(self.shapes), strict=False, assign=True)
+        model.tie_weights()
+        return model.eval()
+
     def tokenizer(self) -> Any:
         return load_tokenizer(self._file.path.parent, self.label, gguf_file=self._file.path.name)
 

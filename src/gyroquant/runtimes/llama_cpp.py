@@ -24,7 +24,7 @@ from gyroquant.export.gguf import FILE
 from gyroquant.export.gguf_header import stored_tensors
 from gyroquant.export.llama_cpp import binding, complained, rewrite
 from gyroquant.runtimes.base import Runtime
-from gyroquant.runtimes.transformers import TransformersRuntime
+from gyroquant.runtimes.gguf import GgufRuntime
 
 _BATCH = 512
 
@@ -177,13 +177,14 @@ class LlamaTokenizer:
 
 class LlamaCppRuntime(Runtime):
     """llama.cpp, on the CPU where it runs exactly. Its kernels for rounded weights round what these meet to 8 bits; it
-    runs exactly with weights that it has itself decoded to fp32. transformers reads the file where it is not installed.
+    runs exactly with weights that it has itself decoded to fp32. Where it is not installed, our own reader opens the
+    file.
     """
 
     formats = ("gguf",)
     title = "llama.cpp"
     package = "llama_cpp"
-    instead = TransformersRuntime
+    instead = GgufRuntime
     decodes = True
 
     def __init__(self, folder: Path, exact: bool):

@@ -30,12 +30,14 @@ from gyroquant.export.folder import OutputFolder
 from gyroquant.export.formats import Carries, Format, Layer, Needs, WeightType, needs_of
 from gyroquant.export.gguf_rope import describe_rope, rope_problems, rope_tensors
 from gyroquant.export.gguf_tokenizer import add_tokenizer
+from gyroquant.export.gguf_tokenizer_check import compare_tokenizers
 from gyroquant.grids import QuantizedWeight
 from gyroquant.models.packed import PackedStore
 
 FILE = "model.gguf"
 _ROWS = 4096  # looked at together when a dtype is chosen
 _KINDS = ("symmetric", "asymmetric", "midrise")
+_MEANINGFUL = ("phi-3", "phi3", "modern-bert")  # by such a name, llama.cpp changes the rules of special tokens
 
 
 # What llama.cpp calls a model type. What runs as its "llama" has RoPE turn neighbours, so that rows of queries and keys
@@ -102,18 +104,18 @@ class Gguf(Format):
         """
         rounded = {one.name: kind.name for one in needs_of(store).layers if (kind := self.carries.type_of(one))}
         types = {name: rounded.get(name) or plain_type(store, name) for name in store.shapes}
-        deviation, notes = write_file(store, folder.partial / FILE, types)
+        deviation, described = write_file(store, folder.partial / FILE, types)
         counts = dict(Counter(types.values()).most_common())
-        return {"file": FILE, "types": counts, "deviation": deviation, "notes": notes}
+        return {"file": FILE, "types": counts, "deviation": deviation, **described}
 
     def _layers(self, layers: Iterable[Layer]) -> Iterable[tuple[str, str]]:
         for kind, text in super()._layers(layers):
             yield kind, f"{text} (--requantize TYPE has llama.cpp round it again, which loses more)"
 
 
-def write_file(store: PackedStore, path: Path, types: Mapping[str, str]) -> tuple[float, list[str]]:
+def write_file(store: PackedStore, path: Path, types: Mapping[str, str]) -> tuple[float, dict[str, Any]]:
     """Writes a model into one file, each tensor as its type, rounded ones as codes or as the numbers that these stand
-    for. Returns the largest relative deviation and what there is to note.
+    for. Returns the largest relative deviation, and what there is to note, with how its tokens compare.
     """
     sizes: Counter[str] = Counter()
     for name in store.description["tensors"]:
@@ -121,8 +123,12 @@ def write_file(store: PackedStore, path: Path, types: Mapping[str, str]) -> tupl
     main = sizes.most_common(1)[0][0]
     with closing(gguf.GGUFWriter(None, _ARCHITECTURES[store.config.model_type])) as writer:
         notes = _describe(writer, store, _TYPES[main].file_type)
-        notes += add_tokenizer(writer, store)
-        return _write_tensors(writer, store, types, path), notes
+        tokenizer, more = add_tokenizer(writer, store)
+        deviation = _write_tensors(writer, store, types, path)
+    if tokenizer is None:
+        return deviation, {"notes": notes + more, "tokenizer": None}
+    facts, differences = compare_tokenizers(path, tokenizer)
+    return deviation, {"notes": notes + more + differences, "tokenizer": facts}
 
 
 def _refusals(config: Any) -> Iterable[str]:
@@ -139,7 +145,9 @@ def _describe(writer: gguf.GGUFWriter, store: PackedStore, file_type: int) -> li
     """Writes everything about a model but its weights and its tokenizer. Returns what there is to note."""
     config, graph = store.config, store.graph
     writer.add_type("model")
-    writer.add_name(store.folder.resolve().name)
+    name = store.folder.resolve().name
+    if not any(part in name.lower() for part in _MEANINGFUL):
+        writer.add_name(name)
     writer.add_file_type(file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_block_count(len(graph.blocks))

@@ -14,8 +14,9 @@ from gyroquant.errors import InputError
 from gyroquant.models.gguf_config import architecture_of, read_config
 from gyroquant.models.gguf_file import GgufFile, is_later_part
 from gyroquant.models.gguf_tensors import TensorPlan
+from gyroquant.models.gguf_tokenizer import read_tokenizer
 from gyroquant.models.graph import Shape
-from gyroquant.models.store import WeightStore, checked_skeleton, finite, load_tokenizer
+from gyroquant.models.store import WeightStore, checked_skeleton, finite
 
 
 class GgufStore(WeightStore):
@@ -66,7 +67,7 @@ class GgufStore(WeightStore):
         return model.eval()
 
     def tokenizer(self) -> Any:
-        return load_tokenizer(self._file.path.parent, self.label, gguf_file=self._file.path.name)
+        return read_tokenizer(self._file, self.label)
 
 
 def find_gguf(folder: Path) -> Path:

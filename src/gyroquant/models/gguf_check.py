@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import struct
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -93,13 +94,19 @@ def _unreadable(path: Path, why: object) -> InputError:
     return InputError(f"{path} cannot be read as a GGUF model: {why}; {remedy(path, 'gguf')}")
 
 
-def read_header(path: Path) -> Header:
+def read_strings(path: Path, keys: Collection[str]) -> dict[str, list[str]]:
+    """The arrays of strings of these keys, of those that a file has. Raises InputError as `read_header`."""
+    found = read_header(path, keys).metadata
+    return {key: found[key] for key in keys if isinstance(found.get(key), list)}
+
+
+def read_header(path: Path, strings: Collection[str] = ()) -> Header:
     """The header of one file, which may be a part of a model. Raises InputError for one that lies, contradicts itself
-    or is cut short.
+    or is cut short. Arrays of strings are counted only, but for those of the keys `strings`.
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _read(_Bytes(data), path)
+            return _read(_Bytes(data, strings), path)
     except (_Damage, OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
         raise _unreadable(path, error) from error
 
@@ -107,8 +114,8 @@ def read_header(path: Path) -> Header:
 class _Bytes:
     """A file's bytes, read one value after the other, none of them behind its end."""
 
-    def __init__(self, data: mmap.mmap):
-        self.data, self.at, self.size = data, 0, len(data)
+    def __init__(self, data: mmap.mmap, strings: Collection[str] = ()):
+        self.data, self.at, self.size, self._strings = data, 0, len(data), strings
 
     def need(self, count: int, what: str) -> None:
         if count > self.size - self.at:
@@ -144,7 +151,7 @@ class _Bytes:
         raise _Damage(f"{key} is of the unknown type {kind}")
 
     def _array(self, key: str) -> list[Any] | StringArray:
-        """The numbers of an array; strings are only passed over and counted."""
+        """The numbers of an array; strings are only passed over and counted, unless they are asked for."""
         kind, count = self.take("I", key), self.take("Q", key)
         if kind in _SCALARS:
             size = struct.calcsize(_SCALARS[kind])
@@ -155,6 +162,8 @@ class _Bytes:
         if kind != _STRING:
             raise _Damage(f"{key} is an array of the type {kind}, of which there are none in models")
         self.need(count * 8, f"{key}, an array of {count} strings,")
+        if key in self._strings:
+            return [self.string(f"a string of {key}") for _ in range(count)]
         for _ in range(count):
             length = self.take("Q", key)
             self.need(length, f"a string of {key}")

@@ -21,6 +21,7 @@ import transformers
 from gguf import GGMLQuantizationType as Type
 
 from gyroquant.models.gguf import GgufStore
+from gyroquant.models.gguf_file import GgufFile
 
 NAMES = {
     "llama": "llama", "llama_bias": "llama", "llama_tied": "llama", "mistral": "llama", "mixtral": "llama",
@@ -315,3 +316,22 @@ def _copy_metadata(reader: gguf.GGUFReader, writer: gguf.GGUFWriter) -> None:
         if not key.startswith("GGUF.") and key != "general.architecture":
             sub = {"sub_type": field.types[-1]} if field.types[0] == gguf.GGUFValueType.ARRAY else {}
             writer.add_key_value(key, field.contents(), field.types[0], **sub)
+
+
+def written_types() -> list[Type]:
+    """The types that `blocks` makes and llama.cpp decodes."""
+    return [Type.F32, Type.F16, Type.BF16, *sorted(_SCALES.keys() - {Type.Q1_0}), Type.IQ1_M, Type.MXFP4, Type.NVFP4]
+
+
+def difference(path: Path, length: int = 100) -> float:
+    """The largest difference between the logits of gyroquant's reader and of llama.cpp, over the largest of these, in
+    fp32. llama.cpp runs a file of other types than fp32 by its own decoding of it.
+    """
+    from gyroquant.runtimes.llama_cpp import LlamaModel, open_exactly
+
+    store = GgufStore(path)
+    ids = torch.randint(3, store.config.vocab_size, (length,), generator=torch.Generator().manual_seed(1))
+    plain = all(entry.type == Type.F32 for entry in GgufFile(path).tensors.values())
+    model = LlamaModel(path, exact=True) if plain else open_exactly(path)
+    wanted = model.feed(ids.tolist())
+    return float((logits(store, ids) - wanted).abs().max() / wanted.abs().max())

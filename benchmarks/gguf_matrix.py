@@ -57,10 +57,11 @@ NEEDED: dict[str, dict[str, Any]] = {  # what llama.cpp has built in
     "qwen3_moe": ROUTED | {"norm_topk_prob": True},
     "olmoe": {"num_key_value_heads": 4, "norm_topk_prob": False},
 }  # fmt: skip
-ALL = """
-    llama mistral qwen2 qwen3 gemma gemma2 gemma3 phi3 granite smollm3 seed_oss ernie4_5 arcee olmo2 olmo3 exaone4
-    cohere cohere2 gpt2 gpt_neox gpt_neox_serial starcoder2 nemotron mixtral qwen2_moe qwen3_moe olmoe
-""".split()
+ALL = [
+    "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "granite", "smollm3", "seed_oss",
+    "ernie4_5", "arcee", "olmo2", "olmo3", "exaone4", "cohere", "cohere2", "gpt2", "gpt_neox", "gpt_neox_serial",
+    "starcoder2", "nemotron", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe",
+]  # fmt: skip
 TYPES = [kind for kind in gguf_models.written_types() if kind != Type.F32]
 IMPOSSIBLE = {  # what llama.cpp has no place for
     ("qwen2", "llama3"): "llama.cpp reads rope_freqs.weight for llama, granite, arcee and exaone4 only",

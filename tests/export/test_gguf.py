@@ -4,6 +4,7 @@ reads the same model from it.
 
 from __future__ import annotations
 
+import importlib.util
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from gyroquant.grids import Fp4Grid, IntegerGrid
 from gyroquant.models.online import OnlineMap
 from gyroquant.models.packed import PackedStore
 from gyroquant.models.sites import Insertion
+from gyroquant.runtimes.gguf import GgufRuntime
 
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
 IDS = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 8, "BF16": 30, "Q2_0": 42}
@@ -239,6 +241,34 @@ LLAMA3 = {
 }
 
 
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+LONG |= {"short_factor": [1 + 0.05 * i for i in range(8)], "long_factor": [1 + 0.3 * i for i in range(8)]}
+
+
+@pytest.mark.parametrize(
+    ("name", "rope"),
+    [("llama", one) for one in (LLAMA3, YARN, YARN | {"attention_factor": 1.3}, LONG)] + [("qwen3", YARN)],
+)
+def test_what_is_exported_opens_as_the_same_model(name: str, rope: dict[str, Any], tmp_path: Path) -> None:
+    store = saving.rounded(tiny.build(name, rope_parameters=rope), tmp_path / "ours")
+    facts, _, _ = written(store, tmp_path / "gguf")
+    assert any("LongRoPE" in note for note in facts["notes"]) == (rope["rope_type"] == "longrope")
+    ids = torch.randint(3, 96, (60,), generator=torch.Generator().manual_seed(1))
+    found = GgufRuntime(tmp_path / "gguf", exact=True).logits(ids)
+    torch.testing.assert_close(found, saving.our_logits(store.folder, ids.tolist()), rtol=1e-4, atol=1e-4)
+
+
+def test_where_llama_cpp_is_absent_our_own_reader_checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "llama_cpp" else known(name))
+    model = tiny.build("llama", **WIDE, rope_parameters=LLAMA3)
+    store = saving.rounded(model, tmp_path / "ours", bits=2, group_size=64)
+    check = gq.export(store.folder, "gguf", tmp_path / "gguf")["check"]
+    assert check["runtime"] == "gyroquant's reader of GGUF"
+    assert check["relative_logit_error"] < 1e-5
+
+
 def test_scaled_rope(tmp_path: Path) -> None:
     store = saving.rounded(tiny.build("llama", rope_parameters=LLAMA3), tmp_path / "llama3")
     _, metadata, tensors = written(store, tmp_path / "a")
@@ -261,9 +291,10 @@ def test_scaled_rope(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "changes", "reason"),
     [
-        ("qwen3", {"rope_parameters": LLAMA3}, "RoPE of type default, linear for qwen3, not of type llama3"),
+        ("qwen3", {"rope_parameters": LLAMA3}, "RoPE of type default, linear, yarn for qwen3, not of type llama3"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "for llama, not of type dynamic"),
         ("llama", {"rope_parameters": LLAMA3 | {"partial_rotary_factor": 0.5}}, "turns whole heads of llama"),
+        ("llama", {"rope_parameters": YARN | {"beta_fast": 8}}, "YaRN of llama between 32 and 1 turns"),
         ("llama", {"hidden_act": "gelu"}, "with the activation silu, not gelu"),
         ("qwen3", {"attention_bias": True}, r"no place for the biases \(attention_bias\) of qwen3"),
     ],
@@ -286,6 +317,11 @@ def test_half_a_scale_that_fp16_does_not_hold_is_refused(tmp_path: Path) -> None
     with pytest.raises(gq.InputError, match=reason), OutputFolder(tmp_path / "gguf") as folder:
         GGUF.write(store, folder)
     assert not (tmp_path / "gguf").exists()
+
+
+def test_a_name_that_llama_cpp_acts_on_is_left_out(tmp_path: Path) -> None:
+    store = saving.rounded(tiny.build("llama"), tmp_path / "my-Phi-3")
+    assert "general.name" not in written(store, tmp_path / "gguf")[1]
 
 
 def test_a_window_is_noted(tmp_path: Path) -> None:

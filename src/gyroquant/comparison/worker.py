@@ -18,6 +18,7 @@ from gyroquant.environment import versions
 from gyroquant.errors import GyroquantError
 from gyroquant.evaluation.tasks import score_tasks
 from gyroquant.job import prepare
+from gyroquant.models.gguf import GgufStore
 from gyroquant.models.source import open_model
 from gyroquant.models.store import WeightStore
 from gyroquant.opponents import Opponent, Size, Task
@@ -114,9 +115,11 @@ def _tasks(spec: Mapping[str, Any], place: Path, original: WeightStore) -> dict[
     asked = spec.get("tasks")
     if not asked:
         return None
-    where = {"gguf_file": place.name} if place.is_file() else {"use_safetensors": True}
-    folder = place.parent if place.is_file() else place
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False, **where).eval()
+    if place.is_file():
+        model = GgufStore(place).load()
+    else:
+        options = {"dtype": torch.float32, "trust_remote_code": False, "use_safetensors": True}
+        model = AutoModelForCausalLM.from_pretrained(place, **options).eval()
     (limit,) = set(asked.values())
     add_bos = bool(spec.get("add_bos", True))
     return score_tasks(model, original.tokenizer(), list(asked), limit=limit or None, add_bos=add_bos)

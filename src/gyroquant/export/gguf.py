@@ -24,18 +24,20 @@ import gguf
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from gyroquant.errors import InputError
 from gyroquant.export.folder import OutputFolder
 from gyroquant.export.formats import Carries, Format, Layer, Needs, WeightType, needs_of
+from gyroquant.export.gguf_rope import describe_rope, rope_problems, rope_tensors
 from gyroquant.export.gguf_tokenizer import add_tokenizer
+from gyroquant.export.gguf_tokenizer_check import compare_tokenizers
 from gyroquant.grids import QuantizedWeight
 from gyroquant.models.packed import PackedStore
 
 FILE = "model.gguf"
 _ROWS = 4096  # looked at together when a dtype is chosen
 _KINDS = ("symmetric", "asymmetric", "midrise")
+_MEANINGFUL = ("phi-3", "phi3", "modern-bert")  # by such a name, llama.cpp changes the rules of special tokens
 
 
 # What llama.cpp calls a model type. What runs as its "llama" has RoPE turn neighbours, so that rows of queries and keys
@@ -102,18 +104,18 @@ class Gguf(Format):
         """
         rounded = {one.name: kind.name for one in needs_of(store).layers if (kind := self.carries.type_of(one))}
         types = {name: rounded.get(name) or plain_type(store, name) for name in store.shapes}
-        deviation, notes = write_file(store, folder.partial / FILE, types)
+        deviation, described = write_file(store, folder.partial / FILE, types)
         counts = dict(Counter(types.values()).most_common())
-        return {"file": FILE, "types": counts, "deviation": deviation, "notes": notes}
+        return {"file": FILE, "types": counts, "deviation": deviation, **described}
 
     def _layers(self, layers: Iterable[Layer]) -> Iterable[tuple[str, str]]:
         for kind, text in super()._layers(layers):
             yield kind, f"{text} (--requantize TYPE has llama.cpp round it again, which loses more)"
 
 
-def write_file(store: PackedStore, path: Path, types: Mapping[str, str]) -> tuple[float, list[str]]:
+def write_file(store: PackedStore, path: Path, types: Mapping[str, str]) -> tuple[float, dict[str, Any]]:
     """Writes a model into one file, each tensor as its type, rounded ones as codes or as the numbers that these stand
-    for. Returns the largest relative deviation and what there is to note.
+    for. Returns the largest relative deviation, and what there is to note, with how its tokens compare.
     """
     sizes: Counter[str] = Counter()
     for name in store.description["tensors"]:
@@ -121,29 +123,31 @@ def write_file(store: PackedStore, path: Path, types: Mapping[str, str]) -> tupl
     main = sizes.most_common(1)[0][0]
     with closing(gguf.GGUFWriter(None, _ARCHITECTURES[store.config.model_type])) as writer:
         notes = _describe(writer, store, _TYPES[main].file_type)
-        notes += add_tokenizer(writer, store)
-        return _write_tensors(writer, store, types, path), notes
+        tokenizer, more = add_tokenizer(writer, store)
+        deviation = _write_tensors(writer, store, types, path)
+    if tokenizer is None:
+        return deviation, {"notes": notes + more, "tokenizer": None}
+    facts, differences = compare_tokenizers(path, tokenizer)
+    return deviation, {"notes": notes + more + differences, "tokenizer": facts}
 
 
 def _refusals(config: Any) -> Iterable[str]:
     """What llama.cpp would run otherwise than a model is meant."""
-    name, rope = _ARCHITECTURES[config.model_type], config.rope_parameters
+    name = _ARCHITECTURES[config.model_type]
     if config.hidden_act != "silu":
         yield f"llama.cpp runs {name} with the activation silu, not {config.hidden_act}"
-    kinds = ("default", "linear", "llama3") if name == _LLAMA else ("default", "linear")
-    if rope["rope_type"] not in kinds:
-        yield f"llama.cpp has RoPE of type {', '.join(kinds)} for {name}, not of type {rope['rope_type']}"
-    if rope.get("partial_rotary_factor", 1.0) != 1:
-        yield f"llama.cpp turns whole heads of {name}, here RoPE turns a part of them"
+    yield from rope_problems(config, name, tensors=name == _LLAMA)
     if getattr(config, "attention_bias", False) and name != _LLAMA:
         yield f"llama.cpp has no place for the biases (attention_bias) of {config.model_type}"
 
 
 def _describe(writer: gguf.GGUFWriter, store: PackedStore, file_type: int) -> list[str]:
     """Writes everything about a model but its weights and its tokenizer. Returns what there is to note."""
-    config, graph, rope = store.config, store.graph, store.config.rope_parameters
+    config, graph = store.config, store.graph
     writer.add_type("model")
-    writer.add_name(store.folder.resolve().name)
+    name = store.folder.resolve().name
+    if not any(part in name.lower() for part in _MEANINGFUL):
+        writer.add_name(name)
     writer.add_file_type(file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_block_count(len(graph.blocks))
@@ -157,23 +161,10 @@ def _describe(writer: gguf.GGUFWriter, store: PackedStore, file_type: int) -> li
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     writer.add_rope_dimension_count(graph.head_dim)
-    writer.add_rope_freq_base(rope["rope_theta"])
-    if rope["rope_type"] == "linear":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(rope["factor"])
+    notes = describe_rope(writer, config)
     window = getattr(config, "sliding_window", None) or config.max_position_embeddings
     text = f"llama.cpp attends to all tokens, not to the last {window}: longer texts come out otherwise"
-    return [text] if window < config.max_position_embeddings else []
-
-
-def _frequencies(store: PackedStore) -> dict[str, Tensor]:
-    """What the frequencies of RoPE are divided by, where there is more to it than one factor."""
-    rope, width = store.config.rope_parameters, store.graph.head_dim
-    if rope["rope_type"] != "llama3":
-        return {}
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](store.config, torch.device("cpu"))
-    plain = rope["rope_theta"] ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
-    return {"rope_freqs.weight": (plain / scaled.double()).float()}
+    return [*notes, text] if window < config.max_position_embeddings else notes
 
 
 def plain_type(store: PackedStore, name: str) -> str:
@@ -196,7 +187,7 @@ def tensor_names(store: PackedStore) -> dict[str, str]:
 def _write_tensors(writer: gguf.GGUFWriter, store: PackedStore, types: Mapping[str, str], path: Path) -> float:
     """Writes everything into the file, one tensor after the other. Returns the largest relative deviation."""
     names = tensor_names(store)
-    extra = _frequencies(store)
+    extra = rope_tensors(store.config, store.graph.head_dim)
     table = [(name, "F32", tuple(tensor.shape)) for name, tensor in extra.items()]
     table += [(names[name], types[name], store.shapes[name]) for name in types]
     for name, kind, shape in table:

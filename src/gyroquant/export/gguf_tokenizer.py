@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import groupby
 from typing import Any
 
@@ -14,19 +14,22 @@ from gyroquant.errors import InputError
 from gyroquant.models.packed import PackedStore
 
 
-def add_tokenizer(writer: gguf.GGUFWriter, store: PackedStore) -> list[str]:
-    """Writes the tokenizer. Where it cannot be expressed exactly, the file says that there is none: nobody would notice
-    a nearly right one. Returns what there is to note.
+def add_tokenizer(writer: gguf.GGUFWriter, store: PackedStore) -> tuple[Any, list[str]]:
+    """Writes the tokenizer. Where it cannot be expressed, the file says that there is none: nobody would notice a
+    nearly right one. Returns the tokenizer, if there is one, and what there is to note.
     """
     notes: list[str] = []
+    tokenizer: Any = None
     try:
-        fields = _vocabulary(store.tokenizer(), store.config, notes)
+        tokenizer = store.tokenizer()
+        fields = _vocabulary(tokenizer, store.config, notes)
     except InputError as error:
+        tokenizer = None
         fields = {"tokenizer_model": "none"}
         notes = [f"the file has no tokenizer, so that llama.cpp takes and gives token ids only: {error}"]
     for field, value in fields.items():
         getattr(writer, f"add_{field}")(value)
-    return notes
+    return tokenizer, notes
 
 
 def _vocabulary(tokenizer: Any, config: Any, notes: list[str]) -> dict[str, Any]:
@@ -39,6 +42,7 @@ def _vocabulary(tokenizer: Any, config: Any, notes: list[str]) -> dict[str, Any]
         raise InputError(f"its tokenizer (of type {spec['model']['type']}) is not one of BPE with merges")
     rows = config.vocab_size
     added = {one["id"]: one["special"] for one in spec["added_tokens"]}
+    notes += _rules(spec)
     tokens, types = [f"[PAD{i}]" for i in range(rows)], [int(gguf.TokenType.UNUSED)] * rows
     found = backend.get_vocab(with_added_tokens=True)
     for token, i in found.items():
@@ -62,6 +66,25 @@ def _vocabulary(tokenizer: Any, config: Any, notes: list[str]) -> dict[str, Any]
         named = template.items() if isinstance(template, dict) else ()
         fields["chat_template"] = [{"name": name, "template": text} for name, text in named] or template
     return (_sentencepiece if spec["model"]["byte_fallback"] else _byte_level)(spec, fields, notes)
+
+
+_RULES = {
+    "lstrip": "takes the spaces in front of it with it",
+    "rstrip": "takes the spaces behind it with it",
+    "single_word": "is found as a whole word only",
+    "normalized": "is found in normalized text",
+}
+
+
+def _rules(spec: Mapping[str, Any]) -> Iterable[str]:
+    """What added tokens are found by that a GGUF file cannot say."""
+    composing = spec["normalizer"] in (None, {"type": "NFC"})  # which leaves ASCII as it is
+    for rule, text in _RULES.items():
+        found = [one["content"] for one in spec["added_tokens"] if one[rule]]
+        names = [name for name in found if rule != "normalized" or not (composing and name.isascii())]
+        if names and (rule != "normalized" or spec["normalizer"]):
+            which = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+            yield f"the added token {which} {text} ({rule}), which a GGUF file cannot say: in llama.cpp it does not"
 
 
 # How words are cut out of a text: the steps of a pre-tokenizer, and whether words that are tokens are taken whole.

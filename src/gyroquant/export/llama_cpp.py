@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import weakref
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,33 @@ def complained() -> str:
     found = " ".join(_complaints)
     _complaints.clear()
     return found
+
+
+class Vocabulary:
+    """The tokenizer of a GGUF file in llama.cpp, without the weights. Raises InputError where it does not open it."""
+
+    def __init__(self, path: Path):
+        self.library = binding()
+        settings = self.library.llama_model_default_params()
+        settings.vocab_only = True
+        complained()
+        self._model = self.library.llama_model_load_from_file(str(path).encode(), settings)
+        if not self._model:
+            raise InputError(f"llama.cpp does not open {path}: {complained()}")
+        weakref.finalize(self, self.library.llama_model_free, self._model)
+        self.vocab = self.library.llama_model_get_vocab(self._model)
+
+    def __call__(self, text: str) -> list[int]:
+        """The tokens of a text, with those that the file puts around one; special ones are known by their names."""
+        return tokenize(self.library, self.vocab, text, add_special=True)
+
+
+def tokenize(library: Any, vocab: Any, text: str, add_special: bool) -> list[int]:
+    """The tokens of a text by a vocabulary of llama.cpp; special ones are known by their names."""
+    data = text.encode()
+    room = len(data) + 8
+    ids = (library.llama_token * room)()
+    return list(ids[: library.llama_tokenize(vocab, data, len(data), ids, room, add_special, True)])
 
 
 def file_types() -> dict[str, int]:

@@ -35,7 +35,7 @@ class RequantizedGguf(Gguf, variant=True):
         """
         check_room(folder.out, sum(8 * prod(shape) for shape in store.shapes.values()))
         plain, path = folder.partial / _PLAIN, folder.partial / FILE
-        _, notes = write_file(store, plain, {name: plain_type(store, name) for name in store.shapes})
+        _, described = write_file(store, plain, {name: plain_type(store, name) for name in store.shapes})
         try:
             rewrite(plain, path, self.kind)
         except InputError as error:
@@ -51,7 +51,7 @@ class RequantizedGguf(Gguf, variant=True):
             "types_of_rounded": dict(Counter(one.kind for one in rounded).most_common()),
             "bits_per_rounded_weight": 8 * sum(one.bytes for one in rounded) / sum(one.numbers for one in rounded),
             "bits_per_weight": 8 * path.stat().st_size / sum(one.numbers for one in found.values()),
-            "notes": notes,
+            **described,
         }
 
 

@@ -1,66 +1,41 @@
-"""Reading a GGUF file tensor by tensor, with the names and layouts that transformers gives them."""
+"""Reading a GGUF file, or one in several parts, tensor by tensor, as the model that llama.cpp runs."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from functools import cached_property
-from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from gguf import GGMLQuantizationType, dequantize
 from torch import Tensor
-from transformers import AutoConfig
-from transformers.integrations.gguf.reader import GgufHeader, TensorInfo
-from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
 from gyroquant.errors import InputError
-from gyroquant.models.gguf_check import check_gguf
+from gyroquant.models.gguf_config import architecture_of, read_config
+from gyroquant.models.gguf_file import GgufFile, is_later_part
+from gyroquant.models.gguf_tensors import TensorPlan
+from gyroquant.models.gguf_tokenizer import read_tokenizer
 from gyroquant.models.graph import Shape
-from gyroquant.models.store import WeightStore, checked_skeleton, finite, load_tokenizer
-
-
-class _Names:
-    """As much of a model as the mapping of names needs; a whole one would be mapped again for each module."""
-
-    def __init__(self, model: Any):
-        self.config, self.state_dict = model.config, model.state_dict
-
-    def named_children(self) -> list[Any]:
-        return []
+from gyroquant.models.store import WeightStore, checked_skeleton, finite
 
 
 class GgufStore(WeightStore):
-    """A GGUF file; its tensors are dequantized to fp32 one at a time."""
+    """A GGUF file, or all parts of one by the path of any; its tensors are dequantized to fp32 one at a time.
+
+    Raises InputError, by name, for a tensor or a setting that the model would not be the same without.
+    """
 
     def __init__(self, path: Path):
         self.path, self.label = path, str(path)
-        check_gguf(path)
+        self._file = GgufFile(path)
+        described = architecture_of(self._file)
+        self._file.check_types()
         try:
-            self._header = GgufHeader.from_file(str(path))
-            self.config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
-        except Exception as error:  # the readers raise whatever they do not know in many ways
-            raise InputError(f"{path} cannot be read as a GGUF model: {error}") from error
+            self.config = read_config(self._file, described)
+        except (TypeError, ValueError, ArithmeticError) as error:  # settings of another kind than they are used as
+            raise InputError(f"{path} cannot be read as a GGUF model: {error}; fetch it again") from error
         self._skeleton: Any = checked_skeleton(self.config, self.label)
-        processor = TENSOR_PROCESSORS.get(self._header.architecture, TensorProcessor)
-        self._processor = processor(config=self.config.to_dict())
-        self._names = get_gguf_hf_weights_map(_Names(self._skeleton), self._processor)
-        self._sources: dict[str, list[TensorInfo]] = defaultdict(list)
-        for info in self._header.tensors:
-            stacked = info.name.endswith("_exps.weight")  # mapped without a suffix, as bare parameters have none
-            target = self._names.get(info.name.removesuffix(".weight") if stacked else info.name)
-            if target:
-                self._sources[target].append(info)
-        missing = sorted(set(self.shapes) - set(self._sources))
-        if missing:
-            raise InputError(f"{path} lacks {', '.join(missing[:4])} of {type(self._skeleton).__name__}")
-        for name, shape in self.shapes.items():
-            found = sum(prod(info.shape) for info in self._sources[name])
-            if found != prod(shape):
-                raise InputError(f"{path}: {name} has {found} weights, but its metadata make it {shape}")
+        self._plan = TensorPlan(self._file, described, self.config, self.shapes)
 
     @cached_property
     def tied(self) -> Mapping[str, str]:
@@ -75,36 +50,31 @@ class GgufStore(WeightStore):
         return torch.float32
 
     def bits_per_weight(self) -> float:
-        return 8 * sum(t.nbytes for t in self._header.tensors) / sum(prod(t.shape) for t in self._header.tensors)
+        tensors = self._file.tensors.values()
+        return 8 * sum(entry.bytes for entry in tensors) / sum(entry.numbers for entry in tensors)
 
     def skeleton(self) -> Any:
         return self._skeleton
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        return {name: self._one(name) for name in names}
+        return {name: finite(self._plan.read(name), name, self.label) for name in names}
 
-    def _one(self, name: str) -> Tensor:
-        made: dict[str, dict[str, Any]] = {"tensors": {}}
-        for info in self._sources[name]:
-            result = self._processor.process(
-                weights=self._values(info), name=info.name, tensor_key_mapping=self._names, parsed_parameters=made
-            )
-            if result.name is not None:
-                made["tensors"][name] = torch.from_numpy(np.ascontiguousarray(result.weights))
-        tensor: Tensor = made["tensors"][name].float()
-        if tuple(tensor.shape) != self.shapes[name]:
-            raise InputError(f"{self.label}: {name} has shape {tuple(tensor.shape)}, expected {self.shapes[name]}")
-        return finite(tensor, name, self.label)
-
-    def _values(self, info: TensorInfo) -> np.ndarray:
-        """One tensor of the file as fp32 values."""
-        start = self._header.data_start + info.offset
-        raw = np.fromfile(self.path, dtype=np.uint8, count=info.nbytes, offset=start)
-        kind = GGMLQuantizationType(info.ggml_type)
-        rows = raw.reshape(*info.shape[:-1], -1)
-        if kind == GGMLQuantizationType.F32:
-            return rows.view(np.float32)
-        return dequantize(rows.view(np.float16) if kind == GGMLQuantizationType.F16 else rows, kind)
+    def load(self) -> Any:
+        """The whole model in fp32, to be run by transformers."""
+        model = checked_skeleton(self.config, self.label)
+        model.load_state_dict(self.read(self.shapes), strict=False, assign=True)
+        model.tie_weights()
+        return model.eval()
 
     def tokenizer(self) -> Any:
-        return load_tokenizer(self.path.parent, self.label, gguf_file=self.path.name)
+        return read_tokenizer(self._file, self.label)
+
+
+def find_gguf(folder: Path) -> Path:
+    """The GGUF model of a folder, which may be in parts. Raises InputError where there is none, or more than one."""
+    files = [path for path in sorted(folder.glob("*.gguf")) if not is_later_part(path)]
+    if not files:
+        files = sorted(folder.glob("*.gguf"))[:1]  # later parts alone: the missing ones are named
+    if len(files) != 1:
+        raise InputError(f"{folder} has no config.json" + ("; name one of its GGUF files" if files else ""))
+    return files[0]

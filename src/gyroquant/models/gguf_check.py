@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import mmap
 import struct
+from collections.abc import Collection
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gguf import GGML_QUANT_SIZES
 
@@ -24,39 +26,96 @@ _LONGEST = 65535  # bytes of a key, by the specification; of names of tensors to
 _DIMENSIONS = 4  # of a tensor, the most that ggml has
 _LEAST_ENTRY, _LEAST_TENSOR = 8 + 4 + 1, 8 + 4 + 8 + 4 + 8  # bytes
 _SIZES = {int(kind): size for kind, size in GGML_QUANT_SIZES.items()}  # weights and bytes of a block
+_SIZES[42] = 64, 18  # Q2_0, which llama.cpp has and the package gguf 0.19 does not
 
 
 class _Damage(Exception):  # noqa: N818 - becomes an InputError that names the file
     pass
 
 
+@dataclass(frozen=True)
+class StringArray:
+    """An array of strings in the metadata: how many there are. They are passed over, not kept."""
+
+    count: int
+
+
+class TensorEntry(NamedTuple):
+    """A tensor as the header states it: its shape (slowest axis first, as in PyTorch), the number of its ggml type, and
+    where its bytes lie in its file.
+    """
+
+    path: Path
+    shape: tuple[int, ...]
+    type: int
+    start: int
+    bytes: int
+
+    @property
+    def numbers(self) -> int:
+        return prod(self.shape)
+
+
 @dataclass
-class _Header:
-    metadata: dict[str, Any] = field(default_factory=dict)  # without arrays
-    tensors: dict[str, tuple[tuple[int, ...], int, int]] = field(default_factory=dict)  # dimensions, start, bytes
+class Header:
+    """The metadata and the tensors of one file, by name."""
+
+    path: Path
+    metadata: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, TensorEntry] = field(default_factory=dict)
 
 
 def check_gguf(path: Path) -> None:
     """Raises InputError, naming what is wrong, for a file whose header lies, contradicts itself or is cut short, and
     for a model that claims sizes its tensors do not have.
     """
+    header = read_header(path)
+    check_claims(header.metadata, [entry.shape for entry in header.tensors.values()], path)
+
+
+def check_claims(metadata: dict[str, Any], shapes: list[tuple[int, ...]], path: Path) -> None:
+    """Raises InputError for a model without an architecture or tensors, and where its metadata claim sizes that no
+    tensor has.
+    """
+    if not isinstance(metadata.get("general.architecture"), str):
+        raise _unreadable(path, "it names no architecture (general.architecture)")
+    if not shapes:
+        raise _unreadable(path, "it holds no tensors")
+    prefix = f"{metadata['general.architecture']}."
+    claimed = {
+        key.removeprefix(prefix): value
+        for key, value in metadata.items()
+        if key.startswith(prefix) and not isinstance(value, StringArray)
+    }
+    check_sizes(claimed, shapes, str(path))
+
+
+def _unreadable(path: Path, why: object) -> InputError:
+    return InputError(f"{path} cannot be read as a GGUF model: {why}; {remedy(path, 'gguf')}")
+
+
+def read_strings(path: Path, keys: Collection[str]) -> dict[str, list[str]]:
+    """The arrays of strings of these keys, of those that a file has. Raises InputError as `read_header`."""
+    found = read_header(path, keys).metadata
+    return {key: found[key] for key in keys if isinstance(found.get(key), list)}
+
+
+def read_header(path: Path, strings: Collection[str] = ()) -> Header:
+    """The header of one file, which may be a part of a model. Raises InputError for one that lies, contradicts itself
+    or is cut short. Arrays of strings are counted only, but for those of the keys `strings`.
+    """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            header = _read(_Bytes(data))
-    except _Damage as error:
-        raise InputError(f"{path} cannot be read as a GGUF model: {error}; {remedy(path, 'gguf')}") from error
-    except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
-        raise InputError(f"{path} cannot be read as a GGUF model: {error}; {remedy(path, 'gguf')}") from error
-    prefix = f"{header.metadata['general.architecture']}."
-    claimed = {key.removeprefix(prefix): value for key, value in header.metadata.items() if key.startswith(prefix)}
-    check_sizes(claimed, [shape for shape, _, _ in header.tensors.values()], str(path))
+            return _read(_Bytes(data, strings), path)
+    except (_Damage, OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
+        raise _unreadable(path, error) from error
 
 
 class _Bytes:
     """A file's bytes, read one value after the other, none of them behind its end."""
 
-    def __init__(self, data: mmap.mmap):
-        self.data, self.at, self.size = data, 0, len(data)
+    def __init__(self, data: mmap.mmap, strings: Collection[str] = ()):
+        self.data, self.at, self.size, self._strings = data, 0, len(data), strings
 
     def need(self, count: int, what: str) -> None:
         if count > self.size - self.at:
@@ -91,8 +150,8 @@ class _Bytes:
             return self._array(key)
         raise _Damage(f"{key} is of the unknown type {kind}")
 
-    def _array(self, key: str) -> list[Any] | None:
-        """The numbers of an array, or None for strings, which are only passed over."""
+    def _array(self, key: str) -> list[Any] | StringArray:
+        """The numbers of an array; strings are only passed over and counted, unless they are asked for."""
         kind, count = self.take("I", key), self.take("Q", key)
         if kind in _SCALARS:
             size = struct.calcsize(_SCALARS[kind])
@@ -103,14 +162,16 @@ class _Bytes:
         if kind != _STRING:
             raise _Damage(f"{key} is an array of the type {kind}, of which there are none in models")
         self.need(count * 8, f"{key}, an array of {count} strings,")
+        if key in self._strings:
+            return [self.string(f"a string of {key}") for _ in range(count)]
         for _ in range(count):
             length = self.take("Q", key)
             self.need(length, f"a string of {key}")
             self.at += length
-        return None
+        return StringArray(count)
 
 
-def _read(file: _Bytes) -> _Header:
+def _read(file: _Bytes, path: Path) -> Header:
     file.need(24, "the header")
     if file.data[:4] != b"GGUF":
         raise _Damage("it does not start with GGUF")
@@ -118,28 +179,26 @@ def _read(file: _Bytes) -> _Header:
     version, tensors, keys = file.take("I", "the version"), file.take("Q", "a count"), file.take("Q", "a count")
     if version not in _VERSIONS:
         raise _Damage(f"version {version}, only 2 and 3, little-endian, are read")
-    header = _Header()
+    header = Header(path)
     file.need(keys * _LEAST_ENTRY, f"metadata of {keys} keys")
     for _ in range(keys):
         key = file.string("a key", _LONGEST)
         if key in header.metadata:
             raise _Damage(f"the key {key} is there twice")
         header.metadata[key] = file.value(file.take("I", key), key)
-    if not isinstance(header.metadata.get("general.architecture"), str):
-        raise _Damage("it names no architecture (general.architecture)")
     alignment = header.metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
         raise _Damage(f"general.alignment is {alignment!r}, not a power of two")
     file.need(tensors * _LEAST_TENSOR, f"a table of {tensors} tensors")
-    if not tensors:
-        raise _Damage("it holds no tensors")
     for _ in range(tensors):
         _read_tensor(file, header, alignment)
-    _check_places(header, -(-file.at // alignment) * alignment, file.size)
+    start = -(-file.at // alignment) * alignment
+    header.tensors = {name: entry._replace(start=start + entry.start) for name, entry in header.tensors.items()}
+    _check_places(header, start, file.size)
     return header
 
 
-def _read_tensor(file: _Bytes, header: _Header, alignment: int) -> None:
+def _read_tensor(file: _Bytes, header: Header, alignment: int) -> None:
     name = file.string("the name of a tensor", _LONGEST)
     if name in header.tensors:
         raise _Damage(f"the tensor {name} is there twice")
@@ -158,15 +217,15 @@ def _read_tensor(file: _Bytes, header: _Header, alignment: int) -> None:
         raise _Damage(f"{name} has dimensions {shape}, which blocks of {block} do not make")
     if offset % alignment:
         raise _Damage(f"{name} starts at {offset}, which is no multiple of {alignment}")
-    header.tensors[name] = shape, offset, count // block * size
+    header.tensors[name] = TensorEntry(header.path, shape[::-1], kind, offset, count // block * size)
 
 
-def _check_places(header: _Header, start: int, size: int) -> None:
+def _check_places(header: Header, start: int, size: int) -> None:
     """Refuses tensors behind the end of the file and tensors that overlap."""
-    end, before = 0, ""
-    for name, (_, offset, length) in sorted(header.tensors.items(), key=lambda item: item[1][1]):
-        if start + offset + length > size:
-            raise _Damage(f"cut short: {name} ends at byte {start + offset + length}, and the file has {size}")
-        if offset < end:
+    end, before = start, ""
+    for name, entry in sorted(header.tensors.items(), key=lambda item: item[1].start):
+        if entry.start + entry.bytes > size:
+            raise _Damage(f"cut short: {name} ends at byte {entry.start + entry.bytes}, and the file has {size}")
+        if entry.start < end:
             raise _Damage(f"{name} and {before} overlap")
-        end, before = offset + length, name
+        end, before = entry.start + entry.bytes, name

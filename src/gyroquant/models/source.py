@@ -10,7 +10,7 @@ import gyroquant.models.architectures  # noqa: F401  (registers the described ar
 from gyroquant.errors import InputError
 from gyroquant.integrity import FILE
 from gyroquant.models.adapters import ADAPTER, check_plain, merged_in_memory, open_adapter
-from gyroquant.models.gguf import GgufStore
+from gyroquant.models.gguf import GgufStore, find_gguf
 from gyroquant.models.outside import kind_of, read_json, remedy
 from gyroquant.models.packed import METHOD, PackedStore
 from gyroquant.models.prequantized.opening import open_prequantized, quantization_of
@@ -56,10 +56,7 @@ def _open_folder(folder: Path) -> WeightStore:
     if (folder / ADAPTER).is_file():
         return open_adapter(folder)
     if not (folder / "config.json").exists():
-        files = sorted(folder.glob("*.gguf"))
-        if len(files) == 1:
-            return GgufStore(files[0])
-        raise InputError(f"{folder} has no config.json" + ("; name one of its GGUF files" if files else ""))
+        return GgufStore(find_gguf(folder))
     try:
         quantization = quantization_of(folder, read_json(folder / "config.json"))
     except InputError as error:

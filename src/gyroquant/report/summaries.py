@@ -79,8 +79,18 @@ def exported(manifest: Mapping[str, Any], destination: str) -> list[Table]:
             rows.append(("top-1 agreement", f"{check['top1_agreement']:.4f}"))
         if "as_it_runs" in check:
             rows.append(("as it runs by default", f"{check['as_it_runs']['relative_logit_error']:.1e}"))
-    rows += [(str(key).replace("_", " "), _said(value)) for key, value in manifest["facts"].items()]
+    facts = {
+        key: _compared_tokens(value) if key == "tokenizer" else _said(value) for key, value in manifest["facts"].items()
+    }
+    rows += [(key.replace("_", " "), text) for key, text in facts.items()]
     return [table("", ("exported", ""), rows)]
+
+
+def _compared_tokens(found: Mapping[str, Any] | None) -> str:
+    """How the tokens of an export's tokenizer compare."""
+    if found is None:
+        return "none"
+    return f"{found['texts_that_differ']} of {found['texts']} texts differ by {found['compared_by']}"
 
 
 def _said(value: Any) -> str:

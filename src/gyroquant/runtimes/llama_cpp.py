@@ -22,9 +22,9 @@ from gyroquant.errors import InputError
 from gyroquant.export.folder import check_room
 from gyroquant.export.gguf import FILE
 from gyroquant.export.gguf_header import stored_tensors
-from gyroquant.export.llama_cpp import binding, complained, rewrite
+from gyroquant.export.llama_cpp import binding, complained, rewrite, tokenize
 from gyroquant.runtimes.base import Runtime
-from gyroquant.runtimes.transformers import TransformersRuntime
+from gyroquant.runtimes.gguf import GgufRuntime
 
 _BATCH = 512
 
@@ -145,11 +145,7 @@ class LlamaTokenizer:
 
     def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
         """The tokens of a text; special ones are known by their names."""
-        data = text.encode()
-        room = len(data) + 8
-        ids = (self._library.llama_token * room)()
-        arguments = (data, len(data), ids, room, add_special_tokens, True)
-        return {"input_ids": list(ids[: self._library.llama_tokenize(self._model.vocab, *arguments)])}
+        return {"input_ids": tokenize(self._library, self._model.vocab, text, add_special_tokens)}
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """The text of some tokens; a character that is not complete comes out as U+FFFD."""
@@ -177,13 +173,14 @@ class LlamaTokenizer:
 
 class LlamaCppRuntime(Runtime):
     """llama.cpp, on the CPU where it runs exactly. Its kernels for rounded weights round what these meet to 8 bits; it
-    runs exactly with weights that it has itself decoded to fp32. transformers reads the file where it is not installed.
+    runs exactly with weights that it has itself decoded to fp32. Where it is not installed, our own reader opens the
+    file.
     """
 
     formats = ("gguf",)
     title = "llama.cpp"
     package = "llama_cpp"
-    instead = TransformersRuntime
+    instead = GgufRuntime
     decodes = True
 
     def __init__(self, folder: Path, exact: bool):

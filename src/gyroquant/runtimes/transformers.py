@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from gyroquant.errors import InputError
-from gyroquant.export.gguf import FILE
 from gyroquant.runtimes.base import Runtime
 
 
@@ -24,10 +23,7 @@ class TransformersRuntime(Runtime):
         from transformers import AutoModelForCausalLM
 
         options: dict[str, Any] = {"dtype": torch.float32 if exact else "auto", "trust_remote_code": False}
-        if (folder / FILE).exists():
-            options["gguf_file"] = FILE
-        else:
-            options["use_safetensors"] = True  # never a pickle
+        options["use_safetensors"] = True  # never a pickle
         try:
             self._model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
         except (OSError, ImportError, ValueError, KeyError) as error:

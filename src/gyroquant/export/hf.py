@@ -65,6 +65,14 @@ class GyroquantHfQuantizer(HfQuantizer):
         kinds = {name.rpartition(".")[2] for name in self.quantization_config.description["tensors"]}
         return {kind: [f"{kind}_{part}" for part in PARTS] for kind in sorted(kinds)}
 
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Lets transformers look for the weights under their usual names again, which `IMPORT_FIRST` keeps others from.
+        No other hook is given the configuration before files are looked for.
+        """
+        if hasattr(config, "transformers_weights"):
+            del config.transformers_weights
+        return super().update_attn_implementation(config)
+
     def get_load_operations(self) -> dict[str, Any]:
         return {"dequantize": _Decode}
 

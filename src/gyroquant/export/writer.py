@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
@@ -18,7 +19,7 @@ from gyroquant.export.folder import OutputFolder
 from gyroquant.grids import QuantizedWeight, stored_bits
 from gyroquant.models.graph import LinearOp
 from gyroquant.models.online import Attachment
-from gyroquant.models.packed import Description, from_matrix
+from gyroquant.models.packed import IMPORT_FIRST, Description, from_matrix
 from gyroquant.models.store import WeightStore
 
 Rounded = Sequence[tuple[LinearOp, QuantizedWeight]]
@@ -150,6 +151,13 @@ class PackedWriter(Writer):
         config = super()._config(untied)
         config.quantization_config = self.description.to_dict()
         return config
+
+    def finish(self, tokenizer: Any, untied: list[str]) -> None:
+        """As in `Writer`; transformers without gyroquant stops at the configuration and says what to do."""
+        super().finish(tokenizer, untied)
+        config = json.loads((self.folder.partial / "config.json").read_text(encoding="utf-8"))
+        config["transformers_weights"] = IMPORT_FIRST  # which a configuration that transformers saves never keeps
+        self.folder.json("config.json", config)
 
 
 class DenseWriter(Writer):

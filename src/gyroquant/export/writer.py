@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
@@ -15,6 +14,7 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from gyroquant.errors import InputError
+from gyroquant.export.config import write_config
 from gyroquant.export.folder import OutputFolder
 from gyroquant.grids import QuantizedWeight, stored_bits
 from gyroquant.models.graph import LinearOp
@@ -96,9 +96,13 @@ class Writer(ABC):
             config.tie_word_embeddings = False
         return config
 
+    def _beside(self) -> dict[str, Any]:
+        """What config.json says besides the configuration."""
+        return {}
+
     def finish(self, tokenizer: Any, untied: list[str]) -> None:
         """Writes configuration and tokenizer."""
-        self._config(untied).save_pretrained(self.folder.partial)
+        write_config(self._config(untied), self.folder.partial, **self._beside())
         settings = self.store.generation_config()
         if settings is not None:
             settings.save_pretrained(self.folder.partial)
@@ -152,12 +156,8 @@ class PackedWriter(Writer):
         config.quantization_config = self.description.to_dict()
         return config
 
-    def finish(self, tokenizer: Any, untied: list[str]) -> None:
-        """As in `Writer`; transformers without gyroquant stops at the configuration and says what to do."""
-        super().finish(tokenizer, untied)
-        config = json.loads((self.folder.partial / "config.json").read_text(encoding="utf-8"))
-        config["transformers_weights"] = IMPORT_FIRST  # which a configuration that transformers saves never keeps
-        self.folder.json("config.json", config)
+    def _beside(self) -> dict[str, Any]:
+        return {"transformers_weights": IMPORT_FIRST}  # transformers itself never saves this
 
 
 class DenseWriter(Writer):

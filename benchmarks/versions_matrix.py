@@ -3,11 +3,11 @@
     python benchmarks/versions_matrix.py                       # makes the environments first, about 8 GB in all
     python benchmarks/versions_matrix.py --envs DIR --only newest --json FILE
 
-Every environment that can run gyroquant quantizes tiny random models (Llama with Llama 3's RoPE, Qwen2 with biases, Gemma 3)
-and writes every format; every environment then opens what it wrote itself and what `pinned` wrote. A cell is the relative
-difference of the logits from our own in fp32, the largest over the models, or the error. Formats of others are opened in
-processes that have no gyroquant, but ONNX and OpenVINO, which our thin wrappers run in fp32. llama.cpp rounds activations to
-8 bits, so that 1e-2 is what it does to any file of rounded weights. PyTorch is the 2.13.0 for CPUs throughout.
+Every environment that can run gyroquant quantizes tiny random models (Llama with Llama 3's RoPE, Qwen2 with biases,
+Gemma 3) and writes every format; every environment then opens what it wrote itself and what `pinned` wrote. A cell is
+the relative difference of the logits from our own in fp32, the largest over the models, or the error. Formats of others
+are opened in processes that have no gyroquant, but ONNX and OpenVINO, which our thin wrappers run in fp32. llama.cpp
+rounds activations to 8 bits, GPTQModel computes in fp16. PyTorch is 2.13.0 for CPUs throughout.
 """
 
 from __future__ import annotations

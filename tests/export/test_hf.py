@@ -14,6 +14,7 @@ import torch
 from transformers import AutoConfig
 
 import gyroquant as gq
+from gyroquant.export.hf import GyroquantHfQuantizer
 from gyroquant.models.packed import IMPORT_FIRST
 from gyroquant.models.source import open_model
 
@@ -66,6 +67,15 @@ def test_a_folder_that_was_written_without_the_refusal_opens(packed: Path, tmp_p
     (old / "config.json").write_text(json.dumps(config))
     assert torch.equal(saving.logits(old), saving.logits(packed))
     assert torch.equal(saving.our_logits(old, [1, 2]), saving.our_logits(packed, [1, 2]))
+
+
+def test_layers_that_transformers_left_at_random_numbers_stop_it(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As versions did that ask a quantizer for its conversions in another way: it was no more than a warning."""
+    monkeypatch.setattr(GyroquantHfQuantizer, "get_weight_conversions", lambda self: [])
+    with pytest.raises(gq.GyroquantError, match=r"left 14 of the rounded parameters at random numbers"):
+        gq.load(packed)
+    with pytest.raises(gq.GyroquantError, match=r"open the folder with a version that gyroquant is tested with"):
+        saving.logits(packed)
 
 
 def test_what_is_made_of_a_folder_does_not_keep_the_refusal(packed: Path, tmp_path: Path) -> None:

@@ -111,7 +111,8 @@ class GyroquantHfQuantizer(HfQuantizer):
         if lost:
             raise GyroquantError(
                 f"transformers {transformers.__version__} left {len(lost)} of the rounded parameters at random "
-                f"numbers, {lost[0]} for one: open the folder with a version that gyroquant is tested with, 5.20 to 5.24"
+                f"numbers, {lost[0]} for one: open the folder with a version that gyroquant is "
+                "tested with, 5.20 to 5.24"
             )
         model._weight_conversions = None  # saving finds the architecture's own again; decoding has no way back
         check_places(model, self._online, "the saved model")

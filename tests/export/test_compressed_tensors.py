@@ -23,6 +23,7 @@ from gyroquant.grids import Fp4Grid, Grid, IntegerGrid
 from gyroquant.models.online import Attachment, CacheQuantizer, InputQuantizer, OnlineMap
 from gyroquant.models.packed import PackedStore
 from gyroquant.models.sites import Insertion
+from gyroquant.models.source import open_model
 
 pytest.importorskip("compressed_tensors")
 
@@ -78,6 +79,27 @@ def test_the_library_decodes_every_width(bits: int, group_size: int, folders: di
             assert torch.equal(parts["weight_scale"].float(), expected.params.scale.squeeze(-1))
             parts["weight_scale"] = parts["weight_scale"].float()
             assert torch.equal(compressor.decompress(parts, scheme)["weight"], expected.dequantize()), name
+
+
+def test_widths_that_older_versions_read_otherwise_are_said(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """3, 5, 6 and 7 bits: one stream of bits since 0.18, before that as many whole codes a word as fit."""
+    from compressed_tensors.compressors import pack_quantized
+
+    facts = {}
+    for bits in range(2, 9):
+        store = rounded(folders["llama"], tmp_path / str(bits), bits=bits)
+        facts[bits] = written(store, tmp_path / f"out{bits}").get("read_by")
+    assert {bits for bits, said in facts.items() if said} == {3, 5, 6, 7}
+    assert facts[3] == "compressed-tensors 0.18 and newer, for the layers of 3 bits"
+
+    def ten_a_word(value: torch.Tensor, num_bits: int, packed_dim: int = 1) -> torch.Tensor:
+        return torch.zeros(len(value), -(-value.shape[1] // (32 // num_bits)), dtype=torch.int32)
+
+    monkeypatch.setattr(pack_quantized, "pack_to_int32", ten_a_word)
+    said = written(open_model(tmp_path / "3"), tmp_path / "older")["read_by"]  # type: ignore[arg-type]
+    assert said == "compressed-tensors 0.17 and older, for the layers of 3 bits"
 
 
 @pytest.mark.parametrize(("stored", "shown"), [("float16", "float16"), ("bfloat16", "float32"), ("float32", "float32")])

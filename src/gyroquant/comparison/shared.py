@@ -19,6 +19,7 @@ from gyroquant.calibration.text import TokenBatch, TokenStream
 from gyroquant.comparison.texts import token_digest
 from gyroquant.evaluation.outliers import measure_outliers
 from gyroquant.evaluation.perplexity import DTYPES, last_hidden, score_windows, summary
+from gyroquant.export.config import write_config
 from gyroquant.files import put_json, put_tensors, save_tensors
 from gyroquant.models.runner import BlockRunner, evaluating
 from gyroquant.models.store import WeightStore
@@ -145,7 +146,7 @@ def plain_folder(shared: Shared) -> Path:
         partial.mkdir(parents=True)
         config = type(store.config).from_dict(store.config.to_dict() | {"quantization_config": None})
         config.dtype = "float32"
-        config.save_pretrained(partial)
+        write_config(config, partial)
         store.tokenizer().save_pretrained(partial)
         weights = {name: tensor.float() for name, tensor in store.read(store.shapes).items()}
         save_tensors(weights, partial / "model.safetensors", {"format": "pt"})

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 import gyroquant.models.architectures  # noqa: F401  (registers the described architectures)
 from gyroquant.errors import InputError
+from gyroquant.export.config import write_config
 from gyroquant.export.folder import OutputFolder
 from gyroquant.export.writer import copy_companions
 from gyroquant.grids import QuantizedWeight
@@ -60,7 +61,7 @@ def write_rest(
     config.dtype = dtype
     if quantization is not None:
         config.quantization_config = quantization
-    config.save_pretrained(folder.partial)
+    write_config(config, folder.partial)
     write_companions(store, folder)
 
 

@@ -7,7 +7,8 @@ A linear layer with weights of shape (out, in) is stored as
     weight_zero_point  int32 (out * bits / 32, groups)  zero points minus 2^(bits-1), packed along the outputs
     weight_shape       int64 (2)
 
-Packing and the configuration are the library's own.
+Packing and the configuration are the library's own. Codes of 3, 5, 6 and 7 bits are packed differently since its
+version 0.18.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from gyroquant.models.graph import LinearOp
 from gyroquant.models.packed import PackedStore
 
 _FORMAT = "pack-quantized"
+_WORD = 32  # bits
 
 
 class CompressedTensors(Format):
@@ -79,6 +81,7 @@ class CompressedTensors(Format):
             "dtype": dtype_name(dtype),
             "scale_dtype": "float32" if at_once else "float16",
             "exact_in": "float32",
+            **_readers({grid.bits for grid in layers}),
             **negative.facts(),
         }
 
@@ -110,6 +113,21 @@ def _arrays(weight: QuantizedWeight) -> dict[str, Tensor]:
     if not _symmetric(weight.grid):
         arrays["weight_zero_point"] = pack(signed(weight.params.zero.squeeze(-1)), bits, packed_dim=0)
     return arrays
+
+
+def _readers(widths: Iterable[int]) -> dict[str, Any]:
+    """Which versions of compressed-tensors read these widths, where not all do.
+
+    Widths that do not divide 32 were packed 32 // bits to a word up to version 0.17, and are one stream of bits since
+    0.18, under the same name. Versions take either for their own: the other's file fails or comes out as other numbers.
+    """
+    odd = sorted(bits for bits in widths if _WORD % bits)
+    if not odd:
+        return {}
+    pack = import_module("compressed_tensors.compressors.pack_quantized").pack_to_int32
+    stream = pack(torch.zeros(1, _WORD, dtype=torch.int8), odd[0]).shape[1] == odd[0]
+    versions = "0.18 and newer" if stream else "0.17 and older"
+    return {"read_by": f"compressed-tensors {versions}, for the layers of {', '.join(map(str, odd))} bits"}
 
 
 def _config(store: PackedStore, layers: dict[Grid, list[str]]) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import transformers
 from torch import Tensor
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -52,7 +53,15 @@ class _Decode(ConversionOps):
         arrays = {pattern.rpartition("_")[2]: value[0] for pattern, value in input_dict.items()}
         wanted = model.get_parameter(name)
         description = self.hf_quantizer.quantization_config.description
+        self.hf_quantizer.decoded.add(name)
         return {target_patterns[0]: decode(description, name, arrays, tuple(wanted.shape)).to(wanted.dtype)}
+
+
+class _Names(set[str]):
+    """Names that are noted here from copies too: transformers copies a conversion for every parameter."""
+
+    def __deepcopy__(self, memo: Any) -> _Names:
+        return self
 
 
 class GyroquantHfQuantizer(HfQuantizer):
@@ -60,13 +69,29 @@ class GyroquantHfQuantizer(HfQuantizer):
 
     requires_calibration = True
 
+    def __init__(self, quantization_config: Any, **options: Any):
+        super().__init__(quantization_config, **options)
+        self.decoded = _Names()
+
     @property
     def serialized_names(self) -> dict[str, list[str]]:
         kinds = {name.rpartition(".")[2] for name in self.quantization_config.description["tensors"]}
         return {kind: [f"{kind}_{part}" for part in PARTS] for kind in sorted(kinds)}
 
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Lets transformers look for the weights under their usual names again, which `IMPORT_FIRST` keeps others from.
+        No other hook is given the configuration before files are looked for.
+        """
+        if hasattr(config, "transformers_weights"):
+            del config.transformers_weights
+        return super().update_attn_implementation(config)
+
     def get_load_operations(self) -> dict[str, Any]:
         return {"dequantize": _Decode}
+
+    def get_weight_conversions(self) -> list[Any]:
+        """What newer versions of transformers make of the two above, and older ones ask for."""
+        return [WeightConverter(names, kind, [_Decode(self)]) for kind, names in self.serialized_names.items()]
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         description = self.quantization_config.description
@@ -82,6 +107,13 @@ class GyroquantHfQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        lost = [name for name in self.quantization_config.description["tensors"] if name not in self.decoded]
+        if lost:
+            raise GyroquantError(
+                f"transformers {transformers.__version__} left {len(lost)} of the rounded parameters at random "
+                f"numbers, {lost[0]} for one: open the folder with a version that gyroquant is "
+                "tested with, 5.20 to 5.24"
+            )
         model._weight_conversions = None  # saving finds the architecture's own again; decoding has no way back
         check_places(model, self._online, "the saved model")
         keep_online(model, self._online)

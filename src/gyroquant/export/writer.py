@@ -15,11 +15,12 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from gyroquant.errors import InputError
+from gyroquant.export.config import write_config
 from gyroquant.export.folder import OutputFolder
 from gyroquant.grids import QuantizedWeight, stored_bits
 from gyroquant.models.graph import LinearOp
 from gyroquant.models.online import Attachment
-from gyroquant.models.packed import Description, from_matrix
+from gyroquant.models.packed import IMPORT_FIRST, Description, from_matrix
 from gyroquant.models.store import WeightStore, untie
 
 Rounded = Sequence[tuple[LinearOp, QuantizedWeight]]
@@ -117,9 +118,13 @@ class Writer(ABC):
             self._plain_bits += piece.other_bits
             self.folder.add(piece.arrays)
 
+    def _beside(self) -> dict[str, Any]:
+        """What config.json says besides the configuration."""
+        return {}
+
     def finish(self, tokenizer: Any, untied: list[str]) -> None:
         """Writes configuration and tokenizer."""
-        self._config(untied).save_pretrained(self.folder.partial)
+        write_config(self._config(untied), self.folder.partial, **self._beside())
         self.store.write_generation_config(self.folder.partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(self.folder.partial)
@@ -171,6 +176,9 @@ class PackedWriter(Writer):
         config = super()._config(untied)
         config.quantization_config = self.description.to_dict()
         return config
+
+    def _beside(self) -> dict[str, Any]:
+        return {"transformers_weights": IMPORT_FIRST}  # transformers itself never saves this
 
 
 class DenseWriter(Writer):

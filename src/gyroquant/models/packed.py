@@ -4,6 +4,9 @@ A parameter P that was rounded is stored as P_codes, P_scales and, where there a
 (the scale of the whole parameter) and P_basis (the scales of the basis in which it was rounded). What runs with the
 model (maps, rounding of activations and of the KV cache) is described in the configuration too; its tensors lie among
 the weights under names that start with `gyroquant_map.`.
+
+transformers without gyroquant would skip a quantization that it does not know and leave every rounded weight at random
+numbers. `transformers_weights` in config.json stops it: where the name of a file belongs stands `IMPORT_FIRST`.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ METHOD = "gyroquant"
 FORMAT_VERSIONS = (1, 2, 3)
 PARTS = ("codes", "scales", "zeros", "global", "basis")
 MAPS = "gyroquant_map."
+IMPORT_FIRST = "gyroquant packed these weights, run `import gyroquant` before you open them"
 _STORED_BITS = {"U8": 8, "I8": 8, "F16": 16, "BF16": 16, "I32": 32, "F32": 32, "I64": 64, "F64": 64}
 
 

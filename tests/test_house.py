@@ -22,6 +22,7 @@ ROOMS = [
     "predict",
     "verification",
     "deploy",
+    "export_check",
     "chat",
     "footprint",
     "runtimes",

@@ -28,8 +28,8 @@ _PLACES = {
 
 @dataclass(frozen=True)
 class Layer:
-    """A rounded parameter: its grid and how many weights a row of it has. `plain` ones are rounded in the basis that
-    they are stored in, `stacked` ones hold several experts.
+    """A rounded parameter: its grid, how many weights a row of it has, and how many rows there are where that is known.
+    `plain` ones are rounded in the basis that they are stored in, `stacked` ones hold several experts.
     """
 
     name: str
@@ -37,6 +37,7 @@ class Layer:
     columns: int
     plain: bool = True
     stacked: bool = False
+    rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,10 @@ def needs_of(store: PackedStore) -> Needs:
     for name, entry in description["tensors"].items():
         op = ops[name]
         spec = description["grids"][entry["grid"]]
-        columns = matrix_shape(store.shapes[name], op.entry.transposed)[1]
+        rows, columns = matrix_shape(store.shapes[name], op.entry.transposed)
         columns = entry.get("basis", {}).get("order", columns)
-        layers.append(Layer(name, Grid.kinds[spec["grid"]](**spec), columns, "basis" not in entry, op.entry.stacked))
+        plain = "basis" not in entry
+        layers.append(Layer(name, Grid.kinds[spec["grid"]](**spec), columns, plain, op.entry.stacked, rows))
     return Needs(store.config.model_type, tuple(layers), store.online, store.config)
 
 

@@ -152,7 +152,7 @@ def _held_to(runtime: Runtime, usage: export_check.Usage, tolerance: float, name
         way = "in fp32" if runtime.exact else "as it runs by default"
         raise ProofError(
             f"{runtime.title} {way} makes another model of the {name} export than gyroquant of {against}: "
-            f"{'; '.join(faults)}. No export was written"
+            f"{'; '.join(faults)}. No export was written; --no-check (check=False) writes it unchecked"
         )
     return measured
 

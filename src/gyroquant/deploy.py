@@ -27,12 +27,11 @@ from gyroquant.models.packed import PackedStore
 from gyroquant.models.source import open_model
 from gyroquant.progress import Advance, Stages
 from gyroquant.rounding.allocate import grids_by_bits
-from gyroquant.runtimes import Runtime, TransformersRuntime, open_runtime
+from gyroquant.runtimes import Runtime, TransformersRuntime, in_use, open_runtime
 
 MANIFEST = "gyroquant_export.json"
 TOLERANCE = 1e-3  # of the largest logit: sums in another order
 _SPREAD = 20  # what the logits may be off by for each part that a weight is: 4 to 6 were seen with GGUF's Q4_1
-_PROOF_TOKENS = 32
 
 
 def export(
@@ -47,9 +46,10 @@ def export(
 ) -> dict[str, Any]:
     """Writes a folder that gyroquant wrote in another format; returns what stands in its manifest.
 
-    With `check`, the program of the format is run on a few tokens and its logits compared before the folder is put in
-    place. With `requantize`, a type of llama.cpp such as Q4_K_M, llama.cpp rounds all weights again; what that loses is
-    measured, and nothing too much. Raises InputError with every reason why the model does not fit, before any work, and
+    With `check`, the program of the format is run as it will be used before the folder is put in place: a prompt,
+    single tokens after it and a padded batch, in fp32 and as it runs by default (`runtimes.in_use`). With `requantize`,
+    a type of llama.cpp such as Q4_K_M, llama.cpp rounds all weights again; what that loses is measured, and nothing too
+    much. Raises InputError with every reason why the model does not fit, before any work, and
     ProofError, leaving nothing, when the program sees another model.
     """
     chosen = format_named(format_name)
@@ -127,23 +127,44 @@ def _tolerance(facts: Mapping[str, Any]) -> float:
 
 
 def _checked(chosen: Format, folder: Path, store: PackedStore, tolerance: float) -> dict[str, Any]:
-    """What a few tokens' logits are like, or why that is not known."""
-    ids = torch.randint(store.text_config.vocab_size, (1, _PROOF_TOKENS), generator=torch.Generator().manual_seed(0))
+    """How the program of a format differs from us when it is used, or why that is not known."""
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(store.text_config.vocab_size, (in_use.PROMPT + in_use.SHORTER,), generator=draw)
     try:
         runtime = open_runtime(chosen.name, folder, exact=True)
     except InputError as error:
         return {"not_run": str(error)}
-    reference = TransformersRuntime(store.folder, exact=True)
-    found = _measured(runtime, reference, ids)
-    if not found["relative_logit_error"] <= tolerance:
+    texts = in_use.texts_of(ids, in_use.STEPS, _longest(store, runtime))
+    usage = in_use.usage_of(TransformersRuntime(store.folder, exact=True), *texts)
+    result: dict[str, Any] = {"runtime": runtime.title, "tokens": len(texts[0]) + len(usage.tokens)}
+    result |= _held_to(runtime, usage, tolerance, chosen.name, store.folder)
+    del runtime
+    by_default = open_runtime(chosen.name, folder, exact=False)
+    return result | {"as_it_runs": _held_to(by_default, usage, tolerance, chosen.name, store.folder)}
+
+
+def _held_to(runtime: Runtime, usage: in_use.Usage, tolerance: float, name: str, against: Path) -> dict[str, Any]:
+    """What comparing the use of an export gives. Raises ProofError where it is another model."""
+    measured = in_use.compare_usage(runtime, usage, _near(tolerance, runtime.exact))
+    faults = in_use.faults(measured, tolerance, runtime.exact)
+    if faults:
+        way = "in fp32" if runtime.exact else "as it runs by default"
         raise ProofError(
-            f"{runtime.title} gives other logits for the {chosen.name} export than gyroquant for {store.folder}: "
-            f"relative error {found['relative_logit_error']:.1e}, allowed {tolerance:.0e}. No export was written"
+            f"{runtime.title} {way} makes another model of the {name} export than gyroquant of {against}: "
+            f"{'; '.join(faults)}. No export was written; --no-check (check=False) writes it unchecked"
         )
-    result: dict[str, Any] = {"runtime": runtime.title, "tokens": _PROOF_TOKENS, **found}
-    if runtime.decodes:
-        result["as_it_runs"] = _measured(open_runtime(chosen.name, folder, exact=False), reference, ids)
-    return result
+    return measured
+
+
+def _near(tolerance: float, exact: bool) -> float:
+    """What logits may be off by where a greedy token that differs is a near tie."""
+    return tolerance if exact else max(tolerance, in_use.DEFAULT_ERROR)
+
+
+def _longest(store: PackedStore, runtime: Runtime) -> int | None:
+    """How many tokens both models take."""
+    known = (getattr(store.config, "max_position_embeddings", None), runtime.longest)
+    return min((one for one in known if one), default=None)
 
 
 def read_manifest(destination: Path) -> dict[str, Any]:
@@ -179,11 +200,13 @@ def verify_export(
     """Runs an export by its own program, once in fp32 throughout and once as that program does by default, and compares
     it with the folder that it was made from.
 
-    For each way: the largest difference of logits, KL divergence in nats a token and agreement of the most likely
-    token on windows of `text` (random tokens where there is none), perplexity of both, and how many of `tokens` greedy
-    tokens are the same; as it runs by default also its `footprint`. With `devices`, also on every device that the
-    program finds, as it runs there by default. No tolerance applies to weights that were rounded again. Raises
-    InputError when the program cannot be run here or a file of the export is damaged.
+    For each way: how it differs when it is used (`runtimes.in_use`: a prompt, `tokens` single tokens after it, a padded
+    batch), and on windows of `text` (random tokens where there is none) the largest difference of logits, KL divergence
+    in nats a token, agreement of the most likely token and perplexity of both; as it runs by default also its
+    `footprint`. Windows are read in several calls, so that the KV cache is in play as the program keeps it (`reading`).
+    With `devices`, also on every device that the program finds, as it runs there by default. No tolerance applies to
+    weights that were rounded again. Raises InputError when the program cannot be run here or a file of the export is
+    damaged.
     """
     destination = Path(destination)
     manifest = read_manifest(destination)
@@ -195,21 +218,23 @@ def verify_export(
     runtime = runtimes["exact"]
     if devices:
         runtimes |= runtime.on_devices(destination)
+    texts = in_use.texts_of(batch.flatten()[: 2 * in_use.PROMPT], tokens, _longest(store, runtime))
+    usage, tolerance = in_use.usage_of(reference, *texts), _tolerance(manifest["facts"])
     ways: dict[str, Any] = {}
     for way, one in runtimes.items():
         with progress.stage(way, len(batch)) as advance:
-            ways[way] = _compared(one, reference, batch, tokens, advance)
+            ways[way] = _compared(one, reference, batch, usage, tolerance, advance)
     with progress.stage("speed", 1) as advance:
         ways["default"] |= footprint(manifest["format"], destination, batch[0].tolist(), tokens, exact=False)
         advance()
-    tolerance = _tolerance(manifest["facts"])
     return {"format": manifest["format"], "runtime": runtime.title, "against": str(against), "ways": ways} | {
         "text": None if text is None else str(text),
         "tokens": batch.numel(),
+        "reading": in_use.reading(batch.shape[1]),
         "bytes": manifest["bytes"],
         "facts": manifest["facts"],
         "tolerance": None if tolerance == inf else tolerance,
-        "passed": ways["exact"]["relative_logit_error"] <= tolerance,
+        "passed": not any(way["faults"] for way in ways.values()),
         "versions": versions(),
     }
 
@@ -224,10 +249,10 @@ def _windows(store: PackedStore, text: str | Path | None, window: int, count: in
 
 
 def _measured(runtime: Runtime, reference: Runtime, batch: Tensor, advance: Advance = lambda: None) -> dict[str, float]:
-    """How far the logits of texts, (texts, length), are from those of the reference."""
+    """How far the logits of texts, (texts, length), read through the KV cache, are from those of the reference."""
     error, divergence, agreed, losses = 0.0, 0.0, 0, [0.0, 0.0]
     for ids in batch:
-        ours, theirs = reference.logits(ids), runtime.logits(ids)
+        ours, theirs = reference.logits(ids), in_use.read_in_pieces(runtime, ids)
         theirs = theirs[:, : ours.shape[1]]
         error = max(error, relative_error(theirs, ours))
         p, q = ours.log_softmax(-1), theirs.log_softmax(-1)
@@ -250,10 +275,20 @@ def _exp(value: float) -> float:
     return float(torch.tensor(value).exp())  # of what is too large it is infinite, no error
 
 
-def _compared(runtime: Runtime, reference: Runtime, batch: Tensor, tokens: int, advance: Advance) -> dict[str, Any]:
-    """As `_measured`, and how many greedy tokens behind the start of the first text are the same."""
-    prompt = batch[0][:16]
-    pairs = zip(reference.greedy(prompt, tokens), runtime.greedy(prompt, tokens), strict=True)
-    same = [a == b for a, b in pairs]
-    alike = same.index(False) if False in same else len(same)
-    return _measured(runtime, reference, batch, advance) | {"greedy_tokens_alike": alike, "greedy_tokens": tokens}
+def _compared(
+    runtime: Runtime,
+    reference: Runtime,
+    batch: Tensor,
+    usage: in_use.Usage,
+    tolerance: float,
+    advance: Advance,
+) -> dict[str, Any]:
+    """As `_measured`, and how an export differs when it is used; `faults` are what speaks against it."""
+    used = in_use.compare_usage(runtime, usage, _near(tolerance, runtime.exact))
+    measured = _measured(runtime, reference, batch, advance)
+    faults = in_use.faults(used, tolerance, runtime.exact)
+    if runtime.exact and not measured["relative_logit_error"] <= tolerance:
+        error = measured["relative_logit_error"]
+        faults.append(f"the text: relative error of the logits {error:.1e}, allowed {tolerance:.0e}")
+    largest = max(used["relative_logit_error"], measured["relative_logit_error"])
+    return used | measured | {"relative_logit_error": largest, "faults": faults}

@@ -96,6 +96,25 @@ def test_every_grid_is_exact(bits: int, kind: dict[str, bool], group_size: int, 
     assert close(graphs.compute(lambda ops, given: ops.rounded(given, weight), x), x @ weight.dequantize().T)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("columns", "group_size"), [(576, 48), (576, 96), (576, 192), (576, 36), (3072, 24)])
+def test_every_group_size_is_exact_in_calls_of_any_length(
+    bits: int, symmetric: bool, columns: int, group_size: int, graphs: GraphFormat
+) -> None:
+    """Kernels for a few rows are others than those for many."""
+    torch.manual_seed(0)
+    grid = IntegerGrid(bits=bits, group_size=group_size, symmetric=symmetric, scale="minmax")
+    if not format_named(graphs.name).carries.type_of(Layer("a", grid, columns)):
+        pytest.skip(f"{graphs.name} has no such groups")
+    groups = torch.randn(16, columns).view(16, -1, group_size)
+    params = grid.fit(groups)
+    weight = QuantizedWeight(grid, grid.encode(groups, params).view(16, columns), params)
+    for rows in (1, 4, 5):
+        x = torch.randn(1, rows, columns)
+        assert close(graphs.compute(lambda ops, given: ops.rounded(given, weight), x), x @ weight.dequantize().T)
+
+
 @pytest.mark.parametrize("order", [96, 128])
 @pytest.mark.parametrize("scaled", [True, False])
 def test_a_basis_of_the_inputs_is_exact(order: int, scaled: bool, graphs: GraphFormat) -> None:

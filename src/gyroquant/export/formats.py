@@ -29,8 +29,10 @@ _PLACES = {
 
 @dataclass(frozen=True)
 class Layer:
-    """A rounded parameter: its grid and how many weights a row of it has. `plain` ones are rounded in the basis that
-    they are stored in, `stacked` ones hold several experts, `wide` ones have scales that fp16 does not hold.
+    """A rounded parameter: its grid, how many weights a row of it has, and how many rows there are where that is known.
+
+    `plain` ones are rounded in the basis that they are stored in, `stacked` ones hold several experts, `wide` ones have
+    scales that fp16 does not hold.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Layer:
     plain: bool = True
     stacked: bool = False
     wide: bool = False
+    rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,10 +62,10 @@ def needs_of(store: PackedStore) -> Needs:
     for name, entry in description["tensors"].items():
         op = ops[name]
         spec = description["grids"][entry["grid"]]
-        columns = matrix_shape(store.shapes[name], op.entry.transposed)[1]
+        rows, columns = matrix_shape(store.shapes[name], op.entry.transposed)
         columns = entry.get("basis", {}).get("order", columns)
         grid, wide = Grid.kinds[spec["grid"]](**spec), bool(entry.get("tensor_scale")) and _wide(store.quantized(name))
-        layers.append(Layer(name, grid, columns, "basis" not in entry, op.entry.stacked, wide))
+        layers.append(Layer(name, grid, columns, "basis" not in entry, op.entry.stacked, wide, rows))
     return Needs(store.config.model_type, tuple(layers), store.online, store.config)
 
 

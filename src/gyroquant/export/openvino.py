@@ -10,7 +10,8 @@ from gyroquant.errors import InputError
 from gyroquant.export.checkpoint import write_rest
 from gyroquant.export.decoder import MODEL_TYPES, POINTS, Decoder, heads_of, impossible_settings, unknown_settings
 from gyroquant.export.folder import OutputFolder
-from gyroquant.export.formats import Carries, Format, Needs, WeightType
+from gyroquant.export.formats import Carries, Format, Needs, WeightType, needs_of
+from gyroquant.grids import IntegerGrid
 from gyroquant.models.packed import PackedStore
 
 MODEL = "openvino_model.xml"
@@ -34,6 +35,14 @@ TRACED = (
     "phi3",
     "starcoder2",
 )
+# The CPU plugin of OpenVINO 2026.4.1 takes one group's scale for other groups' weights where groups do not fit the
+# blocks in which it walks through a row. In calls of one to four rows a group that is larger than such a block must
+# be a multiple of it: of 32 weights of 4 bits (64 where products run in bfloat16), 64 (128) of 2 bits, 4 (8) of 8
+# bits. Longer rows are cut into larger blocks besides, in calls of any length: in rows of 3,072, groups of 24, 48 and
+# 192 are wrong at every width in bfloat16. Powers of two fit all of these blocks, and one group a row needs none.
+# Rows of codes that do not fill whole bytes are wrong too, at 8 bits those of odd length. Seen in products alone, in
+# 1 to 64 rows, beside exact ones.
+_LARGEST_GROUP = 256
 _FEW_BITS = 3
 _CAREFUL = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "0", "KV_CACHE_PRECISION": "f16"}
 
@@ -49,9 +58,9 @@ class OpenVino(Format):
     extra = "openvino"
     carries = Carries(
         weights=(
-            WeightType("u2", (1, 2), midrise=True),
-            WeightType("i4 and u4", (3, 4), midrise=True),
-            WeightType("i8 and u8", (5, 6, 7, 8), midrise=True),
+            WeightType("u2", (1, 2), midrise=True, block=4),
+            WeightType("i4 and u4", (3, 4), midrise=True, block=2),
+            WeightType("i8 and u8", (5, 6, 7, 8), midrise=True, block=4),
         ),
         points=POINTS,
         basis=True,
@@ -71,13 +80,41 @@ class OpenVino(Format):
             model.set_rt_info(value, ["runtime_options", key])
         ov.save_model(model, str(folder.partial / MODEL), compress_to_fp16=False)
         write_rest(store, folder, store.dtype)
-        return {"graph": way, "runtime_options": settings, "tokenizer": _tokenizers(store, folder)}
+        facts = {"graph": way, "runtime_options": settings, "tokenizer": _tokenizers(store, folder)}
+        return facts | repeated_scales(store)
 
 
 def graph_of(config: Any) -> str:
     """How the graph of a configuration comes to be: "built", or "traced" where the builder does not know everything."""
     known = config.model_type in MODEL_TYPES and not list(unknown_settings("", config))
     return "built" if known else "traced"
+
+
+def held_group(group: int, columns: int) -> int:
+    """How many weights of a row of `columns` share a scale in the file, where `group` of them do in the model: the
+    largest power of two that divides the group, unless it is the row. The plugin computes others wrongly.
+    """
+    return group if group == columns else min(group & -group, _LARGEST_GROUP)
+
+
+def repeated_scales(store: PackedStore) -> dict[str, Any]:
+    """What is written more often than the model has it, for the sake of groups that the plugin computes rightly."""
+    sizes, extra = set[str](), 0
+    for layer in needs_of(store).layers:
+        grid, columns = layer.grid, layer.columns
+        assert isinstance(grid, IntegerGrid)
+        group = grid.group_of(columns, layer.name)
+        held = held_group(group, columns)
+        if held != group:
+            sizes.add(f"{group} as {held}")
+            zero = 0 if grid.symmetric else stored_bits(grid.bits)
+            extra += layer.rows * (columns // held - columns // group) * (16 + zero) // 8
+    return {"repeated_scales": {"groups": sorted(sizes), "extra_bytes": extra}} if sizes else {}
+
+
+def stored_bits(bits: int) -> int:
+    """How many bits hold a code or zero point."""
+    return next(width for width in (2, 4, 8) if bits <= width)
 
 
 def _made(store: PackedStore, way: str) -> Any:

@@ -15,6 +15,7 @@ from openvino import PartialShape, Type, opset13
 from openvino.op.util import Variable, VariableInfo
 from torch import Tensor
 
+from gyroquant.export.openvino import held_group
 from gyroquant.export.operations import Operations
 from gyroquant.grids import IntegerGrid, QuantizedWeight
 
@@ -67,21 +68,25 @@ def stored_type(grid: IntegerGrid) -> tuple[Any, int]:
 
 
 def matrix(weight: QuantizedWeight) -> Any:
-    """Codes, scales and zero points as they are, in the form that plugins run without unpacking it, (out, in)."""
+    """Codes, scales and zero points as they are, in the form that plugins run without unpacking it, (out, in). Groups
+    of a size that they compute wrongly are written as several smaller ones with the same scale and zero point.
+    """
     assert isinstance(weight.grid, IntegerGrid)
     grid, (rows, columns) = weight.grid, weight.codes.shape
-    groups = weight.params.scale.shape[1]
+    group = columns // weight.params.scale.shape[1]
+    held = held_group(group, columns)
+    scale, zero = (one.repeat_interleave(group // held, 1) for one in (weight.params.scale, weight.params.zero))
     kind, centre = stored_type(grid)
-    codes = weight.codes.view(rows, groups, -1).to(torch.int16) - centre
-    held = codes.numpy().astype(np.int8 if kind in (Type.i4, Type.i8) else np.uint8)
-    found = opset13.convert(opset13.constant(held, dtype=kind), np.float16)
+    codes = weight.codes.view(rows, -1, held).to(torch.int16) - centre
+    stored = codes.numpy().astype(np.int8 if kind in (Type.i4, Type.i8) else np.uint8)
+    found = opset13.convert(opset13.constant(stored, dtype=kind), np.float16)
     if not grid.symmetric:
-        zero = weight.params.zero.to(torch.uint8).numpy()
-        found = opset13.subtract(found, opset13.convert(opset13.constant(zero, dtype=kind), np.float16))
+        zeros = opset13.constant(zero.to(torch.uint8).numpy(), dtype=kind)
+        found = opset13.subtract(found, opset13.convert(zeros, np.float16))
     elif not centre:
         middle = np.full((1, 1, 1), 2 ** (grid.bits - 1), np.uint8)
         found = opset13.subtract(found, opset13.convert(opset13.constant(middle, dtype=Type.u8), np.float16))
-    found = opset13.multiply(found, opset13.constant(weight.params.scale.half().numpy()))
+    found = opset13.multiply(found, opset13.constant(scale.half().numpy()))
     return opset13.convert(opset13.reshape(found, shape(rows, columns), False), np.float32)
 
 

@@ -72,13 +72,11 @@ def exported(manifest: Mapping[str, Any], destination: str) -> list[Table]:
     if check is None or "not_run" in check:
         rows.append(("checked", "no" if check is None else f"no: {check['not_run']}"))
     else:
-        error = f"{check['relative_logit_error']:.1e} on {check['tokens']} tokens"
-        rows.append((f"relative logit error in {check['runtime']}", error))
+        rows.append((f"in {check['runtime']}, fp32", _use(check)))
         if "requantized" in manifest["facts"]:
             rows.append(("KL, nats a token", f"{check['kl']:.2e}"))
             rows.append(("top-1 agreement", f"{check['top1_agreement']:.4f}"))
-        if "as_it_runs" in check:
-            rows.append(("as it runs by default", f"{check['as_it_runs']['relative_logit_error']:.1e}"))
+        rows.append(("as it runs by default", _use(check["as_it_runs"])))
     facts = {
         key: _compared_tokens(value) if key == "tokenizer" else _said(value) for key, value in manifest["facts"].items()
     }
@@ -91,6 +89,19 @@ def _compared_tokens(found: Mapping[str, Any] | None) -> str:
     if found is None:
         return "none"
     return f"{found['texts_that_differ']} of {found['texts']} texts differ by {found['compared_by']}"
+
+
+def _use(check: Mapping[str, Any]) -> str:
+    """How an export differs when it is used."""
+    parts = {"prompt": "prompt_error", "single tokens": "step_error", "padded batch": "batch_error"}
+    errors = ", ".join(f"{name} {_error(check, key)}" for name, key in parts.items())
+    ties = f" and {check['greedy_near_ties']} near ties" if check["greedy_near_ties"] else ""
+    alike = f"{check['greedy_tokens_alike']} of {check['greedy_tokens']} greedy tokens alike{ties}"
+    return f"relative logit error: {errors}; {alike}"
+
+
+def _error(check: Mapping[str, Any], key: str) -> str:
+    return f"not run ({check['batch_not_run']})" if check[key] is None else f"{check[key]:.1e}"
 
 
 def _said(value: Any) -> str:
@@ -106,22 +117,33 @@ def verified(result: Mapping[str, Any]) -> list[Table]:
     ways = list(result["ways"].values())
     lines = (
         ("relative logit error", "relative_logit_error", ".1e"),
+        ("a prompt in one call", "prompt_error", ".1e"),
+        ("single tokens after it", "step_error", ".1e"),
+        ("a padded batch", "batch_error", ".1e"),
         ("KL, nats a token", "kl", ".2e"),
         ("top-1 agreement", "top1_agreement", ".4f"),
         ("perplexity", "perplexity", ".3f"),
         ("perplexity, gyroquant in fp32", "perplexity_ours", ".3f"),
         ("greedy tokens alike", "greedy_tokens_alike", "d"),
+        ("near ties", "greedy_near_ties", "d"),
         ("of", "greedy_tokens", "d"),
         ("prefill, tokens/s", "prefill_tokens_per_second", ".0f"),
         ("decode, tokens/s", "decode_tokens_per_second", ".1f"),
     )
-    rows = [(title, *(format(way[key], how) if key in way else "-" for way in ways)) for title, key, how in lines]
+    rows = [
+        (title, *("-" if way.get(key) is None else format(way[key], how) for way in ways)) for title, key, how in lines
+    ]
     for title, key in (("peak memory", "peak_memory_bytes"), ("of which before opening", "memory_before_bytes")):
         rows.append((title, *(size(way[key]) if key in way else "-" for way in ways)))
     allowed = result["tolerance"]
-    within = "none applies: rounded again" if allowed is None else f"{result['passed']} ({allowed:.1e})"
-    rows.append(("within the tolerance", within, *["-"] * (len(ways) - 1)))
+    within = ["none applies" if allowed is None else "; ".join(way["faults"]) or "yes" for way in ways]
+    rows.append(("the same model" if allowed is None else f"the same model ({allowed:.1e})", *within))
+    rows.append(("the text was read", _pieces(result["reading"]), *["-"] * (len(ways) - 1)))
     return [table(f"{result['format']} in {result['runtime']}", ("", *result["ways"]), rows)]
+
+
+def _pieces(reading: Mapping[str, int]) -> str:
+    return "through the KV cache: {first} tokens, then {chunk} a call, the last {single} singly".format(**reading)
 
 
 def checked(result: Mapping[str, Any]) -> list[Any]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer
+
+from gyroquant.errors import InputError
 
 
 class Runtime(ABC):
@@ -24,6 +26,8 @@ class Runtime(ABC):
     package: ClassVar[str] = ""
     instead: ClassVar[type[Runtime] | None] = None
     decodes: ClassVar[bool] = False  # weights are fp32 as well where it runs exactly, so that other kernels run
+    unpadded: ClassVar[str] = ""  # why it takes no padded batch; empty where it does
+    longest: int | None = None  # tokens of a text, where the program knows
 
     def __init_subclass__(cls) -> None:
         for name in cls.formats:
@@ -44,6 +48,22 @@ class Runtime(ABC):
     @abstractmethod
     def feed(self, ids: Tensor) -> Tensor:
         """Reads on, ids of shape (1, length); returns the logits behind each of them, (length, words), fp32."""
+
+    def padded(self, texts: Sequence[Tensor]) -> list[Tensor]:
+        """The logits of several texts, each of shape (length,), read from their start as one batch in which shorter
+        ones are padded on the left; (length, words) of each, fp32. Forgets them again. Raises InputError where the
+        program takes no such batch.
+        """
+        longest = max(map(len, texts))
+        ids = torch.stack([torch.nn.functional.pad(one, (longest - len(one), 0)) for one in texts])
+        mask = torch.tensor([[int(i >= longest - len(one)) for i in range(longest)] for one in texts])
+        logits = self._batch(ids, mask, (mask.cumsum(1) - 1).clamp(min=0))
+        self.start()
+        return [rows[longest - len(one) :] for rows, one in zip(logits, texts, strict=True)]
+
+    def _batch(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        """The logits of a batch read from its start, (batch, length, words); all arguments are (batch, length)."""
+        raise InputError(f"{self.title} takes no padded batch: {self.unpadded}")
 
     def tokenizer(self) -> Any:
         """The tokenizer of the folder, as transformers' are called. Raises an error where there is none."""

@@ -22,6 +22,7 @@ class ExecuTorchRuntime(Runtime):
 
     formats = ("executorch",)
     title = "ExecuTorch"
+    unpadded = "its model reads one text"
 
     def __init__(self, folder: Path, exact: bool):
         super().__init__(folder, exact)
@@ -29,20 +30,20 @@ class ExecuTorchRuntime(Runtime):
             from gyroquant.runtimes.executorch_loader import load_model
 
             with redirect_stdout(StringIO()):  # the loader prints
-                self._model, self._longest = load_model(folder, exact)
+                self._model, self._room = load_model(folder, exact)
         except (ImportError, OSError) as error:
             raise InputError(
                 f'ExecuTorch does not open {folder} here: {error}; install it by pip install "gyroquant[executorch]"'
             ) from error
-        self._length = 0
+        self.longest, self._length = self._room, 0
 
     def start(self) -> None:
         self._length = 0
 
     @torch.no_grad()
     def feed(self, ids: Tensor) -> Tensor:
-        if self._length + ids.shape[1] > self._longest:
-            raise InputError(f"{self.folder} is made for {self._longest} tokens (export.max_context_length), no more")
+        if self._length + ids.shape[1] > self._room:
+            raise InputError(f"{self.folder} is made for {self._room} tokens (export.max_context_length), no more")
         logits = self._model(ids, {"input_pos": torch.tensor([self._length])})
         self._length += ids.shape[1]
         return logits[0].float()

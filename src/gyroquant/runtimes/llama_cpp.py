@@ -182,6 +182,7 @@ class LlamaCppRuntime(Runtime):
     package = "llama_cpp"
     instead = GgufRuntime
     decodes = True
+    unpadded = "it reads texts of different length side by side, without padding"
 
     def __init__(self, folder: Path, exact: bool):
         super().__init__(folder, exact)

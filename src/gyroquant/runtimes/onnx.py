@@ -34,22 +34,31 @@ class OnnxRuntime(Runtime):
         self.start()
 
     def start(self) -> None:
-        self._length, self._past = 0, dict[str, Any]()
-        for one in self._session.get_inputs()[3:]:
-            _, heads, _, size = one.shape
-            self._past[one.name] = self._value(torch.zeros(1, heads, 0, size).numpy())
+        self._length, self._past = 0, self._nothing(1)
+
+    def _nothing(self, batch: int) -> dict[str, Any]:
+        """Keys and values of no tokens."""
+        shapes = {one.name: one.shape for one in self._session.get_inputs()[3:]}
+        return {
+            name: self._value(torch.zeros(batch, heads, 0, size).numpy())
+            for name, (_, heads, _, size) in shapes.items()
+        }
 
     def feed(self, ids: Tensor) -> Tensor:
-        total = self._length + ids.shape[1]
-        inputs = {
-            "input_ids": ids,
-            "attention_mask": torch.ones(1, total, dtype=torch.long),
-            "position_ids": torch.arange(self._length, total)[None],
-        }
+        before, self._length = self._length, self._length + ids.shape[1]
+        mask = torch.ones(1, self._length, dtype=torch.long)
+        return self._infer(ids, mask, torch.arange(before, self._length)[None])[0]
+
+    def _batch(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        self._past = self._nothing(len(ids))
+        return self._infer(ids, mask, positions)
+
+    def _infer(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         given = {name: self._value(tensor.numpy()) for name, tensor in inputs.items()}
         logits, *present = self._session.run_with_ort_values(self._outputs, given | self._past)
-        self._past, self._length = dict(zip(self._past, present, strict=True)), total
-        return torch.from_numpy(logits.numpy()[0])
+        self._past = dict(zip(self._past, present, strict=True))
+        return torch.from_numpy(logits.numpy().copy())
 
 
 def in_fp32(model: bytes) -> bytes:

@@ -45,16 +45,19 @@ class OpenVinoRuntime(Runtime):
         self._length = 0
 
     def feed(self, ids: Tensor) -> Tensor:
-        total = self._length + ids.shape[1]
-        inputs = {
-            "input_ids": ids.numpy(),
-            "attention_mask": torch.ones(1, total, dtype=torch.long).numpy(),
-            "position_ids": torch.arange(self._length, total)[None].numpy(),
-            "beam_idx": torch.zeros(1, dtype=torch.int32).numpy(),
-        }
-        self._request.infer(inputs)
-        self._length = total
-        return torch.from_numpy(self._request.get_tensor("logits").data[0].copy()).float()
+        before, self._length = self._length, self._length + ids.shape[1]
+        mask = torch.ones(1, self._length, dtype=torch.long)
+        return self._infer(ids, mask, torch.arange(before, self._length)[None])[0]
+
+    def _batch(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        self.start()
+        return self._infer(ids, mask, positions)
+
+    def _infer(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        inputs["beam_idx"] = torch.arange(len(ids), dtype=torch.int32)
+        self._request.infer({name: tensor.numpy() for name, tensor in inputs.items()})
+        return torch.from_numpy(self._request.get_tensor("logits").data.copy()).float()
 
 
 def exact_settings() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ class TransformersRuntime(Runtime):
             self._model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
         except (OSError, ImportError, ValueError, KeyError) as error:
             raise InputError(f"transformers does not open {folder} here: {error}") from error
+        self._takes_positions = "position_ids" in signature(self._model.forward).parameters
         self._past: Any = None
 
     def start(self) -> None:
@@ -38,3 +40,8 @@ class TransformersRuntime(Runtime):
         out = self._model(input_ids=ids, past_key_values=self._past, use_cache=True)
         self._past = out.past_key_values
         return out.logits[0].float()
+
+    @torch.no_grad()
+    def _batch(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        given = {"position_ids": positions} if self._takes_positions else {}
+        return self._model(input_ids=ids, attention_mask=mask, use_cache=False, **given).logits.float()

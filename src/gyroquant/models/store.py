@@ -36,6 +36,8 @@ _COMPUTED = (
 
 
 _GENERATION = "generation_config.json"
+# Settings in it that are numbers, which transformers does not look at before it generates.
+_NUMBERS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "num_beams", "max_length", "max_new_tokens")
 
 
 class WeightStore(ABC):
@@ -425,7 +427,10 @@ class CheckpointStore(WeightStore):
         path = self.folder / _GENERATION
         if not path.exists():  # a folder need not have one
             return super().generation_config()
-        read_json(path)
+        stored = read_json(path)
+        for name in _NUMBERS:
+            if not isinstance(stored.get(name), (int, float, type(None))):
+                raise InputError(f"{path} cannot be used: {name} is no number but {stored[name]!r:.40}; mend it")
         try:
             return GenerationConfig.from_pretrained(self.folder)
         except Exception as error:  # whatever settings of a wrong type make it raise

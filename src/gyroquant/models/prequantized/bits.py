@@ -71,8 +71,3 @@ def scale_blocks(values: Tensor, scales: Tensor, block: tuple[int, int]) -> Tens
         along = scales[..., number, :].repeat_interleave(wide, -1)[..., :columns]
         values[..., start : start + high, :] *= along.unsqueeze(-2)
     return values
-
-
-def whole(tensor: Tensor, expected: int) -> bool:
-    """Whether all of a matrix has one scale, or each of `expected` matrices in a stack."""
-    return tensor.numel() == expected

@@ -25,7 +25,7 @@ from gyroquant.errors import InputError
 from gyroquant.models.graph import Shape
 from gyroquant.models.prequantized.base import Arrays, Decoded, Format, Modules, Stored
 from gyroquant.models.prequantized.bits import e2m1, e8m0, scale_blocks, unpack, unpack_padded
-from gyroquant.models.prequantized.fp8 import FLOATS_OF_8, scale_of
+from gyroquant.models.prequantized.fp8 import FLOATS_OF_8
 
 _STRATEGIES = ("tensor", "channel", "group", "tensor_group", "block")
 _FORMATS = (
@@ -232,4 +232,4 @@ class CompressedTensors(Format):
         return width * 32 // scheme.bits if told is None else int(told[...][-1])
 
 
-__all__ = ["CompressedTensors", "Scheme", "floats", "integers", "scale_of"]
+__all__ = ["CompressedTensors", "Scheme", "floats", "integers"]

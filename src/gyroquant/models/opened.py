@@ -7,6 +7,7 @@ of them is in memory at a time, here as there.
 
 from __future__ import annotations
 
+import gc
 import logging
 import shutil
 import tempfile
@@ -19,7 +20,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from gyroquant.errors import UnsupportedModelError
+from gyroquant.errors import InputError, UnsupportedModelError
 from gyroquant.models.graph import LinearOp, ModelGraph
 from gyroquant.models.prove import fp32, worst_token_error
 from gyroquant.models.runner import BlockRunner, auto_class, evaluating
@@ -57,7 +58,8 @@ def compare_with_transformers(store: WeightStore, progress: Advance = lambda: No
     """
     if isinstance(store, ModuleStore):
         with evaluating(store.model):
-            return _compare(store, store.model, progress)
+            ids = _some_tokens(store).to(store.model.device)
+            return _compare(store, ids, *_states(store.model, store.graph, ids), progress)
     if type(store) is not CheckpointStore:
         return Comparison(note=f"transformers does not read {store.label} by itself")
     converted = 4 * sum(int(torch.Size(op.shape).numel()) for op in _stacked(store))
@@ -65,8 +67,18 @@ def compare_with_transformers(store: WeightStore, progress: Advance = lambda: No
         free = shutil.disk_usage(scratch).free
         if converted > free // 2:  # transformers keeps stacked experts in files of its own
             return Comparison(note=f"there is no room in {scratch} for the experts of {store.label} in fp32")
+        model, ids = _opened_by_transformers(store, scratch), _some_tokens(store)
+        states, logits = _states(model.eval(), store.graph, ids)
+        del model  # before the same is done here: no more than one of the two is ever held
+        gc.collect()
+        return _compare(store, ids, states, logits, progress)
+
+
+def _opened_by_transformers(store: CheckpointStore, scratch: str) -> Any:
+    """The model as transformers opens its folder, in fp32. Raises InputError where it does not."""
+    try:
         with _quiet():
-            model = auto_class(store.config).from_pretrained(
+            return auto_class(store.config).from_pretrained(
                 store.folder,
                 dtype=torch.float32,
                 device_map=_blocks_on_disk(store.skeleton(), store.graph),
@@ -75,7 +87,9 @@ def compare_with_transformers(store: WeightStore, progress: Advance = lambda: No
                 trust_remote_code=False,
                 use_safetensors=True,
             )
-        return _compare(store, model.eval(), progress)
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        why = " ".join(str(error).split())
+        raise InputError(f"transformers does not open {store.label}: {why[:400]}") from error
 
 
 def _stacked(store: WeightStore) -> list[LinearOp]:
@@ -117,12 +131,13 @@ def _quiet() -> Iterator[None]:
             log.enable_progress_bar()
 
 
-def _compare(store: WeightStore, model: Any, progress: Advance) -> Comparison:
+def _compare(store: WeightStore, ids: Tensor, theirs: list[Tensor], wanted: Tensor, progress: Advance) -> Comparison:
+    """Runs a model as it was read, and holds it against `theirs`, what enters the first block and leaves each, (1,
+    tokens, hidden), and against the logits that are `wanted`.
+    """
     graph, memory = store.graph, isinstance(store, ModuleStore)
     typed = (lambda tensors: tensors) if memory else fp32
     threshold = _THRESHOLD if store.dtype == torch.float32 or not memory else _COARSE
-    ids = _some_tokens(store).to(model.device if memory else "cpu")
-    theirs, wanted = _states(model, graph, ids)
     runner, outer = BlockRunner(store.skeleton(), graph), typed(store.read(graph.outer_params()))
     hidden, calls = runner.begin(ids, outer)
     errors = [_checked(store, "the embeddings", worst_token_error(theirs[0], hidden), threshold)]

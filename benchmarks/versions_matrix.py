@@ -76,6 +76,7 @@ ENVIRONMENTS = {
     ),
     "gptqmodel": Environment(("transformers==5.24.0", "gptqmodel==7.6.0"), writes=False, reads=("gptq",)),
 }
+_NOTE = 300  # letters of an error
 VARIANTS = {f"w{bits}{kind}": (bits, kind == "s") for bits in (4, 3, 2) for kind in "sa"}
 COMMON = {
     "vocab_size": 512,
@@ -249,8 +250,11 @@ def _llama_cpp(folder: Path, ids: list[int]) -> Any:
     params.n_parallel, params.cpuparams.n_threads, params.verbosity = 1, 1, 0
     words = COMMON["vocab_size"]
     asked = {"prompt": ids, "n_predict": 1, "n_probs": words, "logprobs": words, "temperature": 1.0, "samplers": []}
-    answer = xllamacpp.Server(params).handle_completions(asked | {"cache_prompt": False})
-    found = torch.full((words,), float("nan"))
+    server, found = xllamacpp.Server(params), torch.full((words,), float("nan"))
+    for seed in range(8):  # a token that ends the text comes without them
+        answer = server.handle_completions(asked | {"cache_prompt": False, "seed": seed})
+        if answer["choices"][0]["logprobs"] is not None:
+            break
     for entry in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
         found[entry["id"]] = entry["logprob"]
     return found
@@ -277,6 +281,7 @@ def read(way: str, place: Path, out: Path) -> None:
                 refused = folder.with_name(f"{folder.name}.refused")
                 if refused.exists():
                     found.setdefault(column, {})[f"{model} {name}"] = {"refused": refused.read_text()}
+                    out.write_text(json.dumps(found))
                     continue
                 ids = json.loads((place / model / "ids.json").read_text())
                 expected = torch.load(place / model / f"{name}.pt")
@@ -359,12 +364,13 @@ def cell(column: str, entries: dict[str, Any] | None, notes: list[str]) -> str:
     differences = [one["difference"] for one in entries.values() if "difference" in one]
     said = [f"{max(differences):.0e}"] if differences else []
     for state in ("refused", "error"):
-        why: dict[str, list[str]] = {}
+        why: dict[str, list[tuple[str, str]]] = {}
         for name, one in entries.items():
             if state in one:
-                why.setdefault(one[state], []).append(name)
-        for text, names in why.items():
-            note = f"`{column}`, {', '.join(names)}: {text}"
+                why.setdefault(one[state].partition(":")[0], []).append((name, one[state]))
+        for found in why.values():  # errors of one kind differ in the names of layers: the first stands for them
+            text = found[0][1] if len(found[0][1]) < _NOTE else f"{found[0][1][:_NOTE]} ..."
+            note = f"`{column}`, {', '.join(name for name, _ in found)}: {text}"
             if note not in notes:
                 notes.append(note)
             said.append(f"{'not written' if state == 'refused' else 'stops'} [{notes.index(note) + 1}]")

@@ -1,18 +1,19 @@
 """Every width by every group size in OpenVINO: how many of 32 greedy tokens are those of the same weights in fp32.
 
-    python benchmarks/openvino_groups.py [--hidden 576 960 2560 3072] [--bits 2 3 4 8]
+    python benchmarks/openvino_groups.py [--hidden 576 960 2560 3072] [--bits 2 3 4 8] [--groups N ...] [--as-they-are]
 
 Random Llamas of one layer whose rows have 576, 960, 2560 or 3072 weights are rounded to nearest in groups of every
 size that divides the rows, symmetric and asymmetric (what reads the stream: q, k, v, gate and up), exported, and run
 by OpenVINO: a prompt in one call, then single tokens through the cache. A cell has the greedy tokens alike "exact /
 default": in fp32 throughout and as OpenVINO runs the file by default, with a "+" the near ties among the others
 (`gyroquant.runtimes.in_use`). The check of an export wants 32 and at least 30, near ties included. What fails it is
-bold, and the command ends with 1.
+bold, and the command ends with 1. With `--as-they-are` groups are not written as smaller ones: what that is for.
 """
 
 from __future__ import annotations
 
 import argparse
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,7 +25,7 @@ import transformers
 import gyroquant as gq
 from gyroquant.deploy import TOLERANCE
 from gyroquant.errors import InputError
-from gyroquant.export.openvino import held_group
+from gyroquant.export import openvino
 from gyroquant.runtimes import TransformersRuntime, in_use, open_runtime
 
 WORDS, HEAD = 64, 64
@@ -89,7 +90,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, nargs="+", default=[576, 960, 2560, 3072])
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4, 8])
+    parser.add_argument("--groups", type=int, nargs="+", help="only these")
+    parser.add_argument("--as-they-are", action="store_true", help="write every group as it is")
     given = parser.parse_args()
+    held_as = (lambda group, columns: group) if given.as_they_are else openvino.held_group
+    vars(import_module("gyroquant.export.openvino_ops"))["held_group"] = held_as
     names = ("openvino", "torch", "transformers")
     print(", ".join(f"{name} {version(name)}" for name in names), end="\n\n")
     kinds = [(bits, symmetric) for bits in given.bits for symmetric in (True, False)]
@@ -99,13 +104,13 @@ def main() -> None:
     wrong = False
     for hidden in given.hidden:
         model = model_of(hidden)
-        for group in groups_of(hidden):
+        for group in (one for one in groups_of(hidden) if given.groups is None or one in given.groups):
             found = []
             for bits, symmetric in kinds:
                 with TemporaryDirectory(prefix="gyroquant-") as place:
                     found.append(cell(model, Path(place), bits, group, symmetric))
             wrong = wrong or any("**" in text for text, _ in found)
-            held = "the row" if group == -1 else held_group(group, hidden)
+            held = "the row" if group == -1 else held_as(group, hidden)
             cells = " | ".join(text for text, _ in found)
             print(f"| {hidden} | {group} | {held} | {cells} | {max(e for _, e in found):.0e} |", flush=True)
     raise SystemExit(wrong)

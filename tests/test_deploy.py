@@ -157,3 +157,12 @@ def test_commands(out: Path, tmp_path: Path, folders: dict[str, Path]) -> None:
     assert done.exit_code == 0
     assert (tmp_path / "o" / "dense" / "model.safetensors").exists()
     assert torch.isfinite(gq.load(tmp_path / "o")(input_ids=torch.tensor([[3, 4]])).logits).all()
+
+
+def test_logits_that_are_not_finite_are_no_small_error() -> None:
+    ours = torch.ones(3, 4)
+    assert deploy.relative_error(ours, ours) == 0
+    for value in (torch.nan, torch.inf):
+        theirs = ours.clone()
+        theirs[1, 2] = value
+        assert deploy.relative_error(theirs, ours) == float("inf")

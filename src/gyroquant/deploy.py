@@ -158,7 +158,8 @@ def _held_to(runtime: Runtime, usage: in_use.Usage, tolerance: float, name: str,
 
 def _near(tolerance: float, exact: bool) -> float:
     """What logits may be off by where a greedy token that differs is a near tie."""
-    return tolerance if exact else max(tolerance, in_use.DEFAULT_ERROR)
+    limit = TOLERANCE if tolerance == inf else tolerance
+    return limit if exact else max(limit, in_use.DEFAULT_ERROR)
 
 
 def _longest(store: PackedStore, runtime: Runtime) -> int | None:
@@ -182,7 +183,11 @@ def read_manifest(destination: Path) -> dict[str, Any]:
 
 
 def relative_error(theirs: Tensor, ours: Tensor) -> float:
-    """The largest difference of logits over the largest logit; both of shape (length, words)."""
+    """The largest difference of logits over the largest logit, both of shape (length, words); infinite where some of
+    `theirs` are not finite.
+    """
+    if not theirs.isfinite().all():
+        return inf
     return float((theirs[:, : ours.shape[1]] - ours).abs().max() / ours.abs().max())
 
 

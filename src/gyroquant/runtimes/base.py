@@ -25,7 +25,6 @@ class Runtime(ABC):
     title: ClassVar[str]
     package: ClassVar[str] = ""
     instead: ClassVar[type[Runtime] | None] = None
-    decodes: ClassVar[bool] = False  # weights are fp32 as well where it runs exactly, so that other kernels run
     unpadded: ClassVar[str] = ""  # why it takes no padded batch; empty where it does
     longest: int | None = None  # tokens of a text, where the program knows
 

@@ -181,7 +181,6 @@ class LlamaCppRuntime(Runtime):
     title = "llama.cpp"
     package = "llama_cpp"
     instead = GgufRuntime
-    decodes = True
     unpadded = "it reads texts of different length side by side, without padding"
 
     def __init__(self, folder: Path, exact: bool):

@@ -19,7 +19,8 @@ class Dense(Format):
     """Every weight as the number that it stands for, under the names of the original checkpoint.
 
     A rounded weight needs more digits than 16-bit numbers have, so it is rounded once more where the model is stored in
-    16 bits; how far that moved it is among the facts. `dtype` is the one of rounded weights, None the model's own.
+    16 bits; how far that moved it is among the facts, relative to itself and, as `deviation`, to the largest of its
+    layer. `dtype` is the one of rounded weights, None the model's own.
     """
 
     name = "dense"
@@ -28,19 +29,22 @@ class Dense(Format):
     dtype: ClassVar[torch.dtype | None] = None
 
     def write(self, store: PackedStore, folder: OutputFolder) -> dict[str, Any]:
-        dtype, deviation = self.dtype or store.dtype, 0.0
+        dtype, relative, deviation = self.dtype or store.dtype, 0.0, 0.0
 
         def encode(op: LinearOp, weight: QuantizedWeight) -> dict[str, Tensor]:
-            nonlocal deviation
+            nonlocal relative, deviation
             exact = from_matrix(weight.dequantize(), op.shape, op.entry.transposed)
             written = exact.to(dtype)
-            deviation = max(deviation, _relative_deviation(written, exact))
+            relative = max(relative, _relative_deviation(written, exact))
+            deviation = max(
+                deviation, float((written.float() - exact).abs().max() / exact.abs().max().clamp_min(1e-30))
+            )
             return {op.weight: written}
 
         write_tensors(store, folder, encode)
         folder.merge()
         write_rest(store, folder, dtype)
-        return {"dtype": dtype_name(dtype), "largest_relative_deviation": deviation}
+        return {"dtype": dtype_name(dtype), "largest_relative_deviation": relative, "deviation": deviation}
 
 
 def _relative_deviation(written: Tensor, exact: Tensor) -> float:

@@ -4,33 +4,39 @@ from __future__ import annotations
 
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from gyroquant.errors import InputError
+from gyroquant.models.runner import auto_class
 from gyroquant.runtimes.base import Runtime
 
 
 class TransformersRuntime(Runtime):
     """transformers, with whatever it needs for a format; with gyroquant for the folders that gyroquant wrote."""
 
-    formats = ("dense", "compressed-tensors", "gptq")
+    formats: ClassVar[tuple[str, ...]] = ("dense", "compressed-tensors", "gptq")
     title = "transformers"
 
     def __init__(self, folder: Path, exact: bool):
         super().__init__(folder, exact)
-        from transformers import AutoModelForCausalLM
-
-        options: dict[str, Any] = {"dtype": torch.float32 if exact else "auto", "trust_remote_code": False}
-        options["use_safetensors"] = True  # never a pickle
-        try:
-            self._model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
-        except (OSError, ImportError, ValueError, KeyError) as error:
-            raise InputError(f"transformers does not open {folder} here: {error}") from error
+        self._model = self._opened()
         self._takes_positions = "position_ids" in signature(self._model.forward).parameters
         self._past: Any = None
+
+    def _opened(self) -> Any:
+        """The model, ready to run. Raises InputError where it cannot be opened."""
+        from transformers import AutoConfig
+
+        options: dict[str, Any] = {"dtype": torch.float32 if self.exact else "auto", "trust_remote_code": False}
+        options["use_safetensors"] = True  # never a pickle
+        try:
+            kind = auto_class(AutoConfig.from_pretrained(self.folder, trust_remote_code=False))
+            return kind.from_pretrained(self.folder, **options).eval()
+        except (OSError, ImportError, ValueError, KeyError) as error:
+            raise InputError(f"transformers does not open {self.folder} here: {error}") from error
 
     def start(self) -> None:
         self._past = None

@@ -118,7 +118,7 @@ MODELS: dict[str, tuple[Break, str]] = {
     "config of a long number": (written(CONFIG, '{"hidden_size": ' + "9" * 9999 + "}"), r"no usable config.json"),
     "another config": (changed(configuration_files=["config.4.0.0.json"]), "names other files"),
     "an unknown architecture": (changed(model_type="hostile"), r"no usable config.json.*hostile"),
-    "an architecture of no text": (changed(model_type="vit"), "describes no model that can be built"),
+    "an architecture of no text": (changed(model_type="vit"), "has no language model of the type 'vit'"),
     "code for the config": (changed(model_type="own", auto_map={"AutoConfig": "evil.E"}), "code of the model's own"),
     "a billion layers": (changed(num_hidden_layers=10**9), r"num_hidden_layers is 1000000000.*21 tensors"),
     "a billion layers inside": (changed(text_config={"num_hidden_layers": 10**9}), "num_hidden_layers is 1000000000"),

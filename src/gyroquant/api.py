@@ -22,8 +22,8 @@ from gyroquant.job import prepare
 from gyroquant.models.outside import load_config
 from gyroquant.models.packed import METHOD
 from gyroquant.models.runner import auto_class
+from gyroquant.models.safetensors_files import safetensors_index
 from gyroquant.models.source import open_model
-from gyroquant.models.store import safetensors_index
 from gyroquant.pool import Workers
 from gyroquant.progress import Stages
 from gyroquant.recipe import Recipe, load_recipe

@@ -141,7 +141,7 @@ def keep_block(
     rounded, reports, deployed = round_block(
         job, index, job.graph.blocks[index], tensors, stream, advance, said, job.recipe.weights.tune, tuning
     )
-    _check_rounded(rounded, job.output.dtype)
+    _check_rounded(rounded, tensors, job.output.dtype)
     piece = writer.piece(_saved(deployed, job.output.dtype, rounded), _by_op(job, rounded))
     record: dict[str, Any] = {"notes": piece.notes, "layers": [asdict(one) for one in reports], "warnings": said}
     record["key_mean"] = _key_mean(job, index)
@@ -189,7 +189,7 @@ def _outer(
     if record is None:
         said: list[str] = []
         rounded, reports = _round_head(job, outer, stream, said) if job.rounds_head else ({}, [])
-        _check_rounded(rounded, job.output.dtype)
+        _check_rounded(rounded, outer, job.output.dtype)
         piece = writer.piece(_saved(outer, job.output.dtype, rounded), _by_op(job, rounded))
         record = {"notes": piece.notes, "layers": [asdict(one) for one in reports], "warnings": said}
         journal.put(_OUTER, piece.arrays, record)
@@ -225,10 +225,13 @@ def _saved(
     return saved
 
 
-def _check_rounded(rounded: Mapping[str, QuantizedWeight], dtype: torch.dtype) -> None:
-    """Refuses rounded weights that the output's dtype does not hold decoded; only odd scales need a look."""
+def _check_rounded(rounded: Mapping[str, QuantizedWeight], unrounded: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Refuses rounded weights that the output's dtype does not hold decoded; only odd scales need a look. Of weights
+    that are all zero nothing can be lost, whatever scales they have.
+    """
     ranges = Ranges(dtype)
     for name, weight in rounded.items():
-        if not _USUAL[0] < float(weight.params.scale.abs().max()) < _USUAL[1]:
+        usual = _USUAL[0] < float(weight.params.scale.abs().max()) < _USUAL[1]
+        if not usual and bool(unrounded[name].any()):
             ranges.add(name, weight.dequantize())
     ranges.check(ranges.largest)

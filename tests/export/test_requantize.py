@@ -18,7 +18,8 @@ from gyroquant.export import llama_cpp
 from gyroquant.export.formats import check_fit, format_named, needs_of
 from gyroquant.export.gguf_header import stored_tensors
 from gyroquant.models.packed import PackedStore
-from gyroquant.runtimes import Runtime, TransformersRuntime, open_runtime
+from gyroquant.runtimes import Runtime, open_runtime
+from gyroquant.runtimes.gguf import GgufRuntime
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +55,9 @@ def test_without_llama_cpp_the_remedy_is_named(store: PackedStore, tmp_path: Pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_llama_cpp_transformers_reads_the_file(store: PackedStore, tmp_path: Path, without: None) -> None:
-    assert gq.export(store.folder, "gguf", tmp_path / "x")["check"]["runtime"] == "transformers"
-    assert isinstance(open_runtime("gguf", tmp_path / "x", exact=True), TransformersRuntime)
+def test_without_llama_cpp_our_own_reader_reads_the_file(store: PackedStore, tmp_path: Path, without: None) -> None:
+    assert gq.export(store.folder, "gguf", tmp_path / "x")["check"]["runtime"] == GgufRuntime.title
+    assert isinstance(open_runtime("gguf", tmp_path / "x", exact=True), GgufRuntime)
     with pytest.raises(InputError, match="is not installed"):
         Runtime.kinds["gguf"](tmp_path / "x", True)
 

@@ -28,7 +28,8 @@ from gyroquant.learning.rotations import describe, load_rotations, write_rotatio
 from gyroquant.models.gguf_check import check_gguf
 from gyroquant.models.outside import load_config, read_json
 from gyroquant.models.packed import attachments, check_version
-from gyroquant.models.store import checked_skeleton, load_tokenizer, safetensors_index
+from gyroquant.models.safetensors_files import safetensors_index
+from gyroquant.models.store import checked_skeleton, load_tokenizer
 from gyroquant.presets import preset_names
 from gyroquant.recipe import load_recipe
 from gyroquant.report.summaries import rounded_layers

@@ -211,13 +211,13 @@ def test_weights_come_to_methods_that_say_they_need_them_and_to_no_others(kinds:
     check_method(Method.kinds["greedy"](), site)
     transformed = tiny.build("llama")
     before = transformed.model.layers[0].mlp.up_proj.weight.detach().clone()
-    gq.transform(transformed, gq.load_recipe(recipe), tiny.tokens(transformed))
+    gq.transform(transformed, gq.load_recipe(recipe, tiny.amount()), tiny.tokens(transformed))
     assert not torch.allclose(transformed.model.layers[0].mlp.up_proj.weight, before)
     greedy(False, seen)
     with pytest.raises(AssertionError, match="greedy: a method that reads the weights"):
         check_method(Method.kinds["greedy"](), site)
     with pytest.raises(RecipeError, match="needs_weights"):
-        gq.transform(tiny.build("llama"), gq.load_recipe(recipe), tiny.tokens(transformed))
+        gq.transform(tiny.build("llama"), gq.load_recipe(recipe, tiny.amount()), tiny.tokens(transformed))
 
 
 @pytest.mark.parametrize("says", [False, True])

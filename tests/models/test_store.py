@@ -161,7 +161,7 @@ def test_damaged_gguf_files_are_named(tmp_path: Path) -> None:
 def test_a_store_reads_only_what_it_is_asked_for(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     store = CheckpointStore(folders["qwen3_moe"])
     read: list[str] = []
-    from gyroquant.models.store import LazyTensor
+    from gyroquant.models.safetensors_files import LazyTensor
 
     original = LazyTensor.__getitem__
     monkeypatch.setattr(LazyTensor, "__getitem__", lambda self, _: read.append(self.key) or original(self, _))

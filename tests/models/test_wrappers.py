@@ -80,7 +80,7 @@ def test_a_projection_of_images_that_was_forgotten_fails_the_proof(monkeypatch: 
 
     monkeypatch.setattr(Group, "writers", forgetful)
     model = tiny.build("llava")
-    with pytest.raises(UnsupportedModelError, match="what lies around the blocks"):
+    with pytest.raises(UnsupportedModelError, match="what writes images into the residual stream"):
         gq.transform(model, load_recipe("gsr", ["proof.nsamples=2", "proof.seqlen=24"]), tiny.tokens(model) % 80 + 3)
 
 

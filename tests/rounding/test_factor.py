@@ -29,7 +29,8 @@ def test_it_is_the_factor_of_the_inverse(n: int, seed: int) -> None:
     assert torch.equal(gram, before)
     assert upper.dtype == torch.float64
     assert torch.equal(upper, upper.triu())
-    torch.testing.assert_close(upper, long_way(gram, 0.01), rtol=1e-9, atol=1e-10)
+    wanted = long_way(gram, 0.01)  # small elements come from large ones that nearly cancel
+    torch.testing.assert_close(upper, wanted, rtol=1e-9, atol=1e-9 * float(wanted.abs().max()))
 
 
 @pytest.mark.parametrize("n", [1, 255, 256, 257, 513])

@@ -313,38 +313,20 @@ def build_graph(
     """
     whole, config, tied = config, config.get_text_config(decoder=True), dict(tied or {})
     architecture = architecture or architecture_of(config)
-    writers: tuple[Linear, ...] | None = ()
-    if whole is not config and decoder:
-        writers, architecture = wrapper_writers(whole.model_type), architecture.inside(decoder)
+    wrapped = whole is not config and bool(decoder)
+    writers = wrapper_writers(whole.model_type) if wrapped else ()
+    if wrapped:
+        architecture = architecture.inside(decoder)
         architecture = replace(architecture, outer=(*architecture.outer, *(writers or ())))
     resolver = _Resolver(architecture, config, shapes, tied)
-    pattern = re.compile(re.escape(architecture.blocks) + r"\.(\d+)\.")
-    numbers = {int(match.group(1)) for name in shapes if (match := pattern.match(name))}
-    if numbers != set(range(len(numbers))) or not numbers:
-        raise UnsupportedModelError(
-            f"{config.model_type}: expected blocks {architecture.blocks}.0, .1, ... without gaps"
-        )
-    blocks = tuple(
-        _with_buffers(
-            resolver.group(f"block {i}", architecture.block, f"{architecture.blocks}.{i}."),
-            [name for name in buffers if name.startswith(f"{architecture.blocks}.{i}.")],
-        )
-        for i in range(len(numbers))
-    )
-    outer = _with_buffers(
-        resolver.group("the model", architecture.outer, ""),
-        [name for name in buffers if not pattern.match(name) and name.startswith(decoder)],
-    )
+    blocks = _blocks(resolver, buffers)
+    around = [name for name in buffers if not name.startswith(f"{architecture.blocks}.") and name.startswith(decoder)]
+    outer = _with_buffers(resolver.group("the model", architecture.outer, ""), around)
     claimed = {tied.get(name, name) for group in (*blocks, outer) for name in group.params()}
     unclaimed = sorted(set(shapes) - claimed)
-    carried = [name for name in unclaimed if whole is not config and decoder and not name.startswith(f"{decoder}.")]
-    unclaimed = [name for name in unclaimed if name not in carried]
-    if unclaimed:
-        raise UnsupportedModelError(
-            f"{config.model_type}: the description ({architecture.name}) claims no parameter named "
-            f"{', '.join(unclaimed[:4])}{f' and {len(unclaimed) - 4} more' if len(unclaimed) > 4 else ''}; folding "
-            "around an unknown parameter could change the model. Describe it, see docs/add-an-architecture.md"
-        )
+    carried = [name for name in unclaimed if wrapped and not name.startswith(f"{decoder}.")]
+    _check_claimed([name for name in unclaimed if name not in carried], config, architecture)
+    why = f"which parts of {whole.model_type} write into the residual stream of its decoder is not described"
     return ModelGraph(
         config=config,
         architecture=architecture,
@@ -357,10 +339,34 @@ def build_graph(
         blocks=blocks,
         outer=outer,
         carried=tuple(carried),
-        r1_blocked=""
-        if writers is not None
-        else f"which parts of {whole.model_type} write into the residual stream of its decoder is not described",
+        r1_blocked=why if writers is None else "",
     )
+
+
+def _blocks(resolver: _Resolver, buffers: Collection[str]) -> tuple[Group, ...]:
+    """The blocks of a model, each with its persistent buffers."""
+    where, architecture = resolver.architecture.blocks, resolver.architecture
+    pattern = re.compile(re.escape(where) + r"\.(\d+)\.")
+    numbers = {int(match.group(1)) for name in resolver.shapes if (match := pattern.match(name))}
+    if numbers != set(range(len(numbers))) or not numbers:
+        raise UnsupportedModelError(f"{resolver.config.model_type}: expected blocks {where}.0, .1, ... without gaps")
+    return tuple(
+        _with_buffers(
+            resolver.group(f"block {i}", architecture.block, f"{where}.{i}."),
+            [name for name in buffers if name.startswith(f"{where}.{i}.")],
+        )
+        for i in range(len(numbers))
+    )
+
+
+def _check_claimed(unclaimed: list[str], config: Any, architecture: Architecture) -> None:
+    """Refuses parameters that no entry of a description claims."""
+    if unclaimed:
+        raise UnsupportedModelError(
+            f"{config.model_type}: the description ({architecture.name}) claims no parameter named "
+            f"{', '.join(unclaimed[:4])}{f' and {len(unclaimed) - 4} more' if len(unclaimed) > 4 else ''}; folding "
+            "around an unknown parameter could change the model. Describe it, see docs/add-an-architecture.md"
+        )
 
 
 def _with_buffers(group: Group, buffers: Iterable[str]) -> Group:

@@ -27,8 +27,9 @@ from gyroquant.maps import Map, dump, load
 from gyroquant.models.description import check_description, check_places
 from gyroquant.models.graph import LinearOp, Shape
 from gyroquant.models.online import Attachment, CacheQuantizer, InputQuantizer, OnlineMap
+from gyroquant.models.safetensors_files import LazyTensor
 from gyroquant.models.sites import Insertion
-from gyroquant.models.store import CheckpointStore, LazyTensor
+from gyroquant.models.store import CheckpointStore
 from gyroquant.progress import Advance
 
 METHOD = "gyroquant"

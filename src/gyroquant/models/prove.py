@@ -22,6 +22,7 @@ from gyroquant.models.online import attached
 from gyroquant.models.runner import BlockRunner
 
 Progress = Callable[[int, int], None]
+_AROUND = "the embeddings, the last norm or the head"
 _IMAGE_ROWS = 64  # random inputs of each projection of images
 
 
@@ -108,12 +109,14 @@ def prove(
     wanted = runner.finish(original, fp32(outer))
     got = runner.finish(folded, changed)
     error = float(torch.nan_to_num((got - wanted).norm() / wanted.norm(), nan=torch.inf))
-    error = max(error, _image_error(graph, outer, changed, back))
+    image_error = _image_error(graph, outer, changed, back)
     worst = max(range(len(errors)), key=errors.__getitem__)
+    head = "what writes images into the residual stream" if image_error > error else _AROUND
+    error = max(error, image_error)
     proof = Proof(error, worst, errors[worst], threshold, input_ids.numel(), tuple(errors))
     if not max(error, errors[worst]) <= threshold:
         sites = sorted({site.name for site, _, _ in plan.folded if site.block in (None, worst)})
-        place = f"block {worst}" if errors[worst] > threshold else "what lies around the blocks"
+        place = f"block {worst}" if errors[worst] > threshold else head
         raise ProofError(
             f"folding {', '.join(sites)} changed the model: relative logit error {error:.2e}, worst block {worst} with "
             f"{errors[worst]:.2e} (threshold {threshold:.0e}). The fault lies in {place}. Nothing was changed; leave a "

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -24,8 +23,9 @@ from gyroquant.errors import InputError
 from gyroquant.models.graph import ModelGraph, Shape, build_graph
 from gyroquant.models.names import left_out, trainer_names, trainer_patterns
 from gyroquant.models.online import Attachment
-from gyroquant.models.outside import load_config, read_json, remedy
+from gyroquant.models.outside import load_config, read_json
 from gyroquant.models.runner import build_skeleton
+from gyroquant.models.safetensors_files import DTYPES, LazyTensor, safetensors_index
 from gyroquant.models.tokenizers import load_tokenizer as load_tokenizer
 
 # Names that old checkpoints store although no parameter of that name exists: they are computed, not learned.
@@ -170,82 +170,6 @@ class ModuleStore(WeightStore):
         return self.model
 
 
-class LazyTensor:
-    """A tensor in a safetensors file; reads it when indexed, and leaves neither file nor mapping open."""
-
-    def __init__(self, path: Path, key: str, shape: Shape, dtype: str):
-        self.path, self.key, self.shape, self.dtype = path, key, shape, dtype
-
-    def __getitem__(self, _: Any) -> Tensor:
-        with safe_open(self.path, framework="pt") as file:
-            return file.get_tensor(self.key).clone()
-
-    def get_shape(self) -> Shape:
-        return self.shape
-
-    def get_dtype(self) -> str:
-        return self.dtype
-
-
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-def safetensors_index(folder: Path) -> dict[str, LazyTensor]:
-    """Every tensor of a folder's safetensors files. Raises InputError for missing, damaged or contradictory files."""
-    index, places = folder / "model.safetensors.index.json", dict[str, str]()
-    if index.exists():
-        places = _places(index)
-        files = sorted(set(places.values()))
-    elif (folder / "model.safetensors").exists():  # others beside it hold other things, learned rotations for one
-        files = ["model.safetensors"]
-    else:
-        files = sorted(path.name for path in folder.glob("*.safetensors"))
-    if not files:
-        pickles = sorted(path.name for path in folder.glob("*.bin"))
-        hint = f"; {pickles[0]} is a pickle, which could run code: save the model as safetensors" if pickles else ""
-        raise InputError(f"{folder} holds no .safetensors weights; only safetensors and GGUF files are read{hint}")
-    found: dict[str, LazyTensor] = {}
-    for name in files:
-        for key, tensor in _tensors_of(folder / name).items():
-            if key in found:
-                raise InputError(
-                    f"{key} is in {found[key].path} and in {folder / name}: take the file away that is not meant"
-                )
-            found[key] = tensor
-    for key, name in places.items():
-        if key not in found or found[key].path.name != name:
-            raise InputError(f"{index} says that {key} lies in {name}, which does not hold it: fetch both again")
-    return found
-
-
-def _places(index: Path) -> dict[str, str]:
-    """The file that an index names for each tensor. Raises InputError for names of anything but files beside it."""
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
-        raise InputError(
-            f"{index} is not a valid index of weights: its weight_map does not name a file for each tensor"
-        )
-    for name in sorted(set(places.values())):
-        if Path(name).name != name or "\\" in name:
-            raise InputError(f"{index} names {name!r}, which lies outside the model's folder")
-        if not name.endswith(".safetensors"):
-            raise InputError(f"{index} names {name!r}; only safetensors and GGUF files are read")
-        if not (index.parent / name).is_file():
-            raise InputError(f"{index} names {name}, which is missing: fetch it as well")
-    return places
-
-
-def _tensors_of(path: Path) -> dict[str, LazyTensor]:
-    if not path.is_file():  # a pipe would be waited for
-        raise InputError(f"{path} is no file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            parts = {key: file.get_slice(key) for key in file.keys()}
-            return {key: LazyTensor(path, key, tuple(p.get_shape()), p.get_dtype()) for key, p in parts.items()}
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} cannot be read: {error}; {remedy(path, 'safetensors')}") from error
-
-
 class CheckpointStore(WeightStore):
     """A folder as transformers saves it: config.json and safetensors.
 
@@ -373,7 +297,7 @@ class CheckpointStore(WeightStore):
         buffers = persistent_buffers(self._skeleton)
         for key in keys:
             tensor = self._tensors[key]
-            if isinstance(tensor, LazyTensor) and tensor.dtype not in _DTYPES and target not in buffers:
+            if isinstance(tensor, LazyTensor) and tensor.dtype not in DTYPES and target not in buffers:
                 raise InputError(
                     f"{self.label}: {key} is stored as {tensor.dtype}; start from the model in 16 or 32 bits"
                 )
@@ -408,7 +332,7 @@ class CheckpointStore(WeightStore):
         sizes: dict[str, int] = {}
         for tensor in self._tensors.values():
             sizes[tensor.get_dtype()] = sizes.get(tensor.get_dtype(), 0) + int(torch.Size(tensor.get_shape()).numel())
-        return _DTYPES.get(max(sizes, key=sizes.__getitem__), torch.float32)
+        return DTYPES.get(max(sizes, key=sizes.__getitem__), torch.float32)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         out: dict[str, Tensor] = {}

@@ -19,7 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 from gyroquant.errors import GyroquantError, InputError
 from gyroquant.models.graph import Shape
-from gyroquant.models.store import CheckpointStore, LazyTensor
+from gyroquant.models.safetensors_files import LazyTensor
+from gyroquant.models.store import CheckpointStore
 
 Stored = dict[str, LazyTensor]
 Arrays = dict[str, Tensor]

@@ -86,5 +86,7 @@ def test_what_is_made_of_a_folder_does_not_keep_the_refusal(packed: Path, tmp_pa
     for folder in ("saved", "dense"):
         assert not hasattr(AutoConfig.from_pretrained(tmp_path / folder), "transformers_weights")
     ids = [3, 1, 4, 1, 5]
-    torch.testing.assert_close(saving.logits_without_us(tmp_path / "saved", ids), saving.our_logits(packed, ids), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(
+        saving.logits_without_us(tmp_path / "saved", ids), saving.our_logits(packed, ids), rtol=1e-5, atol=1e-4
+    )
     assert open_model(tmp_path / "saved").shapes == open_model(packed).shapes

@@ -1,8 +1,8 @@
-"""The errors users meet. Each message names the culprit and says what to do about it."""
+"""The errors and warnings users meet. Each message names the culprit and says what to do about it."""
 
 
 class GyroquantError(Exception):
-    """Base of every error that is the user's to mend; the command line shows it without a traceback."""
+    """Base of every error that the user can mend. The command line shows it without a traceback."""
 
 
 class UnsupportedModelError(GyroquantError):
@@ -23,3 +23,7 @@ class InputError(GyroquantError, ValueError):
 
 class MapError(GyroquantError, ValueError):
     """A map that does not exist or does not fit what it is applied to."""
+
+
+class RenamedWarning(FutureWarning):
+    """An old name of a key, keyword or option, which the next release refuses. The message says the new one."""

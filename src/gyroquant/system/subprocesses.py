@@ -1,4 +1,4 @@
-"""Work in processes of its own: what it takes is its own, its death is its own, and none is left behind."""
+"""Runs work in separate processes, so that its memory and crashes stay separate. No process is left running."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from gyroquant.files import put_json
+from gyroquant.system.files import put_json
 
 _ATTEMPTS = 2  # a process that was killed is started once more
-# In front of another program, which takes its place: what it asks the system for outlives exec. Not a preexec_fn, which
-# may hang where other threads run.
+# This code runs before another program and is replaced by it: the setting of prctl stays valid after exec. It is not a
+# preexec_fn, because that may hang if other threads run.
 _BOUND = """
 import ctypes, os, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-if os.getppid() == int(sys.argv[1]):  # else it was gone before that
+if os.getppid() == int(sys.argv[1]):  # otherwise the parent has already ended
     os.execvp(sys.argv[2], sys.argv[2:])
 """
 
 
 class DiedError(Exception):
-    """A process that did not come to an end, with the reason."""
+    """A process failed. The message is the reason."""
 
 
 class KilledError(DiedError):
-    """A process that something else has killed, by the signal of that number: it may be tried once more."""
+    """A process was killed from outside by signal `number`. It may be started again."""
 
     def __init__(self, reason: str, number: int):
         super().__init__(reason)
@@ -40,9 +40,9 @@ class KilledError(DiedError):
 
 
 def bound(command: Sequence[str]) -> list[str]:
-    """The command, on Linux such that the system kills it when the thread that begins it is gone, however that ends.
+    """The command, changed on Linux so that the system kills it when the thread that started it ends for any reason.
 
-    The thread has to wait for it, or the process would die with a thread that ended well.
+    The thread must wait for the process; otherwise the process is killed even if the thread ends normally.
     """
     if sys.platform != "linux":
         return list(command)
@@ -50,21 +50,22 @@ def bound(command: Sequence[str]) -> list[str]:
 
 
 class Processes:
-    """Processes that are waited for, so that all can be ended, with what they have started themselves."""
+    """A set of running processes that can all be ended, together with the processes that they started."""
 
     def __init__(self) -> None:
         self._alive: set[subprocess.Popen[bytes]] = set()
-        self._over, self._lock = False, threading.Lock()
+        self._ended, self._lock = False, threading.Lock()
 
     def run(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> int:
-        """Runs a command, its output in a log; returns its status. After `end`, none is begun: as if it was killed.
+        """Runs a command with its output in a log; returns its status. After `end` it starts nothing and returns the
+        status of a killed process.
 
-        On Linux it has a group of its own, of which nothing is left when this returns or raises, and it is killed when
-        this process is; elsewhere only the command itself is ended.
+        On Linux, the command gets its own process group. The whole group is killed before this method returns or
+        raises, and the command is killed if this process is. On other systems only the command itself is ended.
         """
         with log.open("w") as sink:
             with self._lock:
-                if self._over:
+                if self._ended:
                     return -signal.SIGTERM
                 process = subprocess.Popen(
                     bound(command),
@@ -83,15 +84,15 @@ class Processes:
                 self._alive.discard(process)
 
     def end(self) -> None:
-        """Kills what runs and lets nothing else begin."""
+        """Kills all running processes. `run` starts no more."""
         with self._lock:
-            self._over = True
+            self._ended = True
         for process in list(self._alive):
             _kill(process)
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Kills what is left of a process and, on Linux, of everything in its group."""
+    """Kills a process, if it still runs, and on Linux its whole group."""
     if sys.platform != "linux":
         process.kill()
         return
@@ -99,29 +100,30 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def run_apart(
+def run_in_subprocess(
     module: str, spec: Mapping[str, Any], scratch: Path, log: Path, processes: Processes | None = None
 ) -> dict[str, Any]:
-    """What a module that ends in `serve` answers to `spec`, plain data with the number of `threads`, in a process of
-    its own. `scratch` is a folder for it alone. One that is killed is started once more, with `scratch` empty again;
-    raises DiedError with the reason when it gives no answer.
+    """Runs a module that ends in `serve` in a separate process; returns its answer to `spec`.
+
+    `spec` is plain data and holds the number of `threads`. `scratch` is a folder for this process alone. A process that
+    is killed is started once more, with `scratch` emptied. Raises DiedError, with the reason, if there is no answer.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    asked, answer = scratch / "asked.json", scratch / "answer.json"
-    quiet = ["-W", "ignore::RuntimeWarning:runpy"]  # its package has imported the module: no reason for a death
-    command = [sys.executable, *quiet, "-m", module, str(asked), str(answer)]
+    request, answer = scratch / "asked.json", scratch / "answer.json"
+    quiet = ["-W", "ignore::RuntimeWarning:runpy"]  # the package has imported the module already, which is harmless
+    command = [sys.executable, *quiet, "-m", module, str(request), str(answer)]
     environment = os.environ | {"OMP_NUM_THREADS": str(spec["threads"]), "TOKENIZERS_PARALLELISM": "false"}
     for _ in range(_ATTEMPTS):
         _empty(scratch)
-        put_json(asked, dict(spec))
+        put_json(request, dict(spec))
         status = (processes or Processes()).run(command, environment, log)
         if status == 0 and answer.exists():
-            found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
-            return found
+            result: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
+            return result
         if status >= 0:
             raise DiedError(_last_line(log) or f"its process ended with status {status}")
     name = signal.Signals(-status).name
-    hint = ", most likely for want of memory" if name == "SIGKILL" else ""
+    hint = ", most likely because memory ran out" if name == "SIGKILL" else ""
     last = f"; its last line: {_last_line(log)}" if _last_line(log) else ""
     raise DiedError(f"its process was killed by {name}{hint}, {_ATTEMPTS} times{last}")
 
@@ -140,16 +142,17 @@ def _last_line(log: Path) -> str:
 
 
 def serve(work: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """Does the work that the file of the first argument asks for, and writes the answer to that of the second.
+    """The main function of a worker: reads the spec from the file in the first argument, does `work`, and writes the
+    answer to the file in the second argument.
 
-    Work that raises KilledError ends this process in the same way, so that it is started once more.
+    If `work` raises KilledError, this process ends by the same signal, so that it is started once more.
     """
-    asked, answer = map(Path, sys.argv[1:3])
+    request, answer = map(Path, sys.argv[1:3])
     try:
-        found = work(json.loads(asked.read_text(encoding="utf-8")))
+        result = work(json.loads(request.read_text(encoding="utf-8")))
     except KilledError as error:
         sys.stderr.write(f"{error}\n")
         sys.stderr.flush()
         signal.raise_signal(error.number)
         raise
-    put_json(answer, found)
+    put_json(answer, result)

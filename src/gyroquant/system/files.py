@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whatever happens while they are written, and one writer at a time."""
+"""Writes files atomically: after an interruption a file is complete or absent. Also locks for one writer at a time."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from torch import Tensor
 from gyroquant.errors import InputError
 
 _CHUNK = 1 << 20
-_UMASK = os.umask(0)  # which can be asked for only by setting it
+_UMASK = os.umask(0)  # the system returns the mask only when it is set
 os.umask(_UMASK)
 
 
 def sync(path: Path) -> None:
-    """Has the system put a file, or the names in a folder, on the disk."""
+    """Flushes a file, or the names in a folder, to the disk."""
     if path.is_dir() and os.name == "nt":
-        return  # Windows opens no folders, and keeps their names by itself
-    number = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+        return  # Windows cannot open folders, and flushes their names itself
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
-        os.fsync(number)
+        os.fsync(descriptor)
     finally:
-        os.close(number)
+        os.close(descriptor)
 
 
 def sync_tree(folder: Path) -> None:
-    """Has the system put everything in a folder on the disk."""
+    """Flushes everything in a folder to the disk."""
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             sync(path)
@@ -44,7 +44,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> list[Path]:
-    """Makes a folder and those that it lies in, their names on the disk; returns the new ones, the innermost first."""
+    """Makes a folder and its parents, and flushes their names. Returns the new folders, the innermost first."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in missing:
@@ -53,11 +53,11 @@ def make_folder(folder: Path) -> list[Path]:
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a safetensors file with the mode that other files get. Raises OSError for what goes wrong on the disk."""
+    """Writes a safetensors file with the permissions of the umask. Raises OSError if the disk is full or fails."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         save_file(plain, path, None if metadata is None else dict(metadata))
-    except SafetensorError as error:  # how safetensors tells of a full disk
+    except SafetensorError as error:  # safetensors reports a full disk in this form
         number = re.search(r"os error (\d+)", str(error))
         if number is None:
             raise
@@ -66,7 +66,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
 
 
 def put(path: Path, write: Callable[[Path], object]) -> None:
-    """Has `write` make a file under another name, sees it on the disk, and only then gives it its own name."""
+    """Lets `write` make a file under a temporary name, flushes it to the disk, and then renames it to `path`."""
     make_folder(path.parent)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -81,20 +81,20 @@ def put(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def put_json(path: Path, data: Any) -> None:
-    """Writes JSON as `put` does."""
+    """Writes a JSON file with `put`."""
     text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
     put(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def put_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a safetensors file as `put` does."""
+    """Writes a safetensors file with `put`."""
     put(path, lambda partial: save_tensors(tensors, partial, metadata))
 
 
 def file_digest(path: Path, note: Callable[[], None] = lambda: None) -> str:
-    """sha256 of a file, read a megabyte at a time; `note` is called after each."""
-    digest, room = hashlib.sha256(), bytearray(_CHUNK)
-    view = memoryview(room)
+    """The sha256 of a file. It is read in pieces of a megabyte; `note` is called after each."""
+    digest, buffer = hashlib.sha256(), bytearray(_CHUNK)
+    view = memoryview(buffer)
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(view):
             digest.update(view[:count])
@@ -104,13 +104,13 @@ def file_digest(path: Path, note: Callable[[], None] = lambda: None) -> str:
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Holds the right to write `out`, a folder or a file. The system takes it back from a process that dies.
+    """Holds the lock for writing `out`, a folder or a file. The system releases the lock if the process dies.
 
-    May be held more than once by the same thread. Folders that are made for it go when nothing is in them behind it.
-    Raises InputError when another process holds it.
+    A thread may hold it more than once. Folders that were made for the lock are removed afterwards if they are empty.
+    Raises InputError if another process holds the lock.
     """
     path = out.absolute().with_name(f".{out.name}.lock")
-    made = make_folder(path.parent)
+    new_folders = make_folder(path.parent)
     lock = FileLock(path, timeout=0, is_singleton=True)
     try:
         lock.acquire()
@@ -120,9 +120,9 @@ def locked(out: Path) -> Iterator[None]:
         yield
     finally:
         if lock.lock_counter == 1:
-            with suppress(OSError):  # Windows deletes no file that is open
+            with suppress(OSError):  # Windows cannot delete an open file
                 path.unlink()
         lock.release()
-        for folder in made:
+        for folder in new_folders:
             with suppress(OSError):
                 folder.rmdir()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import json
 import multiprocessing
 import shutil
 import signal
@@ -13,18 +15,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import faulty
+import fault_injection
 import pytest
 import torch
-from faulty import Fault
+from fault_injection import Fault
 from safetensors.torch import load_file, save_file
 
 import gyroquant as gq
-from gyroquant import blocks, pipeline
-from gyroquant.calibration.spill import Spilled
-from gyroquant.files import locked
-from gyroquant.job import prepare
-from gyroquant.journal import Journal, get_state, put_state
+from gyroquant.calibration.offload import Spilled
+from gyroquant.pipeline import quantize_model as blocks
+from gyroquant.pipeline import run as pipeline
+from gyroquant.pipeline.job import prepare
+from gyroquant.pipeline.stages import measure
+from gyroquant.system.files import locked
+from gyroquant.system.journal import Journal, JournalError, get_state, put_state
 
 FIRST = "block-00000.json"
 
@@ -32,7 +36,7 @@ FIRST = "block-00000.json"
 def killed(folders: dict[str, Path], out: Path, corpus: Path, name: str = "gptq", at: int | str = FIRST) -> Path:
     """The journal of a run that was killed when a block was done, or at another step."""
     fault = Fault("kill", at, before=isinstance(at, int))
-    code, _ = faulty.disturbed(fault, partial(faulty.quantize, folders["llama"], out, corpus, name))
+    code, _ = fault_injection.disturbed(fault, partial(fault_injection.quantize, folders["llama"], out, corpus, name))
     assert code == -signal.SIGKILL
     return out.with_name(f".{out.name}.journal")
 
@@ -40,15 +44,15 @@ def killed(folders: dict[str, Path], out: Path, corpus: Path, name: str = "gptq"
 def test_no_block_is_rounded_twice(
     folders: dict[str, Path], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rounded, original = [], blocks.round_block
+    rounded, original = [], blocks.quantize_block
 
     def count(job: object, index: int, *rest: object) -> object:
         rounded.append(index)
         return original(job, index, *rest)  # type: ignore[arg-type]
 
     killed(folders, tmp_path / "out", corpus)
-    monkeypatch.setattr(blocks, "round_block", count)
-    faulty.quantize(folders["llama"], tmp_path / "out", corpus, "gptq")
+    monkeypatch.setattr(blocks, "quantize_block", count)
+    fault_injection.quantize(folders["llama"], tmp_path / "out", corpus, "gptq")
     assert rounded == [1]
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith((".out", "out"))] == ["out"]
 
@@ -60,11 +64,11 @@ def test_what_differs_is_told_and_nothing_is_thrown_away(
     there = killed(folders, out, corpus)
     before = sorted(path.name for path in there.iterdir())
     (tmp_path / "text.txt").write_text(corpus.read_text()[500:])
-    other = gq.load_recipe("gptq", [*faulty.SMALL, "weights.bits=3"])
+    other = gq.load_recipe("gptq", [*fault_injection.SMALL, "weights.bits=3"])
     for model, recipe, text, what in (
         (folders["llama"], other, corpus, r"recipe\.weights\.bits was 4, now 3"),
-        (folders["llama_tied"], gq.load_recipe("gptq", faulty.SMALL), corpus, "model was"),
-        (folders["llama"], gq.load_recipe("gptq", faulty.SMALL), tmp_path / "text.txt", "text was"),
+        (folders["llama_tied"], gq.load_recipe("gptq", fault_injection.SMALL), corpus, "model was"),
+        (folders["llama"], gq.load_recipe("gptq", fault_injection.SMALL), tmp_path / "text.txt", "text was"),
     ):
         with pytest.raises(gq.InputError, match=f"unfinished run with other settings: {what}.*--fresh"):
             pipeline.run(prepare(model, out, recipe, text))
@@ -73,15 +77,59 @@ def test_what_differs_is_told_and_nothing_is_thrown_away(
     assert not there.exists()
 
 
+def begun_by_last_release(out: Path) -> Path:
+    """A journal as gyroquant 0.1.0 began it, with a proof and half a block; returns its folder."""
+    there = out.with_name(f".{out.name}.journal")
+    there.mkdir()
+    facts = {
+        "format": 1,
+        "model": "0" * 64,
+        "recipe": {"weights": {"bits": 4}, "finish": None},
+        "versions": {"gyroquant": "0.1.0", "torch": "2.9.1"},
+    }
+    for name, data in (("run", facts), ("proof", {"result": {"relative_logit_error": 1e-7}})):
+        text = json.dumps(data)
+        whole = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "data": text}
+        (there / f"{name}.json").write_text(json.dumps(whole))
+    (there / ".tmpAbCdEf").write_bytes(b"half a block")
+    return there
+
+
+def test_a_journal_of_the_last_release_is_refused_by_name(
+    folders: dict[str, Path], corpus: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    there = begun_by_last_release(out)
+    before = {path.name: path.read_bytes() for path in there.iterdir()}
+    for _ in range(2):  # the refusal is no beginning either
+        with pytest.raises(JournalError, match=r"gyroquant 0\.1\.0 began.*journal.*\(1, .* 2\).*--fresh"):
+            fault_injection.quantize(folders["llama"], out, corpus, "rtn")
+        assert {path.name: path.read_bytes() for path in there.iterdir()} == before
+    fault_injection.quantize(folders["llama"], out, corpus, "rtn", fresh=True)
+    assert not there.exists()
+    assert (out / "gyroquant.json").exists()
+
+
+def test_a_journal_that_names_no_release_is_refused_too(tmp_path: Path) -> None:
+    with Journal(tmp_path / "out") as journal:
+        journal.begin({"a": 1})
+        journal.write("run", ["another format altogether"])
+    with (
+        pytest.raises(JournalError, match="an unknown release of gyroquant began"),
+        Journal(tmp_path / "out") as journal,
+    ):
+        journal.begin({"a": 1})
+
+
 def test_a_journal_that_was_being_removed_is_nobodys(folders: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
     """Its blocks are those of another recipe."""
     there = killed(folders, tmp_path / "out", corpus)
     (there / "run.json").unlink()
     (there / ".tmpAbCdEf").write_bytes(b"half a block")
-    other = gq.load_recipe("gptq", [*faulty.SMALL, "weights.bits=3"])
+    other = gq.load_recipe("gptq", [*fault_injection.SMALL, "weights.bits=3"])
     for name in ("out", "clean"):
         pipeline.run(prepare(folders["llama"], tmp_path / name, other, corpus))
-    assert faulty.content(tmp_path / "out") == faulty.content(tmp_path / "clean")
+    assert fault_injection.content(tmp_path / "out") == fault_injection.content(tmp_path / "clean")
     assert not there.exists()
 
 
@@ -93,7 +141,7 @@ def test_an_error_of_another_run_throws_nothing_away(folders: dict[str, Path], c
     next(iter(tensors.values())).view(-1)[0] = float("nan")
     save_file(tensors, broken / "model.safetensors", {"format": "pt"})
     with pytest.raises(gq.GyroquantError, match="finite"):
-        pipeline.run(prepare(broken, tmp_path / "out", gq.load_recipe("gptq", faulty.SMALL), corpus))
+        pipeline.run(prepare(broken, tmp_path / "out", gq.load_recipe("gptq", fault_injection.SMALL), corpus))
     assert sorted(path.name for path in there.iterdir()) == before
 
 
@@ -105,14 +153,14 @@ def test_a_folder_in_place_is_done_whatever_is_left_of_its_journal(
     assert out.exists()
     assert there.exists()
     (there / "run.json").unlink()  # as if it had died while it removed the journal
-    before = faulty.content(out)
+    before = fault_injection.content(out)
     with pytest.raises(gq.InputError, match="is not empty"):
-        pipeline.run(prepare(folders["llama"], out, gq.load_recipe("rtn", faulty.SMALL), corpus))
+        pipeline.run(prepare(folders["llama"], out, gq.load_recipe("rtn", fault_injection.SMALL), corpus))
     assert not there.exists()
     shutil.rmtree(out)
     (killed(folders, out, corpus, at="out") / "run.json").unlink()
-    faulty.quantize(folders["llama"], out, corpus, "gptq")
-    assert faulty.content(out) == before
+    fault_injection.quantize(folders["llama"], out, corpus, "gptq")
+    assert fault_injection.content(out) == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -124,7 +172,7 @@ def test_a_folder_that_was_to_be_replaced_comes_back_though_another_run_is_refus
     (tmp_path / ".out.old").mkdir()  # as if that had died between the two renamings of a replacement
     (tmp_path / ".out.old" / "kept").write_text("")
     with pytest.raises(gq.InputError, match="unfinished run"):
-        faulty.quantize(folders["llama"], out, corpus, "rtn")
+        fault_injection.quantize(folders["llama"], out, corpus, "rtn")
     assert [path.name for path in out.iterdir()] == ["kept"]
 
 
@@ -136,13 +184,13 @@ def test_damage_is_noticed(name: str, folders: dict[str, Path], corpus: Path, tm
     data[len(data) // 2] ^= 1
     (there / name).write_bytes(data)
     with pytest.raises(gq.InputError, match=f"{name} is damaged.*--fresh"):
-        faulty.quantize(folders["llama"], out, corpus, "gptq")
+        fault_injection.quantize(folders["llama"], out, corpus, "gptq")
     assert not out.exists()
     assert (there / name).exists()
-    faulty.quantize(folders["llama"], out, corpus, "gptq", fresh=True)
+    fault_injection.quantize(folders["llama"], out, corpus, "gptq", fresh=True)
 
 
-@pytest.mark.parametrize("state", ["learning", "measured", "tuning", "finishing"])
+@pytest.mark.parametrize("state", ["learning", "measured", "tuning", "finetuning"])
 def test_stages_go_on_inside(
     state: str, folders: dict[str, Path], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,8 +199,8 @@ def test_stages_go_on_inside(
     at = f"{state}.json" if state == "measured" else f"{state}.safetensors"
     there = killed(folders, tmp_path / "out", corpus, name, at)
     if state == "measured":
-        monkeypatch.setattr(pipeline, "_measured_plan", lambda *asked: pytest.fail("it was measured again"))
-    for stage in ("learning.learn", "rounding.signround", "learning.finish"):
+        monkeypatch.setattr(measure, "measured_plan", lambda *asked: pytest.fail("it was measured again"))
+    for stage in ("finetuning.rotations", "rounding.steps.signround", "finetuning.scales"):
         module: Any = importlib.import_module(f"gyroquant.{stage}")
         original = module.get_state
 
@@ -162,7 +210,7 @@ def test_stages_go_on_inside(
             return found
 
         monkeypatch.setattr(module, "get_state", took)
-    faulty.quantize(folders["llama"], tmp_path / "out", corpus, name)
+    fault_injection.quantize(folders["llama"], tmp_path / "out", corpus, name)
     assert not there.exists()
     assert state == "measured" or state in taken
 
@@ -235,10 +283,10 @@ def test_a_second_run_is_refused_until_the_first_is_dead(
     other.start()
     assert ready.wait(120)
     with pytest.raises(gq.InputError, match=r"another run writes .*out: wait for it, or choose another name"):
-        faulty.quantize(folders["llama"], out, corpus, "rtn")
+        fault_injection.quantize(folders["llama"], out, corpus, "rtn")
     other.kill()
     other.join()
-    faulty.quantize(folders["llama"], out, corpus, "rtn")
+    fault_injection.quantize(folders["llama"], out, corpus, "rtn")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import SafetensorError, safe_open
 
-from gyroquant import files
+from gyroquant.system import files
 
 
 def test_tensors_get_the_mode_of_other_files_and_a_full_disk_is_an_error_of_the_disk(

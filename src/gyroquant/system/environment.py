@@ -1,4 +1,4 @@
-"""The machine: what a result was made with (versions, threads), and its memory."""
+"""The machine: its devices and memory, and the versions and settings that a result depends on."""
 
 from __future__ import annotations
 
@@ -8,34 +8,29 @@ import platform
 import re
 import sys
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from gyroquant.errors import InputError
+from gyroquant.system.version import gyroquant_version
 
 _M_MMAP_THRESHOLD = -3
 _LARGE = 4 << 20
 
 
-def gyroquant_version() -> str:
-    """The installed version of this package."""
-    try:
-        return version("gyroquant")
-    except PackageNotFoundError:  # running from a source tree that is not installed
-        return "0"
-
-
 def usable_device(name: str) -> torch.device:
-    """The device of that name. Raises InputError for one that torch does not know or that is not there."""
+    """The device of that name. Raises InputError if torch does not support it or the machine does not have it."""
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, TypeError) as error:
-        why = str(error).partition("\n")[0]
-        raise InputError(f"the device {name!r} cannot be used here: {why[:200]}; leave it out, or take cpu") from error
+        reason = str(error).partition("\n")[0]
+        raise InputError(
+            f"the device {name!r} cannot be used here: {reason[:200]}; leave it out, or take cpu"
+        ) from error
     return device
 
 
@@ -54,7 +49,7 @@ def versions() -> dict[str, Any]:
 
 
 def size(count: float) -> str:
-    """Bytes for people, such as 1.20 GB, 345 MB, 6.7 kB or 890 bytes."""
+    """A number of bytes as text, such as 1.20 GB, 345 MB, 6.7 kB or 890 bytes."""
     for unit, one in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= one:
             digits = 2 if unit == "GB" else 0 if count >= 10 * one else 1
@@ -63,15 +58,15 @@ def size(count: float) -> str:
 
 
 def peak_memory_bytes() -> int:
-    """The largest resident memory of this process so far, in bytes; 0 where the system does not tell.
+    """The largest resident memory of this process so far, in bytes; 0 if the system does not report it.
 
-    On Linux since the program began: `getrusage` would tell of the process that started it, if that was larger.
+    On Linux it is read from /proc, because `getrusage` also counts the parent process before exec.
     """
     status = Path("/proc/self/status")
     if status.exists():
-        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
-        if found:
-            return int(found[1]) * 1024
+        match = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        if match:
+            return int(match[1]) * 1024
     try:
         import resource
     except ImportError:  # pragma: no cover - Windows
@@ -81,7 +76,7 @@ def peak_memory_bytes() -> int:
 
 
 def forget_peak() -> bool:
-    """Has `peak_memory_bytes` count from now on. Whether it could be done: only on Linux."""
+    """Resets `peak_memory_bytes`, so that it counts from now on. Returns whether that worked; it does only on Linux."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -90,7 +85,7 @@ def forget_peak() -> bool:
 
 
 def resident_memory_bytes() -> int:
-    """The resident memory of this process now, in bytes; its largest so far where the system tells no more."""
+    """The current resident memory of this process, in bytes; the largest so far if the system reports only that."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
@@ -98,20 +93,22 @@ def resident_memory_bytes() -> int:
 
 
 def available_memory(root: Path = Path("/")) -> int:
-    """Bytes of memory that this process can still have: what the machine has left, and no more than what its control
-    groups (a container's, a batch system's) leave it; without /proc, all there are.
+    """Bytes of memory that this process can still get.
+
+    This is the available memory of the machine, limited by the control groups of the process (of a container or a batch
+    system). Without /proc it is all memory of the machine.
     """
     try:
         text = (root / "proc/meminfo").read_text()
     except OSError:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    found = re.search(r"MemAvailable:\s+(\d+) kB", text) or re.search(r"MemTotal:\s+(\d+) kB", text)
-    machine = [int(found[1]) * 1024] if found else []
+    meminfo = re.search(r"MemAvailable:\s+(\d+) kB", text) or re.search(r"MemTotal:\s+(\d+) kB", text)
+    machine = [int(meminfo[1]) * 1024] if meminfo else []
     return min([*machine, *_left_by_groups(root)], default=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 def _left_by_groups(root: Path) -> Iterator[int]:
-    """What each control group above this process, of either version, has left; files in its cache can be dropped."""
+    """The bytes left in each control group of this process, version 1 or 2. Cached files count as free."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -131,18 +128,17 @@ def _left_by_groups(root: Path) -> Iterator[int]:
                 )
                 if limit != "max":
                     yield max(0, int(limit) - int(used) + (int(cached[1]) if cached else 0))
-            except (OSError, ValueError):  # the root group has no limit; in a container the path may be another's
+            except (OSError, ValueError):  # the root group has no limit; in a container the path may not exist
                 pass
             if place == base:
                 break
 
 
 def steady_memory() -> bool:
-    """Has large blocks of memory returned to the system when they are freed, for the rest of this process.
+    """Makes the allocator return large blocks of memory to the system when they are freed, until the process ends.
 
-    By default glibc's allocator raises the size from which on it does so up to 32 MB. What lies in between then leaves
-    holes in a heap that grows by a tenth or more until the last block of a model. Whether it could be done: only with
-    glibc.
+    By default, glibc raises the size above which it does so, up to 32 MB. Smaller blocks then leave holes in the heap,
+    which grows by a tenth or more until the last block of a model. Returns whether it worked; it does only with glibc.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -150,7 +146,7 @@ def steady_memory() -> bool:
 
 
 def native_bfloat16(device: torch.device) -> bool:
-    """Whether the processor multiplies bfloat16 matrices itself, which makes it faster than fp32."""
+    """Whether the processor has instructions for bfloat16 matrix products, which make bfloat16 faster than fp32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
     if device.type != "cpu":

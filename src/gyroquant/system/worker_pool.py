@@ -1,4 +1,4 @@
-"""Where work runs: processes on this machine, as many as memory has room for, or the workers of a Ray cluster."""
+"""Pools of workers: processes on this machine, as many as fit into memory, or the workers of a Ray cluster."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gyroquant.environment import available_memory
 from gyroquant.errors import InputError
-from gyroquant.processes import Processes
+from gyroquant.system.environment import available_memory
+from gyroquant.system.subprocesses import Processes
 
 Task = Callable[..., dict[str, Any]]
-"""Does what a spec asks for in a process of its own: (spec, log, and on this machine Processes) -> answer."""
+"""Does the work of a spec in a separate process: (spec, log, and on this machine Processes) -> answer."""
 
-SLACK = 1.25  # how much more memory than the largest so far a task is given room for
+SLACK = 1.25  # memory reserved for a task, as a multiple of the largest so far
 _RETRIES = 3
 
 
 class LocalPool:
     """Processes on this machine, at most `workers`, each with `threads` threads.
 
-    The first task runs alone: what memory it takes tells how many there is room for.
+    The first task runs alone. Its peak of memory decides how many tasks run at once.
     """
 
     def __init__(self, task: Task, workers: int, threads: int):
         self.task, self.workers, self.threads = task, workers, threads
         self._waiters, self._processes = ThreadPoolExecutor(workers), Processes()
-        self._room = available_memory()  # while none runs: later, what they hold is missing from it
+        self._room = available_memory()  # measured before any task runs
 
     def slots(self, peak: int) -> int:
-        """How many may run at once, when the largest so far took `peak` bytes (0: none has run)."""
+        """How many tasks may run at once if the largest so far took `peak` bytes (0: none has run yet)."""
         if not peak:
             return 1
         return max(1, min(self.workers, int(self._room // (peak * SLACK))))
@@ -42,17 +42,17 @@ class LocalPool:
         return self._waiters.submit(self.task, spec, log, self._processes)
 
     def close(self) -> None:
-        """Ends what still runs, after an interruption."""
+        """Ends all tasks that still run, for example after an interruption."""
         self._processes.end()
-        self._waiters.shutdown(cancel_futures=True)  # they have been killed: nothing is written any more
+        self._waiters.shutdown(cancel_futures=True)  # all tasks are killed: no more writes
 
 
 class RayPool:
-    """The workers of a Ray cluster, at most `workers` of them; `address` as Ray takes it, None for one on this machine.
+    """The workers of a Ray cluster, at most `workers` of them.
 
-    A worker that dies is started again elsewhere. The folders of model and results must be reachable under the same
-    names from all of its machines. Raises InputError where Ray is not installed, and when no machine has `threads`
-    processors: a task for which there is none would wait for ever.
+    `address` is an address for Ray. None starts a cluster on this machine. A worker that dies is started again on
+    another machine. All machines must reach the folders of model and results under the same names. Raises InputError if
+    Ray is not installed, and if no machine has `threads` processors, because a task would then wait forever.
     """
 
     def __init__(self, task: Task, address: str | None, threads: int, workers: int | None = None):
@@ -64,25 +64,28 @@ class RayPool:
         local = {"num_cpus": threads * workers} if address is None and workers else {}
         ray.init(address=address, ignore_reinit_error=True, log_to_driver=False, include_dashboard=False, **local)
         self._task = ray.remote(task).options(num_cpus=threads, max_retries=_RETRIES)
-        machines = [int(one["Resources"].get("CPU", 0)) for one in ray.nodes() if one["Alive"]]
+        machines = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
         self._slots = sum(processors // threads for processors in machines)
         if not self._slots:
             ray.shutdown()
             largest = max(machines, default=0)
-            raise InputError(f"no machine of the cluster has {threads} processors, but {largest}: give --threads")
+            raise InputError(
+                f"no machine of the cluster has {threads} processors, the largest has {largest}: set --threads to that "
+                "or less"
+            )
         self._slots = min(self._slots, workers or self._slots)
 
     def slots(self, peak: int) -> int:
-        """How many the machines have processors for."""
+        """How many tasks the processors of all machines can run at once."""
         return self._slots
 
     def submit(self, spec: Mapping[str, Any], log: Path) -> Future[dict[str, Any]]:
-        """Gives the task for a spec to the cluster."""
-        found: Future[dict[str, Any]] = self._task.remote(dict(spec), log).future()
-        return found
+        """Submits the task for a spec to the cluster."""
+        future: Future[dict[str, Any]] = self._task.remote(dict(spec), log).future()
+        return future
 
     def close(self) -> None:
-        """Lets go of the cluster."""
+        """Disconnects from the cluster."""
         self._ray.shutdown()
 
 
@@ -91,8 +94,11 @@ Pool = LocalPool | RayPool
 
 @dataclass(frozen=True)
 class Workers:
-    """How many tasks run at once, `count` (1), with how many `threads` each (None: what there is for each), and where:
-    here, or on the Ray cluster at an address (``local``: one of this machine's own).
+    """How many tasks run at once, and where.
+
+    - `count`: tasks at once. Default None: 1 on this machine, all that fit on a Ray cluster.
+    - `threads`: threads of each task. Default None: the processors of this machine divided by `count`.
+    - `ray`: the address of a Ray cluster; ``local`` starts one on this machine. Default None: no cluster.
     """
 
     count: int | None = None
@@ -106,13 +112,13 @@ class Workers:
 
     @property
     def each(self) -> int:
-        """The threads of each."""
+        """The threads of each task."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return self.threads or max(1, cores // (self.count or 1))
 
 
 def make_pool(task: Task, workers: Workers) -> Pool:
-    """The pool that is asked for, for a task."""
+    """The pool for a task that `workers` describes."""
     if workers.ray is not None:
         return RayPool(task, None if workers.ray == "local" else workers.ray, workers.each, workers.count)
     return LocalPool(task, workers.count or 1, workers.each)

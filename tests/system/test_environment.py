@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gyroquant.environment import (
+from gyroquant.system.environment import (
     available_memory,
     forget_peak,
     peak_memory_bytes,
@@ -25,7 +25,7 @@ def resident_mb() -> float:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells of a program's own peak")
 def test_the_peak_is_this_programs_own_and_not_that_of_its_parent() -> None:
     large = torch.ones(200 << 20)  # 800 MB, more than importing takes
-    code = "from gyroquant.environment import peak_memory_bytes; print(peak_memory_bytes())"
+    code = "from gyroquant.system.environment import peak_memory_bytes; print(peak_memory_bytes())"
     child = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     assert peak_memory_bytes() > large.nbytes
     assert 10e6 < child < large.nbytes

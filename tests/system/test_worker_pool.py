@@ -17,9 +17,10 @@ from unittest.mock import MagicMock
 import pytest
 
 import gyroquant as gq
-from gyroquant import pool, processes
-from gyroquant.comparison import Limits, worker
-from gyroquant.pool import LocalPool, Workers, make_pool
+from gyroquant.benchmark import Limits, worker
+from gyroquant.system import subprocesses as processes
+from gyroquant.system import worker_pool as pool
+from gyroquant.system.worker_pool import LocalPool, Workers, make_pool
 
 
 def nothing(spec: Any, log: Path, processes: Any = None) -> dict[str, Any]:
@@ -57,8 +58,8 @@ def test_a_pool_that_is_closed_ends_what_runs_and_starts_nothing_again(
     program.write_text(f"#!/bin/sh\necho x >> {started}\nexec sleep 600\n")
     program.chmod(0o755)
     monkeypatch.setattr(processes.sys, "executable", str(program))
-    local = LocalPool(worker.run_cell, workers=1, threads=1)
-    future = local.submit({"cell": {"key": "k"}, "scratch": str(tmp_path), "threads": 1}, tmp_path / "log" / "k.log")
+    local = LocalPool(worker.run_in_worker, workers=1, threads=1)
+    future = local.submit({"run": {"key": "k"}, "scratch": str(tmp_path), "threads": 1}, tmp_path / "log" / "k.log")
     while not started.exists():
         time.sleep(0.01)
     local.close()
@@ -84,13 +85,15 @@ def test_a_cluster_has_as_many_tasks_as_its_machines_have_room_for(monkeypatch: 
     monkeypatch.setitem(sys.modules, "ray", cluster(7, 3, 8))
     assert make_pool(nothing, Workers(threads=4, ray="there")).slots(0) == 3
     assert make_pool(nothing, Workers(2, threads=4, ray="there")).slots(0) == 2
-    with pytest.raises(gq.InputError, match="no machine of the cluster has 16 processors, but 8: give --threads"):
+    with pytest.raises(
+        gq.InputError, match="no machine of the cluster has 16 processors, the largest has 8: set --threads"
+    ):
         make_pool(nothing, Workers(threads=16, ray="there"))
 
 
 def _workers() -> list[int]:
     """The processes that run a cell for Ray."""
-    found = subprocess.run(["pgrep", "-f", "ray::run_cell"], capture_output=True, text=True, check=False)
+    found = subprocess.run(["pgrep", "-f", "ray::run_in_worker"], capture_output=True, text=True, check=False)
     return [int(pid) for pid in found.stdout.split()]
 
 
@@ -99,7 +102,7 @@ def test_ray_gives_the_same_though_one_of_its_workers_is_killed(
     folders: dict[str, Path], corpus: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("ray")
-    options = {"bits": [2], "group_sizes": [16], "nsamples": 4, "seqlen": 32, "window": 32, "max_windows": 4}
+    options = {"bits": [2], "group_sizes": [16], "nsamples": 4, "seqlen": 32, "window": 32, "windows": 4}
     given = (folders["llama"], ["quarot"])
     killed: list[int] = []
 

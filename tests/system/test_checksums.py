@@ -7,14 +7,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import saving
-import tiny
+import saved_models
+import tiny_models
 import torch
 
 import gyroquant as gq
 from gyroquant.errors import InputError
-from gyroquant.integrity import FILE, Integrity, check, read_sums, seal, unchecked
-from gyroquant.models.source import open_model
+from gyroquant.models.stores.source import open_model
+from gyroquant.system.checksums import CHECKSUM_FILE, Integrity, check, read_sums, unchecked, write_checksums
 
 STRANGE = "with space\\and\nlines.txt"
 
@@ -27,15 +27,15 @@ def folder(tmp_path: Path) -> Path:
     (place / "a.bin").write_bytes(bytes(range(256)) * 9000)
     (place / "b" / "c.txt").write_text("c")
     (place / STRANGE).write_text("")
-    seal(place)
+    write_checksums(place)
     return place
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama as gyroquant writes it, sealed."""
-    place = saving.rounded(tiny.build("llama"), tmp_path_factory.mktemp("saved") / "out").folder
-    seal(place)
+    place = saved_models.rounded(tiny_models.build("llama"), tmp_path_factory.mktemp("saved") / "out").folder
+    write_checksums(place)
     return place
 
 
@@ -49,13 +49,13 @@ def flip(path: Path, at: int = -3) -> None:
 def test_what_is_sealed_is_intact(folder: Path) -> None:
     assert check(folder) == Integrity(3, 9000 * 256 + 1, (), (), ())
     assert list(read_sums(folder) or ()) == sorted(["a.bin", "b/c.txt", STRANGE])
-    before = (folder / FILE).read_bytes()
-    seal(folder)  # its own list is no part of it
-    assert (folder / FILE).read_bytes() == before
+    before = (folder / CHECKSUM_FILE).read_bytes()
+    write_checksums(folder)  # its own list is no part of it
+    assert (folder / CHECKSUM_FILE).read_bytes() == before
 
 
 def test_a_list_whose_end_is_cut_off_is_no_list(folder: Path) -> None:
-    path = seal(folder)
+    path = write_checksums(folder)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(gq.InputError, match="SHA256SUMS ends in the middle of a line"):
         check(folder)
@@ -63,7 +63,7 @@ def test_a_list_whose_end_is_cut_off_is_no_list(folder: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("sha256sum") is None, reason="coreutils' sha256sum is not installed")
 def test_sha256sum_agrees(folder: Path) -> None:
-    asked = ["sha256sum", "--check", "--strict", "--quiet", FILE]
+    asked = ["sha256sum", "--check", "--strict", "--quiet", CHECKSUM_FILE]
     assert subprocess.run(asked, cwd=folder, capture_output=True, check=False).returncode == 0
     flip(folder / "a.bin")
     assert subprocess.run(asked, cwd=folder, capture_output=True, check=False).returncode == 1
@@ -115,7 +115,7 @@ def test_a_sealed_folder_below_is_looked_at_by_its_own_list(folder: Path) -> Non
     inner = folder / "export"
     inner.mkdir()
     (inner / "x").write_text("x")
-    seal(inner)
+    write_checksums(inner)
     assert check(folder) == Integrity(4, 9000 * 256 + 2, (), (), ())
     flip(inner / "x", 0)
     found = check(folder)
@@ -133,7 +133,7 @@ def test_a_sealed_folder_below_is_looked_at_by_its_own_list(folder: Path) -> Non
     ],
 )
 def test_lists_that_are_no_lists_are_refused(text: str, why: str, tmp_path: Path) -> None:
-    (tmp_path / FILE).write_text(text)
+    (tmp_path / CHECKSUM_FILE).write_text(text)
     with pytest.raises(InputError, match=why):
         check(tmp_path)
 
@@ -153,7 +153,7 @@ def test_damaged_weights_are_not_loaded(out: Path, tmp_path: Path) -> None:
     gq.load(copy, check=False)
     with unchecked():
         open_model(copy)
-    (copy / FILE).unlink()
+    (copy / CHECKSUM_FILE).unlink()
     gq.load(copy)
     assert torch.equal(gq.load(out)(ids).logits, expected)
 
@@ -161,9 +161,9 @@ def test_damaged_weights_are_not_loaded(out: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("lines", [slice(0, 0), slice(1, None)], ids=["emptied", "shortened"])
 def test_weights_that_are_not_in_the_list_are_not_loaded(lines: slice, out: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(out, tmp_path / "copy")
-    listed = (copy / FILE).read_text().splitlines(keepends=True)
+    listed = (copy / CHECKSUM_FILE).read_text().splitlines(keepends=True)
     listed.sort(key=lambda line: "model.safetensors" not in line)
-    (copy / FILE).write_text("".join(listed[lines]))
+    (copy / CHECKSUM_FILE).write_text("".join(listed[lines]))
     for load in (gq.load, open_model):
         with pytest.raises(InputError, match=r"model\.safetensors is not in SHA256SUMS"):
             load(copy)
@@ -171,7 +171,7 @@ def test_weights_that_are_not_in_the_list_are_not_loaded(lines: slice, out: Path
     found = check(copy)
     assert found is not None
     assert "model.safetensors" in found.unlisted
-    shutil.copy(out / FILE, copy / FILE)
+    shutil.copy(out / CHECKSUM_FILE, copy / CHECKSUM_FILE)
     gq.load(copy)
     shutil.copy(copy / "model.safetensors", copy / "more.safetensors")
     with pytest.raises(InputError, match=r"more\.safetensors is not in SHA256SUMS"):

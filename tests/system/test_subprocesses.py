@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from alive import comes, running
+from process_checks import comes, running
 
-from gyroquant import processes
-from gyroquant.pool import LocalPool
-from gyroquant.processes import DiedError, KilledError, Processes, bound, run_apart, serve
+from gyroquant.system import subprocesses as processes
+from gyroquant.system.subprocesses import DiedError, KilledError, Processes, bound, run_in_subprocess, serve
+from gyroquant.system.worker_pool import LocalPool
 
 SPEC = {"threads": 1, "what": "it"}
 
@@ -42,7 +42,7 @@ def test_a_killed_process_is_started_once_more_in_an_empty_folder(program: Path,
         f'ln -s {kept} "$here/link"\n'
         f'[ -e {tmp_path}/first ] || {{ touch {tmp_path}/first; kill -KILL $$; }}\necho \'{{"is": 2}}\' > "$answer"',
     )
-    assert run_apart("module", SPEC, scratch, tmp_path / "logs" / "log") == {"is": 2}
+    assert run_in_subprocess("module", SPEC, scratch, tmp_path / "logs" / "log") == {"is": 2}
     assert (tmp_path / "seen").read_text().split() == ["asked.json"] * 2
     assert (kept / "file").exists()
 
@@ -52,7 +52,7 @@ def test_a_killed_process_is_started_once_more_in_an_empty_folder(program: Path,
     [
         (
             "echo half way; kill -KILL $$",
-            r"SIGKILL, most likely for want of memory, 2 times; its last line: half way$",
+            r"SIGKILL, most likely because memory ran out, 2 times; its last line: half way$",
             2,
         ),
         ("kill -TERM $$", "SIGTERM, 2 times$", 2),
@@ -65,15 +65,15 @@ def test_one_that_gives_no_answer_says_why(body: str, reason: str, runs: int, pr
     scratch.mkdir()
     says(program, f"echo x >> {tmp_path}/runs\n{body}")
     with pytest.raises(DiedError, match=reason):
-        run_apart("module", SPEC, scratch, tmp_path / "log")
+        run_in_subprocess("module", SPEC, scratch, tmp_path / "log")
     assert (tmp_path / "runs").read_text() == "x\n" * runs
 
 
-@pytest.mark.parametrize("module", ["gyroquant.comparison.worker", "gyroquant.apart"])
+@pytest.mark.parametrize("module", ["gyroquant.benchmark.worker", "gyroquant.pipeline.parallel_blocks"])
 def test_a_log_has_no_warning_of_how_a_process_is_started(module: str, tmp_path: Path) -> None:
     (tmp_path / "scratch").mkdir()
     with pytest.raises(DiedError, match="KeyError"):
-        run_apart(module, SPEC, tmp_path / "scratch", tmp_path / "log")
+        run_in_subprocess(module, SPEC, tmp_path / "scratch", tmp_path / "log")
     assert (tmp_path / "log").read_text().startswith("Traceback")
 
 

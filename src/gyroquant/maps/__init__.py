@@ -1,14 +1,13 @@
 """Invertible linear maps with structure: what a basis is changed by. They know no model."""
 
-from gyroquant.maps.base import Map, dump, load
+from gyroquant.maps.base import Identity, Map, Product, dump, load, product
 from gyroquant.maps.butterfly import Butterfly, butterfly
-from gyroquant.maps.compose import Across, BlockDiagonal, Product, blocks, fixing_ones, product
+from gyroquant.maps.compose import BlockDiagonal, KroneckerLeft, blocks, preserve_mean
 from gyroquant.maps.construct import factors, largest_constructible, next_power_of_two
 from gyroquant.maps.elementary import (
     Dense,
     Diagonal,
     Householder,
-    Identity,
     Permutation,
     Signs,
     random_orthogonal,
@@ -18,7 +17,6 @@ from gyroquant.maps.hadamard import Hadamard, Walsh, hadamard, sequency_order, w
 from gyroquant.maps.rotary import PairRotation
 
 __all__ = [
-    "Across",
     "BlockDiagonal",
     "Butterfly",
     "Dense",
@@ -26,6 +24,7 @@ __all__ = [
     "Hadamard",
     "Householder",
     "Identity",
+    "KroneckerLeft",
     "Map",
     "PairRotation",
     "Permutation",
@@ -36,11 +35,11 @@ __all__ = [
     "butterfly",
     "dump",
     "factors",
-    "fixing_ones",
     "hadamard",
     "largest_constructible",
     "load",
     "next_power_of_two",
+    "preserve_mean",
     "product",
     "random_orthogonal",
     "random_signs",

@@ -2,7 +2,7 @@
 
 Convention: a map with matrix ``M`` takes a row vector ``x`` to ``x @ M``; ``a @ b`` first applies ``a``, then ``b``. A
 map knows how to apply itself along a dimension, invert itself, compose, count its cost and save itself. It knows no
-model.
+model. The two maps that composing needs stand here too: `Identity` and `Product`.
 
 With activations ``y = x @ W.T``, changing the basis of ``y`` by ``M`` multiplies ``W`` along its output axis by ``M``
 (``W.apply``), and changing the basis of ``x`` by ``M`` multiplies it along its input axis by the *contragredient*
@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from gyroquant.errors import MapError
+from gyroquant.registry import Registry, no_examples
 
 MAX_ORDER = 1 << 20  # of a stored map; no dimension of a model comes near it
 _DEPTH = 16  # of maps in maps; three are in use
@@ -28,11 +31,20 @@ class Map(ABC):
     """An invertible linear map of order `n`. Subclasses are frozen dataclasses of ints, tensors and maps."""
 
     n: int
-    kinds: ClassVar[dict[str, type[Map]]] = {}
+    registry: ClassVar[Registry[type[Map]]] = Registry("map", "gyroquant.maps", error=MapError)
+    kind: ClassVar[str]
+    """What files call it: the class's name in small letters, unless the class says another."""
     array_dims: ClassVar[int] = 1  # of the tensors that it has
 
+    @classmethod
+    def examples(cls) -> list[Self]:
+        """Maps that cover the options of this kind, for tests: of order 32 at most, and not all symmetric."""
+        raise no_examples(cls)
+
     def __init_subclass__(cls) -> None:
-        Map.kinds[cls.__name__.lower()] = cls
+        if "kind" not in cls.__dict__:
+            cls.kind = cls.__name__.lower()
+        Map.registry.add(cls.kind, cls)
 
     def apply(self, x: Tensor, dim: int = -1) -> Tensor:
         """``x @ M`` along `dim` of x, whose size there must be n; same shape and dtype as x.
@@ -66,7 +78,7 @@ class Map(ABC):
         return False
 
     @property
-    def permuting(self) -> bool:
+    def is_permutation(self) -> bool:
         """Whether M is a permutation matrix, and so passes through elementwise nonlinearities."""
         return False
 
@@ -110,14 +122,94 @@ class Map(ABC):
         return dataclasses.replace(self, **changes) if changes else self  # type: ignore[type-var]
 
     def __matmul__(self, other: Map) -> Map:
-        from gyroquant.maps.compose import product
-
         return product(self, other)
+
+
+@dataclass(frozen=True, eq=False)
+class Identity(Map):
+    """Changes nothing, exactly."""
+
+    n: int
+    orthogonal = True
+    diagonal = True
+    is_permutation = True
+    cost = 0
+
+    @classmethod
+    def examples(cls) -> list[Self]:
+        return [cls(24)]
+
+    def _apply(self, x: Tensor) -> Tensor:
+        return x
+
+    def inverse(self) -> Identity:
+        return self
+
+    def transpose(self) -> Identity:
+        return self
+
+
+@dataclass(frozen=True, eq=False)
+class Product(Map):
+    """Several maps of one order, applied first to last."""
+
+    parts: tuple[Map, ...]
+
+    def __post_init__(self) -> None:
+        orders = {part.n for part in self.parts}
+        if len(orders) != 1:
+            raise MapError(f"a product needs one or more maps of one order, not orders {sorted(orders)}")
+
+    @classmethod
+    def examples(cls) -> list[Self]:
+        parts = [Map.registry[kind].examples()[-1] for kind in ("hadamard", "diagonal", "householder")]
+        return [cls((parts[1],)), cls(tuple(parts))]
+
+    @property
+    def n(self) -> int:  # type: ignore[override]
+        return self.parts[0].n
+
+    @property
+    def cost(self) -> int:
+        return sum(part.cost for part in self.parts)
+
+    @property
+    def orthogonal(self) -> bool:
+        return all(part.orthogonal for part in self.parts)
+
+    @property
+    def diagonal(self) -> bool:
+        return all(part.diagonal for part in self.parts)
+
+    @property
+    def is_permutation(self) -> bool:
+        return all(part.is_permutation for part in self.parts)
+
+    def _apply(self, x: Tensor) -> Tensor:
+        for part in self.parts:
+            x = part._apply(x)
+        return x
+
+    def inverse(self) -> Map:
+        return Product(tuple(part.inverse() for part in reversed(self.parts)))
+
+    def transpose(self) -> Map:
+        return Product(tuple(part.transpose() for part in reversed(self.parts)))
+
+
+def product(*maps: Map) -> Map:
+    """The maps applied first to last, nested products flattened and identities dropped."""
+    parts: list[Map] = []
+    for m in maps:
+        parts += m.parts if isinstance(m, Product) else [m]
+    whole = Product(tuple(parts))  # refuses parts of different orders, identities among them
+    kept = tuple(part for part in whole.parts if not isinstance(part, Identity)) or whole.parts[:1]
+    return kept[0] if len(kept) == 1 else Product(kept)
 
 
 def dump(m: Map, arrays: dict[str, Tensor], prefix: str = "map") -> dict[str, Any]:
     """A JSON description of a map; its tensors are added to `arrays` under names that start with `prefix`."""
-    spec: dict[str, Any] = {"kind": type(m).__name__.lower()}
+    spec: dict[str, Any] = {"kind": m.kind}
     for field in dataclasses.fields(m):  # type: ignore[arg-type]
         value, key = getattr(m, field.name), f"{prefix}.{field.name}"
         if isinstance(value, Tensor):
@@ -146,9 +238,7 @@ def _load(spec: Any, arrays: dict[str, Tensor], depth: int) -> Map:
     if depth > _DEPTH:
         raise MapError(f"a stored map is nested more than {_DEPTH} deep")
     name = spec.get("kind")
-    kind = Map.kinds.get(name) if isinstance(name, str) else None
-    if kind is None:
-        raise MapError(f"unknown kind of map {name!r}; this version knows {', '.join(sorted(Map.kinds))}")
+    kind = Map.registry.find(name)
     values = {}
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
         if field.name in spec or field.default is dataclasses.MISSING:

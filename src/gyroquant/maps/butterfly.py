@@ -10,6 +10,7 @@ from math import pi
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from gyroquant.errors import MapError
 from gyroquant.maps.base import Map
@@ -41,6 +42,11 @@ class Butterfly(Map):
     @property
     def cost(self) -> int:
         return 4 * self.angles.numel()
+
+    @classmethod
+    def examples(cls) -> list[Self]:
+        angles = torch.randn(4, 8, generator=torch.Generator().manual_seed(5))
+        return [cls(angles), cls(angles, transposed=True)]
 
     def _apply(self, x: Tensor) -> Tensor:
         angles = self.angles.to(device=x.device, dtype=torch.float64)

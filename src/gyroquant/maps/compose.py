@@ -1,68 +1,18 @@
-"""Maps made of maps: products, block-diagonal maps, and maps across blocks."""
+"""Maps made of maps: block-diagonal maps, and maps across blocks."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from gyroquant.errors import MapError
-from gyroquant.maps.base import Map
-from gyroquant.maps.elementary import Householder, Identity
-
-
-@dataclass(frozen=True, eq=False)
-class Product(Map):
-    """Several maps of one order, applied first to last."""
-
-    parts: tuple[Map, ...]
-
-    def __post_init__(self) -> None:
-        orders = {part.n for part in self.parts}
-        if len(orders) != 1:
-            raise MapError(f"a product needs one or more maps of one order, not orders {sorted(orders)}")
-
-    @property
-    def n(self) -> int:  # type: ignore[override]
-        return self.parts[0].n
-
-    @property
-    def cost(self) -> int:
-        return sum(part.cost for part in self.parts)
-
-    @property
-    def orthogonal(self) -> bool:
-        return all(part.orthogonal for part in self.parts)
-
-    @property
-    def diagonal(self) -> bool:
-        return all(part.diagonal for part in self.parts)
-
-    @property
-    def permuting(self) -> bool:
-        return all(part.permuting for part in self.parts)
-
-    def _apply(self, x: Tensor) -> Tensor:
-        for part in self.parts:
-            x = part._apply(x)
-        return x
-
-    def inverse(self) -> Map:
-        return Product(tuple(part.inverse() for part in reversed(self.parts)))
-
-    def transpose(self) -> Map:
-        return Product(tuple(part.transpose() for part in reversed(self.parts)))
-
-
-def product(*maps: Map) -> Map:
-    """The maps applied first to last, nested products flattened and identities dropped."""
-    parts: list[Map] = []
-    for m in maps:
-        parts += m.parts if isinstance(m, Product) else [m]
-    whole = Product(tuple(parts))  # refuses parts of different orders, identities among them
-    kept = tuple(part for part in whole.parts if not isinstance(part, Identity)) or whole.parts[:1]
-    return kept[0] if len(kept) == 1 else Product(kept)
+from gyroquant.maps.base import Map, product
+from gyroquant.maps.elementary import Householder
+from gyroquant.maps.hadamard import Hadamard, Walsh
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +24,10 @@ class BlockDiagonal(Map):
 
     parts: tuple[Map, ...]
     repeat: int = 1
+
+    @classmethod
+    def examples(cls) -> list[Self]:
+        return [cls((Walsh(8),), 3), cls((Hadamard(8), Householder(torch.arange(4.0))), 2)]
 
     @property
     def n(self) -> int:  # type: ignore[override]
@@ -92,8 +46,8 @@ class BlockDiagonal(Map):
         return all(part.diagonal for part in self.parts)
 
     @property
-    def permuting(self) -> bool:
-        return all(part.permuting for part in self.parts)
+    def is_permutation(self) -> bool:
+        return all(part.is_permutation for part in self.parts)
 
     def _apply(self, x: Tensor) -> Tensor:
         period = x.reshape(*x.shape[:-1], self.repeat, self.n // self.repeat)
@@ -111,14 +65,19 @@ class BlockDiagonal(Map):
 
 
 @dataclass(frozen=True, eq=False)
-class Across(Map):
+class KroneckerLeft(Map):
     """Mixes blocks of `inner` coordinates with each other: coordinate j of every block goes through `map`.
 
     Its matrix is the Kronecker product of that of `map` and the identity.
     """
 
+    kind: ClassVar[str] = "across"
     map: Map
     inner: int
+
+    @classmethod
+    def examples(cls) -> list[Self]:
+        return [cls(Hadamard(4), 6), cls(BlockDiagonal((Householder(torch.arange(3.0)),), 2), 4)]
 
     @property
     def n(self) -> int:  # type: ignore[override]
@@ -137,18 +96,18 @@ class Across(Map):
         return self.map.diagonal
 
     @property
-    def permuting(self) -> bool:
-        return self.map.permuting
+    def is_permutation(self) -> bool:
+        return self.map.is_permutation
 
     def _apply(self, x: Tensor) -> Tensor:
         parts = x.reshape(*x.shape[:-1], self.map.n, self.inner).transpose(-1, -2)
         return self.map._apply(parts.contiguous()).transpose(-1, -2).reshape(x.shape)
 
-    def inverse(self) -> Across:
-        return Across(self.map.inverse(), self.inner)
+    def inverse(self) -> KroneckerLeft:
+        return KroneckerLeft(self.map.inverse(), self.inner)
 
-    def transpose(self) -> Across:
-        return Across(self.map.transpose(), self.inner)
+    def transpose(self) -> KroneckerLeft:
+        return KroneckerLeft(self.map.transpose(), self.inner)
 
 
 def blocks(part: Map, n: int) -> Map:
@@ -158,7 +117,7 @@ def blocks(part: Map, n: int) -> Map:
     return part if part.n == n else BlockDiagonal((part,), n // part.n)
 
 
-def fixing_ones(m: Map, tolerance: float = 1e-9) -> Map:
+def preserve_mean(m: Map, tolerance: float = 1e-9) -> Map:
     """An orthogonal map close to `m` that leaves the all-ones vector where it is.
 
     A LayerNorm subtracts the mean, which commutes with an orthogonal map exactly when the map fixes the all-ones
@@ -166,7 +125,7 @@ def fixing_ones(m: Map, tolerance: float = 1e-9) -> Map:
     block-diagonal map is mended block by block and stays block-diagonal.
     """
     if isinstance(m, BlockDiagonal):
-        return BlockDiagonal(tuple(fixing_ones(part, tolerance) for part in m.parts), m.repeat)
+        return BlockDiagonal(tuple(preserve_mean(part, tolerance) for part in m.parts), m.repeat)
     ones = torch.ones(m.n, dtype=torch.float64)
     difference = m.apply(ones) - ones
     if float(difference.norm()) <= tolerance * m.n**0.5:

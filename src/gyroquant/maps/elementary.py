@@ -1,4 +1,4 @@
-"""The maps without inner structure: identity, signs, diagonal, permutation, reflection, dense."""
+"""The maps without inner structure: signs, diagonal, permutation, reflection, dense."""
 
 from __future__ import annotations
 
@@ -7,31 +7,12 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from gyroquant.errors import MapError
 from gyroquant.maps.base import Map
 
 ORTHOGONALITY = 1e-6
-
-
-@dataclass(frozen=True, eq=False)
-class Identity(Map):
-    """Changes nothing, exactly."""
-
-    n: int
-    orthogonal = True
-    diagonal = True
-    permuting = True
-    cost = 0
-
-    def _apply(self, x: Tensor) -> Tensor:
-        return x
-
-    def inverse(self) -> Identity:
-        return self
-
-    def transpose(self) -> Identity:
-        return self
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +34,10 @@ class Diagonal(Map):
     @property
     def cost(self) -> int:
         return self.n
+
+    @classmethod
+    def examples(cls) -> list[Self]:
+        return [cls(torch.rand(24, generator=torch.Generator().manual_seed(5)) + 0.5)]
 
     def _apply(self, x: Tensor) -> Tensor:
         return x * self.values.to(x)
@@ -84,6 +69,11 @@ class Signs(Map):
     def cost(self) -> int:
         return self.n
 
+    @classmethod
+    def examples(cls) -> list[Self]:
+        signs = torch.randint(0, 2, (24,), generator=torch.Generator().manual_seed(5), dtype=torch.int8) * 2 - 1
+        return [cls(signs)]
+
     def _apply(self, x: Tensor) -> Tensor:
         return x * self.values.to(x)
 
@@ -105,7 +95,7 @@ class Permutation(Map):
 
     index: Tensor
     orthogonal = True
-    permuting = True
+    is_permutation = True
     cost = 0
 
     def __post_init__(self) -> None:
@@ -117,6 +107,10 @@ class Permutation(Map):
     @property
     def n(self) -> int:  # type: ignore[override]
         return self.index.numel()
+
+    @classmethod
+    def examples(cls) -> list[Self]:
+        return [cls(torch.randperm(24, generator=torch.Generator().manual_seed(5)))]
 
     def _apply(self, x: Tensor) -> Tensor:
         return x.index_select(-1, self.index.to(x.device))
@@ -147,6 +141,10 @@ class Householder(Map):
     def cost(self) -> int:
         return 2 * self.n
 
+    @classmethod
+    def examples(cls) -> list[Self]:
+        return [cls(torch.randn(24, generator=torch.Generator().manual_seed(5)))]
+
     def _apply(self, x: Tensor) -> Tensor:
         v = self.vector.to(x)
         return x - (x @ v).unsqueeze(-1) * (v * (2 / (v @ v)))
@@ -176,6 +174,12 @@ class Dense(Map):
     @property
     def cost(self) -> int:
         return self.n * self.n
+
+    @classmethod
+    def examples(cls) -> list[Self]:
+        generator = torch.Generator().manual_seed(5)
+        matrix = torch.randn(24, 24, generator=generator, dtype=torch.float64)
+        return [cls(torch.linalg.qr(matrix).Q.contiguous()), cls(matrix + 4 * torch.eye(24))]
 
     @cached_property
     def _gram_error(self) -> float:

@@ -8,10 +8,10 @@ from functools import cache, lru_cache
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
-from gyroquant.maps.base import Map
+from gyroquant.maps.base import Identity, Map
 from gyroquant.maps.construct import kronecker, require_factors, split
-from gyroquant.maps.elementary import Identity
 
 # Rows are processed in pieces of about this many entries, so that the intermediate result stays in cache.
 _CHUNK = 1 << 20
@@ -47,6 +47,10 @@ class Hadamard(Map):
     def cost(self) -> int:
         left, right = split(self.n)
         return self.n * (int(np.prod(left)) + int(np.prod(right)))
+
+    @classmethod
+    def examples(cls) -> list[Self]:
+        return [cls(24), cls(24, transposed=True)]
 
     def sides(self) -> tuple[Tensor, Tensor]:
         """``A^T`` and ``B`` of the product as which the map is applied, fp32."""
@@ -107,6 +111,10 @@ class Walsh(Map):
     @property
     def cost(self) -> int:
         return Hadamard(self.n).cost
+
+    @classmethod
+    def examples(cls) -> list[Self]:
+        return [cls(24), cls(24, transposed=True), cls(16)]
 
     def _apply(self, x: Tensor) -> Tensor:
         order = sequency_order(self.n).to(x.device)

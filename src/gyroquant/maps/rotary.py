@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from gyroquant.errors import MapError
 from gyroquant.maps.base import Map
@@ -31,6 +32,12 @@ class PairRotation(Map):
     @property
     def cost(self) -> int:
         return 4 * self.angles.numel()
+
+    @classmethod
+    def examples(cls) -> list[Self]:
+        generator = torch.Generator().manual_seed(5)
+        angles = 3 * torch.randn(12, generator=generator)
+        return [cls(24, angles), cls(24, angles[:5], interleaved=True)]
 
     def _apply(self, x: Tensor) -> Tensor:
         first, second = self.split(x)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gyroquant.grids import Fp4Grid, Fp8Grid, Grid, GroupParams, IntegerGrid, Mxfp4Grid, Nvfp4Grid, integer
-from gyroquant.rounding.rtn import RoundToNearest
+from gyroquant.rounding.solvers.rtn import RoundToNearest
 
 ROUNDING = 2.0**-11  # of a scale to fp16
 
@@ -16,7 +16,7 @@ def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def nearest(weight: torch.Tensor, grid: Grid) -> torch.Tensor:
-    return RoundToNearest().solve(weight, grid.bind(weight)).dequantize()
+    return RoundToNearest().solve(weight, grid.with_tensor_scale(weight)).dequantize()
 
 
 def of_random_codes(grid: Grid, scale: torch.Tensor, seed: int, columns: int) -> torch.Tensor:

@@ -37,7 +37,7 @@ def groups(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def error(grid: Grid, x: torch.Tensor) -> torch.Tensor:
     """Squared error of each group."""
-    params = grid.bind(x).fit(x)
+    params = grid.with_tensor_scale(x).fit(x)
     return (grid.nearest(x, params) - x).square().sum(-1)
 
 
@@ -90,7 +90,7 @@ def test_eight_bits_round_to_even_and_saturate(form: str, value: float) -> None:
 
 def test_infinite_quotients_saturate() -> None:
     """A scale fitted to zeros is tiny; what a solver adds to the group later is clipped, never NaN."""
-    for grid in (Fp4Grid(), Fp8Grid(), Mxfp4Grid(), Nvfp4Grid().bind(torch.zeros(1, 16))):
+    for grid in (Fp4Grid(), Fp8Grid(), Mxfp4Grid(), Nvfp4Grid().with_tensor_scale(torch.zeros(1, 16))):
         params = grid.fit(torch.zeros(1, 32))
         codes = grid.encode(torch.tensor([[1e30, -1e30]]), params)
         assert torch.equal(grid.decode(codes, params), every_code(grid)[codes.int()] * params.scale)
@@ -154,7 +154,7 @@ def test_powers_of_two_reach_from_end_to_end() -> None:
 
 def test_the_scale_of_the_whole_weight_is_stored() -> None:
     x = groups(6, 4, 16)
-    grid = Nvfp4Grid(scale="minmax").bind(x)
+    grid = Nvfp4Grid(scale="minmax").with_tensor_scale(x)
     assert grid.tensor_scale == float(x.abs().max() / (6 * 448))
     params = grid.fit(x)
     ratios = params.scale / grid.tensor_scale
@@ -173,15 +173,16 @@ def test_the_scale_of_the_whole_weight_is_stored() -> None:
 
 def test_small_groups_beside_large_ones_keep_a_scale() -> None:
     x = groups(2, 4, 16) * torch.tensor([1.0, 1e-2, 1e-4, 1e-9])[:, None]
-    found = QuantizedWeight(Nvfp4Grid(), Nvfp4Grid().bind(x).encode(x, Nvfp4Grid().bind(x).fit(x)).view(2, 64),
-                            Nvfp4Grid().bind(x).fit(x)).dequantize().view(2, 4, 16)  # fmt: skip
+    grid = Nvfp4Grid().with_tensor_scale(x)
+    params = grid.fit(x)
+    found = QuantizedWeight(Nvfp4Grid(), grid.encode(x, params).view(2, 64), params).dequantize().view(2, 4, 16)
     relative = (found - x).square().sum((0, 2)) / x.square().sum((0, 2))
     assert (relative[:3] < 0.02).all()
     assert found[:, 3].abs().max() == 0
 
 
 def test_a_grid_that_knows_no_weight_says_so() -> None:
-    with pytest.raises(InputError, match=r"bind\(weight\)"):
+    with pytest.raises(InputError, match=r"with_tensor_scale\(weight\)"):
         Nvfp4Grid().fit(groups(2, 1, 16))
 
 

@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 
 from gyroquant.errors import InputError
 from gyroquant.grids import Fp4Grid, Fp8Grid, Grid, HalfScaleGrid, IntegerGrid, QuantizedWeight, stored_bits
-from gyroquant.rounding import InputStatistics, weight_error
-from gyroquant.rounding.gptq import Gptq
-from gyroquant.rounding.rtn import RoundToNearest
+from gyroquant.grids.error import weight_error
+from gyroquant.rounding import InputStatistics
+from gyroquant.rounding.solvers.gptq import Gptq
+from gyroquant.rounding.solvers.rtn import RoundToNearest
 
 GRIDS: list[HalfScaleGrid] = [
     *(IntegerGrid(bits=bits, group_size=32, symmetric=s) for bits in (2, 4, 8) for s in (False, True)),
@@ -26,7 +27,7 @@ def weight(rows: int = 16, columns: int = 192, seed: int = 0) -> torch.Tensor:
 
 
 def rounded(matrix: torch.Tensor, grid: Grid) -> QuantizedWeight:
-    return RoundToNearest().solve(matrix, grid.bind(matrix))
+    return RoundToNearest().solve(matrix, grid.with_tensor_scale(matrix))
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
@@ -41,13 +42,13 @@ class TestEverySize:
         made = rounded(weight() * 2.0**-38, grid)
         arrays = made.pack()
         assert arrays["global"].dtype == torch.float32
-        bound = grid.bound_by(arrays)
+        bound = grid.with_stored_scale(arrays)
         codes, params = grid.unpack(arrays, (16, 192))
         assert torch.equal(params.scale, made.params.scale)
         assert torch.equal(QuantizedWeight(bound, codes, params).dequantize(), made.dequantize())
         again = QuantizedWeight(bound, codes, params).pack()
         assert all(torch.equal(array, again[part]) for part, array in arrays.items())
-        same = bound.storable(params.scale, params.zero)
+        same = bound.round_params(params.scale, params.zero)
         assert torch.equal(same.scale, params.scale)
         assert stored_bits(arrays) == pytest.approx(made.bits, abs=16)
         assert made.bits == rounded(weight(), grid).bits + 32
@@ -55,9 +56,9 @@ class TestEverySize:
     def test_ordinary_weights_have_none_of_it(self, grid: HalfScaleGrid) -> None:
         matrix = weight()
         matrix[3], matrix[5] = 0, matrix[5] * 1e-12  # a row that is dead, and one that is as good as dead
-        assert grid.bind(matrix) is grid
+        assert grid.with_tensor_scale(matrix) is grid
         assert "global" not in rounded(matrix, grid).pack()
-        assert grid.bind(torch.zeros(4, 64)) is grid
+        assert grid.with_tensor_scale(torch.zeros(4, 64)) is grid
 
     def test_a_small_row_among_large_ones_keeps_its_numbers(self, grid: HalfScaleGrid) -> None:
         matrix = weight()
@@ -74,7 +75,7 @@ def test_solvers_keep_small_scales() -> None:
     statistics = InputStatistics(x.T @ x, 400)
     grid, small = IntegerGrid(bits=4, group_size=32), weight() * 2.0**-38
     usual = weight_error(weight(), Gptq().solve(weight(), grid, statistics).dequantize())
-    found = Gptq().solve(small, grid.bind(small), statistics).dequantize()
+    found = Gptq().solve(small, grid.with_tensor_scale(small), statistics).dequantize()
     assert weight_error(small, found) == pytest.approx(usual, rel=0.02)
 
 

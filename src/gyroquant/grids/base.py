@@ -11,9 +11,11 @@ from typing import Annotated, Any, ClassVar, Literal, get_origin
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from torch import Tensor
+from typing_extensions import Self
 
 from gyroquant.errors import InputError, RecipeError
 from gyroquant.grids.basis import Basis
+from gyroquant.registry import Registry, no_examples
 
 
 def _group_size(value: int) -> int:
@@ -43,10 +45,26 @@ class GroupParams:
 
 
 class Grid(BaseModel, ABC):
-    """A kind of number grid with its settings. Subclasses register themselves under their `grid` name."""
+    """A kind of number grid with its settings. Subclasses register themselves under their `grid` name.
+
+    A new kind declares what it can do in the class attributes below and is held to it by
+    `gyroquant.testing.check_grid`.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    kinds: ClassVar[dict[str, type[Grid]]] = {}
+    registry: ClassVar[Registry[type[Grid]]] = Registry("grid", "gyroquant.grids")
+    has_bit_widths: ClassVar[bool] = False
+    """Whether `bits` can be chosen, as `allocate` does for every layer."""
+    plain_integers: ClassVar[bool] = False
+    """Whether numbers are ``(code - zero) * scale`` with one scale a group, as other programs and the packed KV cache
+    take them.
+    """
+    fits: ClassVar[tuple[str, ...]] = ()
+    """The values of a setting `scale` that says how scales are fitted: `minmax` by the range of a group, `mse` by a
+    search. Empty where there is one way alone.
+    """
+    scale_step: ClassVar[float] = 2.0**-10
+    """By what share neighbouring scales that can be stored differ: 2^-10 for fp16."""
 
     grid: str
     bits: int
@@ -56,12 +74,26 @@ class Grid(BaseModel, ABC):
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         name = cls.model_fields["grid"].default
         if isinstance(name, str):
-            Grid.kinds[name] = cls
+            Grid.registry.add(name, cls)
+
+    @classmethod
+    def examples(cls) -> list[Self]:
+        """Grids that cover the options of this kind, for tests. Their groups are whole rows or divide 192 weights."""
+        raise no_examples(cls)
 
     @property
     @abstractmethod
     def group_bits(self) -> int:
         """The bits stored for each group besides its codes."""
+
+    @property
+    def holds_zero(self) -> bool:
+        """Whether 0 is among the numbers."""
+        return True
+
+    def fitted_by(self, fit: str) -> Self:
+        """This grid with scales fitted by `minmax` or `mse`; itself where it has one way alone (see `fits`)."""
+        return self.model_copy(update={"scale": fit}) if fit in self.fits else self
 
     @property
     def tensor_bits(self) -> int:
@@ -84,14 +116,14 @@ class Grid(BaseModel, ABC):
         fits = [g for g in (16, 32, 64, 128, 256) if columns % g == 0]
         return f"use {', '.join(map(str, fits))} or -1 (one group a row)" if fits else "use -1 (one group a row)"
 
-    def bind(self, *weights: Tensor) -> Grid:
+    def with_tensor_scale(self, *weights: Tensor) -> Grid:
         """This grid for one weight, of any shape, or several that are stored as one: itself, or for grids with a scale
         of the whole weight a copy that knows it. A bound grid stays as it is.
         """
         return self
 
-    def bound_by(self, arrays: dict[str, Tensor]) -> Grid:
-        """As `bind`, for a weight that is stored in these arrays."""
+    def with_stored_scale(self, arrays: dict[str, Tensor]) -> Grid:
+        """As `with_tensor_scale`, for a weight that is stored in these arrays."""
         return self
 
     @abstractmethod
@@ -105,10 +137,10 @@ class Grid(BaseModel, ABC):
         return self.fit(groups)
 
     @abstractmethod
-    def storable(self, scale: Tensor, zero: Tensor) -> GroupParams:
+    def round_params(self, scale: Tensor, zero: Tensor) -> GroupParams:
         """The parameters nearest to finite ones, of the same shape, that can be stored."""
 
-    def stretched(self, params: GroupParams, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    def rescale(self, params: GroupParams, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point, not yet storable, of groups whose span has its two ends moved by these factors.
 
         Differentiable. Grids without zero points take the mean of the two.
@@ -116,10 +148,10 @@ class Grid(BaseModel, ABC):
         return params.scale * ((low + high) / 2), params.zero
 
     @abstractmethod
-    def span(self, zero: Tensor) -> tuple[Tensor, Tensor]:
+    def range(self, zero: Tensor) -> tuple[Tensor, Tensor]:
         """The smallest and the largest number in units of the scale, for zero points of any shape, differentiable."""
 
-    def gap(self, numbers: Tensor) -> Tensor:
+    def step_below(self, numbers: Tensor) -> Tensor:
         """How far the next number towards zero is from numbers of the grid, both in units of the scale."""
         return torch.ones_like(numbers)
 
@@ -229,9 +261,7 @@ def stored_bits(arrays: dict[str, Tensor]) -> int:
 def grid_from(spec: dict[str, Any]) -> Grid:
     """A grid from its saved description. Raises InputError for an unknown kind and for settings that it cannot have."""
     name = spec.get("grid")
-    kind = Grid.kinds.get(name) if isinstance(name, str) else None
-    if kind is None:
-        raise InputError(f"unknown grid {name!r}; this version knows {', '.join(sorted(Grid.kinds))}")
+    kind = Grid.registry.find(name)
     try:
         return kind(**spec)
     except ValidationError as error:

@@ -28,7 +28,7 @@ def is_given_back(grid: Grid, weights: Tensor, params: GroupParams, relative: fl
     bool of that shape. `params` may have any shape that goes with it.
     """
     numbers = grid.nearest(weights, params)
-    steps = grid.gap(numbers / params.scale) * params.scale.abs()
+    steps = grid.step_below(numbers / params.scale) * params.scale.abs()
     return (numbers - weights).abs() <= torch.minimum(relative * weights.abs(), _MOST * steps) + _STEPS * steps
 
 
@@ -69,7 +69,9 @@ def _exact(grid: Grid, groups: Tensor, found: GroupParams, tried: GroupParams) -
         first[1:] = row[1:] != row[:-1]
         here, weights = row[first], groups[row[first]]
         before, wanted = found[here], _paired(tried, here, which[first])
-        fitted = grid.least_squares(weights, (grid.storable(wanted.scale, wanted.zero), _fitted(grid, weights, wanted)))
+        fitted = grid.least_squares(
+            weights, (grid.round_params(wanted.scale, wanted.zero), _fitted(grid, weights, wanted))
+        )
         exact = is_given_back(grid, weights, fitted).all(1) & (
             _error(grid, weights, fitted) < _error(grid, weights, before)
         )
@@ -89,7 +91,7 @@ def _fitted(grid: Grid, groups: Tensor, params: GroupParams) -> GroupParams:
     """The storable parameters nearest to the scale of least squared error, each weight held by its nearest number."""
     steps = grid.nearest(groups, params) / params.scale
     scale = (groups * steps).sum(-1, keepdim=True) / steps.square().sum(-1, keepdim=True)
-    return grid.storable(torch.where(scale.isfinite(), scale, params.scale), params.zero)
+    return grid.round_params(torch.where(scale.isfinite(), scale, params.scale), params.zero)
 
 
 def _error(grid: Grid, groups: Tensor, params: GroupParams) -> Tensor:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from gyroquant.errors import InputError
 from gyroquant.grids.base import Grid, GroupParams, GroupSize
@@ -66,11 +67,11 @@ class FloatGrid(Grid):
         """Parameters of these scales."""
         return GroupParams(scale, torch.zeros_like(scale))
 
-    def span(self, zero: Tensor) -> tuple[Tensor, Tensor]:
+    def range(self, zero: Tensor) -> tuple[Tensor, Tensor]:
         largest = torch.full_like(zero, self._max)
         return -largest, largest
 
-    def gap(self, numbers: Tensor) -> Tensor:
+    def step_below(self, numbers: Tensor) -> Tensor:
         _, exponent = torch.frexp(numbers.abs() * (1 - 2.0**-12))  # a power of two belongs to what lies below it
         return torch.ldexp(torch.ones_like(numbers), exponent.clamp_min(self._least_exponent) - 1 - self._mantissa)
 
@@ -98,7 +99,7 @@ class HalfScaleFloatGrid(FloatGrid, HalfScaleGrid):
     def group_bits(self) -> int:
         return 16
 
-    def storable(self, scale: Tensor, zero: Tensor) -> GroupParams:
+    def round_params(self, scale: Tensor, zero: Tensor) -> GroupParams:
         return self.scaled(self._clamped(scale, 0))
 
     @property
@@ -154,9 +155,15 @@ class Fp4Grid(E2M1Grid, HalfScaleFloatGrid):
     from half to one and a half times that (`mse`).
     """
 
+    fits: ClassVar[tuple[str, ...]] = ("minmax", "mse")
+
     grid: Literal["fp4"] = "fp4"
     group_size: GroupSize = -1
     scale: Literal["minmax", "mse"] = "mse"
+
+    @classmethod
+    def examples(cls) -> list[Self]:
+        return [cls(), cls(scale="minmax"), cls(group_size=64)]
 
     @property
     def _may_move(self) -> tuple[float, float]:
@@ -185,6 +192,10 @@ class Fp8Grid(HalfScaleFloatGrid):
     bits: Literal[8] = 8
     group_size: GroupSize = -1
     format: Literal["e4m3", "e5m2"] = "e4m3"
+
+    @classmethod
+    def examples(cls) -> list[Self]:
+        return [cls(), cls(group_size=32), cls(format="e5m2")]
 
     def fit(self, groups: Tensor) -> GroupParams:
         extreme = largest(groups)

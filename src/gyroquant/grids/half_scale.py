@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import Self
 
 import torch
 from pydantic import PrivateAttr
 from torch import Tensor
+from typing_extensions import Self
 
 from gyroquant.errors import InputError
 from gyroquant.grids.base import Grid, stored
@@ -32,8 +32,8 @@ class HalfScaleGrid(Grid):
     """Grids that store an fp16 scale for each group.
 
     fp16 has no numbers between 0 and 6e-8, few up to 6e-5 and none from 65520 on. For a weight whose groups have such
-    scales `bind` gives a copy of the grid that stores them over a scale of the whole weight, a power of two, as
-    `global` (fp32): products with it are exact, so that groups which fp16 held come out as they would without it.
+    scales `with_tensor_scale` gives a copy of the grid that stores them over a scale of the whole weight, a power of
+    two, as `global` (fp32). Products with it are exact, so groups that fp16 holds come out as they would without it.
     Weights that fp16 serves, all ordinary ones, have none. `params` hold the products.
     """
 
@@ -59,7 +59,7 @@ class HalfScaleGrid(Grid):
     def _full_scale(self, groups: Tensor) -> Tensor:
         """The scale with which the numbers span all weights of a group, shape (..., 1), before it is stored."""
 
-    def bind(self, *weights: Tensor) -> Self:
+    def with_tensor_scale(self, *weights: Tensor) -> Self:
         if self._tensor_scale is not None:
             return self
         scales, peaks = [], []
@@ -73,7 +73,7 @@ class HalfScaleGrid(Grid):
         _, exponent = math.frexp(float(scale.max()))
         return self._with(2.0 ** max(exponent - 1 - _ROOM, _LEAST_EXPONENT))
 
-    def bound_by(self, arrays: dict[str, Tensor]) -> Self:
+    def with_stored_scale(self, arrays: dict[str, Tensor]) -> Self:
         return self._with(float(stored(arrays, "global", (1,)))) if "global" in arrays else self
 
     def _with(self, tensor_scale: float) -> Self:

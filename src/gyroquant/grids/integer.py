@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
+from typing_extensions import Self
 
 from gyroquant.grids.base import GroupParams, GroupSize
 from gyroquant.grids.bitpack import pack, unpack
@@ -29,6 +30,10 @@ class IntegerGrid(HalfScaleGrid):
     finds the scale of a group that lies on such numbers already.
     """
 
+    has_bit_widths: ClassVar[bool] = True
+    plain_integers: ClassVar[bool] = True
+    fits: ClassVar[tuple[str, ...]] = ("minmax", "mse")
+
     grid: Literal["integer"] = "integer"
     bits: Annotated[int, Field(ge=1, le=8)] = 4
     group_size: GroupSize = 128
@@ -44,6 +49,30 @@ class IntegerGrid(HalfScaleGrid):
         if self.midrise and not self.symmetric:
             raise ValueError("midrise: true puts as many numbers on either side of zero; it needs symmetric: true")
         return self
+
+    @classmethod
+    def examples(cls) -> list[Self]:
+        return [
+            cls(bits=2, group_size=64),
+            cls(bits=3, group_size=-1),
+            cls(bits=4, group_size=32, symmetric=True),
+            *(
+                cls(bits=bits, group_size=size, symmetric=symmetric, scale=scale)
+                for bits in range(1, 9)
+                for size, symmetric, scale in (
+                    (16, False, "minmax"),
+                    (64, True, "mse"),
+                    (-1, False, "mse"),
+                    (32, True, "minmax"),
+                )
+            ),
+            cls(bits=4, group_size=64, scale="minmax", clip=0.9),
+            *(cls(bits=bits, group_size=-1, symmetric=True, midrise=True) for bits in (1, 2, 3)),
+        ]
+
+    @property
+    def holds_zero(self) -> bool:
+        return not (self.symmetric and (self.midrise or self.bits == 1))
 
     @property
     def group_bits(self) -> int:
@@ -94,19 +123,19 @@ class IntegerGrid(HalfScaleGrid):
         low, high = self._range(groups)
         return low / self._middle if self.symmetric else (high - low) / self._levels
 
-    def storable(self, scale: Tensor, zero: Tensor) -> GroupParams:
+    def round_params(self, scale: Tensor, zero: Tensor) -> GroupParams:
         if self.symmetric:
             return GroupParams(self._clamped(scale, -float("inf")), torch.full_like(zero, self._middle))
         return GroupParams(self._clamped(scale, 0), torch.round(zero).clamp(0, self._levels))
 
-    def stretched(self, params: GroupParams, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    def rescale(self, params: GroupParams, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         if self.symmetric:
-            return super().stretched(params, low, high)
+            return super().rescale(params, low, high)
         below = params.zero * low
         steps = (below + (self._levels - params.zero) * high) / self._levels  # how long a new step is in old ones
         return params.scale * steps, below / steps
 
-    def span(self, zero: Tensor) -> tuple[Tensor, Tensor]:
+    def range(self, zero: Tensor) -> tuple[Tensor, Tensor]:
         return -zero, self._levels - zero
 
     def _steps(self, weights: Tensor, params: GroupParams) -> Tensor:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import PrivateAttr
 from torch import Tensor
+from typing_extensions import Self
 
 from gyroquant.errors import InputError
 from gyroquant.grids.base import GroupParams, stored
@@ -27,9 +28,15 @@ class Mxfp4Grid(E2M1Grid):
     squared error.
     """
 
+    scale_step: ClassVar[float] = 1.0
+
     grid: Literal["mxfp4"] = "mxfp4"
     group_size: Literal[32] = 32
     scale_rounding: Literal["floor", "round", "ceil", "mse"] = "floor"
+
+    @classmethod
+    def examples(cls) -> list[Self]:
+        return [cls(), cls(scale_rounding="round"), cls(scale_rounding="ceil"), cls(scale_rounding="mse")]
 
     @property
     def group_bits(self) -> int:
@@ -41,7 +48,7 @@ class Mxfp4Grid(E2M1Grid):
             return self._params(extreme + _CARRY[self.scale_rounding], 0)
         return self.least_squares(groups, (self._params(extreme, shift) for shift in (0, 1, -1)))
 
-    def storable(self, scale: Tensor, zero: Tensor) -> GroupParams:
+    def round_params(self, scale: Tensor, zero: Tensor) -> GroupParams:
         near = scale.clamp(2.0**-126, 2.0**127).contiguous()
         return self._params(near.view(torch.int32) + (1 << 22), 2)  # from 1.5 on, the next power is as near or nearer
 
@@ -95,10 +102,17 @@ class Nvfp4Grid(E2M1Grid):
     already.
     """
 
+    fits: ClassVar[tuple[str, ...]] = ("minmax", "mse")
+    scale_step: ClassVar[float] = 2.0**-3
+
     grid: Literal["nvfp4"] = "nvfp4"
     group_size: Literal[16] = 16
     scale: Literal["minmax", "mse"] = "mse"
     _tensor_scale: float | None = PrivateAttr(default=None)
+
+    @classmethod
+    def examples(cls) -> list[Self]:
+        return [cls(), cls(scale="minmax")]
 
     @property
     def group_bits(self) -> int:
@@ -108,13 +122,15 @@ class Nvfp4Grid(E2M1Grid):
     def tensor_scale(self) -> float:
         """The scale of the whole weight, an fp32 number. Raises InputError for a grid that is not bound."""
         if self._tensor_scale is None:
-            raise InputError("an nvfp4 grid has to know the whole weight before its groups: bind(weight) it first")
+            raise InputError(
+                "an nvfp4 grid has to know the whole weight before its groups: call with_tensor_scale(weight) first"
+            )
         return self._tensor_scale
 
     def _as_tensor(self, device: torch.device) -> Tensor:
         return torch.tensor([self.tensor_scale], dtype=torch.float32, device=device)
 
-    def bind(self, *weights: Tensor) -> Nvfp4Grid:
+    def with_tensor_scale(self, *weights: Tensor) -> Nvfp4Grid:
         if self._tensor_scale is not None:
             return self
         widest = max(float(_whole_scale(largest(weight.float().reshape(1, -1)))) for weight in weights)
@@ -127,7 +143,7 @@ class Nvfp4Grid(E2M1Grid):
                     return bound
         return self._with(widest)
 
-    def bound_by(self, arrays: dict[str, Tensor]) -> Nvfp4Grid:
+    def with_stored_scale(self, arrays: dict[str, Tensor]) -> Nvfp4Grid:
         return self._with(float(stored(arrays, "global", (1,))))
 
     def _with(self, tensor_scale: float) -> Nvfp4Grid:
@@ -142,7 +158,7 @@ class Nvfp4Grid(E2M1Grid):
     def fit(self, groups: Tensor) -> GroupParams:
         return self._fit(groups, largest(groups), self._as_tensor(groups.device))
 
-    def storable(self, scale: Tensor, zero: Tensor) -> GroupParams:
+    def round_params(self, scale: Tensor, zero: Tensor) -> GroupParams:
         tensor_scale = self._as_tensor(scale.device)
         return self._params(scale / tensor_scale, tensor_scale)
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import peft
 import pytest
-import tiny
+import tiny_models
 import torch
 
 import gyroquant as gq
 from gyroquant.errors import InputError
-from gyroquant.models.source import open_model
+from gyroquant.models.stores.source import open_model
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def base(tmp_path: Path, folders: dict[str, Path]) -> Path:
 @pytest.fixture
 def adapted(base: Path) -> peft.PeftModel:
     settings = peft.LoraConfig(r=4, lora_alpha=32, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
-    model = peft.get_peft_model(tiny.build("llama"), settings).eval()
+    model = peft.get_peft_model(tiny_models.build("llama"), settings).eval()
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -37,7 +37,7 @@ def adapter(adapted: peft.PeftModel, tmp_path: Path) -> Path:
 
 
 def same(store: object, adapted: peft.PeftModel) -> bool:
-    ids = tiny.tokens(tiny.build("llama"))
+    ids = tiny_models.tokens(tiny_models.build("llama"))
     with torch.no_grad():
         return torch.allclose(store.model(ids).logits, adapted(ids).logits, atol=1e-4)  # type: ignore[attr-defined]
 
@@ -86,7 +86,7 @@ def test_a_model_that_peft_wraps_is_merged_as_a_copy(adapted: peft.PeftModel) ->
 def test_folding_a_model_that_peft_wraps_says_how_to_merge_it(adapted: peft.PeftModel, adapter: Path) -> None:
     with pytest.raises(InputError, match=r"model = model\.merge_and_unload\(\)"):
         gq.transform(adapted, "quarot")
-    model = tiny.build("llama")
+    model = tiny_models.build("llama")
     model.load_adapter(str(adapter))
     for call in (lambda: gq.transform(model, "quarot"), lambda: open_model(model)):
         with pytest.raises(InputError, match="an adapter that load_adapter put on it"):
@@ -94,5 +94,5 @@ def test_folding_a_model_that_peft_wraps_says_how_to_merge_it(adapted: peft.Peft
 
 
 def test_anything_else_in_memory_is_named() -> None:
-    with pytest.raises(InputError, match=r"torch\.nn\..*Linear is no model of transformers"):
+    with pytest.raises(InputError, match=r"torch\.nn\..*Linear is not a transformers model"):
         open_model(torch.nn.Linear(2, 2))  # type: ignore[arg-type]

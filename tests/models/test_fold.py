@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
-import tiny
+import tiny_models
 import torch
 
 from gyroquant import maps
 from gyroquant.errors import ProofError, UnsupportedModelError
-from gyroquant.models.fold import AbsorbGain, ApplyMap, DivideBias, FoldPlan
-from gyroquant.models.prove import Proof, prove
-from gyroquant.models.runner import BlockRunner
-from gyroquant.models.sites import Site, find_sites
-from gyroquant.models.source import open_model
+from gyroquant.models.execution.runner import BlockRunner
+from gyroquant.models.folding.fold import AbsorbGain, ApplyMap, DivideBias, FoldPlan
+from gyroquant.models.folding.prove import Proof, prove
+from gyroquant.models.graph.sites import Site, find_sites
+from gyroquant.models.stores.source import open_model
 
 EXACT = 5e-6
 Choose = Callable[[Site], maps.Map]
@@ -83,31 +83,31 @@ CASES: dict[str, tuple[str, Choose, bool | None]] = {
 # Why a case cannot be fused in an architecture; everything that is not listed must be exact.
 BEHIND = "cannot pass it"
 REFUSED = {
-    **{(name, case): BEHIND for name in tiny.POST_NORM for case in CASES if case.startswith("R1 ")},
+    **{(name, case): BEHIND for name in tiny_models.POST_NORM for case in CASES if case.startswith("R1 ")},
     **{
         (name, case): "no site"
-        for name in tiny.NO_NORM_IN_FRONT
+        for name in tiny_models.NO_NORM_IN_FRONT
         for case in ("attn_in scaling", "mlp_in scaling", "attn_in online")
     },
-    **{(name, "mlp_in scaling"): "no site" for name in tiny.ONE_NORM},
-    **{(name, "qk"): "k_norm stand between" for name in tiny.QK_NORM},
+    **{(name, "mlp_in scaling"): "no site" for name in tiny_models.ONE_NORM},
+    **{(name, "qk"): "k_norm stand between" for name in tiny_models.QK_NORM},
 }
-for _name in tiny.POST_NORM:
+for _name in tiny_models.POST_NORM:
     del REFUSED[_name, "R1 online"]
 
 
 def folded(name: str, *cases: tuple[str, Choose, bool | None]) -> Proof:
-    model = tiny.build(name)
+    model = tiny_models.build(name)
     store = open_model(model)
     plan = FoldPlan(store.graph)
     for site_name, choose, online in cases:
         for site in find_sites(store.graph, site_name, online=bool(online)):
             plan.add(site, choose(site), online)
-    return prove(store, plan, BlockRunner(model, store.graph), tiny.tokens(model), EXACT)
+    return prove(store, plan, BlockRunner(model, store.graph), tiny_models.tokens(model), EXACT)
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", tiny.CONFIGS)
+@pytest.mark.parametrize("name", tiny_models.CONFIGS)
 def test_every_fold_is_exact_or_refused(name: str, case: str) -> None:
     if (name, case) in REFUSED:
         with pytest.raises(UnsupportedModelError, match=REFUSED[name, case]):
@@ -118,7 +118,7 @@ def test_every_fold_is_exact_or_refused(name: str, case: str) -> None:
         assert proof.worst_block_error < EXACT
 
 
-@pytest.mark.parametrize("name", tiny.CONFIGS)
+@pytest.mark.parametrize("name", tiny_models.CONFIGS)
 def test_all_sites_at_once(name: str) -> None:
     online = True if (name, "R1 rotation") in REFUSED else None
     queries = ("qk", invertible, True) if (name, "qk") in REFUSED else ("qk", turns, None)
@@ -136,7 +136,7 @@ def test_maps_of_norms_compose_with_rotations_of_the_stream() -> None:
 
 
 def test_the_identity_edits_nothing() -> None:
-    store = open_model(tiny.build("llama"))
+    store = open_model(tiny_models.build("llama"))
     plan = FoldPlan(store.graph)
     plan.add(find_sites(store.graph, "R1")[0], maps.Identity(64))
     assert not plan.edits
@@ -145,12 +145,12 @@ def test_the_identity_edits_nothing() -> None:
 
 
 def test_layer_norm_models_get_maps_that_keep_the_mean() -> None:
-    store = open_model(tiny.build("opt"))
+    store = open_model(tiny_models.build("opt"))
     plan = FoldPlan(store.graph)
     plan.add(find_sites(store.graph, "R1")[0], maps.hadamard(64))
     ones = torch.ones(64, dtype=torch.float64)
     assert torch.allclose(plan.folded[0][1].apply(ones), ones)
-    store = open_model(tiny.build("llama"))
+    store = open_model(tiny_models.build("llama"))
     plan = FoldPlan(store.graph)
     plan.add(find_sites(store.graph, "R1")[0], maps.hadamard(64))
     assert isinstance(plan.folded[0][1], maps.Hadamard)  # RMSNorm models are never bent to the mean
@@ -164,7 +164,7 @@ def test_layer_norm_models_get_maps_that_keep_the_mean() -> None:
         ("attn_in", rotation, None, "diagonal"),
         ("R3", invertible, True, "orthogonal"),
         ("qk", rotation, None, "do not commute with RoPE.*set transform.qk.online=true"),
-        ("R2", rotation, True, "no place"),
+        ("R2", rotation, True, "no hook point"),
         ("R1", lambda site: maps.hadamard(32), None, "32"),
     ],
 )
@@ -234,30 +234,30 @@ def test_a_broken_fold_is_caught_and_named(
 
 
 def test_a_norm_bias_behind_a_zero_gain_is_refused() -> None:
-    model = tiny.build("gpt2")
+    model = tiny_models.build("gpt2")
     with torch.no_grad():
         model.transformer.h[1].ln_2.weight[3] = 0.0
     store = open_model(model)
     plan = FoldPlan(store.graph)
     plan.add(find_sites(store.graph, "R1")[0], maps.hadamard(64))
     with pytest.raises(UnsupportedModelError, match=r"transformer.h.1.ln_2 has a channel with gain 0"):
-        prove(store, plan, BlockRunner(model, store.graph), tiny.tokens(model), EXACT)
+        prove(store, plan, BlockRunner(model, store.graph), tiny_models.tokens(model), EXACT)
 
 
 def test_a_zero_gain_without_bias_is_exact() -> None:
-    model = tiny.build("llama")
+    model = tiny_models.build("llama")
     with torch.no_grad():
         model.model.layers[0].input_layernorm.weight[5] = 0.0
     store = open_model(model)
     plan = FoldPlan(store.graph)
     plan.add(find_sites(store.graph, "R1")[0], maps.hadamard(64))
-    prove(store, plan, BlockRunner(model, store.graph), tiny.tokens(model), EXACT)
+    prove(store, plan, BlockRunner(model, store.graph), tiny_models.tokens(model), EXACT)
 
 
 def test_large_parameters_are_folded_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    from gyroquant.models import fold as module
+    from gyroquant.models.folding import fold as module
 
-    store = open_model(tiny.build("qwen3_moe"))
+    store = open_model(tiny_models.build("qwen3_moe"))
     plan = FoldPlan(store.graph)
     for name in ("R1", "R4"):
         for site in find_sites(store.graph, name):

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gguf_file import write_gguf
+from gguf_reading import write_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.integrations.gguf.reader import GgufHeader
 
 from gyroquant.errors import InputError
-from gyroquant.models.gguf_check import check_gguf
-from gyroquant.models.source import open_model
+from gyroquant.models.stores.gguf.check import check_gguf
+from gyroquant.models.stores.source import open_model
 
 HUGE = 1 << 60
 
@@ -77,7 +77,7 @@ LIES |= {
     "a key of 2^60": (file((text("k", HUGE),)), "a key at byte"),
     "a key of 70000": (file((text("k" * 70000) + bytes(9),)), "more than the 65535"),
     "a key of no UTF-8": (file((text(b"\xff\xff") + struct.pack("<II", 4, 1),)), "is not UTF-8"),
-    "a key twice": (file((u32("k", 1), u32("k", 1))), "the key k is there twice"),
+    "a key twice": (file((u32("k", 1), u32("k", 1))), "has the key k twice"),
     "an unknown kind of value": (file((text("k") + struct.pack("<II", 77, 1),)), "unknown type 77"),
     "an array of 2^60": (file((array(4, HUGE),)), f"an array of {HUGE}"),
     "an array of 2^63 strings": (file((array(8, 1 << 63),)), "strings"),
@@ -102,9 +102,9 @@ LIES |= {
     "an unknown type": (file(tensors=(tensor(kind=999),)), "a is of the type 999"),
     "half a block": (file(tensors=(tensor(dims=(33,), kind=8),)), "blocks of 32"),
     "an offset behind the end": (file(tensors=(tensor(offset=1 << 40),)), "cut short: a ends at byte"),
-    "an offset that is not aligned": (file(tensors=(tensor(offset=4),)), "no multiple of 32"),
+    "an offset that is not aligned": (file(tensors=(tensor(offset=4),)), "not a multiple of 32"),
     "tensors that overlap": (file(tensors=(tensor("a"), tensor("b", offset=96))), "b and a overlap"),
-    "a tensor twice": (file(tensors=(tensor(), tensor(offset=128))), "the tensor a is there twice"),
+    "a tensor twice": (file(tensors=(tensor(), tensor(offset=128))), "has the tensor a twice"),
     "2^31 layers": (file((u32("llama.block_count", 1 << 31),)), "block_count is 2147483648, .*1 tensors"),
     "a width that is not stored": (file((u32("llama.embedding_length", 4096),)), "no dimension above 32"),
     "no heads": (file((u32("llama.attention.head_count", 0),)), "head_count is 0"),

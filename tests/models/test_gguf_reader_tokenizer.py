@@ -13,11 +13,11 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from gyroquant.errors import InputError
-from gyroquant.models.gguf_file import GgufFile
-from gyroquant.models.gguf_tokenizer import _CUTS, read_tokenizer
-from gyroquant.models.tokenizer_texts import TEXTS, texts
+from gyroquant.models.stores.gguf.file import GgufFile
+from gyroquant.models.stores.gguf.tokenizer import _PRE_TOKENIZERS, read_tokenizer
+from gyroquant.models.stores.tokenizer_texts import TEXTS, texts
 
-NAMES = [cut[1].split()[-1] for cut in _CUTS]
+NAMES = [cut[1].split()[-1] for cut in _PRE_TOKENIZERS]
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def sentencepiece(path: Path, **more: Any) -> GgufFile:
 
 def same(path: Path, file: GgufFile) -> Any:
     pytest.importorskip("llama_cpp")
-    from gyroquant.export.llama_cpp import Vocabulary
+    from gyroquant.formats.gguf.llama_cpp import Vocabulary
 
     tokenizer, theirs = read_tokenizer(file, "it"), Vocabulary(path)
     for what, text in texts(tokenizer):
@@ -139,9 +139,9 @@ def test_what_transformers_has_to_read_is_said(merged: tuple[list[str], list[str
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"tokenizer_model": "none"}, "says that there is none"),
-        ({"tokenizer_model": "llama", "token_list": ["a", "a"], "token_types": [1, 1]}, "its 2 tokens are not one of"),
-        ({"tokenizer_model": "llama", "token_list": ["a", "b"], "token_types": [1]}, "its 2 tokens are not one of"),
+        ({"tokenizer_model": "none"}, "states that there is none"),
+        ({"tokenizer_model": "llama", "token_list": ["a", "a"], "token_types": [1, 1]}, "its 2 tokens repeat, or some"),
+        ({"tokenizer_model": "llama", "token_list": ["a", "b"], "token_types": [1]}, "its 2 tokens repeat, or some"),
         (
             {"tokenizer_model": "llama", "token_list": ["a", "b"], "token_types": [1, 1]},
             "no usable tokenizer: 'ggml.sc",

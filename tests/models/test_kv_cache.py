@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tiny
+import tiny_models
 import torch
-from test_pipeline import run
+from tiny_runs import run
 
 import gyroquant as gq
 from gyroquant.grids import IntegerGrid
-from gyroquant.models.kv_cache import _Rows
+from gyroquant.models.execution.kv_cache import _Rows
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gpt_neox", "cohere2"])
@@ -23,7 +23,7 @@ def test_generation_gives_the_same_tokens(
     changes = ["weights.bits=8", f"kv_cache.bits={bits}", "kv_cache.center_keys=true", *recipe]
     run(folders[name], tmp_path / "out", "quarot", corpus, *changes)
     model = gq.load(tmp_path / "out", dtype=torch.float32)
-    prompt = tiny.tokens(model)[:, :12]
+    prompt = tiny_models.tokens(model)[:, :12]
     options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     cache = gq.PackedKVCache(model)
     packed = model.generate(prompt, past_key_values=cache, **options)
@@ -46,7 +46,7 @@ def test_beams_and_batches_move_with_it(folders: dict[str, Path], tmp_path: Path
     run(folders["llama"], tmp_path / "out", "rtn", None, "weights.bits=8", "kv_cache.bits=4")
     model = gq.load(tmp_path / "out", dtype=torch.float32)
     options = {"max_new_tokens": 8, "num_beams": 3, "pad_token_id": 0, "eos_token_id": None}
-    prompt = tiny.tokens(model)[:, :6]
+    prompt = tiny_models.tokens(model)[:, :6]
     packed = model.generate(prompt, past_key_values=gq.PackedKVCache(model), **options)
     assert torch.equal(packed, model.generate(prompt, **options))
     cache = gq.PackedKVCache(model)
@@ -73,4 +73,4 @@ def test_rows_come_back_as_the_grid_rounds_them(bits: int, symmetric: bool) -> N
 
 def test_a_model_that_does_not_round_its_cache_is_refused() -> None:
     with pytest.raises(gq.UnsupportedModelError, match="kv_cache"):
-        gq.PackedKVCache(tiny.build("llama"))
+        gq.PackedKVCache(tiny_models.build("llama"))

@@ -6,14 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tiny
+import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gyroquant.errors import InputError
-from gyroquant.models.opened import compare_with_transformers
-from gyroquant.models.source import open_model
+from gyroquant.models.execution.compare_with_transformers import compare_with_transformers
+from gyroquant.models.stores.source import open_model
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Tensors = dict[str, torch.Tensor]
@@ -54,7 +54,7 @@ def test_a_stored_head_that_is_the_embedding_stays_tied(changed: Callable[..., P
 def test_a_tied_model_may_be_stored_under_the_name_of_its_head(changed: Callable[..., Path]) -> None:
     store = open_model(changed("llama_tied", lambda t: t.update({HEAD: t.pop(EMBEDDING)})))
     assert dict(store.tied) == {HEAD: EMBEDDING}
-    wanted = tiny.build("llama_tied").state_dict()
+    wanted = tiny_models.build("llama_tied").state_dict()
     assert torch.equal(store.read([EMBEDDING])[EMBEDDING], wanted[EMBEDDING])
     assert compare_with_transformers(store).logit_error < 1e-6
 
@@ -79,9 +79,9 @@ def test_names_of_trainers_are_read_without_what_they_put_in_front(
 ) -> None:
     folder = changed("llama", lambda t: {rename(name): value for name, value in t.items()})
     store = open_model(folder)
-    wanted = tiny.build("llama").state_dict()
+    wanted = tiny_models.build("llama").state_dict()
     assert all(torch.equal(value, wanted[name]) for name, value in store.read(store.shapes).items())
-    assert "were read without it" in store.notes[0]
+    assert "were read without the wrapper" in store.notes[0]
     assert compare_with_transformers(store).error < 1e-6
 
 
@@ -110,8 +110,8 @@ def test_a_classifier_is_refused_for_what_it_is(changed: Callable[..., Path]) ->
 
 
 def test_persistent_buffers_belong_to_the_model(tmp_path: Path) -> None:
-    config = AutoConfig.for_model("apertus", **tiny.COMMON)
-    model = tiny.randomise(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+    config = AutoConfig.for_model("apertus", **tiny_models.COMMON)
+    model = tiny_models.randomise(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
     beta = "model.layers.1.mlp.act_fn.beta"
     model.get_buffer(beta).fill_(0.75)
     model.save_pretrained(tmp_path)
@@ -120,7 +120,7 @@ def test_persistent_buffers_belong_to_the_model(tmp_path: Path) -> None:
 
 
 def test_a_block_runs_and_is_written_with_its_persistent_buffers() -> None:
-    model = tiny.build("llama")
+    model = tiny_models.build("llama")
     block = model.model.layers[1]
     block.register_buffer("layer_scalar", torch.tensor([0.5]))
     forward = type(block).forward

@@ -3,17 +3,17 @@
 from pathlib import Path
 
 import pytest
-import tiny
+import tiny_models
 import torch
 
 from gyroquant.errors import UnsupportedModelError
-from gyroquant.models.opened import compare_with_transformers
-from gyroquant.models.source import open_model
-from gyroquant.models.store import CheckpointStore, ModuleStore
-from gyroquant.pipeline import transform
+from gyroquant.models.execution.compare_with_transformers import compare_with_transformers
+from gyroquant.models.stores.base import CheckpointStore, ModuleStore
+from gyroquant.models.stores.source import open_model
+from gyroquant.pipeline.transform import transform
 
 
-@pytest.mark.parametrize("name", tiny.CONFIGS)
+@pytest.mark.parametrize("name", tiny_models.CONFIGS)
 def test_every_architecture_is_read_as_transformers_reads_it(name: str, folders: dict[str, Path]) -> None:
     found = compare_with_transformers(open_model(folders[name]))
     assert found.tokens > 0
@@ -37,7 +37,7 @@ def test_the_first_block_that_is_read_otherwise_is_named(
 
 
 def test_a_model_in_memory_that_does_not_run_its_blocks_alike_is_refused_untouched() -> None:
-    model = tiny.build("llama")
+    model = tiny_models.build("llama")
     assert compare_with_transformers(ModuleStore(model)).error == 0
     before = {name: value.clone() for name, value in model.state_dict().items()}
     block, calls = model.model.layers[1], []
@@ -54,7 +54,7 @@ def test_a_model_in_memory_that_does_not_run_its_blocks_alike_is_refused_untouch
 
 
 def test_no_token_with_a_meaning_of_its_own_is_used() -> None:
-    model = tiny.build("llama")
+    model = tiny_models.build("llama")
     seen: list[torch.Tensor] = []
     model.model.embed_tokens.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     compare_with_transformers(ModuleStore(model))

@@ -3,9 +3,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import prequantizing as made
+import foreign_folders as made
 import pytest
-import tiny
+import tiny_models
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, GptOssConfig, Mxfp4Config
 
 import gyroquant as gq
-from gyroquant.comparison.shared import Shared, plain_folder
+from gyroquant.benchmark.shared_measurements import SharedMeasurements, plain_folder
 from gyroquant.errors import InputError, UnsupportedModelError
-from gyroquant.inspection import inspect_model
-from gyroquant.models.fingerprint import fingerprint
-from gyroquant.models.prequantized.base import PrequantizedStore
-from gyroquant.models.prequantized.bits import e2m1, e8m0, unpack, unpack_padded
-from gyroquant.models.source import open_model, open_original
+from gyroquant.inspection.model import inspect_model
+from gyroquant.models.stores.fingerprint import fingerprint
+from gyroquant.models.stores.prequantized.base import PrequantizedStore
+from gyroquant.models.stores.prequantized.bits import e2m1, e8m0, unpack, unpack_padded
+from gyroquant.models.stores.source import open_model, open_original
 from gyroquant.report import summaries
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
@@ -120,7 +120,7 @@ def test_fp8_agrees_with_transformers(folders: Any, tmp_path: Path) -> None:
 
 def test_mxfp4_experts_agree_with_transformers_though_their_architecture_is_not_described(tmp_path: Path) -> None:
     sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "rope_parameters": {"rope_theta": 1e4}}
-    model = AutoModelForCausalLM.from_config(GptOssConfig(**tiny.COMMON, **sizes), dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(GptOssConfig(**tiny_models.COMMON, **sizes), dtype=torch.bfloat16)
     model.save_pretrained(tmp_path)
     tensors, generator = load_file(tmp_path / "model.safetensors"), torch.Generator().manual_seed(0)
     for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
@@ -188,7 +188,7 @@ def test_what_only_rounds_activations_is_left_out_and_named(folders: Any, tmp_pa
     made.folder(folders["llama"], tmp_path / "c", made.scheme(4, kv_cache_scheme=cache), made.packed(4, 32, True))
     source = open_model(tmp_path / "c").source_quantization
     assert source is not None
-    assert source["notes"] == ["its runtime rounds the KV cache to 8 bits (float); exact here"]
+    assert source["notes"] == ["its runtime rounds the KV cache to 8 bits (float); gyroquant does not"]
 
 
 def test_biases_of_zeros_that_packers_add_are_let_go_of_and_others_are_not(folders: Any, tmp_path: Path) -> None:
@@ -330,7 +330,7 @@ def test_missing_parts_and_plain_tensors_under_a_name_are_refused(folders: Any, 
     shutil.copytree(folders["llama"], tmp_path / "p")
     made.describe(tmp_path / "p", {"quantization_config": GPTQ})
     with pytest.raises(
-        InputError, match=r"already quantized \(gptq\), as its config.json says, but none of its tensors"
+        InputError, match=r"already quantized \(gptq\), as its config.json states, but none of its tensors"
     ):
         open_model(tmp_path / "p")
     frozen = made.scheme(8, config_groups={"a": made.scheme(8)["config_groups"]["group_0"]}, format="int-quantized")
@@ -355,7 +355,7 @@ def test_a_quantized_original_is_quantized_as_the_plain_model_that_it_stands_for
     plain = json.loads((tmp_path / "p-out" / "gyroquant.json").read_text())
     assert plain["source_quantization"] is None
     assert plain["model_sha256"] == manifest["model_sha256"]
-    gq.quantize(tmp_path / "m", "rtn-w4g16", None, tmp_path / "dense", dense=True)
+    gq.quantize(tmp_path / "m", "rtn-w4g16", None, tmp_path / "dense", options=gq.OutputOptions(dense=True))
     assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
     with pytest.raises(InputError, match="is already quantized; start from the model in full precision"):
         open_original(tmp_path / "m-out")
@@ -364,12 +364,12 @@ def test_a_quantized_original_is_quantized_as_the_plain_model_that_it_stands_for
 def test_a_quantized_original_is_evaluated_inspected_and_compared(folders: Any, corpus: Path, tmp_path: Path) -> None:
     meant = made.folder(folders["llama"], tmp_path / "m", GPTQ, made.gptq(4, 32, True))
     plain = made.plain(folders["llama"], tmp_path / "p", meant)
-    same = gq.evaluate(tmp_path / "m", corpus, plain, window=32, max_windows=4)
+    same = gq.evaluate(tmp_path / "m", corpus, plain, window=32, windows=4)
     assert same["kl"] < 1e-9
     assert same["true_bits_per_weight"] == open_model(tmp_path / "m").bits_per_weight()
     about = summaries.inspected(inspect_model(tmp_path / "m"))[0]
     assert "gptq, 4 bits (5.12 stored), decoded to fp32" in list(about.columns[1].cells)
-    shared = Shared(tmp_path / "shared", open_model(tmp_path / "m"), "float32")
+    shared = SharedMeasurements(tmp_path / "shared", open_model(tmp_path / "m"), "float32")
     folder = plain_folder(shared)  # what other programs are given
     assert folder != tmp_path / "m"
     assert json.loads((folder / "config.json").read_text()).get("quantization_config") is None

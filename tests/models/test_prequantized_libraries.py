@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
+import tiny_models
 import torch
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-from gyroquant.models.source import open_model
+from gyroquant.models.stores.source import open_model
 
 pytest.importorskip("compressed_tensors", exc_type=ImportError)
 
@@ -64,7 +64,7 @@ def grouped(weight: torch.Tensor, args: QuantizationArgs) -> torch.Tensor:
 
 def compressed(out: Path, weights: dict[str, Any], inputs: dict[str, Any] | None) -> None:
     """A tiny model as llm-compressor saves it after rounding to nearest, in fp32."""
-    model = tiny.build("llama")
+    model = tiny_models.build("llama")
     arguments = None if inputs is None else QuantizationArgs(**inputs)
     scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**weights), input_activations=arguments)
     apply_quantization_config(model, QuantizationConfig(config_groups={"group_0": scheme}, ignore=["lm_head"]))

@@ -5,15 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
+import tiny_models
 import torch
 
 import gyroquant as gq
 from gyroquant.errors import InputError
-from gyroquant.export.formats import check_fit, format_named, needs_of
-from gyroquant.models.packed import PackedStore
-from gyroquant.models.ranges import Ranges
-from gyroquant.models.source import open_model
+from gyroquant.formats.base import check_fit, format_named, requirements_of
+from gyroquant.models.stores.packed import PackedStore
+from gyroquant.models.stores.ranges import Ranges
+from gyroquant.models.stores.source import open_model
 
 RTN8 = ["weights.bits=8", "weights.group_size=32", "weights.symmetric=true"]
 
@@ -40,7 +40,7 @@ def test_numbers_are_held_or_refused_by_name() -> None:
 
 
 def sized(name: str, size: float, where: str = "proj") -> Any:
-    model = tiny.build(name)
+    model = tiny_models.build(name)
     with torch.no_grad():
         for label, parameter in model.named_parameters():
             if where in label:
@@ -87,24 +87,24 @@ def test_small_weights_are_kept_and_the_report_says_what_is_true(tmp_path: Path)
         decoded = store.read([f"{layer['name']}.weight"])[f"{layer['name']}.weight"]
         assert layer["weight_error"] == pytest.approx(float((decoded - weight).norm() / weight.norm()) ** 2, rel=1e-3)
         assert layer["weight_error"] < 1.05 * before["weight_error"]
-    needs = needs_of(store)
+    needs = requirements_of(store)
     for name in ("gptq", "gguf", "openvino", "compressed-tensors"):
-        with pytest.raises(InputError, match=r"fp16 scales, and those of model.layers.0"):
+        with pytest.raises(InputError, match=r"fp16 scales, and the scales of model.layers.0"):
             check_fit(format_named(name), needs)
     for name in ("dense", "onnx"):
-        assert not [text for text in format_named(name).problems(needs) if "scales" in text]
+        assert not [text for text in format_named(name).incompatibilities(needs) if "scales" in text]
 
 
 def test_a_scale_of_the_whole_weight_that_is_missing_is_found(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    from gyroquant.integrity import seal
+    from gyroquant.system.checksums import write_checksums
 
     quantized(sized("llama", 2.0**-26), tmp_path / "out", save_dtype="bfloat16")
     file = tmp_path / "out" / "model.safetensors"
     kept = {name: tensor for name, tensor in load_file(file).items() if not name.endswith("q_proj.weight_global")}
     save_file(kept, file, metadata={"format": "pt"})
     (tmp_path / "out" / "SHA256SUMS").unlink()
-    seal(tmp_path / "out")
-    with pytest.raises(InputError, match=r"q_proj.weight is not stored as its description says.*global.*missing"):
+    write_checksums(tmp_path / "out")
+    with pytest.raises(InputError, match=r"q_proj.weight is not stored as its description states.*global.*missing"):
         open_model(tmp_path / "out").read(["model.layers.0.self_attn.q_proj.weight"])

@@ -1,15 +1,15 @@
 """Which maps commute with RoPE is what transformers' own functions say."""
 
 import pytest
-import tiny
+import tiny_models
 import torch
 from transformers.models.cohere2 import modeling_cohere2
 from transformers.models.gpt_neox import modeling_gpt_neox
 from transformers.models.llama import modeling_llama
 
 from gyroquant import maps
-from gyroquant.models.rope import Rope, rope_of
-from gyroquant.models.source import open_model
+from gyroquant.models.graph.rope import Rope, rope_of
+from gyroquant.models.stores.source import open_model
 
 ANGLES = torch.tensor([0.4, 2.0, -1.1, 3.0], dtype=torch.float64)
 HALF, NEIGHBOURS, PARTIAL = Rope(4), Rope(4, interleaved=True), Rope(2)
@@ -33,14 +33,14 @@ def turned(rope: Rope, x: torch.Tensor) -> torch.Tensor:
 def test_it_says_what_commutes(rope: Rope) -> None:
     turn = maps.PairRotation(8, ANGLES[: rope.pairs], rope.interleaved)
     first, second = turn.split(torch.arange(8))
-    one_flipped, stretched = torch.ones(8, dtype=torch.float64), torch.ones(8, dtype=torch.float64)
+    one_flipped, rescale = torch.ones(8, dtype=torch.float64), torch.ones(8, dtype=torch.float64)
     one_flipped[second[1]] = -1
-    stretched[first[1]] = stretched[second[1]] = 3.0
-    slightly = stretched.clone()
+    rescale[first[1]] = rescale[second[1]] = 3.0
+    slightly = rescale.clone()
     slightly[first[0]] = 1 + 1e-7
     cases = [
         (turn, True),
-        (turn @ maps.Diagonal(stretched), True),
+        (turn @ maps.Diagonal(rescale), True),
         (turn @ maps.Diagonal(one_flipped), False),
         (maps.Diagonal(slightly), False),
         (SWAP[rope], False),
@@ -67,10 +67,10 @@ def test_it_says_what_commutes(rope: Rope) -> None:
     ],
 )
 def test_it_comes_from_the_description_and_the_configuration(name: str, wanted: Rope | None) -> None:
-    assert rope_of(open_model(tiny.build(name)).graph) == wanted
+    assert rope_of(open_model(tiny_models.build(name)).graph) == wanted
 
 
 def test_a_part_of_each_head_as_the_configuration_has_it() -> None:
-    model = tiny.build("phi3")
+    model = tiny_models.build("phi3")
     model.config.rope_parameters["partial_rotary_factor"] = 0.75
     assert rope_of(open_model(model).graph) == Rope(6)

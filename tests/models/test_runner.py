@@ -1,17 +1,17 @@
 """A model run in pieces gives the logits of the model run whole, bit for bit."""
 
 import pytest
-import tiny
+import tiny_models
 import torch
 
-from gyroquant.models.runner import BlockRunner, build_skeleton
-from gyroquant.models.source import open_model
+from gyroquant.models.execution.runner import BlockRunner, build_skeleton
+from gyroquant.models.stores.source import open_model
 
 
-@pytest.mark.parametrize("name", tiny.CONFIGS)
+@pytest.mark.parametrize("name", tiny_models.CONFIGS)
 def test_pieces_equal_the_whole(name: str) -> None:
-    model = tiny.build(name)
-    ids = tiny.tokens(model)
+    model = tiny_models.build(name)
+    ids = tiny_models.tokens(model)
     store = open_model(model)
     graph = store.graph
     runner = BlockRunner(build_skeleton(model.config), graph)
@@ -24,9 +24,9 @@ def test_pieces_equal_the_whole(name: str) -> None:
 
 
 def test_a_skeleton_has_buffers_but_no_weights() -> None:
-    skeleton = build_skeleton(tiny.CONFIGS["gemma3"]())
+    skeleton = build_skeleton(tiny_models.CONFIGS["gemma3"]())
     assert all(parameter.is_meta for parameter in skeleton.parameters())
     assert not any(buffer.is_meta for buffer in skeleton.buffers())
-    real = tiny.build("gemma3")
+    real = tiny_models.build("gemma3")
     for name, buffer in real.named_buffers():
         assert torch.equal(buffer, skeleton.get_buffer(name)), name

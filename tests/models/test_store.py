@@ -5,32 +5,32 @@ import shutil
 from pathlib import Path
 
 import pytest
-import tiny
+import tiny_models
 import torch
-from gguf_file import write_gguf
+from gguf_reading import write_gguf
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import gyroquant as gq
-from gyroquant import pipeline
 from gyroquant.errors import InputError
-from gyroquant.job import prepare
-from gyroquant.models.source import open_model
-from gyroquant.models.store import CheckpointStore, load_tokenizer
+from gyroquant.models.stores.base import CheckpointStore, load_tokenizer
+from gyroquant.models.stores.source import open_model
+from gyroquant.pipeline import run as pipeline
+from gyroquant.pipeline.job import prepare
 
 
-@pytest.mark.parametrize("name", tiny.CONFIGS)
+@pytest.mark.parametrize("name", tiny_models.CONFIGS)
 def test_a_folder_gives_what_transformers_loads(name: str, folders: dict[str, Path]) -> None:
     store = open_model(folders[name])
-    wanted = dict(tiny.build(name).named_parameters())
+    wanted = dict(tiny_models.build(name).named_parameters())
     assert set(store.shapes) == set(wanted)
     for key, tensor in store.read(store.shapes).items():
         assert torch.equal(tensor, wanted[key]), key
 
 
 def test_shards_with_an_index(tmp_path: Path) -> None:
-    model = tiny.build("llama")
+    model = tiny_models.build("llama")
     model.save_pretrained(tmp_path, max_shard_size="50KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     store = open_model(tmp_path)
@@ -39,7 +39,7 @@ def test_shards_with_an_index(tmp_path: Path) -> None:
 
 
 def test_stored_dtype_is_kept(tmp_path: Path) -> None:
-    tiny.build("llama").bfloat16().save_pretrained(tmp_path)
+    tiny_models.build("llama").bfloat16().save_pretrained(tmp_path)
     store = open_model(tmp_path)
     assert store.dtype == torch.bfloat16
     assert store.bits_per_weight() == 16
@@ -161,7 +161,7 @@ def test_damaged_gguf_files_are_named(tmp_path: Path) -> None:
 def test_a_store_reads_only_what_it_is_asked_for(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     store = CheckpointStore(folders["qwen3_moe"])
     read: list[str] = []
-    from gyroquant.models.safetensors_files import LazyTensor
+    from gyroquant.models.stores.safetensors_files import LazyTensor
 
     original = LazyTensor.__getitem__
     monkeypatch.setattr(LazyTensor, "__getitem__", lambda self, _: read.append(self.key) or original(self, _))
@@ -222,10 +222,10 @@ def test_settings_of_generation_are_carried_over_as_they_are(
 
 @pytest.mark.parametrize("more", GENERATION)
 def test_settings_of_generation_in_memory_are_carried_over_as_they_are(more: dict[str, object], tmp_path: Path) -> None:
-    model = tiny.build("llama")
+    model = tiny_models.build("llama")
     model.generation_config.update(**more)
     recipe = gq.load_recipe("rtn", ["weights.group_size=16"])
-    pipeline.run(prepare(model, tmp_path / "out", recipe, tokenizer=tiny.tokenizer()))
+    pipeline.run(prepare(model, tmp_path / "out", recipe, tokenizer=tiny_models.tokenizer()))
     written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     kept = {key: value for key, value in more.items() if value}  # what is as by default need not be there
     assert kept.items() <= written.items()

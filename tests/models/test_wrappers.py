@@ -4,16 +4,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
+import tiny_models
 import torch
 from safetensors import safe_open
 
 import gyroquant as gq
 from gyroquant.errors import InputError, UnsupportedModelError
-from gyroquant.models import spec
-from gyroquant.models.opened import compare_with_transformers
-from gyroquant.models.source import open_model
-from gyroquant.recipe import load_recipe
+from gyroquant.models.execution.compare_with_transformers import compare_with_transformers
+from gyroquant.models.graph import spec
+from gyroquant.models.stores.source import open_model
+from gyroquant.recipes.schema import load_recipe
 
 TEXT = [" ".join(f"w{(i * 7) % 80}" for i in range(600))]
 SETTINGS = ["weights.bits=8", "weights.group_size=16", "calibration.nsamples=4", "calibration.seqlen=32"]
@@ -42,13 +42,13 @@ def away(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 @pytest.fixture
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    tiny.build(request.param).save_pretrained(tmp_path / "model")
-    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    tiny_models.build(request.param).save_pretrained(tmp_path / "model")
+    tiny_models.tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "preprocessor_config.json").write_text('{"size": 28}')
     return tmp_path / "model"
 
 
-@pytest.mark.parametrize("folder", tiny.WRAPPERS, indirect=True)
+@pytest.mark.parametrize("folder", tiny_models.WRAPPERS, indirect=True)
 def test_the_decoder_is_found_and_read_as_transformers_reads_it(folder: Path) -> None:
     store = open_model(folder)
     found = compare_with_transformers(store)
@@ -58,10 +58,10 @@ def test_the_decoder_is_found_and_read_as_transformers_reads_it(folder: Path) ->
     assert any("vis" in name for name in store.graph.carried)
 
 
-@pytest.mark.parametrize("name", [name for name in tiny.WRAPPERS if name != "gemma3_wrapper"])
+@pytest.mark.parametrize("name", [name for name in tiny_models.WRAPPERS if name != "gemma3_wrapper"])
 def test_a_rotated_residual_stream_turns_what_images_write_into_it(name: str) -> None:
-    model = tiny.build(name)
-    ids, image = tiny.tokens(model) % 80 + 3, with_an_image(name, model.config)
+    model = tiny_models.build(name)
+    ids, image = tiny_models.tokens(model) % 80 + 3, with_an_image(name, model.config)
     with torch.no_grad():
         text, seen, blind = model(input_ids=ids).logits, model(**image).logits, model(image["input_ids"]).logits
         gq.transform(model, load_recipe("gsr", ["proof.nsamples=2", "proof.seqlen=24"]), ids)
@@ -71,7 +71,7 @@ def test_a_rotated_residual_stream_turns_what_images_write_into_it(name: str) ->
 
 
 def test_a_projection_of_images_that_was_forgotten_fails_the_proof(monkeypatch: pytest.MonkeyPatch) -> None:
-    from gyroquant.models.graph import Group, Port
+    from gyroquant.models.graph.model_graph import Group, Port
 
     writers = Group.writers
 
@@ -79,9 +79,11 @@ def test_a_projection_of_images_that_was_forgotten_fails_the_proof(monkeypatch: 
         return tuple(port for port in writers(self, basis) if "projector" not in port.param)
 
     monkeypatch.setattr(Group, "writers", forgetful)
-    model = tiny.build("llava")
-    with pytest.raises(UnsupportedModelError, match="what writes images into the residual stream"):
-        gq.transform(model, load_recipe("gsr", ["proof.nsamples=2", "proof.seqlen=24"]), tiny.tokens(model) % 80 + 3)
+    model = tiny_models.build("llava")
+    with pytest.raises(UnsupportedModelError, match="the layers that write images to the residual stream"):
+        gq.transform(
+            model, load_recipe("gsr", ["proof.nsamples=2", "proof.seqlen=24"]), tiny_models.tokens(model) % 80 + 3
+        )
 
 
 @pytest.mark.parametrize("folder", ["llava", "qwen2_vl"], indirect=True)
@@ -90,8 +92,8 @@ def test_the_result_opens_under_its_own_class_with_its_images(folder: Path, dens
     out, name = tmp_path / "out", folder.name
     model = open_model(folder).skeleton()
     name = {"llava": "llava"}.get(model.config.model_type, "qwen2_vl")
-    original = tiny.build(name)
-    made = gq.quantize(folder, load_recipe("gsr", SETTINGS), TEXT, out, dense=dense)
+    original = tiny_models.build(name)
+    made = gq.quantize(folder, load_recipe("gsr", SETTINGS), TEXT, out, options=gq.OutputOptions(dense=dense))
     assert type(made) is type(original)
     image = with_an_image(name, original.config)
     with torch.no_grad():
@@ -107,22 +109,21 @@ def test_the_result_opens_under_its_own_class_with_its_images(folder: Path, dens
 
 
 @pytest.mark.parametrize("folder", ["llava"], indirect=True)
-def test_a_wrapper_whose_writers_are_not_described_keeps_its_residual_stream(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delitem(spec._WRAPPERS, "llava")
-    with pytest.raises(UnsupportedModelError, match="which parts of llava write into the residual stream"):
-        gq.quantize(folder, load_recipe("gsr", SETTINGS), TEXT, tmp_path / "no")
-    made = gq.quantize(folder, load_recipe("gptq", SETTINGS), TEXT, tmp_path / "out")
-    original = tiny.build("llava")
-    ids = tiny.tokens(original) % 80 + 3
+def test_a_wrapper_whose_writers_are_not_described_keeps_its_residual_stream(folder: Path, tmp_path: Path) -> None:
+    with spec.WRAPPERS.restored():
+        spec.WRAPPERS.discard("llava")
+        with pytest.raises(UnsupportedModelError, match="the parts of llava that write into the residual stream"):
+            gq.quantize(folder, load_recipe("gsr", SETTINGS), TEXT, tmp_path / "no")
+        made = gq.quantize(folder, load_recipe("gptq", SETTINGS), TEXT, tmp_path / "out")
+    original = tiny_models.build("llava")
+    ids = tiny_models.tokens(original) % 80 + 3
     with torch.no_grad():
         assert away(made(input_ids=ids).logits, original(input_ids=ids).logits) < 0.03
 
 
 @pytest.mark.parametrize("folder", ["mistral3"], indirect=True)
 def test_a_decoder_inside_another_model_is_evaluated(folder: Path) -> None:
-    found = gq.evaluate(folder, TEXT, window=32, max_windows=4)
+    found = gq.evaluate(folder, TEXT, window=32, windows=4)
     assert found["perplexity"] > 1
 
 
@@ -130,6 +131,6 @@ def test_a_decoder_inside_another_model_is_evaluated(folder: Path) -> None:
 def test_formats_without_a_place_for_images_name_those_that_have_one(folder: Path, tmp_path: Path) -> None:
     settings = ["weights.bits=4", "weights.symmetric=true", *SETTINGS[1:]]
     gq.quantize(folder, load_recipe("rtn", settings), TEXT, tmp_path / "out")
-    with pytest.raises(InputError, match=r"no place for what qwen2_vl has around its decoder.*compressed-tensors"):
+    with pytest.raises(InputError, match=r"cannot hold the parts of qwen2_vl outside its decoder.*compressed-tensors"):
         gq.export(tmp_path / "out", "openvino", tmp_path / "ov")
     gq.export(tmp_path / "out", "compressed-tensors", tmp_path / "ct")

@@ -1,13 +1,13 @@
-"""Cohere and Cohere-2: attention and feed-forward in parallel behind one LayerNorm without bias; the head is tied."""
+"""Cohere and Cohere-2: attention and feed-forward in parallel after one LayerNorm without bias; the head is tied."""
 
 from typing import Any
 
-from gyroquant.models.spec import Architecture, Embedding, Linear, Norm, register
+from gyroquant.models.graph.spec import Architecture, Embedding, Linear, Norm, example, register
 
 
 def _refuse(config: Any) -> str | None:
     if getattr(config, "use_qk_norm", False):
-        return "its query and key norms have a gain for every head (use_qk_norm)"
+        return "its query and key norms have a separate gain for every head (use_qk_norm), which is not supported"
     return None
 
 
@@ -33,5 +33,9 @@ register(
         ),
         rope="interleaved",
         refuse=_refuse,
+        examples={
+            "cohere": example("CohereConfig", tie_word_embeddings=True),
+            "cohere2": example("Cohere2Config", sliding_window=8, tie_word_embeddings=True, num_hidden_layers=4),
+        },
     )
 )

@@ -1,11 +1,10 @@
-"""Gemma 2 and Gemma 3 (text): a norm on either side of attention and of the feed-forward network, gains stored minus
-one.
+"""Gemma 2 and Gemma 3 (text): norms before and after attention, and before and after the feed-forward network.
 
-The norms behind attention and feed-forward write into the residual stream, which is what makes a fused R1 impossible.
-The embedding is scaled by a constant and tied to the head.
+Gains are stored minus one. The norms after attention and feed-forward write to the residual stream, so R1 cannot be
+fused. The embedding is scaled by a constant and tied to the head.
 """
 
-from gyroquant.models.spec import Architecture, Embedding, Linear, Norm, register
+from gyroquant.models.graph.spec import Architecture, Embedding, Linear, Norm, example, register
 
 register(
     Architecture(
@@ -33,5 +32,9 @@ register(
             Linear("lm_head", "final", "logits"),
         ),
         rope="half",
+        examples={
+            name: example(config, head_dim=32, query_pre_attn_scalar=32, sliding_window=8, tie_word_embeddings=True)
+            for name, config in (("gemma2", "Gemma2Config"), ("gemma3", "Gemma3TextConfig"))
+        },
     )
 )

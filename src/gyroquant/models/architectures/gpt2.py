@@ -1,12 +1,12 @@
-"""GPT-2: Conv1D weights stored (in, out), LayerNorm with bias, learned positions, a tied head."""
+"""GPT-2: Conv1D weights stored as (in, out), LayerNorm with bias, learned positions, a tied head."""
 
 from typing import Any
 
-from gyroquant.models.spec import Architecture, Embedding, Linear, Norm, register
+from gyroquant.models.graph.spec import Architecture, Embedding, Linear, Norm, example, register
 
 
 def _refuse(config: Any) -> str | None:
-    return "cross-attention is not described" if config.add_cross_attention else None
+    return "its cross-attention (add_cross_attention) is not supported" if config.add_cross_attention else None
 
 
 register(
@@ -30,5 +30,10 @@ register(
         ),
         rope="none",
         refuse=_refuse,
+        examples={
+            "gpt2": example(
+                "GPT2Config", without=("num_key_value_heads", "intermediate_size"), tie_word_embeddings=True
+            )
+        },
     )
 )

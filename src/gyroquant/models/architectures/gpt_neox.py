@@ -1,6 +1,6 @@
-"""GPT-NeoX and Pythia: LayerNorm with bias, queries, keys and values head by head in one weight, partial rotary."""
+"""GPT-NeoX and Pythia: LayerNorm with bias, RoPE on a part of each head; one weight has q, k and v, head by head."""
 
-from gyroquant.models.spec import Architecture, Embedding, Linear, Norm, register
+from gyroquant.models.graph.spec import Architecture, Embedding, Linear, Norm, example, register
 
 register(
     Architecture(
@@ -21,5 +21,9 @@ register(
             Linear("lm_head", "final", "logits"),
         ),
         rope="half",
+        examples={
+            "gpt_neox": example("GPTNeoXConfig", without=("num_key_value_heads",)),
+            "gpt_neox_serial": example("GPTNeoXConfig", without=("num_key_value_heads",), use_parallel_residual=False),
+        },
     )
 )

@@ -1,7 +1,7 @@
-"""Llama's layout with LayerNorms and without a gate: StarCoder2, and Nemotron, which stores gains minus one."""
+"""Llama's layout with LayerNorms and without a gate: StarCoder2 and Nemotron. Nemotron stores gains minus one."""
 
 from gyroquant.models.architectures.llama import UNGATED_MLP
-from gyroquant.models.spec import Architecture, Embedding, Linear, Norm, Part, register
+from gyroquant.models.graph.spec import Architecture, Embedding, Linear, Norm, Part, example, register
 
 
 def _block(offset: float, mlp: tuple[Part, ...]) -> tuple[Part, ...]:
@@ -32,6 +32,7 @@ register(
         block=_block(0.0, (Linear("mlp.c_fc", "mlp_in", "up"), Linear("mlp.c_proj", "act", "residual"))),
         outer=_outer(0.0),
         rope="half",
+        examples={"starcoder2": example("Starcoder2Config", tie_word_embeddings=True)},
     )
 )
 register(
@@ -42,5 +43,6 @@ register(
         block=_block(1.0, UNGATED_MLP),
         outer=_outer(1.0),
         rope="half",
+        examples={"nemotron": example("NemotronConfig", head_dim=16)},
     )
 )

@@ -1,12 +1,12 @@
 """Mixtures of experts on Llama's layout: Mixtral, Qwen2-MoE (shared expert and its gate), Qwen3-MoE, OLMoE.
 
-Experts are stacked in 3-D parameters or listed as modules; some layers of the Qwen families are dense.
+Experts are stacked in 3-D parameters, or are separate modules. Some layers of the Qwen families are dense.
 """
 
 from typing import Any
 
 from gyroquant.models.architectures.llama import ATTENTION, MLP, MLP_NORM, OUTER
-from gyroquant.models.spec import Architecture, Linear, register
+from gyroquant.models.graph.spec import Architecture, Linear, example, register
 
 _STACKED = (
     Linear("mlp.experts.gate_up_proj", "mlp_in", ("experts.gate", "experts.up"), stacked=True),
@@ -28,7 +28,7 @@ _SHARED = (
 
 def _refuse(config: Any) -> str | None:
     if getattr(config, "clip_qkv", None) is not None:
-        return "it clips queries, keys and values (clip_qkv), which no change of their basis passes"
+        return "it clips queries, keys and values (clip_qkv), and no change of their basis can pass that"
     return None
 
 
@@ -51,5 +51,20 @@ register(
         outer=OUTER,
         rope="half",
         refuse=_refuse,
+        examples={
+            "qwen2_moe": example(
+                "Qwen2MoeConfig",
+                num_experts=4,
+                num_experts_per_tok=2,
+                moe_intermediate_size=48,
+                shared_expert_intermediate_size=80,
+                mlp_only_layers=[1],
+            ),
+            "qwen3_moe": example(
+                "Qwen3MoeConfig", head_dim=32, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48
+            ),
+            "mixtral": example("MixtralConfig", num_local_experts=4, num_experts_per_tok=2),
+            "olmoe": example("OlmoeConfig", num_experts=4, num_experts_per_tok=2),
+        },
     )
 )

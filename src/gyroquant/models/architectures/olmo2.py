@@ -1,10 +1,10 @@
-"""OLMo-2, OLMo-3, EXAONE 4: linear layers read the residual stream as it is, norms stand behind attention and MLP.
+"""OLMo-2, OLMo-3, EXAONE 4: linear layers read the residual stream directly, with norms after attention and MLP.
 
-Query and key norms run over all heads at once (OLMo) or over each head (EXAONE).
+Query and key norms normalize all heads together (OLMo) or each head (EXAONE).
 """
 
 from gyroquant.models.architectures.llama import OUTER
-from gyroquant.models.spec import Architecture, Linear, Norm, register
+from gyroquant.models.graph.spec import Architecture, Linear, Norm, example, register
 
 register(
     Architecture(
@@ -26,5 +26,10 @@ register(
         ),
         outer=OUTER,
         rope="half",
+        examples={
+            "olmo2": example("Olmo2Config"),
+            "olmo3": example("Olmo3Config", sliding_window=8, num_hidden_layers=4),
+            "exaone4": example("Exaone4Config", head_dim=16, sliding_window=8, num_hidden_layers=4),
+        },
     )
 )

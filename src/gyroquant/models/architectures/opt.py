@@ -1,17 +1,17 @@
-"""OPT: LayerNorm with bias, learned positions, a tied head. Not its 350M variant, whose norms stand in the stream."""
+"""OPT: LayerNorm with bias, learned positions, a tied head. OPT-350M is not supported: its norms are in the stream."""
 
 from typing import Any
 
-from gyroquant.models.spec import Architecture, Embedding, Linear, Norm, register
+from gyroquant.models.graph.spec import Architecture, Embedding, Linear, Norm, example, register
 
 
 def _refuse(config: Any) -> str | None:
     if not config.do_layer_norm_before or config._remove_final_layer_norm:
-        return "its norms stand inside the residual stream (do_layer_norm_before=False), so no basis of it can change"
+        return "its norms are inside the residual stream (do_layer_norm_before=False), so its basis cannot change"
     if config.word_embed_proj_dim != config.hidden_size:
-        return "its embeddings are projected (word_embed_proj_dim differs from hidden_size)"
+        return "its embeddings are projected (word_embed_proj_dim differs from hidden_size), which is not supported"
     if not config.layer_norm_elementwise_affine:
-        return "its norms have no gain (layer_norm_elementwise_affine=False)"
+        return "its norms do not have a gain (layer_norm_elementwise_affine=False), which is not supported"
     return None
 
 
@@ -38,5 +38,14 @@ register(
         ),
         rope="none",
         refuse=_refuse,
+        examples={
+            "opt": example(
+                "OPTConfig",
+                without=("intermediate_size", "num_key_value_heads"),
+                ffn_dim=96,
+                word_embed_proj_dim=64,
+                tie_word_embeddings=True,
+            )
+        },
     )
 )

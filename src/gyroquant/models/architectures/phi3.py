@@ -1,7 +1,7 @@
 """Phi-3: queries, keys and values in one weight, gate and up in another."""
 
 from gyroquant.models.architectures.llama import MLP_NORM, OUTER
-from gyroquant.models.spec import Architecture, Linear, Norm, register
+from gyroquant.models.graph.spec import Architecture, Linear, Norm, example, register
 
 register(
     Architecture(
@@ -18,5 +18,6 @@ register(
         ),
         outer=OUTER,
         rope="half",
+        examples={"phi3": example("Phi3Config")},
     )
 )

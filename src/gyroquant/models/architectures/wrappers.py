@@ -1,11 +1,13 @@
-"""Models around a decoder that also take images: which of their layers write into the decoder's residual stream.
+"""Wrappers: models with a decoder that also take images, and their layers that write to the decoder's residual stream.
 
-Everything else in them is carried unchanged. Missing on purpose: LLaVA-Next and LLaVA-OneVision put a learned vector
-between the rows of an image, which a change of the residual stream would have to turn as well; in Gemma 3 the residual
-stream cannot be changed at all.
+All other parameters of a wrapper are carried unchanged. Two kinds of models are left out on purpose:
+
+- LLaVA-Next and LLaVA-OneVision put a learned vector between the rows of an image. A change of the residual stream
+  would have to change this vector too.
+- Gemma 3: its residual stream cannot be changed.
 """
 
-from gyroquant.models.spec import Linear, register_wrapper
+from gyroquant.models.graph.spec import Linear, register_wrapper
 
 
 def _projection(name: str) -> Linear:

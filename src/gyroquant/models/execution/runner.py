@@ -1,0 +1,214 @@
+"""Runs a model in pieces: the embeddings, one block at a time, and the head.
+
+The caller gives the weights of each piece. The modules are those of transformers on the meta device, so every
+architecture runs its own code. Only the parameters are passed in. Blocks have arguments besides their input, such as
+masks and positions. To record them, the model runs once with stubs in place of its blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
+
+from gyroquant.errors import InputError, UnsupportedModelError
+from gyroquant.models.graph.model_graph import ModelGraph
+
+_MAX_BUFFERS = 1 << 30  # bytes of one module; rotary frequencies and scales take some kilobytes
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class _StopRun(Exception):  # noqa: N818 - not an error
+    """Raised by the last stub to end a run in which only the arguments of blocks are recorded."""
+
+
+class BlockDoneError(Exception):
+    """Raised by a hook to end a block early, after the hook has observed everything that the block runs for."""
+
+
+class _Stub(nn.Module):
+    """Stands in for a block: records its arguments and returns its input, or `answer` if there is one."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["_block"] = block  # not a submodule, so that traversal does not find it
+        self.call: Call | None = None
+        self.answer: Tensor | None = None
+        self.stop = False
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_block"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        hidden, rest, named = _split_call(args, kwargs)
+        self.call = (rest, named)
+        self.first = hidden
+        if self.stop:
+            raise _StopRun
+        return hidden if self.answer is None else self.answer
+
+
+def _split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    if args:
+        return args[0], args[1:], dict(kwargs)
+    named = dict(kwargs)
+    return named.pop("hidden_states"), (), named
+
+
+def auto_class(config: Any) -> Any:
+    """The auto class of transformers for a configuration: of language models, or of multimodal models.
+
+    Raises InputError if the configuration does not belong to a language model.
+    """
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM
+    if type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING:
+        return AutoModelForMultimodalLM
+    raise InputError(
+        f"transformers has no language model of the type {config.model_type!r}: only decoders that predict the next "
+        "token can be opened"
+    )
+
+
+def build_skeleton(config: Any, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The model of a configuration with all parameters on the meta device and all buffers filled.
+
+    Buffers are computed as transformers computes them when it loads a model. Rotary frequencies and embedding scales
+    are not stored in files. Persistent buffers have their initial values until those of a file are passed in. Raises
+    InputError if buffers are infinite, NaN or larger than 1 GiB.
+    """
+    stored = config.dtype
+    with torch.device("meta"):
+        model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False)
+    config.dtype = stored  # transformers has overwritten it
+    for module in model.modules():
+        empty = {name: b for name, b in module.named_buffers(recurse=False) if b.is_meta}
+        if empty:
+            if sum(buffer.nbytes for buffer in empty.values()) > _MAX_BUFFERS:
+                raise InputError(
+                    f"its configuration makes the buffers {', '.join(empty)} larger than 1 GiB: correct config.json"
+                )
+            for name, buffer in empty.items():
+                persistent = name not in module._non_persistent_buffers_set
+                setattr(module, name, nn.Buffer(torch.empty_like(buffer, device="cpu"), persistent=persistent))
+            model._init_weights(module)
+            wrong = [name for name in empty if not bool(getattr(module, name).isfinite().all())]
+            if wrong:
+                raise InputError(
+                    f"its configuration makes the buffers {', '.join(wrong)} infinite or NaN: correct the RoPE "
+                    "settings in config.json"
+                )
+    return model.eval()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts a model in evaluation mode (no dropout) for the duration of a with block."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def pass_back(made: Mapping[str, Tensor], leaves: Mapping[str, Tensor]) -> None:
+    """Propagates the gradients of leaves to the tensors from which the leaves were detached.
+
+    - made: the tensors, by name.
+    - leaves: the leaves, under the same names, of any dtype.
+    """
+    moved = [name for name, value in made.items() if value.requires_grad and leaves[name].grad is not None]
+    gradients = [leaves[name].grad.to(made[name].dtype) for name in moved]  # type: ignore[union-attr]
+    torch.autograd.backward([made[name] for name in moved], gradients)
+
+
+class _Store(Protocol):
+    """A model that can be run in pieces: a module without weights, and its graph."""
+
+    @property
+    def graph(self) -> ModelGraph: ...
+
+    def skeleton(self) -> Any: ...
+
+
+class BlockRunner:
+    """Runs a model in pieces. Each call gets its weights as a mapping from full parameter names to tensors."""
+
+    def __init__(self, model: Any, graph: ModelGraph):
+        self.model = model
+        self.tied = graph.tied
+        self.architecture, blocks = graph.architecture, graph.architecture.blocks
+        self.blocks: nn.ModuleList = model.get_submodule(blocks)
+        self._parent, self._name = model.get_submodule(blocks.rpartition(".")[0]), blocks.rpartition(".")[2]
+
+    @classmethod
+    def of(cls, store: _Store) -> BlockRunner:
+        """A runner of a store's skeleton."""
+        return cls(store.skeleton(), store.graph)
+
+    @torch.no_grad()
+    def begin(self, input_ids: Tensor, outer: Mapping[str, Tensor]) -> tuple[Tensor, list[Call]]:
+        """The input of the first block, shape (batch, length, hidden), and the other arguments of each block.
+
+        Raises UnsupportedModelError if the model does not run each block once and in order.
+        """
+        stubs = [_Stub(block) for block in self.blocks]
+        stubs[-1].stop = True
+        self._with_stubs(stubs, input_ids, outer)
+        if any(stub.call is None for stub in stubs):
+            raise UnsupportedModelError(
+                f"{self.model.config.model_type} does not run each of its blocks once and in order, which is not "
+                "supported: choose a model that does"
+            )
+        return stubs[0].first, [stub.call for stub in stubs if stub.call is not None]
+
+    @torch.no_grad()
+    def run(self, index: int, tensors: Mapping[str, Tensor], hidden: Tensor, call: Call) -> Tensor:
+        """The output of block `index` for the input `hidden`. Both have shape (batch, length, hidden)."""
+        return self.differentiable(index, tensors, hidden, call)
+
+    def differentiable(self, index: int, tensors: Mapping[str, Tensor], hidden: Tensor, call: Call) -> Tensor:
+        """The result of `run`, with gradients."""
+        prefix = self.architecture.block_prefix(index)
+        local = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+        out = functional_call(self.blocks[index], local, (hidden, *call[0]), call[1])
+        return out[0] if isinstance(out, tuple) else out
+
+    @torch.no_grad()
+    def finish(self, hidden: Tensor, outer: Mapping[str, Tensor]) -> Tensor:
+        """The logits for the output of the last block, shape (batch, length, vocabulary)."""
+        return self.logits(hidden, outer)
+
+    def logits(self, hidden: Tensor, outer: Mapping[str, Tensor]) -> Tensor:
+        """The result of `finish`, with gradients."""
+        stubs = [_Stub(block) for block in self.blocks]
+        stubs[-1].answer = hidden
+        padding = getattr(self.model.config.get_text_config(decoder=True), "pad_token_id", None)
+        any_token = 1 if padding == 0 else 0  # padding would change the mask of some models
+        input_ids = torch.full(hidden.shape[:2], any_token, dtype=torch.long, device=hidden.device)
+        out = self._with_stubs(stubs, input_ids, outer)
+        assert out is not None
+        return out
+
+    def _with_stubs(self, stubs: Sequence[_Stub], input_ids: Tensor, outer: Mapping[str, Tensor]) -> Tensor | None:
+        weights = {alias: outer[name] for alias, name in self.tied.items()} | dict(outer)
+        setattr(self._parent, self._name, nn.ModuleList(stubs))
+        try:
+            arguments = {"input_ids": input_ids, "use_cache": False}
+            out = functional_call(self.model, weights, (), arguments, tie_weights=False)
+            return out.logits
+        except _StopRun:
+            return None
+        finally:
+            setattr(self._parent, self._name, self.blocks)

@@ -1,0 +1,1 @@
+"""Folds maps into parameters, and proves that the folded model is the same function."""

@@ -1,0 +1,449 @@
+"""Sites: the places of a model whose basis may change, and the maps that they accept.
+
+The numbers of R1 to R4 are those of SpinQuant (arXiv 2405.16406) and QuaRot.
+
+- R1: the residual stream.
+- R2: the value heads.
+- R3: queries and keys after RoPE.
+- R4: the input of down_proj.
+- attn_out: the input of o_proj, all heads together.
+- qk: queries and keys before RoPE, as their projections write them.
+- attn_in, mlp_in: the outputs of the norms.
+- linear: the input of one linear layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from gyroquant.errors import RecipeError, UnsupportedModelError
+from gyroquant.maps import Map
+from gyroquant.models.graph.model_graph import Group, LinearOp, ModelGraph, NormOp, Port
+from gyroquant.models.graph.rope import Rope, rope_of
+
+Point = Literal["input", "output", "qk", "experts_in", "experts_act"]
+Structure = Literal["any", "orthogonal", "diagonal", "permutation", "pairs"]
+"""The structure of a map before the map is chosen. `pairs`: a rotation of each pair that RoPE turns."""
+
+
+@dataclass(frozen=True)
+class HookPoint:
+    """The module, and the place in it, where an online map runs.
+
+    - input, output: of the module.
+    - qk: queries and keys of an attention module, after RoPE.
+    - experts_in: the input of stacked experts.
+    - experts_act: the input of the down projection of stacked experts.
+    """
+
+    point: Point
+    module: str
+
+
+@dataclass(frozen=True)
+class Span:
+    """The coordinates `start` to `stop` - 1 of a vector of `size` coordinates."""
+
+    start: int
+    stop: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Site:
+    """One site of one model: the ports that write and read its basis, and the condition that a map must meet.
+
+    - n: the size of the map. A longer port takes the map block by block, as the heads do.
+    - absorbs: norms whose gain goes into their readers before the map is folded, and these readers.
+    - hook_points: where an online map runs.
+    - inverse_at: where the inverse of an online map runs, and on which coordinates, for maps that change the outputs
+      of layers. Readers are then multiplied by the map itself.
+    - admits, admits_online: the maps that can be fused, and those that can run online.
+    - keeps_mean: the map must preserve the mean, because the site has LayerNorms.
+    - heads: the number of heads in one vector of the site.
+    - blocked: the reason why no map can be fused here. Empty if maps can be fused.
+    - rope: the RoPE that queries and keys pass after the site.
+    """
+
+    name: str
+    block: int | None
+    label: str
+    n: int
+    writers: tuple[Port, ...] = ()
+    readers: tuple[Port, ...] = ()
+    absorbs: tuple[tuple[NormOp, tuple[Port, ...]], ...] = ()
+    hook_points: tuple[HookPoint, ...] = ()
+    inverse_at: tuple[tuple[HookPoint, Span], ...] = ()
+    admits: Literal["any", "orthogonal", "diagonal", "permutation", "rope", "nothing"] = "any"
+    admits_online: Literal["any", "orthogonal"] = "any"
+    keeps_mean: bool = False
+    heads: int = 1
+    blocked: str = ""
+    rope: Rope | None = None
+
+    @property
+    def kind(self) -> SiteKind:
+        """The properties that all sites of this name share."""
+        return SITES[self.name]
+
+    @property
+    def online_unasked(self) -> bool:
+        """Whether a map that cannot be fused here runs online without an explicit `online`."""
+        return self.kind.online_unasked and bool(self.hook_points)
+
+    def fused_problem(self, m: Map) -> str:
+        """The reason why this map cannot be fused here. Empty if it can."""
+        if self.blocked:
+            return self.blocked
+        if self.admits == "rope" and self.rope is not None and not self.rope.commutes(m):
+            return (
+                f"{self.label} comes before RoPE, and this map does not commute with RoPE: it may only rotate each "
+                "pair that RoPE turns (reflections and mixtures of pairs do not commute with RoPE)"
+            )
+        fits = {
+            "any": True,
+            "rope": True,
+            "orthogonal": m.orthogonal,
+            "diagonal": m.diagonal,
+            "permutation": m.is_permutation,
+            "nothing": False,
+        }
+        return (
+            ""
+            if fits[self.admits]
+            else f"{self.label} can only fuse {self.admits} maps, and this map is not one of them"
+        )
+
+
+def _r1(graph: ModelGraph) -> Iterator[Site]:
+    writers: list[Port] = []
+    readers: list[Port] = []
+    absorbs: list[tuple[NormOp, tuple[Port, ...]]] = []
+    blocked, layer_norm = "", False
+    for group in graph.groups:
+        writers += group.writers("residual")
+        readers += [op.read_port() for op in group.readers("residual")]
+        for norm in group.norms:
+            if norm.entry.writes == "residual":
+                blocked = blocked or (
+                    f"{norm.module} has a gain and writes to the residual stream, and a rotation of the stream cannot "
+                    "pass it"
+                )
+            elif norm.entry.reads == "residual":
+                norm_readers = tuple(op.read_port() for op in group.readers(norm.entry.writes))
+                absorbs.append((norm, norm_readers))
+                readers += norm_readers
+                writers += group.writers(norm.entry.writes)  # a norm's bias
+                layer_norm |= norm.entry.kind == "layer"
+    yield Site(
+        name="R1",
+        block=None,
+        label="R1",
+        n=graph.hidden,
+        writers=tuple(writers),
+        readers=tuple(readers),
+        absorbs=tuple(absorbs),
+        admits="orthogonal",
+        keeps_mean=layer_norm,
+        blocked=blocked or graph.r1_blocked,
+    )
+
+
+def _r2(graph: ModelGraph) -> Iterator[Site]:
+    for i, group in enumerate(graph.blocks):
+        yield Site(
+            name="R2",
+            block=i,
+            label=f"R2 of {group.label}",
+            n=graph.head_dim,
+            writers=group.writers("v"),
+            readers=tuple(op.read_port() for op in group.readers("attn_out")),
+        )
+
+
+def _attn_out(graph: ModelGraph) -> Iterator[Site]:
+    for i, group in enumerate(graph.blocks):
+        for op in group.readers("attn_out"):
+            reason = "attention lies between the value projection and o_proj, so a map across heads must run online"
+            label = f"the heads' values in {group.label}"
+            yield replace(_layer_input("attn_out", i, op, label, reason), heads=graph.heads)
+
+
+def _qk(graph: ModelGraph) -> Iterator[Site]:
+    """One site for each kv head: its queries and keys before RoPE. Its query heads are writers, its key head a reader.
+
+    A score is the product of a query and a key. If queries are multiplied by a map, keys are multiplied by its
+    contragredient. Maps must commute with RoPE, and there must be no norm between the projections and RoPE.
+    """
+    rope = rope_of(graph)
+    for i, group in enumerate(graph.blocks):
+        norms = [norm.module for norm in group.norms if norm.entry.writes in ("q", "k")]
+        reason = f"{' and '.join(norms)} stand between the projections and RoPE, and a map cannot pass their gains"
+        for head in range(graph.kv_heads):
+            yield _qk_site(graph, i, head, rope, reason if norms else "")
+
+
+def _qk_online(graph: ModelGraph) -> Iterator[Site]:
+    """The same sites, with the inverse of the map directly after the projections. They accept any map."""
+    for site in _qk(graph):
+        inverse_at = []
+        for port in (*site.writers, *site.readers):
+            op, rows = graph.find_op(port.param), port.rows
+            if op is not None and rows is not None:
+                span = Span(int(rows[0]), int(rows[-1]) + 1, op.out_features)
+                inverse_at.append((HookPoint("output", op.module), span))
+        yield replace(site, inverse_at=tuple(inverse_at), admits="any", blocked="")
+
+
+def _qk_site(graph: ModelGraph, block: int, head: int, rope: Rope | None, blocked: str) -> Site:
+    group, shared = graph.blocks[block], graph.heads // graph.kv_heads
+    return Site(
+        name="qk",
+        block=block,
+        label=f"qk of {group.label}, kv head {head}",
+        n=graph.head_dim,
+        writers=_heads(group.writers("q"), range(head * shared, (head + 1) * shared), graph.head_dim),
+        readers=_heads(group.writers("k"), range(head, head + 1), graph.head_dim),
+        admits="rope",
+        blocked=blocked,
+        rope=rope,
+    )
+
+
+def _heads(ports: tuple[Port, ...], heads: range, size: int) -> tuple[Port, ...]:
+    """The ports, restricted to the rows of the given heads."""
+    chosen = torch.arange(heads.start * size, heads.stop * size)
+    return tuple(replace(port, rows=chosen if port.rows is None else port.rows[chosen]) for port in ports)
+
+
+def attention_module(group: Group) -> str:
+    """The name of the attention module of a block."""
+    return next(op for op in group.linears if "q" in op.rows).module.rpartition(".")[0]
+
+
+def _r3(graph: ModelGraph) -> Iterator[Site]:
+    for i, group in enumerate(graph.blocks):
+        yield Site(
+            name="R3",
+            block=i,
+            label=f"R3 of {group.label}",
+            n=graph.head_dim,
+            hook_points=(HookPoint("qk", attention_module(group)),),
+            admits="nothing",
+            admits_online="orthogonal",
+            blocked="no parameter writes queries and keys after RoPE, so R3 must run online",
+        )
+
+
+def hook_point(op: LinearOp) -> HookPoint:
+    """The hook point at the input of a linear layer, or of a projection of stacked experts."""
+    if not op.entry.stacked:
+        return HookPoint("input", op.module)
+    return HookPoint("experts_act" if op.entry.reads.endswith("act") else "experts_in", op.module)
+
+
+def _layer_input(name: str, block: int, op: LinearOp, label: str, reason: str) -> Site:
+    """The input of one layer, where a map must run online. `reason` states why."""
+    return Site(
+        name=name,
+        block=block,
+        label=label,
+        n=op.in_features,
+        readers=(op.read_port(),),
+        hook_points=(hook_point(op),),
+        admits="nothing",
+        blocked=reason,
+    )
+
+
+def _down_projections(graph: ModelGraph) -> Iterator[tuple[int, Group, LinearOp, str]]:
+    """Every layer that reads the output of a nonlinearity: block, group, layer and the prefix of its bases."""
+    for i, group in enumerate(graph.blocks):
+        for op in group.linears:
+            if op.entry.reads.rpartition(".")[2] == "act":
+                yield i, group, op, op.entry.reads.removesuffix("act")
+
+
+def _r4_label(group: Group, prefix: str) -> str:
+    return f"R4 of {group.label}" + (f" ({prefix.rstrip('.')})" if prefix else "")
+
+
+def _r4(graph: ModelGraph) -> Iterator[Site]:
+    for i, group, op, prefix in _down_projections(graph):
+        yield Site(
+            name="R4",
+            block=i,
+            label=_r4_label(group, prefix),
+            n=op.in_features,
+            writers=group.writers(prefix + "gate") + group.writers(prefix + "up"),
+            readers=(op.read_port(),),
+            hook_points=(hook_point(op),),
+            admits="permutation",
+        )
+
+
+def _r4_fused(graph: ModelGraph, structure: Structure) -> Iterator[Site]:
+    """R4 for maps that pass the nonlinearity: permutations of gate and up, and scales of up alone.
+
+    Every stacked expert has its own site.
+    """
+    for i, group, op, prefix in _down_projections(graph):
+        gate, up = group.writers(prefix + "gate"), group.writers(prefix + "up")
+        reason = "there is no gate, so scales of the input of down_proj cannot pass the nonlinearity"
+        for expert in range(op.shape[0]) if op.entry.stacked else (None,):
+            suffix = "" if expert is None else f", expert {expert}"
+            yield Site(
+                name="R4",
+                block=i,
+                label=_r4_label(group, prefix) + suffix,
+                n=op.in_features,
+                writers=tuple(replace(port, expert=expert) for port in (up if structure == "diagonal" else gate + up)),
+                readers=(replace(op.read_port(), expert=expert),),
+                admits="diagonal" if structure == "diagonal" else "permutation",
+                blocked=reason if structure == "diagonal" and not gate else "",
+            )
+
+
+def _norm_site(name: str, i: int | None, group: Group, norm: NormOp, n: int) -> Site:
+    gain = Port(norm.gain, 0, offset=norm.entry.offset)
+    return Site(
+        name=name,
+        block=i,
+        label=f"{norm.entry.writes} of {group.label}",
+        n=n,
+        writers=(gain, *group.writers(norm.entry.writes)),
+        readers=tuple(op.read_port() for op in group.readers(norm.entry.writes)),
+        hook_points=(HookPoint("output", norm.module),),
+        admits="diagonal",
+    )
+
+
+def _norm_output(basis: str) -> Callable[[ModelGraph], Iterator[Site]]:
+    def build(graph: ModelGraph) -> Iterator[Site]:
+        for i, group in enumerate(graph.blocks):
+            for norm in group.norms:
+                if norm.entry.writes == basis:
+                    yield _norm_site(basis, i, group, norm, graph.hidden)
+
+    return build
+
+
+def _linear(graph: ModelGraph) -> Iterator[Site]:
+    for i, group in enumerate(graph.blocks):
+        for op in group.linears:
+            if op.entry.quantize:
+                reason = "other layers read the same input, so a map for a single layer must run online"
+                yield _layer_input("linear", i, op, f"the input of {op.module}", reason)
+
+
+def _r1_online(graph: ModelGraph) -> Iterator[Site]:
+    """R1 online: the map runs at the input of every reader of the residual stream. The stream does not change."""
+    for i, group in enumerate(graph.blocks):
+        for norm in group.norms:
+            if norm.entry.reads == "residual":
+                yield _norm_site("R1", i, group, norm, graph.hidden)
+        direct = group.readers("residual")
+        if direct:
+            yield Site(
+                name="R1",
+                block=i,
+                label=f"the residual stream read by {group.label}",
+                n=graph.hidden,
+                readers=tuple(op.read_port() for op in direct),
+                hook_points=tuple(hook_point(op) for op in direct),
+                admits="nothing",
+            )
+
+
+Builder = Callable[[ModelGraph], Iterator[Site]]
+
+
+@dataclass(frozen=True)
+class SiteKind:
+    """The properties that all sites of one name share.
+
+    - build: finds the sites in a model.
+    - build_online: finds them for online maps, if these need other ports.
+    - build_fused: finds them for fused permutations and diagonal maps, if these can pass operations that others cannot.
+    - inside: the sites whose maps change the basis in which this site is measured and folded.
+    - online_unasked: a map that cannot be fused runs online without an explicit `online`, because no parameter writes
+      the basis linearly.
+    - basis: the basis, as layers read it, in which the site's vectors are observed. None if no layer reads one.
+    - learnable: maps at this site can be learned.
+    - stored_rotation: a file of rotations holds the rotation of this site.
+    """
+
+    name: str
+    build: Builder
+    build_online: Builder | None = None
+    build_fused: Callable[[ModelGraph, Structure], Iterator[Site]] | None = None
+    inside: tuple[str, ...] = ()
+    online_unasked: bool = False
+    basis: str | None = None
+    learnable: bool = False
+    stored_rotation: bool = False
+
+    def find(self, graph: ModelGraph, online: bool, structure: Structure) -> list[Site]:
+        """The sites of a model for maps of a structure, online or fused."""
+        if online:
+            return list((self.build_online or self.build)(graph))
+        if self.build_fused is not None and structure in ("permutation", "diagonal"):
+            return list(self.build_fused(graph, structure))
+        return list(self.build(graph))
+
+    def lies_in(self, other: str) -> bool:
+        """Whether a map at the site `other` changes what is measured and folded here."""
+        return other == self.name or other in self.inside
+
+
+_KINDS = (
+    SiteKind("R1", _r1, build_online=_r1_online, basis="residual", learnable=True, stored_rotation=True),
+    SiteKind("R2", _r2, basis="attn_out", learnable=True, stored_rotation=True),
+    SiteKind("attn_out", _attn_out, inside=("R2",), online_unasked=True),
+    SiteKind("qk", _qk, build_online=_qk_online),
+    SiteKind("R3", _r3, online_unasked=True),
+    SiteKind("attn_in", _norm_output("attn_in"), inside=("R1",), basis="attn_in", learnable=True),
+    SiteKind("mlp_in", _norm_output("mlp_in"), inside=("R1",), basis="mlp_in", learnable=True),
+    SiteKind("R4", _r4, build_fused=_r4_fused, online_unasked=True, basis="act", learnable=True),
+    SiteKind(
+        "linear",
+        _linear,
+        inside=("R1", "R2", "attn_out", "qk", "R3", "attn_in", "mlp_in", "R4"),
+        online_unasked=True,
+    ),
+)
+
+SITES = {kind.name: kind for kind in _KINDS}
+"""Every kind of site by name, in the order in which maps are folded."""
+
+SITE_NAMES = tuple(SITES)
+
+SITE_OF_BASIS = {kind.basis: kind.name for kind in _KINDS if kind.basis is not None}
+"""The site at which a layer's input is observed, by the basis that the layer reads."""
+
+
+def site_key(site: Site) -> str:
+    """The key of a site, the same for every recipe: `R1`, `model.layers.0.self_attn.R2`."""
+    if site.block is None:
+        return site.name
+    module = site.readers[0].param.rpartition(".")[0].rpartition(".")[0] if site.readers else site.hook_points[0].module
+    return f"{module}.{site.name}"
+
+
+def find_sites(graph: ModelGraph, name: str, online: bool = False, structure: Structure = "orthogonal") -> list[Site]:
+    """The sites of one name in a model, for maps of a structure.
+
+    Raises RecipeError for an unknown name, UnsupportedModelError if the model does not have such a site.
+    """
+    if name not in SITES:
+        raise RecipeError(f"unknown site {name!r}; use {', '.join(SITE_NAMES)}")
+    sites = SITES[name].find(graph, online, structure)
+    if not sites:
+        raise UnsupportedModelError(
+            f"{graph.config.model_type} has no site {name}: nothing in its description matches it; leave {name} out"
+        )
+    return sites

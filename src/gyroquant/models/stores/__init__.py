@@ -1,0 +1,1 @@
+"""Stores of weights: folders, GGUF files, models in memory, packed folders and prequantized formats."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
+import tiny_models
 import torch
 
 from gyroquant.calibration.text import load_text, token_stream, tokenize
@@ -43,7 +43,7 @@ def test_conversations_are_written_by_the_chat_template(shape: str, suffix: str,
         path.write_text("\ufeff" + json.dumps([row, row], indent=1), encoding="utf-8")
     else:
         lines(path, row, row)
-    text, tokenizer = load_text(path), tiny.beginning(template=tiny.CHAT)
+    text, tokenizer = load_text(path), tiny_models.beginning(template=tiny_models.CHAT)
     assert len(text.conversations) == text.about()["conversations"] == 2
     ids = tokenize(text, tokenizer, 96).tolist()
     one = tokenizer.apply_chat_template([USER, ANSWER], tokenize=True, return_dict=False)
@@ -57,7 +57,7 @@ def test_conversations_are_written_by_the_chat_template(shape: str, suffix: str,
 
 def test_a_window_that_begins_with_a_conversation_has_one_bos(tmp_path: Path) -> None:
     path = lines(tmp_path / "chat.jsonl", *[SAME["messages"]] * 9)
-    stream = token_stream(load_text(path), tiny.beginning(template=tiny.CHAT), 96)
+    stream = token_stream(load_text(path), tiny_models.beginning(template=tiny_models.CHAT), 96)
     size = stream.ids.numel() // 9
     first, second = stream.windows(size).ids[:2].tolist()
     assert first == second == stream.ids[:size].tolist()
@@ -93,12 +93,15 @@ WRONG: dict[str, tuple[list[Any], str]] = {
     "a number": ([3], "line 1 of x.jsonl is not understood"),
     "no messages": ([{"messages": []}], "line 1 of x.jsonl has no list of messages"),
     "messages of something": ([{"messages": "w1"}], "line 1 of x.jsonl has no list of messages"),
-    "a message of nobody": ([{"messages": [{"content": "w1"}]}], "message 1 in line 1 of x.jsonl says not whose"),
+    "a message of nobody": (
+        [{"messages": [{"content": "w1"}]}],
+        "message 1 in line 1 of x.jsonl does not have an author",
+    ),
     "a stranger": (
         [{"conversations": [{"from": "cat", "value": "w"}]}],
-        "message 1 in line 1 of x.jsonl is from 'cat'",
+        "message 1 in line 1 of x.jsonl has the unknown author 'cat'",
     ),
-    "a picture": ([{"messages": [USER | {"content": [{"type": "image"}]}]}], "something other than text"),
+    "a picture": ([{"messages": [USER | {"content": [{"type": "image"}]}]}], "content other than text"),
     "mixed": (
         [{"text": "w1"}, SAME["messages"]],
         "line 2 of x.jsonl is a conversation, and line 1 of x.jsonl is a text",
@@ -134,14 +137,14 @@ def test_files_that_are_no_rows(name: str, content: str, why: str, tmp_path: Pat
 def test_a_tokenizer_without_a_template_says_what_to_do(tmp_path: Path) -> None:
     text = load_text(lines(tmp_path / "x.jsonl", SAME["messages"]))
     with pytest.raises(InputError, match=r"line 1 of x.jsonl is a conversation.*no chat template.*chat_template.jinja"):
-        tokenize(text, tiny.tokenizer(), 96)
+        tokenize(text, tiny_models.tokenizer(), 96)
 
 
 def test_a_template_that_refuses_a_conversation_names_it(tmp_path: Path) -> None:
     text = load_text(lines(tmp_path / "x.jsonl", SAME["messages"], {"messages": [ANSWER]}))
     template = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('users first') }}{% endif %}w1"
-    with pytest.raises(InputError, match=r"does not take line 2 of x.jsonl: users first"):
-        tokenize(text, tiny.beginning(template=template), 96)
+    with pytest.raises(InputError, match=r"refuses line 2 of x.jsonl: users first"):
+        tokenize(text, tiny_models.beginning(template=template), 96)
 
 
 def test_parquet_needs_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +159,7 @@ def test_parquet_files_hold_the_same_rows(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     rows = [{"messages": [USER, ANSWER], "n": i} for i in range(3)]
     parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "x.parquet")
-    tokenizer = tiny.beginning(template=tiny.CHAT)
+    tokenizer = tiny_models.beginning(template=tiny_models.CHAT)
     there = tokenize(load_text(lines(tmp_path / "x.jsonl", *rows)), tokenizer, 96)
     found = load_text(tmp_path / "x.parquet")
     assert torch.equal(tokenize(found, tokenizer, 96), there)

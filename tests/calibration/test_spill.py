@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gyroquant.calibration.spill import Spilled
+from gyroquant.calibration.offload import Spilled
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -5,7 +5,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import tiny
+import tiny_models
 import torch
 import transformers
 from hypothesis import given, settings
@@ -44,7 +44,7 @@ def test_samples_are_windows_of_the_text(corpus: Path, tokenizer: Tokenizer) -> 
 
 
 def test_texts_that_are_too_short(tokenizer: Tokenizer) -> None:
-    ids = tokenize(load_text([tiny.prose(100)]), tokenizer, 96)
+    ids = tokenize(load_text([tiny_models.prose(100)]), tokenizer, 96)
     with pytest.raises(InputError, match="100 tokens, enough for 3 samples of 32, not for 4"):
         sample(ids, 4, 32, seed=0)
     with pytest.raises(InputError, match="fewer than one window of 128"):
@@ -53,7 +53,7 @@ def test_texts_that_are_too_short(tokenizer: Tokenizer) -> None:
 
 def test_a_tokenizer_of_another_model(tokenizer: Tokenizer) -> None:
     with pytest.raises(InputError, match="not this model's"):
-        tokenize(load_text([tiny.prose(100)]), tokenizer, 20)
+        tokenize(load_text([tiny_models.prose(100)]), tokenizer, 20)
 
 
 @pytest.mark.parametrize(
@@ -84,10 +84,10 @@ def test_a_mark_of_the_byte_order_and_line_ends_are_no_characters_of_a_text(tmp_
     ],
 )
 def test_every_window_begins_as_the_tokenizer_begins_a_text(single: str, front: tuple[int, ...]) -> None:
-    tokenizer, text = tiny.beginning(single), load_text([tiny.prose(200)])
+    tokenizer, text = tiny_models.beginning(single), load_text([tiny_models.prose(200)])
     assert bos_tokens(tokenizer) == front
     stream = token_stream(text, tokenizer, 96)
-    assert stream.ids.tolist() == tiny.tokenizer()(text.content)["input_ids"]  # and nothing behind it
+    assert stream.ids.tolist() == tiny_models.tokenizer()(text.content)["input_ids"]  # and nothing behind it
     batch = stream.windows(32)
     own = 32 - len(front)
     assert batch.ids.tolist() == [[*front, *stream.ids[i : i + own].tolist()] for i in range(0, 200 - own + 1, own)]
@@ -97,7 +97,7 @@ def test_every_window_begins_as_the_tokenizer_begins_a_text(single: str, front: 
 
 
 def test_without_bos_windows_are_cut_from_what_the_tokenizer_gives() -> None:
-    tokenizer, text = tiny.beginning("<s> $A </s>"), load_text([tiny.prose(100)])
+    tokenizer, text = tiny_models.beginning("<s> $A </s>"), load_text([tiny_models.prose(100)])
     stream = token_stream(text, tokenizer, 96, add_bos=False)
     assert stream.bos == ()
     assert stream.ids.tolist() == tokenizer(text.content)["input_ids"]
@@ -128,8 +128,8 @@ def test_windows_hold_the_text_once_and_begin_with_bos_once(ids: list[int], leng
 
 
 def test_a_text_that_holds_bos_already_gets_no_second_one() -> None:
-    text = load_text(["<s> " + tiny.prose(100)])
-    first = token_stream(text, tiny.beginning(), 96).windows(32).ids[0].tolist()
+    text = load_text(["<s> " + tiny_models.prose(100)])
+    first = token_stream(text, tiny_models.beginning(), 96).windows(32).ids[0].tolist()
     assert first[0] == 1
     assert first[1] > 2
 
@@ -140,9 +140,9 @@ def test_windows_without_room_for_text_are_refused() -> None:
 
 
 def test_a_tokenizer_that_truncates_by_default_does_not_cut_a_text() -> None:
-    tokenizer = tiny.beginning()
+    tokenizer = tiny_models.beginning()
     tokenizer.backend_tokenizer.enable_truncation(16)
-    assert token_stream(load_text([tiny.prose(100)]), tokenizer, 96).ids.numel() == 100
+    assert token_stream(load_text([tiny_models.prose(100)]), tokenizer, 96).ids.numel() == 100
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_a_tokenizer_that_truncates_by_default_does_not_cut_a_text() -> None:
     [
         (torch.ones(24, dtype=torch.long), "shape"),
         (torch.ones(2, 24), "give integers"),
-        (torch.full((2, 24), 96), "knows only 96"),
+        (torch.full((2, 24), 96), "has only 96 tokens"),
         (torch.full((2, 24), -1), "token -1"),
     ],
 )
@@ -199,7 +199,7 @@ def test_rows_beyond_the_limit_are_told(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("gyroquant.calibration.text._ROWS", 1)
     text = load_text("wikitext2")
     assert text.content == "first"
-    assert text.about()["note"] == "the first 1 rows alone"
+    assert text.about()["note"] == "only the first 1 rows"
 
 
 def test_datasets_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,1 +1,1 @@
-"""Calibration: text to tokens, tokens through the model block by block, and what is measured on the way."""
+"""Calibration: converts text to tokens, runs them through the model block by block, and collects statistics."""

@@ -1,7 +1,7 @@
-"""The station that observes: the original model runs once over the text, and vectors at chosen sites are measured.
+"""Statistics for methods: the original model runs once over the text, and observers see the vectors at chosen sites.
 
-They are measured in the basis that a site has after everything already planned for it, so that a method sees what its
-map will act on.
+They see them in the basis that a site has after all maps planned so far. So a method sees the vectors that its map will
+act on.
 """
 
 from __future__ import annotations
@@ -17,23 +17,24 @@ import torch
 from torch import Tensor
 
 from gyroquant.calibration.observers import See, input_key, watch, watch_output
+from gyroquant.calibration.site_weights import Reader, coming_gains, reader_weights
 from gyroquant.calibration.stream import Stream
-from gyroquant.calibration.weights import Reader, coming_gains, reader_weights
 from gyroquant.errors import UnsupportedModelError
 from gyroquant.maps import blocks
-from gyroquant.models.fold import AbsorbGain, ApplyMap, FoldPlan
-from gyroquant.models.graph import LinearOp, ModelGraph, Port
-from gyroquant.models.runner import BlockRunner
-from gyroquant.models.sites import Site
-from gyroquant.models.store import WeightStore
-from gyroquant.progress import Stages
+from gyroquant.models.execution.runner import BlockRunner
+from gyroquant.models.folding.fold import AbsorbGain, ApplyMap, FoldPlan
+from gyroquant.models.graph.model_graph import LinearOp, ModelGraph, Port
+from gyroquant.models.graph.sites import Site
+from gyroquant.models.stores.base import WeightStore
+from gyroquant.system.progress import Progress
 
 
 @dataclass
-class Want:
-    """A site and the kinds of observers that are to see its vectors; `seen` holds them afterwards.
+class SiteMeasurement:
+    """A site and the kinds of observers for its vectors. After `measure`, `seen` has the observers by kind.
 
-    `weights` then gives the weights that read the site, see `reader_weights`; they are read when asked for.
+    `weights` then returns the weights that read the site, see `reader_weights`. They are read from disk when it is
+    called.
     """
 
     site: Site
@@ -53,43 +54,42 @@ class Want:
 def measure(
     store: WeightStore,
     plan: FoldPlan,
-    wants: Iterable[Want],
+    wants: Iterable[SiteMeasurement],
     tokens: Tensor,
-    progress: Stages | None = None,
+    progress: Progress | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     offload: Path | None = None,
     blocks: int | None = None,
 ) -> None:
-    """Shows every want the vectors of its site while `tokens`, (samples, length), pass through the original model, or
-    through the first of its `blocks`.
+    """Runs `tokens`, shape (samples, length), through the original model and fills every measurement in `wants`.
 
-    Raises UnsupportedModelError for a site where nothing can be measured.
+    With `blocks`, only as many blocks run. Raises UnsupportedModelError for a site at which nothing can be measured.
     """
-    graph, model, wants = store.graph, store.skeleton(), list(wants)
+    graph, model, measurements = store.graph, store.skeleton(), list(wants)
     read = Reader(store)
-    for want in wants:
-        want.weights = partial(reader_weights, read, plan, want.site)
-    taps = [tap for want in wants for tap in _taps(graph, plan, want)]
+    for measurement in measurements:
+        measurement.weights = partial(reader_weights, read, plan, measurement.site)
+    probes = [probe for measurement in measurements for probe in _probes(graph, plan, measurement)]
     outer = store.read(graph.outer_params())
-    stream = Stream(BlockRunner(model, graph), tokens, outer, dtype, offload, device)
+    stream = Stream(BlockRunner.of(store), tokens, outer, dtype, offload, device)
     stream.free_outer()
-    with (progress or Stages()).stage("observe", len(graph.blocks) * stream.steps) as advance:
+    with (progress or Progress()).stage("measure", len(graph.blocks) * stream.steps) as advance:
         for i in range(len(graph.blocks[:blocks])):
             tensors = store.read(graph.block_params(i))
-            with _listening(model, [tap for tap in taps if tap.op.weight in tensors], tensors):
+            with _probing(model, [probe for probe in probes if probe.op.weight in tensors], tensors):
                 stream.run(i, tensors, progress=advance)
-    last = [tap for tap in taps if tap.op in graph.outer.linears]
+    last = [probe for probe in probes if probe.op in graph.outer.linears]
     if last:
-        with _listening(model, last, outer):
+        with _probing(model, last, outer):
             stream.observe_head(outer)
 
 
 @dataclass(frozen=True)
-class _Tap:
-    """One place where a want listens: what enters (or leaves) a layer, with what changes it into the site's basis."""
+class _Probe:
+    """One layer whose input (or output) a measurement sees, and the edits that bring it into the site's basis."""
 
-    want: Want
+    measurement: SiteMeasurement
     op: LinearOp
     port: Port
     edits: tuple[AbsorbGain | ApplyMap, ...]
@@ -105,64 +105,67 @@ class _Tap:
             x = x.float()
             for change in changes:
                 x = change(x)
-            self.want(x.reshape(-1, self.want.site.n))
+            self.measurement(x.reshape(-1, self.measurement.site.n))
 
         return note
 
 
 @contextmanager
-def _listening(model: Any, taps: list[_Tap], tensors: Mapping[str, Tensor]) -> Iterator[None]:
+def _probing(model: Any, probes: list[_Probe], tensors: Mapping[str, Tensor]) -> Iterator[None]:
     undo: list[Callable[[], Any]] = []
     try:
-        for tap in taps:
-            listen = watch if tap.port.axis == tap.op.in_axis else watch_output
-            undo += listen(model, tap.op, tap.see(tensors))
+        for probe in probes:
+            listen = watch if probe.port.axis == probe.op.in_axis else watch_output
+            undo += listen(model, probe.op, probe.see(tensors))
         yield
     finally:
         for step in reversed(undo):
             step()
 
 
-def _taps(graph: ModelGraph, plan: FoldPlan, want: Want) -> list[_Tap]:
-    """Where to listen for a site: at every different input among its readers, once."""
-    by_weight = {op.weight: op for group in (*graph.blocks, graph.outer) for op in group.linears}
-    found: list[_Tap] = []
-    heard = set()
-    for port in want.site.readers:
-        op = by_weight.get(port.param)
-        if op is None:  # a bias: what it adds is heard with what leaves its layer
+def _probes(graph: ModelGraph, plan: FoldPlan, measurement: SiteMeasurement) -> list[_Probe]:
+    """The probes for a site: one at every different input among its readers."""
+    site = measurement.site
+    probes: list[_Probe] = []
+    seen = set()
+    for port in site.readers:
+        op = graph.find_op(port.param)
+        if op is None:  # a bias: it is part of the output of its layer, which another port has
             continue
         inner = port.axis == op.in_axis
-        block = op.module.removeprefix(graph.architecture.blocks + ".").partition(".")[0]
-        key = (block, input_key(op, frozenset()), port.expert) if inner else (op.weight, id(port))
-        if key not in heard:
-            heard.add(key)
-            found.append(_Tap(want, op, port, _edits(plan, want.site, port, inner)))
-    if not found:
-        raise UnsupportedModelError(f"nothing can be measured at {want.site.label}: no layer reads it")
-    return found
+        key = (graph.block_of(op.module), input_key(op, frozenset()), port.expert) if inner else (op.weight, id(port))
+        if key not in seen:
+            seen.add(key)
+            probes.append(_Probe(measurement, op, port, _edits(plan, site, port, inner)))
+    if not probes:
+        raise UnsupportedModelError(
+            f"nothing can be measured at {site.label}, because no layer reads it: choose a method that does not measure"
+        )
+    return probes
 
 
 def _edits(plan: FoldPlan, site: Site, port: Port, inner: bool) -> tuple[AbsorbGain | ApplyMap, ...]:
-    """What is planned for the axis of a port, and the gain that will be absorbed there with the map to come."""
+    """The edits planned for the axis of a port, and the gain that the next map will absorb there."""
     planned = [
         edit
         for edit in plan.edits.get(port.param, ())
-        if edit.port.axis == port.axis and edit.port.expert in (None, port.expert) and _meet(edit.port, port)
+        if edit.port.axis == port.axis and edit.port.expert in (None, port.expert) and _overlap(edit.port, port)
     ]
     if not inner and planned:
-        raise UnsupportedModelError(f"{site.label} cannot be measured behind another map at the same place")
+        raise UnsupportedModelError(
+            f"{site.label} cannot be measured after another map at the same site: put the method that measures first"
+        )
     edits = (*planned, *coming_gains(plan, site, port))
     return tuple(edit for edit in edits if isinstance(edit, AbsorbGain | ApplyMap))
 
 
-def _meet(one: Port, other: Port) -> bool:
-    """Whether two ports of one axis have rows in common."""
-    return one.rows is None or other.rows is None or bool(torch.isin(one.rows, other.rows).any())
+def _overlap(first: Port, second: Port) -> bool:
+    """Whether two ports on the same axis have rows in common."""
+    return first.rows is None or second.rows is None or bool(torch.isin(first.rows, second.rows).any())
 
 
 def _change(edit: AbsorbGain | ApplyMap, tensors: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
-    """How the vectors change when a parameter that reads them is edited: the contragredient of the edit."""
+    """How vectors change when a parameter that reads them is edited: by the contragredient of the edit."""
     if isinstance(edit, AbsorbGain):
         gain = edit.norm.entry.offset + tensors[edit.norm.gain].float()
         return lambda x: torch.where(gain == 0, 0.0, x / torch.where(gain == 0, 1.0, gain)).to(x)

@@ -1,25 +1,25 @@
-"""What is measured while a block runs: small statistics of the inputs of its linear layers, never the inputs
-themselves.
-"""
+"""Observers: they collect small statistics of the inputs of linear layers while a block runs, never the inputs."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from gyroquant.maps import hadamard, next_power_of_two
-from gyroquant.models.graph import Group, LinearOp
-from gyroquant.models.online import Attachment, InputQuantizer, OnlineMap, fake, route_experts, unrounded
-from gyroquant.models.runner import BlockDoneError
-from gyroquant.models.sites import insertion
+from gyroquant.models.execution.online import InputQuantizer, OnlineMap, OnlineOp, fake, no_fake_quant, route_experts
+from gyroquant.models.execution.runner import BlockDoneError
+from gyroquant.models.graph.model_graph import Group, LinearOp
+from gyroquant.models.graph.sites import hook_point
+from gyroquant.registry import Registry
 
 Key = tuple[str, int | None]
-"""An input that is observed: its name, and the expert for stacked experts."""
+"""An observed input: its name, and the number of the expert for stacked experts."""
 
 _STRIPES = 4
 _STRIP = 1024
@@ -27,23 +27,37 @@ _SAMPLE = 512
 
 
 class Observer(ABC):
-    """What looks at vectors: made for vectors of n numbers, called with batches of them, shape (tokens, n)."""
+    """Collects one statistic of vectors of n numbers. It is called with batches of them, shape (tokens, n).
+
+    Methods refer to observers by class (`Method.statistics`). Subclasses register themselves under their class name, so
+    that `gyroquant.testing` finds them.
+    """
+
+    registry: ClassVar[Registry[type[Observer]]] = Registry("observer", "gyroquant.calibration")
+
+    def __init_subclass__(cls) -> None:
+        Observer.registry.add(cls.__name__, cls)
+
+    @classmethod
+    def examples(cls, n: int = 256) -> list[Self]:
+        """Observers of vectors of n numbers, for tests."""
+        return [cls(n)]  # type: ignore[call-arg]
 
     @abstractmethod
     def __call__(self, x: Tensor) -> None:
-        """Takes note of some vectors."""
+        """Adds vectors, shape (tokens, n), to the statistic."""
 
     @staticmethod
     @abstractmethod
     def size_in_bytes(n: int) -> int:
-        """The memory that it takes for vectors of n numbers, by which runs are checked to fit before they start."""
+        """The memory of an observer of vectors of n numbers, in bytes. It is checked before a run starts."""
 
 
-class Gram(Observer):
+class SecondMoments(Observer):
     """Sum of ``x^T x`` over tokens, shape (n, n), fp32."""
 
-    drift: Tensor | None = None
-    spread: Tensor | None = None
+    input_error_cross: Tensor | None = None
+    input_error_second_moments: Tensor | None = None
 
     def __init__(self, n: int):
         self.lower = torch.zeros(n, n)
@@ -54,7 +68,7 @@ class Gram(Observer):
         self.lower = self.lower.to(x.device)
         self.count += x.shape[0]
         n = x.shape[1]
-        for stripe in range(_STRIPES):  # only what lies on and below the diagonal stripes: five eighths of the work
+        for stripe in range(_STRIPES):  # only on and below the diagonal stripes: five eighths of the work
             start, stop = n * stripe // _STRIPES, n * (stripe + 1) // _STRIPES
             self.lower[start:stop, :stop].addmm_(x[:, start:stop].T, x[:, :stop])
 
@@ -63,8 +77,8 @@ class Gram(Observer):
         return 4 * n * n
 
     @property
-    def gram(self) -> Tensor:
-        """The sum as it is so far, made whole where it is kept: what lies above the diagonal is never read again."""
+    def second_moments(self) -> Tensor:
+        """The sum so far. The upper triangle is filled in place. Later updates do not read it."""
         for start in range(0, len(self.lower), _STRIP):
             rows = self.lower[start : start + _STRIP, : start + _STRIP]
             square = rows[:, start:]
@@ -74,7 +88,7 @@ class Gram(Observer):
 
 
 class MeanAbs(Observer):
-    """Mean magnitude of every channel, shape (n,): the mean l1 mass that MassDiff spreads (arXiv 2601.22347)."""
+    """Mean magnitude of every channel, shape (n,): the mean l1 mass of MassDiff (arXiv 2601.22347)."""
 
     def __init__(self, n: int):
         self._sum = torch.zeros(n, dtype=torch.float64)
@@ -117,66 +131,79 @@ class AbsMax(Observer):
         return 4 * n
 
 
-class Pairing:
-    """Brings together what two models give for the same tokens, the original first, batch by batch.
+class PairedForward:
+    """Pairs the inputs of two models on the same tokens. In every batch, the original model runs first.
 
-    `drift` and `spread` say which of these sums `CrossGram` takes. `tokens` is the size of the batch, `original` says
-    whose turn it is, `waiting` holds inputs of the original until their partners come.
+    - input_error_cross, input_error_second_moments: the sums that `PairedSecondMoments` collects. The second needs the
+      first.
+    - tokens: the number of tokens of the current batch.
+    - original: whether the original model is running.
+    - waiting: inputs of the original model, until the other model has run on the batch.
     """
 
-    def __init__(self, drift: bool = True, spread: bool = False) -> None:
-        self.drift, self.spread = drift or spread, spread
+    def __init__(self, input_error_cross: bool = True, input_error_second_moments: bool = False) -> None:
+        self.input_error_cross, self.input_error_second_moments = (
+            input_error_cross or input_error_second_moments,
+            input_error_second_moments,
+        )
         self.tokens, self.original = 0, False
-        self.waiting: dict[CrossGram, Tensor] = {}
+        self.waiting: dict[PairedSecondMoments, Tensor] = {}
 
     def turns(self, original: Tensor, other: Tensor, tokens: int) -> Iterator[Tensor]:
-        """The hidden states to run, one after the other, for a batch of this many tokens."""
+        """Yields the hidden states of the original, then those of the other model, for a batch of `tokens` tokens."""
         self.tokens, self.original = tokens, True
-        with unrounded():
+        with no_fake_quant():
             yield original
         self.original = False
         yield other
         self.waiting.clear()
 
 
-class CrossGram(Gram):
-    """`Gram` of the inputs x of one model; with x0 those of the original, `drift`, the sum of ``(x0 - x)^T x``, and
-    `spread`, that of ``(x0 - x)^T (x0 - x)``.
+class PairedSecondMoments(SecondMoments):
+    """`SecondMoments` of the inputs x of one model.
 
-    Tokens are paired by their place in the batch, so only batches that reach the layer whole in both models count; the
-    others leave the drift as it is. Those of experts are like that: the two routers send different tokens, and an x0
-    of the same token need not exist. None when nothing could be paired, or when the pairing does not ask for them.
+    With x0 the inputs of the original, `input_error_cross` is the sum of ``(x0 - x)^T x`` and
+    `input_error_second_moments` that of ``(x0 - x)^T (x0 - x)``.
+
+    Both are None if no batch could be paired, or if the pairing does not collect them. Tokens are paired by their
+    position in the batch, so a batch counts only if all its tokens reach the layer in both models. Batches of experts
+    usually do not count: the two routers send different tokens, so there may be no x0 of the same token.
     """
 
-    def __init__(self, n: int, pairing: Pairing):
+    def __init__(self, n: int, pairing: PairedForward):
         super().__init__(n)
         self.pairing = pairing
 
+    @classmethod
+    def examples(cls, n: int = 256) -> list[Self]:
+        return [cls(n, PairedForward())]
+
     def __call__(self, x: Tensor) -> None:
-        whole = self.pairing.drift and x.shape[0] == self.pairing.tokens
+        whole = self.pairing.input_error_cross and x.shape[0] == self.pairing.tokens
         if self.pairing.original:
             if whole:
-                self.pairing.waiting[self] = x.clone()  # x may be a view of hidden states that are about to move on
+                self.pairing.waiting[self] = x.clone()  # x may be a view of hidden states that will be overwritten
             return
         super().__call__(x)
         partner = self.pairing.waiting.pop(self, None)
         if partner is not None and whole:
             x = x.float()
-            away = partner.float() - x
-            self.drift = _plus(self.drift, away, x)
-            if self.pairing.spread:
-                self.spread = _plus(self.spread, away, away)
+            error = partner.float() - x
+            self.input_error_cross = _add_product(self.input_error_cross, error, x)
+            if self.pairing.input_error_second_moments:
+                self.input_error_second_moments = _add_product(self.input_error_second_moments, error, error)
 
 
-def _plus(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """A sum of products ``a^T b``, begun where there is none."""
+def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """The total plus ``a^T b``. None counts as 0."""
     return a.T @ b if total is None else total.addmm_(a.T, b)
 
 
 class PaddedSpectrum(Observer):
-    """Mean square of every Walsh-Hadamard coefficient, shape (D,): D is n or the next power of two, with zeros behind.
+    """Mean square of every Walsh-Hadamard coefficient, shape (D,). D is the smallest power of two that is at least n.
 
-    Coefficients are in natural (Sylvester's) order, of the orthonormal transform: section 3 of arXiv 2605.25203.
+    Vectors are padded with zeros at the end. The transform is orthonormal, in natural (Sylvester's) order: section 3 of
+    arXiv 2605.25203.
     """
 
     def __init__(self, n: int):
@@ -197,9 +224,9 @@ class PaddedSpectrum(Observer):
 
 
 class TokenSample(Observer):
-    """At most 512 of the vectors: half are those with the largest entries, half come at even intervals.
+    """A sample of at most 512 vectors: half have the largest entries, half come at even intervals.
 
-    Kept in bfloat16, at most 1024 n bytes.
+    The sample is stored in bfloat16 and takes at most 1024 n bytes.
     """
 
     def __init__(self, n: int):
@@ -229,9 +256,9 @@ class TokenSample(Observer):
 
 
 class Moments(Observer):
-    """Figures of the outliers of an input: its largest magnitude against its rms, and its kurtosis.
+    """Statistics of the outliers of an input: its largest magnitude over its rms, and its kurtosis.
 
-    `channel_max` is the largest magnitude of every channel.
+    `channel_max` is the largest magnitude of every channel, shape (n,).
     """
 
     def __init__(self, n: int):
@@ -268,43 +295,47 @@ class Moments(Observer):
 
 
 def input_key(op: LinearOp, own: frozenset[str]) -> str:
-    """The name under which an operation's input is observed: shared by all that read one basis, unless a map of its own
-    stands in front of it (`own`: the modules with such a map)."""
+    """The name of a layer's input in observations.
+
+    All layers that read one basis share it. Layers with their own online map before them (the modules `own`) and
+    stacked experts have their own name.
+    """
     return op.weight if op.module in own or op.entry.stacked else op.entry.reads
 
 
-def modules_with_own_map(online: Sequence[Attachment]) -> frozenset[str]:
-    """The modules that have an online map in front of them."""
-    maps = [one for one in online if isinstance(one, OnlineMap)]
-    return frozenset(one.module for one in maps if one.insertion.point == "input")
+def modules_with_own_map(online: Sequence[OnlineOp]) -> frozenset[str]:
+    """The modules with an online map at their input."""
+    maps = [op for op in online if isinstance(op, OnlineMap)]
+    return frozenset(op.module for op in maps if op.hook_point.point == "input")
 
 
 @contextmanager
 def observing(
     model: Any,
     group: Group,
-    online: Sequence[Attachment],
+    online: Sequence[OnlineOp],
     make: Callable[[int], Any],
     only: Collection[str] | None = None,
     stop: bool = False,
 ) -> Iterator[dict[Key, Any]]:
-    """Observes the inputs of a group's quantizable linear layers for the duration of a with block; all of them, or
-    those whose `input_key` is among `only`.
+    """Observes the inputs of a group's quantizable linear layers for the duration of a with block.
 
-    What runs online must be attached before. `make` builds an observer, a function of (tokens, features), for an
-    input of n features. With `stop`, where a single input is observed, each run of the block ends as soon as it has
-    been seen, by BlockDoneError. Yields the observers by key; those of stacked experts appear with an expert's first
-    token.
+    - online: the online operations. They must be attached before.
+    - make: makes an observer for an input of n features: a function of vectors, shape (tokens, n).
+    - only: the input keys to observe. None: all.
+    - stop: if only one input is observed, each run of the block ends with BlockDoneError after this input.
+
+    Yields the observers by key. Those of stacked experts are added with the first token of an expert.
     """
     observers: dict[Key, Any] = {}
     undo: list[Callable[[], Any]] = []
     own = modules_with_own_map(online)
 
-    rounding = {one.insertion: one.grid for one in online if isinstance(one, InputQuantizer)}
+    rounding = {quantizer.hook_point: quantizer.grid for quantizer in online if isinstance(quantizer, InputQuantizer)}
 
     def see(op: LinearOp, key: str, first: LinearOp) -> See:
-        # a router's input is not rounded, so what is seen there is rounded here as the layer itself will round it
-        missing = None if first is op else rounding.get(insertion(op))
+        # a router's input is not rounded, so it is rounded here as the observed layer rounds its own input
+        missing = None if first is op else rounding.get(hook_point(op))
 
         def note(expert: int | None, x: Tensor) -> None:
             if (key, expert) not in observers:
@@ -334,11 +365,11 @@ def observing(
 
 
 See = Callable[[int | None, Tensor], None]
-"""What is told about an input: the expert, for stacked experts, and vectors of shape (tokens, features)."""
+"""A function of the expert (None unless experts are stacked) and of vectors, shape (tokens, features)."""
 
 
 def watch(model: Any, op: LinearOp, see: See) -> list[Callable[[], Any]]:
-    """Shows `see` what enters a linear layer; returns what ends it."""
+    """Calls `see` with the inputs of a linear layer. Returns functions that end it."""
     module = model.get_submodule(op.module)
     if op.entry.stacked:
         return _watch_experts(module, op, see)
@@ -350,7 +381,7 @@ def watch(model: Any, op: LinearOp, see: See) -> list[Callable[[], Any]]:
 
 
 def watch_output(model: Any, op: LinearOp, see: See) -> list[Callable[[], Any]]:
-    """Shows `see` what leaves a linear layer that is not stacked; returns what ends it."""
+    """Calls `see` with the outputs of a linear layer that is not stacked. Returns functions that end it."""
 
     def note(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         see(None, output.reshape(-1, output.shape[-1]))
@@ -364,15 +395,15 @@ def _watch_experts(module: nn.Module, op: LinearOp, see: See) -> list[Callable[[
     watched.setdefault(name, []).append(see)
 
     def observe(name: str, expert: int, x: Tensor) -> None:
-        for one in watched.get(name, ()):
-            one(expert, x)
+        for watcher in watched.get(name, ()):
+            watcher(expert, x)
 
     module.__dict__["_gyroquant_observe"] = observe
 
-    def forget() -> None:
+    def stop() -> None:
         watched[name].remove(see)
         if not any(watched.values()):
             module.__dict__.pop("_gyroquant_observe", None)
             module.__dict__.pop("_gyroquant_watched", None)
 
-    return [route_experts(module), forget]
+    return [route_experts(module), stop]

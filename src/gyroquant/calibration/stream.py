@@ -1,6 +1,6 @@
 """Hidden states of many sequences, carried through a model one block at a time.
 
-Memory holds one block and the hidden states, which can lie in a file instead, whatever the depth of the model.
+Memory holds one block and the hidden states, whatever the depth of the model. Hidden states can be in files instead.
 """
 
 from __future__ import annotations
@@ -12,24 +12,26 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gyroquant.calibration.observers import CrossGram, Gram, Pairing
-from gyroquant.calibration.spill import Spilled
-from gyroquant.models.online import attached
-from gyroquant.models.runner import BlockDoneError, BlockRunner, Call
-from gyroquant.models.store import WeightStore
-from gyroquant.progress import Advance
+from gyroquant.calibration.observers import PairedForward, PairedSecondMoments, SecondMoments
+from gyroquant.calibration.offload import Spilled
+from gyroquant.models.execution.online import attached
+from gyroquant.models.execution.runner import BlockDoneError, BlockRunner, Call
+from gyroquant.models.stores.base import WeightStore
+from gyroquant.system.progress import Advance
 
-_TOKENS = 4096  # tokens that run through a block at once
-_HEAD_TOKENS = 512  # tokens that run through the head at once: logits are wide
+_TOKENS = 4096  # this many tokens run through a block at once
+_HEAD_TOKENS = 512  # this many run through the head at once, because logits are wide
 
 
 class Stream:
     """The hidden states of `input_ids`, shape (sequences, length), on their way through a model.
 
-    `dtype` is what blocks compute in. With `offload`, a folder, the hidden states lie in files there, memory-mapped,
-    and memory holds those of the sequences that are run and of the next ones. With a `pairing`, those of the original
-    model go along in `original`: `observe` moves them on, with the weights that it is given, and `run` does not.
-    `observing_seconds` is what `observe` took so far.
+    - dtype: what blocks compute in.
+    - offload: a folder. The hidden states are then in memory-mapped files there, and memory holds those of the current
+      and the next sequences. By default they are in memory.
+    - pairing: the hidden states of the original model are then kept too, in `original`. `observe` runs the original's
+      block on them, with the weights that it is given; `run` does not.
+    - observing_seconds: the time spent in `observe` so far, in seconds.
     """
 
     def __init__(
@@ -40,7 +42,7 @@ class Stream:
         dtype: torch.dtype = torch.float32,
         offload: Path | None = None,
         device: torch.device | str = "cpu",
-        pairing: Pairing | None = None,
+        pairing: PairedForward | None = None,
     ):
         self.runner, self.input_ids, self.dtype, self.device = runner, input_ids, dtype, torch.device(device)
         self.batch = max(1, _TOKENS // input_ids.shape[1])
@@ -53,29 +55,29 @@ class Stream:
             first, calls = runner.begin(ids, self._outer)
             self._calls.setdefault(len(ids), calls)
             if self.hidden is None:
-                few = range(len(ids).bit_length() if pairing else 1)  # what is tuned runs on a few sequences
+                few = range(len(ids).bit_length() if pairing else 1)  # tuning runs on a few sequences at a time
                 for size in {1 << k for k in few} - self._calls.keys():
                     self._calls[size] = runner.begin(ids[:size], self._outer)[1]
-                self.hidden = self._room((len(input_ids), *first.shape[1:]), offload)
+                self.hidden = self._allocate((len(input_ids), *first.shape[1:]), offload)
             self.hidden[start : start + len(ids)] = first
-            self._pass(start)
+            self._end_batch(start)
         self.pairing = pairing
         self.original: Tensor | None = None
         if pairing is not None and self.hidden is not None:
-            self.original = self._room(tuple(self.hidden.shape), offload)
+            self.original = self._allocate(tuple(self.hidden.shape), offload)
             for start, ids in self._batches():
                 self.original[start : start + len(ids)] = self.hidden[start : start + len(ids)]
-                self._pass(start)
+                self._end_batch(start)
 
-    def _room(self, shape: tuple[int, ...], offload: Path | None) -> Tensor:
+    def _allocate(self, shape: tuple[int, ...], offload: Path | None) -> Tensor:
         if offload is None:
             return torch.empty(shape, dtype=self.dtype)
         spilled = Spilled(offload, shape, self.dtype)
         self._spilled.append(spilled)
         return spilled.tensor
 
-    def _pass(self, start: int) -> None:
-        """The batch at `start` is done: what lies in a file leaves memory, and the batch after the next comes."""
+    def _end_batch(self, start: int) -> None:
+        """Ends the batch at `start`: in files, its rows are released, and the batch after the next is requested."""
         for spilled in self._spilled:
             spilled.behind(start, start + self.batch)
             spilled.ahead(start + 2 * self.batch, start + 3 * self.batch)
@@ -88,18 +90,18 @@ class Stream:
 
     @property
     def steps(self) -> int:
-        """How many batches one run of a block takes, and so how often it reports progress."""
+        """The number of batches in one run of a block, and of progress reports."""
         return -(-len(self.input_ids) // self.batch)
 
     @property
     def states(self) -> list[Tensor | Path]:
-        """What is to be kept to go on later: the hidden states, then the original's; paths where they lie in files."""
+        """What a run keeps to continue later: the hidden states, then the original's; as paths if they are in files."""
         if self._spilled:
             return [spilled.tensor if spilled.path is None else spilled.path for spilled in self._spilled]
         return [state for state in (self.hidden, self.original) if state is not None]
 
     def free_outer(self) -> None:
-        """Lets go of the parameters around the blocks, which the blocks do not need."""
+        """Frees the parameters outside the blocks, which blocks do not need."""
         self._outer = {}
 
     def run(
@@ -110,19 +112,19 @@ class Stream:
         local = self.local(tensors)
         for start, ids in self._batches():
             self._run(index, local, self.hidden[start : start + len(ids)], keep)
-            self._pass(start)
+            self._end_batch(start)
             progress()
 
     def run_all(self, store: WeightStore, progress: Advance = lambda: None) -> None:
-        """Runs all blocks of a model, with what runs online in them; reports progress once a block."""
+        """Runs all blocks of a model, online operations included. Reports progress once a block."""
         for index in range(len(store.graph.blocks)):
             with attached(self.runner.model, store.graph.in_block(index, store.online)):
                 self.run(index, store.read(store.graph.block_params(index)))
             progress()
 
-    def observer(self, n: int) -> Gram:
-        """What `observe` feeds for an input of n features: with a pairing it may have a drift."""
-        return Gram(n) if self.pairing is None else CrossGram(n, self.pairing)
+    def observer(self, n: int) -> SecondMoments:
+        """The observer that `observe` feeds for an input of n features. With a pairing it sees input errors too."""
+        return SecondMoments(n) if self.pairing is None else PairedSecondMoments(n, self.pairing)
 
     def observe(
         self,
@@ -132,10 +134,10 @@ class Stream:
         original: Mapping[str, Tensor] | None = None,
         move: bool = True,
     ) -> None:
-        """Runs block `index` for the sake of observers: the hidden states stay, those of the original move on.
+        """Runs block `index` for observers. The hidden states stay; those of the original move to the block's output.
 
-        The original runs on the parameters `original`, which are the same where they are not given, and stays too
-        unless it is to `move`.
+        The original runs with the parameters `original`, by default with `tensors`. Without `move`, its hidden states
+        stay too.
         """
         started = time.perf_counter()
         local = self.local(tensors)
@@ -145,13 +147,14 @@ class Stream:
                 first = hidden is self.original
                 weights = unrounded if first else local
                 self._run(index, weights, hidden[start : start + len(ids)], keep=first and move)
-            self._pass(start)
+            self._end_batch(start)
             progress()
         self.observing_seconds += time.perf_counter() - started
 
-    def gap(self, index: int, tensors: Mapping[str, Tensor], progress: Advance = lambda: None) -> Tensor:
-        """What the original, moved on by `observe`, has beyond what block `index` gives: the mean over tokens, shape
-        (hidden,), fp64.
+    def mean_error(self, index: int, tensors: Mapping[str, Tensor], progress: Advance = lambda: None) -> Tensor:
+        """The output error of block `index`: the original's output, from `observe`, minus the block's own.
+
+        The mean over tokens, shape (hidden,), fp64.
         """
         assert self.hidden is not None
         assert self.original is not None
@@ -160,19 +163,19 @@ class Stream:
             stop = start + len(ids)
             out = self.runner.run(index, local, self.hidden[start:stop].to(self.device), self._calls[len(ids)][index])
             total += (self.original[start:stop].to(self.device).double() - out.double()).sum((0, 1))
-            self._pass(start)
+            self._end_batch(start)
             progress()
         return total.cpu() / self.input_ids.numel()
 
     def observe_head(self, outer: Mapping[str, Tensor]) -> None:
-        """Runs the head for the sake of observers of its input."""
+        """Runs the head for observers of its input."""
         local = self.local(outer)
         for number, start, stop in self._pieces():
             for hidden in self._turns(stop - start):
                 self._finish(local, hidden[number, start:stop])
 
     def _turns(self, tokens: int) -> Iterator[Tensor]:
-        """The hidden states that run one after the other for each batch."""
+        """The hidden states to run for each batch, one after the other."""
         assert self.hidden is not None
         if self.pairing is None or self.original is None:
             return iter([self.hidden])
@@ -186,15 +189,16 @@ class Stream:
         try:
             out = self.runner.run(index, local, hidden.to(self.device), self._calls[len(hidden)][index])
         except BlockDoneError:
-            if keep:  # a block that was to be run to its end was not: an observer stops it that must not
+            if keep:  # an observer stopped a block that had to run to its end
                 raise
             return
         if keep:
             hidden.copy_(out)
 
     def few(self, index: int, tensors: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
-        """What block `index` makes of one sequence, shape (1, length, hidden), differentiable; with a pairing of any
-        power of two of them up to `batch`.
+        """The output of block `index` for one sequence, shape (1, length, hidden), differentiable.
+
+        With a pairing, `hidden` may have any power of two of sequences up to `batch`.
         """
         return self.runner.differentiable(index, tensors, hidden, self._calls[len(hidden)][index])
 
@@ -208,9 +212,7 @@ class Stream:
         return self.runner.finish(hidden[None].to(self.device), local)[0]
 
     def logits(self, outer: Mapping[str, Tensor]) -> Iterator[tuple[int, int, Tensor]]:
-        """The logits of every sequence, piece by piece: (sequence, first position, logits of shape (positions,
-        words)).
-        """
+        """The logits of every sequence, in pieces: (sequence, first position, logits (positions, vocabulary))."""
         assert self.hidden is not None
         local = self.local(outer)
         for number, start, stop in self._pieces():

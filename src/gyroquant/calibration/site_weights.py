@@ -1,4 +1,4 @@
-"""The weights that read a site, in the basis that a site has after everything already planned for it."""
+"""The weights that read a site, in the basis that the site has after all maps planned so far."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from gyroquant.models.fold import AbsorbGain, Edit, FoldPlan, edited
-from gyroquant.models.graph import LinearOp, Port
-from gyroquant.models.sites import Site
-from gyroquant.models.store import WeightStore
+from gyroquant.models.folding.fold import AbsorbGain, Edit, FoldPlan, edited
+from gyroquant.models.graph.model_graph import LinearOp, Port
+from gyroquant.models.graph.sites import Site
+from gyroquant.models.stores.base import WeightStore
 
 
 class Reader:
-    """Reads parameters from a store and keeps the last ones, since stacked experts are asked for one after another."""
+    """Reads parameters from a store and keeps the last ones, because stacked experts are requested one by one."""
 
     def __init__(self, store: WeightStore):
         self.store = store
@@ -22,29 +22,27 @@ class Reader:
 
     def __call__(self, names: list[str]) -> dict[str, Tensor]:
         if self._last[0] != names:
-            self._last = ([], {})  # frees them before others are read
+            self._last = ([], {})  # frees the last ones before the next are read
             self._last = (names, self.store.read(names))
         return self._last[1]
 
 
 @torch.no_grad()
 def reader_weights(read: Reader, plan: FoldPlan, site: Site) -> Iterator[Tensor]:
-    """Every weight that reads a site and is to be rounded (routers are not), one after another, experts one by one.
+    """Every weight that reads a site and will be rounded (routers are not), one after another, experts one by one.
 
-    Shape (rows, k n), fp32: the site's basis lies along the last dimension, k times over where heads share it. Read
-    when asked for, so that no more than one of them, or one parameter of stacked experts, is held.
+    Shape (rows, k n), fp32. The site's basis lies along the last dimension, repeated k times if k heads share it. Each
+    weight is read when it is requested, so memory holds one weight, or one parameter of stacked experts.
     """
-    graph = plan.graph
-    by_weight = {op.weight: op for group in (*graph.blocks, graph.outer) for op in group.linears}
     for port in site.readers:
-        op = by_weight.get(port.param)
+        op = plan.graph.find_op(port.param)
         if op is not None and op.entry.quantize:
             edits = [*plan.edits.get(port.param, ()), *coming_gains(plan, site, port)]
             yield from _views(op, port, edits, _tensors(read, plan, port.param, edits))
 
 
 def coming_gains(plan: FoldPlan, site: Site, port: Port) -> list[AbsorbGain]:
-    """The gains that a port will absorb with a map at the site, and has not yet."""
+    """The gains that a port will absorb with the next map at the site."""
     absorbed = [edit.norm.module for edit in plan.edits.get(port.param, ()) if isinstance(edit, AbsorbGain)]
     norms = [norm for norm, readers in site.absorbs if any(reader.param == port.param for reader in readers)]
     return [AbsorbGain(port, norm) for norm in norms if norm.module not in absorbed]

@@ -1,4 +1,4 @@
-"""Tensors that lie in a file and pass through memory a few rows at a time."""
+"""Tensors in files, of which only a few rows are in memory at a time."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import mmap
 import os
 import tempfile
 import weakref
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -17,17 +18,19 @@ _ADVICE = {name: getattr(mmap, f"MADV_{name}", None) for name in ("WILLNEED", "D
 
 
 class Spilled:
-    """A tensor in a file of its own in `folder`, memory-mapped. Rows that are `ahead` are read while others are worked
-    on, rows that are `behind` leave memory; where the system takes no advice (Windows), it decides by itself.
+    """A tensor in a file of its own in `folder`, memory-mapped.
 
-    The file has no name, so that the system removes it when this object goes or the process dies, however it dies.
-    `path` leads to it all the same where the system has such paths (Linux), for this process alone; elsewhere it is
-    None. Raises OSError when the disk has no room for all of the tensor.
+    `ahead` asks the system to read rows that are needed next, `behind` to release rows that are no longer needed. On a
+    system without such requests (Windows), the system decides.
+
+    The file has no name, so the system removes it when this object is deleted or the process ends, however it ends. On
+    Linux, `path` leads to the file, for this process only; on other systems it is None. Raises OSError if the disk has
+    no room for the whole tensor.
     """
 
     def __init__(self, folder: Path, shape: tuple[int, ...], dtype: torch.dtype):
         folder.mkdir(parents=True, exist_ok=True)
-        rows, size = shape[0], int(torch.Size(shape[1:]).numel()) * dtype.itemsize
+        rows, size = shape[0], prod(shape[1:]) * dtype.itemsize
         self._row = size
         file = tempfile.TemporaryFile(prefix=".gyroquant-", suffix=".bin", dir=folder)  # noqa: SIM115
         weakref.finalize(self, file.close)
@@ -37,15 +40,15 @@ class Spilled:
         self.tensor: Tensor = torch.from_numpy(self._bytes).view(dtype).view(shape)
 
     def ahead(self, start: int, stop: int) -> None:
-        """Rows start..stop are needed next."""
+        """Requests rows start to stop, which are needed next."""
         self._advise("WILLNEED", start, min(stop, len(self.tensor)))
 
     def behind(self, start: int, stop: int) -> None:
-        """Rows start..stop are not needed for a while; what was written to them goes to the file."""
+        """Releases rows start to stop, which are not needed soon. What was written to them goes to the file."""
         self._advise("DONTNEED", start, stop)
 
-    def _advise(self, what: str, start: int, stop: int) -> None:
-        advice, mapped = _ADVICE[what], getattr(self._bytes, "_mmap", None)
+    def _advise(self, request: str, start: int, stop: int) -> None:
+        advice, mapped = _ADVICE[request], getattr(self._bytes, "_mmap", None)
         first = -(-start * self._row // mmap.PAGESIZE) * mmap.PAGESIZE
         length = min(stop * self._row, len(self._bytes)) - first
         if advice is not None and mapped is not None and length > 0:
@@ -53,18 +56,18 @@ class Spilled:
 
 
 def _reserve(number: int, size: int, folder: Path) -> None:
-    """Has the disk of `folder` keep room for an open file: where it is lacking later, a signal ends the process."""
+    """Reserves disk room in `folder` for an open file. Without it, a full disk would end the process by a signal."""
     if not hasattr(os, "posix_fallocate"):
         return
     try:
         os.posix_fallocate(number, 0, size)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # a file system that keeps none
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # the file system cannot reserve room
             raise OSError(error.errno, os.strerror(error.errno or 0), str(folder)) from error
 
 
 def _path_of(number: int) -> Path | None:
-    """A path to a file that this process has open under this number, whether or not it has a name."""
+    """A path to a file that this process has open under this number, even if the file has no name. None without one."""
     path = Path(f"/proc/self/fd/{number}")
     try:
         path.open("r+b").close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tiny
+import tiny_models
 import torch
 
 import gyroquant as gq
@@ -14,7 +14,7 @@ from gyroquant.grids import IntegerGrid
 from gyroquant.maps import Diagonal, Identity
 from gyroquant.methods import Context
 from gyroquant.methods.awq import Awq, rounding_error, scales
-from gyroquant.models.sites import Site
+from gyroquant.models.graph.sites import Site
 
 SITE = Site(name="mlp_in", block=0, label="mlp_in of block 0", n=64)
 GRID = IntegerGrid(bits=3, group_size=16, scale="minmax")
@@ -114,13 +114,13 @@ def test_the_grid_of_the_recipe_decides() -> None:
 
 
 def test_rounding_gains_on_a_model_with_outliers(corpus: Path, tmp_path: Path) -> None:
-    model = tiny.build("llama")
+    model = tiny_models.build("llama")
     with torch.no_grad():
         for layer in model.model.layers:
             for norm in (layer.input_layernorm, layer.post_attention_layernorm):
                 norm.weight[::16] *= 8
     model.save_pretrained(tmp_path / "model")
-    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    tiny_models.tokenizer().save_pretrained(tmp_path / "model")
     small = ["calibration.nsamples=8", "calibration.seqlen=32", "weights.bits=3", "weights.group_size=32"]
     error = {}
     for name in ("awq", "rtn"):

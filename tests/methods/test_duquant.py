@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tiny
+import tiny_models
 import torch
 
 import gyroquant as gq
@@ -14,7 +14,7 @@ from gyroquant.maps import BlockDiagonal, Dense, Identity, Permutation, Product
 from gyroquant.methods import Context
 from gyroquant.methods.duquant import DuQuant, greedy_rotations, spreading
 from gyroquant.methods.permutations import zigzag
-from gyroquant.models.sites import Site
+from gyroquant.models.graph.sites import Site
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -134,13 +134,19 @@ def test_its_recipe_is_exact_online_and_saved(
 ) -> None:
     small = ["calibration.nsamples=4", "calibration.seqlen=32", "calibration.dtype=float32"]
     out = tmp_path / "out"
-    result = gq.quantize(folders[model], gq.load_recipe("duquant-w8a8", small), corpus, out=out, save_dtype="float32")
+    result = gq.quantize(
+        folders[model],
+        gq.load_recipe("duquant-w8a8", small),
+        corpus,
+        out=out,
+        options=gq.OutputOptions(save_dtype="float32"),
+    )
     assert result.gyroquant_manifest["proof"]["relative_logit_error"] < 5e-6
     assert result.gyroquant_manifest["bits"]["stored_bits"]["maps"] > 0
     assert gq.evaluate(out, corpus, folders[model], window=32)["kl"] < 0.02
 
 
 def test_it_can_stand_in_front_of_every_linear_layer() -> None:
-    model = tiny.build("llama")
-    recipe = gq.load_recipe("rtn", ["transform.linear={method: duquant, block: 16, steps: 8}", *tiny.amount()])
-    assert gq.transform(model, recipe, tiny.tokens(model)).relative_logit_error < 5e-6
+    model = tiny_models.build("llama")
+    recipe = gq.load_recipe("rtn", ["transform.linear={method: duquant, block: 16, steps: 8}", *tiny_models.amount()])
+    assert gq.transform(model, recipe, tiny_models.tokens(model)).relative_logit_error < 5e-6

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import pytest
-import tiny
+import tiny_models
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import gyroquant as gq
-from gyroquant.calibration.measure import Want, measure
+from gyroquant.calibration.measure import SiteMeasurement, measure
 from gyroquant.calibration.observers import AbsMax, MeanAbs
 from gyroquant.maps import Permutation, blocks, hadamard
 from gyroquant.methods.permutations import massdiff, zigzag
-from gyroquant.models.fold import FoldPlan
-from gyroquant.models.sites import find_sites
-from gyroquant.models.source import open_model
-from gyroquant.planning import plan_folds
+from gyroquant.models.folding.fold import FoldPlan
+from gyroquant.models.graph.sites import find_sites
+from gyroquant.models.stores.source import open_model
+from gyroquant.pipeline.folds import plan_folds
 
 
 def greedy(x: torch.Tensor, size: int) -> list[int]:
@@ -72,21 +72,23 @@ def test_zigzag_deals_to_and_fro() -> None:
 @pytest.mark.parametrize("site", ["R1", "R4"])
 def test_it_is_chosen_by_what_enters_the_layers(model: str, site: str) -> None:
     """The measured mass is that of the folded model's own vectors, experts and gains included."""
-    built = tiny.build(model)
+    built = tiny_models.build(model)
     store = open_model(built)
-    ids = tiny.tokens(built)
+    ids = tiny_models.tokens(built)
     changes = [f"transform.{site}=[{{method: massdiff, block: 16}}]", "weights.group_size=16"]
-    recipe = gq.load_recipe("rtn", [*changes, *tiny.amount(*ids.shape)])
+    recipe = gq.load_recipe("rtn", [*changes, *tiny_models.amount(*ids.shape)])
     found = {}
 
-    def look(plan: FoldPlan, wants: list[Want]) -> None:
+    def look(plan: FoldPlan, wants: list[SiteMeasurement]) -> None:
         measure(store, plan, wants, ids)
         found.update({want.site.label: want.seen[MeanAbs] for want in wants})
 
     plan = plan_folds(store.graph, recipe, look)
     gq.transform(built, recipe, ids)
     again = open_model(built)
-    wants = [Want(place, (MeanAbs, AbsMax)) for place in find_sites(again.graph, site, structure="permutation")]
+    wants = [
+        SiteMeasurement(place, (MeanAbs, AbsMax)) for place in find_sites(again.graph, site, structure="permutation")
+    ]
     measure(again, FoldPlan(again.graph), wants, ids)
     maps = {place.label: m for place, m, _ in plan.folded}
     assert len(maps) == len(wants)
@@ -99,35 +101,35 @@ def test_it_is_chosen_by_what_enters_the_layers(model: str, site: str) -> None:
 
 
 def test_a_blockwise_rotation_follows_its_permutation() -> None:
-    model = tiny.build("llama")
+    model = tiny_models.build("llama")
     steps = "[{method: massdiff, block: 16}, {method: hadamard, block: 16}]"
     changes = [f"transform.R4={steps}", f"transform.R1={steps}", "weights.group_size=16"]
-    recipe = gq.load_recipe("rtn", [*changes, *tiny.amount()])
+    recipe = gq.load_recipe("rtn", [*changes, *tiny_models.amount()])
     before = {name: p.clone() for name, p in model.named_parameters()}
     with pytest.raises(gq.InputError, match="measures the model on text"):
         gq.transform(model, recipe)
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
-    proof = gq.transform(model, recipe, tiny.tokens(model))
+    proof = gq.transform(model, recipe, tiny_models.tokens(model))
     assert proof.relative_logit_error < 5e-6
     kinds = [type(m).__name__ for m in (model.model.layers[0].mlp.down_proj._forward_pre_hooks.values())]
-    assert kinds == ["_Input"]
+    assert kinds == ["_MapInput"]
 
 
 def test_experts_get_a_permutation_each() -> None:
-    graph = open_model(tiny.build("qwen3_moe")).graph
+    graph = open_model(tiny_models.build("qwen3_moe")).graph
     assert len(find_sites(graph, "R4", structure="permutation")) == 2 * 4
     assert len(find_sites(graph, "R4")) == 2
 
 
 def test_blocks_that_do_not_fit_are_refused_before_any_text_is_read() -> None:
-    model = tiny.build("llama")
+    model = tiny_models.build("llama")
     recipe = gq.load_recipe("rtn", ["transform.R4={method: massdiff, block: 40}"])
     with pytest.raises(gq.RecipeError, match="blocks of 40 do not divide; the nearest"):
-        gq.transform(model, recipe, tiny.tokens(model))
+        gq.transform(model, recipe, tiny_models.tokens(model))
 
 
 def test_a_measurement_that_breaks_off_leaves_the_model_alone() -> None:
-    model = tiny.build("llama")
+    model = tiny_models.build("llama")
     store = open_model(model)
 
     def broken(n: int) -> object:
@@ -136,7 +138,7 @@ def test_a_measurement_that_breaks_off_leaves_the_model_alone() -> None:
 
         return see
 
-    want = Want(find_sites(store.graph, "R4")[0], (broken,))
+    want = SiteMeasurement(find_sites(store.graph, "R4")[0], (broken,))
     with pytest.raises(KeyboardInterrupt):
-        measure(store, FoldPlan(store.graph), [want], tiny.tokens(model))
+        measure(store, FoldPlan(store.graph), [want], tiny_models.tokens(model))
     assert not any(module._forward_pre_hooks for module in model.modules())

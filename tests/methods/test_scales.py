@@ -5,22 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tiny
+import tiny_models
 import torch
 
 import gyroquant as gq
-from gyroquant.calibration.measure import Want, measure
+from gyroquant.calibration.measure import SiteMeasurement, measure
 from gyroquant.calibration.observers import AbsMax
 from gyroquant.maps import Diagonal, Map, hadamard
-from gyroquant.models.fold import FoldPlan, fold
-from gyroquant.models.sites import find_sites
-from gyroquant.models.source import open_model
-from gyroquant.models.store import WeightStore
-from gyroquant.planning import plan_folds
-from gyroquant.recipe import Recipe
+from gyroquant.models.folding.fold import FoldPlan, fold
+from gyroquant.models.graph.sites import find_sites
+from gyroquant.models.stores.base import WeightStore
+from gyroquant.models.stores.source import open_model
+from gyroquant.pipeline.folds import plan_folds
+from gyroquant.recipes.schema import Recipe
 
 
-def observe(store: WeightStore, plan: FoldPlan, wants: list[Want], ids: torch.Tensor) -> None:
+def observe(store: WeightStore, plan: FoldPlan, wants: list[SiteMeasurement], ids: torch.Tensor) -> None:
     measure(store, plan, wants, ids)
 
 
@@ -30,15 +30,17 @@ def planned(model: torch.nn.Module, recipe: Recipe, ids: torch.Tensor) -> tuple[
     return plan, {site.label: m for site, m, _ in plan.folded}
 
 
-def wants_of(model: torch.nn.Module, name: str, ids: torch.Tensor, structure: str = "diagonal") -> dict[str, Want]:
+def wants_of(
+    model: torch.nn.Module, name: str, ids: torch.Tensor, structure: str = "diagonal"
+) -> dict[str, SiteMeasurement]:
     """What there is to see at a model's sites, as it is."""
     store = open_model(model)
-    wants = [Want(site, (AbsMax,)) for site in find_sites(store.graph, name, structure=structure)]
+    wants = [SiteMeasurement(site, (AbsMax,)) for site in find_sites(store.graph, name, structure=structure)]
     observe(store, FoldPlan(store.graph), wants, ids)
     return {want.site.label: want for want in wants}
 
 
-def column_max(want: Want) -> torch.Tensor:
+def column_max(want: SiteMeasurement) -> torch.Tensor:
     n = want.site.n
     return torch.stack([w.abs().amax(0).view(-1, n).amax(0) for w in want.weights()]).amax(0)
 
@@ -53,12 +55,12 @@ def column_max(want: Want) -> torch.Tensor:
 @pytest.mark.parametrize("alpha", [0.3, 0.5])
 def test_smoothing_makes_activations_and_weights_alike(model: str, site: str, alpha: float) -> None:
     """After it max|x_j| is max|x|^(1-alpha) max|W|^(1-alpha), and max|W_j| the same with alpha."""
-    built = tiny.build(model)
-    ids = tiny.tokens(built, batch=4)
+    built = tiny_models.build(model)
+    ids = tiny_models.tokens(built, batch=4)
     before = wants_of(built, site, ids)
     weights = {label: column_max(want) for label, want in before.items()}  # read before the fold changes them
     step = f"transform.{site}={{method: smooth, alpha: {alpha}}}"
-    gq.transform(built, gq.load_recipe("rtn", [step, *tiny.amount(*ids.shape)]), ids)
+    gq.transform(built, gq.load_recipe("rtn", [step, *tiny_models.amount(*ids.shape)]), ids)
     after = wants_of(built, site, ids)
     assert before.keys() == after.keys()
     for label, want in after.items():
@@ -72,8 +74,8 @@ def test_smoothing_makes_activations_and_weights_alike(model: str, site: str, al
 
 
 def test_routers_do_not_count_and_experts_all_do() -> None:
-    model = tiny.build("qwen3_moe")
-    ids = tiny.tokens(model)
+    model = tiny_models.build("qwen3_moe")
+    ids = tiny_models.tokens(model)
     mlp = model.model.layers[0].mlp
     with torch.no_grad():
         mlp.gate.weight[:, 5] = 1e3
@@ -89,9 +91,9 @@ def test_routers_do_not_count_and_experts_all_do() -> None:
 @pytest.mark.parametrize("site", ["R1", "R2", "attn_in", "mlp_in", "R4", "linear"])
 def test_weights_are_seen_as_everything_planned_leaves_them(model: str, site: str) -> None:
     """They are the parameters that folding the plan gives, whatever the maps and layouts."""
-    built = tiny.build(model)
+    built = tiny_models.build(model)
     store = open_model(built)
-    ids = tiny.tokens(built)
+    ids = tiny_models.tokens(built)
     plan = FoldPlan(store.graph)
     for name in ("R1", "R2"):
         for place in find_sites(store.graph, name):
@@ -99,7 +101,7 @@ def test_weights_are_seen_as_everything_planned_leaves_them(model: str, site: st
     for place in find_sites(store.graph, "R4"):
         plan.add(place, hadamard(place.n))
     sites = find_sites(store.graph, site, structure="orthogonal")
-    wants = [Want(place, (AbsMax,)) for place in sites]
+    wants = [SiteMeasurement(place, (AbsMax,)) for place in sites]
     observe(store, plan, wants, ids)
     outer, tensors = store.read(store.graph.outer_params()), {}
     for i in range(len(store.graph.blocks)):
@@ -122,21 +124,21 @@ def test_weights_are_seen_as_everything_planned_leaves_them(model: str, site: st
 
 def test_a_measured_gain_is_in_the_weights_too() -> None:
     """At R1 a map absorbs the gains, so weights are shown with them before any map is planned."""
-    model = tiny.build("llama")
-    wants = wants_of(model, "R1", tiny.tokens(model), structure="orthogonal")
+    model = tiny_models.build("llama")
+    wants = wants_of(model, "R1", tiny_models.tokens(model), structure="orthogonal")
     first = next(wants["R1"].weights())
     layer = model.model.layers[0]
     assert torch.allclose(first, layer.self_attn.q_proj.weight * layer.input_layernorm.weight, atol=1e-6)
 
 
 def test_silent_channels_keep_their_scale() -> None:
-    model = tiny.build("llama")
+    model = tiny_models.build("llama")
     with torch.no_grad():
         model.model.layers[0].input_layernorm.weight[3] = 0
         for name in ("q_proj", "k_proj", "v_proj"):
             getattr(model.model.layers[0].self_attn, name).weight[:, 4] = 0
     recipe = gq.load_recipe("rtn", ["transform.attn_in=smooth"])
-    _, maps = planned(model, recipe, tiny.tokens(model))
+    _, maps = planned(model, recipe, tiny_models.tokens(model))
     m = maps["attn_in of block 0"]
     assert isinstance(m, Diagonal)
     assert m.values[3] == m.values[4] == 1
@@ -144,20 +146,20 @@ def test_silent_channels_keep_their_scale() -> None:
 
 
 def test_scales_cannot_pass_a_nonlinearity_without_a_gate() -> None:
-    model = tiny.build("gpt2")
+    model = tiny_models.build("gpt2")
     with pytest.raises(gq.UnsupportedModelError, match=r"there is no gate.*online=true"):
-        gq.transform(model, gq.load_recipe("rtn", ["transform.R4=smooth"]), tiny.tokens(model))
+        gq.transform(model, gq.load_recipe("rtn", ["transform.R4=smooth"]), tiny_models.tokens(model))
 
 
 def test_outlier_channels_round_better_smoothed(corpus: Path, tmp_path: Path) -> None:
     """W8A8 with an outlier channel behind the norms: smoothing must gain."""
-    model = tiny.build("llama")
+    model = tiny_models.build("llama")
     with torch.no_grad():
         for layer in model.model.layers:
             for norm in (layer.input_layernorm, layer.post_attention_layernorm):
                 norm.weight[5] *= 60
     model.save_pretrained(tmp_path / "model")
-    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    tiny_models.tokenizer().save_pretrained(tmp_path / "model")
     small = ["calibration.nsamples=4", "calibration.seqlen=32", "activations.bits=6"]
     error = {}
     for name, changes in (("smooth", []), ("plain", ["transform.attn_in=null", "transform.mlp_in=null"])):

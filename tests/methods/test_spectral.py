@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tiny
+import tiny_models
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,21 +17,21 @@ from gyroquant.calibration.observers import MeanSquare, PaddedSpectrum
 from gyroquant.errors import ProofError, UnsupportedModelError
 from gyroquant.methods.rope_pairs import principal_angles
 from gyroquant.methods.spectral import scales
-from gyroquant.models.fold import FoldPlan
-from gyroquant.models.online import OnlineMap
-from gyroquant.models.prove import Proof, prove
-from gyroquant.models.rope import Rope, rope_of
-from gyroquant.models.runner import BlockRunner
-from gyroquant.models.sites import Insertion, find_sites
-from gyroquant.models.source import open_model
+from gyroquant.models.execution.online import OnlineMap
+from gyroquant.models.execution.runner import BlockRunner
+from gyroquant.models.folding.fold import FoldPlan
+from gyroquant.models.folding.prove import Proof, prove
+from gyroquant.models.graph.rope import Rope, rope_of
+from gyroquant.models.graph.sites import HookPoint, find_sites
+from gyroquant.models.stores.source import open_model
 
 EXACT = 5e-6
 
 
 def transformed(name: str, *changes: str) -> tuple[torch.nn.Module, Proof]:
-    model = tiny.build(name)
-    recipe = gq.load_recipe("rtn", ["weights.group_size=16", *changes, *tiny.amount()])
-    return model, gq.transform(model, recipe, tiny.tokens(model))
+    model = tiny_models.build(name)
+    recipe = gq.load_recipe("rtn", ["weights.group_size=16", *changes, *tiny_models.amount()])
+    return model, gq.transform(model, recipe, tiny_models.tokens(model))
 
 
 def outputs(model: torch.nn.Module, module: str, ids: torch.Tensor) -> torch.Tensor:
@@ -82,8 +82,8 @@ def test_the_spectrum_is_that_of_sylvesters_matrix_on_padded_vectors(values: obj
 )
 @pytest.mark.parametrize("energy", ["corrected", "paper"])
 def test_columns_are_scaled_by_what_enters_them(site: str, reader: str, n: int, energy: str) -> None:
-    before = tiny.build("llama")
-    ids = tiny.tokens(before)
+    before = tiny_models.build("llama")
+    ids = tiny_models.tokens(before)
     name = f"model.layers.1.{reader}"
     if energy == "corrected":
         share = energies(before, name, ids)
@@ -103,12 +103,12 @@ def test_columns_are_scaled_by_what_enters_them(site: str, reader: str, n: int, 
 
 def test_energy_flattens_where_it_is_corrected() -> None:
     """The scaled channels' energies lie closer together; by the numbers of coefficients they need not."""
-    before = tiny.build("llama")
+    before = tiny_models.build("llama")
     with torch.no_grad():
         before.model.layers[0].mlp.up_proj.weight[7] *= 20
-    ids, name = tiny.tokens(before), "model.layers.0.mlp.down_proj"
+    ids, name = tiny_models.tokens(before), "model.layers.0.mlp.down_proj"
     spread = energies(before, name, ids)
-    changes = ["transform.R4=spectral_scale", "weights.group_size=16", *tiny.amount()]
+    changes = ["transform.R4=spectral_scale", "weights.group_size=16", *tiny_models.amount()]
     gq.transform(before, gq.load_recipe("rtn", changes), ids)
     after = energies(before, name, ids)
     assert float(after.max() / after.median()) < 0.2 * float(spread.max() / spread.median())
@@ -126,7 +126,7 @@ READERS = {
 def test_routers_and_gates_of_shared_experts_are_scaled_too(
     forgotten: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    site = find_sites(open_model(tiny.build("qwen2_moe")).graph, "mlp_in")[0]
+    site = find_sites(open_model(tiny_models.build("qwen2_moe")).graph, "mlp_in")[0]
     assert {port.param for port in site.readers} >= READERS
     if forgotten is None:
         assert transformed("qwen2_moe", "transform.mlp_in=spectral_scale")[1].relative_logit_error < EXACT
@@ -162,46 +162,46 @@ KEYS = {
 
 # What of the recipe `pair-pca` an architecture has no place for, and why.
 REFUSED = {
-    **{(name, "qk"): r"q_norm and .*k_norm stand between" for name in tiny.QK_NORM},
-    **{(name, "qk"): "no RoPE behind it" for name in ("opt", "gpt2")},
-    **{(name, "R4"): "there is no gate" for name in tiny.NO_GATE},
-    **{(name, "attn_in"): "no site" for name in tiny.NO_NORM_IN_FRONT},
-    **{(name, "mlp_in"): "no site" for name in (*tiny.NO_NORM_IN_FRONT, *tiny.ONE_NORM)},
+    **{(name, "qk"): r"q_norm and .*k_norm stand between" for name in tiny_models.QK_NORM},
+    **{(name, "qk"): "no RoPE after it" for name in ("opt", "gpt2")},
+    **{(name, "R4"): "there is no gate" for name in tiny_models.NO_GATE},
+    **{(name, "attn_in"): "no site" for name in tiny_models.NO_NORM_IN_FRONT},
+    **{(name, "mlp_in"): "no site" for name in (*tiny_models.NO_NORM_IN_FRONT, *tiny_models.ONE_NORM)},
 }
 
 
-@pytest.mark.parametrize("name", tiny.CONFIGS)
+@pytest.mark.parametrize("name", tiny_models.CONFIGS)
 def test_the_recipe_is_exact_or_refused(name: str) -> None:
     """Pairs come out uncorrelated, whatever the layout of RoPE and of the weights that write them."""
-    model = tiny.build(name)
+    model = tiny_models.build(name)
     without = [site for other, site in REFUSED if other == name]
     for site in without:
         others = [f"transform.{other}=null" for other in ("qk", "attn_in", "mlp_in", "R4") if other != site]
         with pytest.raises(UnsupportedModelError, match=REFUSED[name, site]):
-            gq.transform(model, gq.load_recipe("pair-pca", others), tiny.tokens(model))
+            gq.transform(model, gq.load_recipe("pair-pca", others), tiny_models.tokens(model))
     changes = ["weights.group_size=16", "transform.R2=hadamard", *(f"transform.{site}=null" for site in without)]
-    changes += tiny.amount()
-    proof = gq.transform(model, gq.load_recipe("pair-pca", changes), tiny.tokens(model))
+    changes += tiny_models.amount()
+    proof = gq.transform(model, gq.load_recipe("pair-pca", changes), tiny_models.tokens(model))
     assert max(proof.relative_logit_error, proof.worst_block_error) < EXACT
     if name in KEYS:
         module, rows = KEYS[name]
         rope = rope_of(open_model(model).graph)
         assert rope is not None
-        heads = outputs(model, module.format(1), tiny.tokens(model))[:, rows].unflatten(-1, (-1, 16))
+        heads = outputs(model, module.format(1), tiny_models.tokens(model))[:, rows].unflatten(-1, (-1, 16))
         turn = maps.PairRotation(16, torch.zeros(rope.pairs), rope.interleaved)
         first, second = turn.split(heads)
         assert float((first * second).mean(0).abs().max()) < 1e-4 * float(heads.square().mean())
         assert rope.pairs == (2 if name == "gpt_neox" else 8)
 
 
-@pytest.mark.parametrize("name", tiny.CONFIGS)
+@pytest.mark.parametrize("name", tiny_models.CONFIGS)
 def test_principal_axes_of_heads_are_exact_online(name: str) -> None:
     """The matrix gain where there are norms; rows come out as principal axes, largest first."""
     model, proof = transformed(name, "transform.qk={method: head_pca, online: true}", "transform.R2=head_pca")
     assert max(proof.relative_logit_error, proof.worst_block_error) < EXACT
-    if name in tiny.QK_NORM:
+    if name in tiny_models.QK_NORM:
         size = open_model(model).graph.head_dim
-        heads = outputs(model, "model.layers.0.self_attn.k_proj", tiny.tokens(model)).unflatten(-1, (-1, size))
+        heads = outputs(model, "model.layers.0.self_attn.k_proj", tiny_models.tokens(model)).unflatten(-1, (-1, size))
         gram = torch.einsum("thi,thj->hij", heads, heads) / len(heads)
         diagonal = gram.diagonal(dim1=1, dim2=2)
         assert float((gram - torch.diag_embed(diagonal)).abs().max()) < 1e-4 * float(gram.abs().max())
@@ -210,7 +210,7 @@ def test_principal_axes_of_heads_are_exact_online(name: str) -> None:
 
 def test_one_map_runs_behind_each_projection() -> None:
     """Several maps of several heads are one, in the right order, and are counted once."""
-    store = open_model(tiny.build("qwen3"))
+    store = open_model(tiny_models.build("qwen3"))
     plan = FoldPlan(store.graph)
     for m in (maps.hadamard(32), maps.Diagonal(torch.arange(1.0, 33.0))):
         for site in find_sites(store.graph, "qk", online=True):
@@ -221,24 +221,26 @@ def test_one_map_runs_behind_each_projection() -> None:
     inverse = torch.block_diag(*[(maps.hadamard(32) @ maps.Diagonal(torch.arange(1.0, 33.0))).inverse().dense()] * 4)
     assert torch.allclose(queries.dense(), inverse)
     assert queries.storage_bits() == 2 * 32 * 32
-    prove(store, plan, BlockRunner(store.skeleton(), store.graph), tiny.tokens(tiny.build("qwen3")), EXACT)
+    prove(
+        store, plan, BlockRunner(store.skeleton(), store.graph), tiny_models.tokens(tiny_models.build("qwen3")), EXACT
+    )
 
 
 def proved(name: str, m: maps.Map, online: bool | None, spoil: object = None) -> Proof:
-    model = tiny.build(name)
+    model = tiny_models.build(name)
     store = open_model(model)
     plan = FoldPlan(store.graph)
     for site in find_sites(store.graph, "qk", online=bool(online)):
         plan.add(site, m, online)
     if callable(spoil):
         spoil(plan)
-    return prove(store, plan, BlockRunner(model, store.graph), tiny.tokens(model), EXACT)
+    return prove(store, plan, BlockRunner(model, store.graph), tiny_models.tokens(model), EXACT)
 
 
 def test_a_reflection_is_refused_and_would_be_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     proved("llama", maps.PairRotation(16, torch.ones(8)), None)
     flipped = maps.PairRotation(16, torch.ones(8)) @ maps.Signs(torch.tensor([1] * 8 + [-1] * 8, dtype=torch.int8))
-    with pytest.raises(UnsupportedModelError, match="reflections and mixings of pairs do not commute with RoPE"):
+    with pytest.raises(UnsupportedModelError, match="reflections and mixtures of pairs do not commute with RoPE"):
         proved("llama", flipped, None)
     monkeypatch.setattr(Rope, "commutes", lambda self, m: True)
     with pytest.raises(ProofError, match="folding qk changed the model"):
@@ -263,7 +265,7 @@ def test_the_symmetric_gain_is_caught(name: str) -> None:
 
     def symmetric(plan: FoldPlan) -> None:
         for norm in (norm for group in plan.graph.blocks for norm in group.norms if norm.entry.reads in ("q", "k")):
-            plan.online.append(OnlineMap(Insertion("output", norm.module), rotation))
+            plan.online.append(OnlineMap(HookPoint("output", norm.module), rotation))
 
     proved(name, rotation, True)
     with pytest.raises(ProofError, match="folding qk changed the model"):
@@ -271,7 +273,7 @@ def test_the_symmetric_gain_is_caught(name: str) -> None:
 
 
 def test_layers_that_rotate_different_shares_are_refused() -> None:
-    model = tiny.build("gemma3")
+    model = tiny_models.build("gemma3")
     model.config.rope_parameters["full_attention"]["partial_rotary_factor"] = 0.5
     with pytest.raises(UnsupportedModelError, match="different shares of a head"):
         find_sites(open_model(model).graph, "qk")
@@ -282,7 +284,7 @@ def test_a_matrix_gain_is_saved_and_loaded(folders: dict[str, Path], corpus: Pat
     small = ["calibration.nsamples=4", "calibration.seqlen=32", "calibration.dtype=float32"]
     out = tmp_path / "out"
     gq.quantize(folders["qwen3"], gq.load_recipe("rtn", [*changes, *small]), corpus, out)
-    ids = tiny.tokens(tiny.build("qwen3"))
+    ids = tiny_models.tokens(tiny_models.build("qwen3"))
     with torch.no_grad():
-        wanted, got = tiny.build("qwen3")(ids).logits, gq.load(out, dtype=torch.float32)(ids).logits
+        wanted, got = tiny_models.build("qwen3")(ids).logits, gq.load(out, dtype=torch.float32)(ids).logits
     assert float((got - wanted).norm() / wanted.norm()) < 0.05

@@ -1,11 +1,53 @@
-"""Methods: statistics of a site -> the map to fold there. One file each."""
+"""Methods: statistics of a site -> the map to fold there. One file each.
 
-from importlib import import_module
-from pkgutil import iter_modules
+Their classes are here by name, those of plug-ins too: ``gyroquant.methods.Hadamard(random_signs=True)``.
+"""
+
+from typing import TYPE_CHECKING, Any
 
 from gyroquant.methods.base import BlockwiseMethod, Context, Method
 
-for _module in iter_modules(__path__):
-    import_module(f"{__name__}.{_module.name}")
+if TYPE_CHECKING:  # for editors and type checkers; at run time the registry knows them
+    from gyroquant.methods.across_heads import AcrossHeads
+    from gyroquant.methods.awq import Awq
+    from gyroquant.methods.butterfly import Butterfly
+    from gyroquant.methods.duquant import DuQuant
+    from gyroquant.methods.hadamard import Hadamard
+    from gyroquant.methods.identity import Identity
+    from gyroquant.methods.pca import HeadPCA
+    from gyroquant.methods.permutations import MassDiff, RandomPermutation, SortedByMagnitude, Zigzag
+    from gyroquant.methods.random_orthogonal import RandomOrthogonal
+    from gyroquant.methods.rope_pairs import PairPCA
+    from gyroquant.methods.smooth import Smooth
+    from gyroquant.methods.spectral import SpectralScale
+    from gyroquant.methods.stored import Stored
+    from gyroquant.methods.unit_scale import UnitScale
+    from gyroquant.methods.walsh import Walsh
 
-__all__ = ["BlockwiseMethod", "Context", "Method"]
+__all__ = [
+    "AcrossHeads",
+    "Awq",
+    "BlockwiseMethod",
+    "Butterfly",
+    "Context",
+    "DuQuant",
+    "Hadamard",
+    "HeadPCA",
+    "Identity",
+    "MassDiff",
+    "Method",
+    "PairPCA",
+    "RandomOrthogonal",
+    "RandomPermutation",
+    "Smooth",
+    "SortedByMagnitude",
+    "SpectralScale",
+    "Stored",
+    "UnitScale",
+    "Walsh",
+    "Zigzag",
+]
+
+
+def __getattr__(name: str) -> Any:
+    return Method.registry.class_named(name)

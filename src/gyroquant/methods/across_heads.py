@@ -4,12 +4,14 @@ input.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
+
+from typing_extensions import Self
 
 from gyroquant.errors import MapError, RecipeError
-from gyroquant.maps import Across, Map, hadamard
+from gyroquant.maps import KroneckerLeft, Map, hadamard
 from gyroquant.methods.base import Context, Method
-from gyroquant.models.sites import Site
+from gyroquant.models.graph.sites import Site
 
 
 class AcrossHeads(Method):
@@ -19,10 +21,15 @@ class AcrossHeads(Method):
     """
 
     method: Literal["across_heads"] = "across_heads"
+    sites: ClassVar[tuple[str, ...]] = ("attn_out",)
+
+    @classmethod
+    def examples(cls) -> list[Self]:
+        return [cls()]
 
     def check(self, site: Site, context: Context) -> None:
-        if site.name != "attn_out":
-            raise RecipeError(f"across_heads mixes the heads in front of o_proj: it goes to attn_out, not {site.name}")
+        if site.name not in self.sites:
+            raise RecipeError(f"across_heads mixes the heads before o_proj: it goes to attn_out, not to {site.name}")
         try:
             hadamard(site.heads)
         except MapError as error:
@@ -33,4 +40,4 @@ class AcrossHeads(Method):
 
     def choose(self, site: Site, context: Context) -> Map:
         self.check(site, context)
-        return Across(hadamard(site.heads), site.n // site.heads)
+        return KroneckerLeft(hadamard(site.heads), site.n // site.heads)

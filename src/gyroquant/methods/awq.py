@@ -7,12 +7,13 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Tensor
+from typing_extensions import Self
 
 from gyroquant.calibration.observers import MeanAbs, MeanSquare
 from gyroquant.grids import Grid
 from gyroquant.maps import Diagonal, Identity, Map
 from gyroquant.methods.base import Context, Method
-from gyroquant.models.sites import Site, Structure
+from gyroquant.models.graph.sites import Site, Structure
 
 _PIECE = 1 << 22  # weights that are rounded at once
 _FLOOR = 1e-4  # of the largest channel: one that is silent in the text must not set the range of the scales
@@ -34,11 +35,13 @@ class Awq(Method):
     steps: Annotated[int, Field(ge=2, le=100)] = 20
     scales: Literal["minmax", "recipe"] = "minmax"
 
+    @classmethod
+    def examples(cls) -> list[Self]:
+        return [cls(steps=4), cls(steps=2, scales="recipe")]
+
     def choose(self, site: Site, context: Context) -> Map:
         mean, power = (context.statistics[kind].value for kind in (MeanAbs, MeanSquare))
-        grid = context.grid
-        if self.scales == "minmax" and "scale" in type(grid).model_fields:
-            grid = grid.model_copy(update={"scale": "minmax"})
+        grid = context.grid.fitted_by("minmax") if self.scales == "minmax" else context.grid
         candidates = [scales(mean, step / self.steps) for step in range(self.steps)]
         errors = torch.zeros(self.steps, dtype=torch.float64)
         for weight in context.weights():

@@ -11,17 +11,18 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from torch import Tensor
+from typing_extensions import Self
 
 from gyroquant.errors import MapError, RecipeError
 from gyroquant.grids import Grid, IntegerGrid
 from gyroquant.maps import Map, blocks
-from gyroquant.models.sites import Site, Structure
+from gyroquant.models.graph.sites import Site, Structure
+from gyroquant.registry import Registry, no_examples
 
 
 def _no_weights() -> Iterator[Tensor]:
     raise RecipeError(
-        "a method that reads the weights at its site has to say so before: set needs_weights: ClassVar[bool] = True in "
-        "its class"
+        "a method that reads the weights at its site must say so: set needs_weights: ClassVar[bool] = True in its class"
     )
 
 
@@ -48,16 +49,22 @@ class Context:
 
 
 class Method(BaseModel, ABC):
-    """A way to choose maps. Subclasses register themselves under their `method` name, with their options as fields."""
+    """A way to choose maps. Subclasses register themselves under their `method` name, with their options as fields.
+
+    A new method declares what it needs in the class attributes below and is held to it by
+    `gyroquant.testing.check_method`.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    kinds: ClassVar[dict[str, type[Method]]] = {}
+    registry: ClassVar[Registry[type[Method]]] = Registry("method", "gyroquant.methods", error=RecipeError)
     structure: ClassVar[Structure] = "orthogonal"
     """What its maps are, whatever is measured."""
     statistics: ClassVar[tuple[Callable[[int], Any], ...]] = ()
     """The observers that it needs; `Context.statistics` holds them, by kind, once they have seen the site's vectors."""
     needs_weights: ClassVar[bool] = False
     """Whether it reads `Context.weights`."""
+    sites: ClassVar[tuple[str, ...]] = ()
+    """The sites that it is for, and refuses all others; empty: every site that takes maps of its `structure`."""
 
     method: str
 
@@ -67,11 +74,16 @@ class Method(BaseModel, ABC):
         for observer in cls.statistics if isinstance(cls.statistics, tuple) else ():
             if not hasattr(observer, "size_in_bytes"):
                 raise TypeError(
-                    f"{cls.__name__}.statistics: {getattr(observer, '__name__', observer)} is no observer, which says "
-                    "how much memory it takes (gyroquant.calibration.observers.Observer.size_in_bytes)"
+                    f"{cls.__name__}.statistics: {getattr(observer, '__name__', observer)} is not an observer: it has "
+                    "no size_in_bytes. Derive it from gyroquant.calibration.observers.Observer"
                 )
         if isinstance(name, str):
-            Method.kinds[name] = cls
+            Method.registry.add(name, cls)
+
+    @classmethod
+    def examples(cls) -> list[Self]:
+        """Methods that cover the options of this class, for tests. Blocks divide 16, the size of the smallest site."""
+        raise no_examples(cls)
 
     @property
     def looks(self) -> bool:
@@ -84,7 +96,9 @@ class Method(BaseModel, ABC):
         return False
 
     def check(self, site: Site, context: Context) -> None:
-        """Raises RecipeError for options that do not fit a site, before anything is measured."""
+        """Raises RecipeError for options that do not fit a site, and for a site that the method is not for, before
+        anything is measured.
+        """
 
     @abstractmethod
     def choose(self, site: Site, context: Context) -> Map:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from typing_extensions import Self
 
 from gyroquant.maps import Map, butterfly
 from gyroquant.methods.base import BlockwiseMethod
@@ -17,6 +18,10 @@ class Butterfly(BlockwiseMethod):
     """
 
     method: Literal["butterfly"] = "butterfly"
+
+    @classmethod
+    def examples(cls) -> list[Self]:
+        return [cls(block=16)]
 
     def one_block(self, n: int, generator: torch.Generator) -> Map:
         return butterfly(n)

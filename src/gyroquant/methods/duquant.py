@@ -7,12 +7,13 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Tensor
+from typing_extensions import Self
 
 from gyroquant.calibration.observers import TokenSample
 from gyroquant.maps import BlockDiagonal, Dense, Identity, Map, Permutation, product
 from gyroquant.methods.base import Context, Method
 from gyroquant.methods.permutations import zigzag
-from gyroquant.models.sites import Site
+from gyroquant.models.graph.sites import Site
 
 
 class DuQuant(Method):
@@ -25,6 +26,10 @@ class DuQuant(Method):
     statistics: ClassVar[tuple[Any, ...]] = (TokenSample,)
     block: Annotated[int, Field(ge=2)] = 128
     steps: Annotated[int, Field(ge=1, le=4096)] = 256
+
+    @classmethod
+    def examples(cls) -> list[Self]:
+        return [cls(block=16, steps=20)]
 
     @property
     def random(self) -> bool:

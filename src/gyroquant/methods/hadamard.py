@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from typing_extensions import Self
 
 from gyroquant.maps import Map, hadamard, random_signs
 from gyroquant.methods.base import BlockwiseMethod
@@ -18,6 +19,10 @@ class Hadamard(BlockwiseMethod):
 
     method: Literal["hadamard"] = "hadamard"
     random_signs: bool = False
+
+    @classmethod
+    def examples(cls) -> list[Self]:
+        return [cls(), cls(random_signs=True), cls(block=16)]
 
     @property
     def random(self) -> bool:

@@ -6,14 +6,13 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
-from gyroquant.calibration.observers import Gram
+from gyroquant.calibration.observers import SecondMoments
 from gyroquant.errors import RecipeError
 from gyroquant.maps import Dense, Identity, Map
 from gyroquant.methods.base import Context, Method
-from gyroquant.models.sites import Site
-
-_HEADS = ("R2", "qk")
+from gyroquant.models.graph.sites import Site
 
 
 class HeadPCA(Method):
@@ -24,16 +23,23 @@ class HeadPCA(Method):
     """
 
     method: Literal["head_pca"] = "head_pca"
-    statistics: ClassVar[tuple[Any, ...]] = (Gram,)
+    statistics: ClassVar[tuple[Any, ...]] = (SecondMoments,)
+    sites: ClassVar[tuple[str, ...]] = ("R2", "qk")
+
+    @classmethod
+    def examples(cls) -> list[Self]:
+        return [cls()]
 
     def check(self, site: Site, context: Context) -> None:
-        if site.name not in _HEADS:
-            raise RecipeError(f"head_pca measures n x n second moments: it goes to {' and '.join(_HEADS)}")
+        if site.name not in self.sites:
+            raise RecipeError(
+                f"head_pca measures the second moments of heads: it goes to {' and '.join(self.sites)}, not {site.name}"
+            )
 
     def choose(self, site: Site, context: Context) -> Map:
         self.check(site, context)
-        observer = context.statistics[Gram]
-        return Dense(principal_axes(observer.gram.double().cpu())) if observer.count else Identity(site.n)
+        observer = context.statistics[SecondMoments]
+        return Dense(principal_axes(observer.second_moments.double().cpu())) if observer.count else Identity(site.n)
 
 
 def principal_axes(gram: Tensor) -> Tensor:

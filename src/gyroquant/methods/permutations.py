@@ -13,11 +13,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Tensor
+from typing_extensions import Self
 
 from gyroquant.calibration.observers import AbsMax, MeanAbs
 from gyroquant.maps import Identity, Map, Permutation
 from gyroquant.methods.base import BlockSize, Context, Method, block_size
-from gyroquant.models.sites import Site, Structure
+from gyroquant.models.graph.sites import Site, Structure
 
 
 class _Spread(Method):
@@ -25,6 +26,10 @@ class _Spread(Method):
 
     structure: ClassVar[Structure] = "permutation"
     block: BlockSize = Field(default=32)
+
+    @classmethod
+    def examples(cls) -> list[Self]:
+        return [cls(block=16)]  # type: ignore[call-arg]
 
     def check(self, site: Site, context: Context) -> None:
         block_size(self.block, site, context)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from typing_extensions import Self
 
 from gyroquant.maps import Map, random_orthogonal
 from gyroquant.methods.base import BlockwiseMethod
@@ -14,6 +15,10 @@ class RandomOrthogonal(BlockwiseMethod):
     """A Haar-distributed orthogonal matrix; every block gets the same one."""
 
     method: Literal["orthogonal"] = "orthogonal"
+
+    @classmethod
+    def examples(cls) -> list[Self]:
+        return [cls(), cls(block=8)]
 
     @property
     def random(self) -> bool:

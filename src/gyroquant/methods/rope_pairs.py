@@ -9,13 +9,14 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
-from gyroquant.calibration.observers import Gram
+from gyroquant.calibration.observers import SecondMoments
 from gyroquant.errors import UnsupportedModelError
 from gyroquant.maps import Map, PairRotation
 from gyroquant.methods.base import Context, Method
-from gyroquant.models.rope import Rope
-from gyroquant.models.sites import Site, Structure
+from gyroquant.models.graph.rope import Rope
+from gyroquant.models.graph.sites import Site, Structure
 
 
 class PairPCA(Method):
@@ -27,20 +28,25 @@ class PairPCA(Method):
 
     method: Literal["pair_pca"] = "pair_pca"
     structure: ClassVar[Structure] = "pairs"
-    statistics: ClassVar[tuple[Any, ...]] = (Gram,)
+    statistics: ClassVar[tuple[Any, ...]] = (SecondMoments,)
+    sites: ClassVar[tuple[str, ...]] = ("qk",)
+
+    @classmethod
+    def examples(cls) -> list[Self]:
+        return [cls()]
 
     def check(self, site: Site, context: Context) -> None:
         _pairs_of(site)
 
     def choose(self, site: Site, context: Context) -> Map:
         rope = _pairs_of(site)
-        gram = context.statistics[Gram].gram.double().cpu()
+        gram = context.statistics[SecondMoments].second_moments.double().cpu()
         return PairRotation(site.n, principal_angles(gram, rope), rope.interleaved)
 
 
 def _pairs_of(site: Site) -> Rope:
     if site.rope is None:
-        what = "no RoPE behind it" if site.name == "qk" else "no pairs that RoPE turns"
+        what = "no RoPE after it" if site.name == "qk" else "no pairs that RoPE turns"
         raise UnsupportedModelError(f"{site.label} has {what}: pair_pca is for qk of models with rotary positions")
     return site.rope
 

@@ -6,11 +6,12 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
+from typing_extensions import Self
 
 from gyroquant.calibration.observers import AbsMax
 from gyroquant.maps import Diagonal, Map
 from gyroquant.methods.base import Context, Method
-from gyroquant.models.sites import Site, Structure
+from gyroquant.models.graph.sites import Site, Structure
 
 
 class Smooth(Method):
@@ -25,6 +26,10 @@ class Smooth(Method):
     statistics: ClassVar[tuple[Any, ...]] = (AbsMax,)
     needs_weights: ClassVar[bool] = True
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
+
+    @classmethod
+    def examples(cls) -> list[Self]:
+        return [cls(), cls(alpha=0.25)]
 
     def choose(self, site: Site, context: Context) -> Map:
         x = context.statistics[AbsMax].value.double()

@@ -9,11 +9,12 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
+from typing_extensions import Self
 
 from gyroquant.calibration.observers import MeanSquare, PaddedSpectrum
 from gyroquant.maps import Diagonal, Identity, Map
 from gyroquant.methods.base import Context, Method
-from gyroquant.models.sites import Site, Structure
+from gyroquant.models.graph.sites import Site, Structure
 
 
 class SpectralScale(Method):
@@ -28,6 +29,10 @@ class SpectralScale(Method):
     structure: ClassVar[Structure] = "diagonal"
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
     energy: Literal["corrected", "paper"] = "corrected"
+
+    @classmethod
+    def examples(cls) -> list[Self]:
+        return [cls(), cls(energy="paper", alpha=0.25)]
 
     @property
     def statistics(self) -> tuple[Any, ...]:  # type: ignore[override]

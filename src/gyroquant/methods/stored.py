@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from typing_extensions import Self
 
 from gyroquant.errors import InputError, RecipeError
-from gyroquant.maps import Dense, Map
+from gyroquant.maps import Dense, Map, random_orthogonal
 from gyroquant.maps.elementary import ORTHOGONALITY
 from gyroquant.methods.base import Context, Method
-from gyroquant.models.sites import Site, site_key
+from gyroquant.models.graph.sites import Site, site_key
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -24,6 +27,15 @@ class Stored(Method):
 
     method: Literal["stored"] = "stored"
     file: str
+
+    @classmethod
+    def examples(cls) -> list[Self]:
+        return [cls(file=str(_example_file()))]
+
+    @property
+    def sites(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The sites that the file has rotations for."""
+        return tuple(dict.fromkeys(key.rpartition(".")[2] for key in read_rotations(Path(self.file))))
 
     def choose(self, site: Site, context: Context) -> Map:
         rotations, key = read_rotations(Path(self.file)), site_key(site)
@@ -36,6 +48,20 @@ class Stored(Method):
         if not m.orthogonal:
             raise RecipeError(f"{self.file}: {key} is not orthogonal to {ORTHOGONALITY:g}, so it is no rotation")
         return m
+
+
+@cache
+def _example_folder() -> TemporaryDirectory[str]:
+    """A folder that lives as long as the process."""
+    return TemporaryDirectory(prefix="gyroquant-example-")
+
+
+def _example_file() -> Path:
+    """A file with a rotation of 64 coordinates for R1, as wide as the tiny models of `gyroquant.testing`."""
+    path = Path(_example_folder().name) / "rotations.safetensors"
+    if not path.exists():
+        save_file({"R1": random_orthogonal(64, torch.Generator().manual_seed(5)).matrix.contiguous()}, path)
+    return path
 
 
 def read_rotations(path: Path) -> dict[str, Tensor]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import torch
+from typing_extensions import Self
 
 from gyroquant.maps import Diagonal, Map
 from gyroquant.methods.base import Context, Method
-from gyroquant.models.sites import Site, Structure
+from gyroquant.models.graph.sites import Site, Structure
 
 
 class UnitScale(Method):
@@ -16,6 +17,10 @@ class UnitScale(Method):
 
     method: Literal["unit_scale"] = "unit_scale"
     structure: ClassVar[Structure] = "diagonal"
+
+    @classmethod
+    def examples(cls) -> list[Self]:
+        return [cls()]
 
     def choose(self, site: Site, context: Context) -> Map:
         return Diagonal(torch.ones(site.n, dtype=torch.float64))

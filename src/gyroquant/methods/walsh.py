@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from typing_extensions import Self
 
 from gyroquant.maps import Map, walsh
 from gyroquant.methods.base import BlockwiseMethod
@@ -18,6 +19,10 @@ class Walsh(BlockwiseMethod):
     """A Walsh matrix on the whole site, or the same one on every block."""
 
     method: Literal["walsh"] = "walsh"
+
+    @classmethod
+    def examples(cls) -> list[Self]:
+        return [cls(), cls(block="group")]
 
     def one_block(self, n: int, generator: torch.Generator) -> Map:
         return walsh(n)

@@ -6,15 +6,15 @@ import copy
 from pathlib import Path
 
 import pytest
-import tiny
+import tiny_models
 import torch
-from test_pipeline import run, streamed_logits
+from tiny_runs import run, streamed_logits
 
 import gyroquant as gq
 from gyroquant.grids import IntegerGrid
-from gyroquant.job import plan_quantizers
-from gyroquant.models.online import InputQuantizer, attach, attached
-from gyroquant.models.store import ModuleStore
+from gyroquant.models.execution.online import attach, attached
+from gyroquant.models.stores.base import ModuleStore
+from gyroquant.pipeline.planning import plan_quantizers
 from gyroquant.rounding.activations import KeyMean
 
 W8 = ("weights.bits=8", "weights.group_size=16")
@@ -35,7 +35,7 @@ def by_hand(x: torch.Tensor, bits: int, size: int) -> torch.Tensor:
 
 
 def test_every_token_has_its_own_scale_and_o_proj_one_a_head() -> None:
-    model = tiny.build("llama")
+    model = tiny_models.build("llama")
     seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     before: dict[str, torch.Tensor] = {}
     names = ("model.layers.0.mlp.down_proj", "model.layers.0.self_attn.o_proj")
@@ -47,7 +47,7 @@ def test_every_token_has_its_own_scale_and_o_proj_one_a_head() -> None:
         module = model.get_submodule(name)
         module.register_forward_pre_hook(lambda m, args, name=name: seen.update({name: (before[name], args[0])}))
     with torch.no_grad():
-        model(tiny.tokens(model))
+        model(tiny_models.tokens(model))
     raw, rounded = seen[names[0]]
     assert torch.equal(rounded, by_hand(raw, 4, 96))
     raw, rounded = seen[names[1]]
@@ -55,11 +55,11 @@ def test_every_token_has_its_own_scale_and_o_proj_one_a_head() -> None:
     assert not torch.equal(rounded, by_hand(raw, 4, 64))
 
 
-@pytest.mark.parametrize("name", tiny.CONFIGS)
+@pytest.mark.parametrize("name", tiny_models.CONFIGS)
 def test_every_quantizable_input_of_every_architecture_is_rounded(name: str) -> None:
     """At 8 bits the logits move a little, at 2 bits far more: nothing is skipped, nothing is broken."""
-    model = tiny.build(name)
-    ids = tiny.tokens(model)
+    model = tiny_models.build(name)
+    ids = tiny_models.tokens(model)
     with torch.no_grad():
         exact = model(ids).logits
         errors = []
@@ -71,14 +71,14 @@ def test_every_quantizable_input_of_every_architecture_is_rounded(name: str) -> 
     assert errors[1] > 3 * errors[0]
 
 
-@pytest.mark.parametrize("name", [name for name in tiny.CONFIGS if name not in tiny.POST_NORM])
+@pytest.mark.parametrize("name", [name for name in tiny_models.CONFIGS if name not in tiny_models.POST_NORM])
 def test_w4a4kv4_is_saved_and_loaded_as_it_was_calibrated(
     name: str, folders: dict[str, Path], corpus: Path, tmp_path: Path
 ) -> None:
     changes = ["activations.bits=4", "kv_cache.bits=4", "kv_cache.center_keys=true", "weights.bits=4"]
     manifest = run(folders[name], tmp_path / "out", "quarot", corpus, *changes)
     assert manifest["recipe"]["kv_cache"]["center_keys"] is True
-    ids = tiny.tokens(tiny.build(name))
+    ids = tiny_models.tokens(tiny_models.build(name))
     loaded = gq.load(tmp_path / "out", dtype=torch.float32)
     with torch.no_grad():
         rounded = loaded(ids).logits
@@ -89,9 +89,9 @@ def test_w4a4kv4_is_saved_and_loaded_as_it_was_calibrated(
 
 def test_rounding_follows_the_online_map() -> None:
     """R4 spreads an outlier of the input of down_proj before it is rounded, not after."""
-    from gyroquant.planning import plan_folds
+    from gyroquant.pipeline.folds import plan_folds
 
-    model = tiny.build("llama")
+    model = tiny_models.build("llama")
     recipe = gq.load_recipe("rtn", [*W8, "activations.bits=4", "transform.R4.method=hadamard"])
     graph = ModuleStore(model).graph
     plan = plan_folds(graph, recipe)
@@ -101,32 +101,29 @@ def test_rounding_follows_the_online_map() -> None:
     attach(model, [*plan.online, *plan_quantizers(graph, recipe)])
     module.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
     with torch.no_grad():
-        model(tiny.tokens(model))
+        model(tiny_models.tokens(model))
     rotated = plan.online[0].map.apply(seen[0])
     assert torch.equal(seen[1], by_hand(rotated, 4, 96))
 
 
-def test_layers_that_read_one_tensor_share_its_rounding() -> None:
-    model = tiny.build("llama")
+def test_layers_that_read_one_tensor_share_its_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_models.build("llama")
     calls: list[tuple[int, ...]] = []
+    fake = IntegerGrid.fake
 
-    class Counting(IntegerGrid):
-        grid: str = "integer"  # type: ignore[assignment]
+    def counted(self: IntegerGrid, x: torch.Tensor) -> torch.Tensor:
+        calls.append(tuple(x.shape))
+        return fake(self, x)
 
-        def fake(self, x: torch.Tensor) -> torch.Tensor:
-            calls.append(tuple(x.shape))
-            return super().fake(x)
-
-    IntegerGrid.kinds["integer"] = IntegerGrid  # the subclass is no new kind
-    grid = Counting(bits=8, group_size=-1, scale="minmax")
-    with attached(model, [InputQuantizer(q.insertion, grid) for q in quantizers(model, "activations.bits=8")]):
-        model(tiny.tokens(model))
+    monkeypatch.setattr(IntegerGrid, "fake", counted)
+    with attached(model, quantizers(model, "activations.bits=8")):
+        model(tiny_models.tokens(model))
     assert len(calls) == 2 * 4  # in each of two blocks: q, k, v | o | gate, up | down
 
 
 def test_gradients_pass_straight_through() -> None:
-    model = tiny.build("llama")
-    ids = tiny.tokens(model)
+    model = tiny_models.build("llama")
+    ids = tiny_models.tokens(model)
     with attached(model, quantizers(model, "activations.bits=8", "kv_cache.bits=8")):
         model(ids, labels=ids).loss.backward()
     rounded = model.model.embed_tokens.weight.grad.clone()
@@ -138,11 +135,11 @@ def test_gradients_pass_straight_through() -> None:
 
 def test_a_mean_after_rope_is_exact_and_one_before_is_not() -> None:
     """softmax does not see an offset of all keys; RoPE would turn one that is taken before it."""
-    model = tiny.build("llama")
-    ids = tiny.tokens(model)
+    model = tiny_models.build("llama")
+    ids = tiny_models.tokens(model)
     module = model.model.layers[0].self_attn
     offset = torch.randn(2, 1, 16)
-    from gyroquant.models.online import attention_state, route_attention
+    from gyroquant.models.execution.online import attention_state, route_attention
 
     undo = route_attention(module)
 
@@ -171,7 +168,7 @@ def test_the_mean_of_keys_is_that_of_all_tokens() -> None:
 
 
 def test_centring_helps_keys_with_an_offset() -> None:
-    from gyroquant.models.online import CacheQuantizer
+    from gyroquant.models.execution.online import CacheQuantizer
 
     grid = IntegerGrid(bits=2, group_size=16, scale="minmax", symmetric=True)
     keys = torch.randn(1, 2, 50, 16) + 5 * torch.randn(2, 1, 16)
@@ -187,7 +184,7 @@ def test_centring_helps_keys_with_an_offset() -> None:
         (["kv_cache.bits=4", "kv_cache.group_size=24"], "heads of the KV cache"),
         (["activations.bit=4"], "did you mean 'bits'"),
         (["kv_cache.centre=true"], "center_keys"),
-        (["activations.ignore=lm_head"], "list of names"),
+        (["activations.ignore=lm_head"], "must be a list of module names"),
         (["activations=4"], "activations holds bits"),
         (["activations.bits=4", "activations.ignore=['re:.*']"], "leaves no input"),
     ],
@@ -221,37 +218,40 @@ def test_names_say_what_is_rounded() -> None:
 @pytest.mark.parametrize("rounded", [False, True])
 def test_qronos_compares_rounded_inputs_with_exact_ones(rounded: bool) -> None:
     """In the first block both models see the same hidden states, so all drift is that of the rounded activations."""
-    from gyroquant.calibration.observers import Pairing, observing
+    from gyroquant.calibration.observers import PairedForward, observing
     from gyroquant.calibration.stream import Stream
-    from gyroquant.models.runner import BlockRunner
+    from gyroquant.models.execution.runner import BlockRunner
 
-    model = tiny.build("llama")
+    model = tiny_models.build("llama")
     store = ModuleStore(model)
     online = quantizers(model, "activations.bits=4") if rounded else []
     online = [one for one in online if one.module.startswith("model.layers.0.")]
     stream = Stream(
-        BlockRunner(model, store.graph), tiny.tokens(model), store.read(store.graph.outer_params()), pairing=Pairing()
+        BlockRunner(model, store.graph),
+        tiny_models.tokens(model),
+        store.read(store.graph.outer_params()),
+        pairing=PairedForward(),
     )
     group = store.graph.blocks[0]
     with attached(model, online), observing(model, group, online, stream.observer) as observed:
         stream.observe(0, store.read(store.graph.block_params(0)))
     gram = observed["attn_in", None]
-    assert gram.count == tiny.tokens(model).numel()
-    assert bool(gram.drift.any()) == rounded
+    assert gram.count == tiny_models.tokens(model).numel()
+    assert bool(gram.input_error_cross.any()) == rounded
 
 
 def test_what_a_router_sees_is_rounded_for_the_layers_beside_it() -> None:
     """Routers read the input unrounded and see every token, so the others' statistics are taken there, but rounded."""
-    from gyroquant.calibration.observers import Gram, observing
+    from gyroquant.calibration.observers import SecondMoments, observing
 
-    model = tiny.build("qwen2_moe")
+    model = tiny_models.build("qwen2_moe")
     store = ModuleStore(model)
     online = quantizers(model, "activations.bits=4")
     seen: list[torch.Tensor] = []
-    with attached(model, online), observing(model, store.graph.blocks[0], online, Gram) as observed:
+    with attached(model, online), observing(model, store.graph.blocks[0], online, SecondMoments) as observed:
         module = model.get_submodule("model.layers.0.mlp.shared_expert.gate_proj")
         handle = module.register_forward_pre_hook(lambda m, args: seen.append(args[0].reshape(-1, 64)))
         with torch.no_grad():
-            model(tiny.tokens(model))
+            model(tiny_models.tokens(model))
         handle.remove()
-    assert torch.allclose(observed["mlp_in", None].gram, seen[0].T @ seen[0], rtol=1e-4, atol=1e-3)
+    assert torch.allclose(observed["mlp_in", None].second_moments, seen[0].T @ seen[0], rtol=1e-4, atol=1e-3)

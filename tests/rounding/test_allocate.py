@@ -4,22 +4,24 @@ import itertools
 from pathlib import Path
 
 import pytest
-import tiny
+import tiny_models
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gyroquant as gq
-from gyroquant import pipeline, predict
 from gyroquant.errors import RecipeError
-from gyroquant.job import Job, prepare
-from gyroquant.models.source import open_model
-from gyroquant.rounding.allocate import choose
+from gyroquant.inspection import dry_run
+from gyroquant.models.stores.source import open_model
+from gyroquant.pipeline import cost_probe
+from gyroquant.pipeline import run as pipeline
+from gyroquant.pipeline.job import Job, prepare
+from gyroquant.rounding.bit_allocation import choose
 
 SMALL = ["weights.group_size=16", "calibration.nsamples=16", "calibration.seqlen=32", "calibration.dtype=float32"]
 
 
 def job(model: Path, out: Path, corpus: Path, recipe: str, *changes: str) -> Job:
-    return prepare(model, out, gq.load_recipe(recipe, [*SMALL, *changes]), corpus, tokenizer=tiny.tokenizer())
+    return prepare(model, out, gq.load_recipe(recipe, [*SMALL, *changes]), corpus, tokenizer=tiny_models.tokenizer())
 
 
 @given(
@@ -40,7 +42,7 @@ def test_nothing_that_fits_is_better(layers: list[tuple[int, list[float]]]) -> N
 
 
 def test_what_cannot_fit_is_an_error() -> None:
-    with pytest.raises(RecipeError, match="holds 10 bits, and the layers take 20"):
+    with pytest.raises(RecipeError, match="holds 10 bits, and the layers take at least 20"):
         choose({("a", 2): 1.0, ("a", 3): 0.5}, {("a", 2): 20, ("a", 3): 30}, 10)
 
 
@@ -64,7 +66,7 @@ def test_a_run_stays_within_its_budget_and_beats_even_bits(
     for layer, bits in allocation["bits"].items():
         assert store.quantized(layer).grid.bits == bits
     kl = {
-        out: gq.evaluate(tmp_path / out, corpus, folders[name], window=32, tokenizer=tiny.tokenizer())["kl"]
+        out: gq.evaluate(tmp_path / out, corpus, folders[name], window=32, tokenizer=tiny_models.tokenizer())["kl"]
         for out in ("mixed", "even")
     }
     assert kl["mixed"] < kl["even"]
@@ -99,7 +101,7 @@ def test_some_layers_can_have_another_grid(folders: dict[str, Path], corpus: Pat
             assert grid.group_size == 16
     assert store.bits_per_weight() == manifest["bits"]["per_weight"]
     loaded = gq.load(tmp_path / "out", dtype="float32")
-    assert loaded(tiny.tokens(loaded)).logits.isfinite().all()
+    assert loaded(tiny_models.tokens(loaded)).logits.isfinite().all()
     recipe = gq.load_recipe("gptq", [overrides])
     assert gq.load_recipe(recipe.to_dict()) == recipe
 
@@ -126,17 +128,17 @@ def test_what_cannot_be_is_refused_before_any_work(
 def test_one_or_the_other() -> None:
     with pytest.raises(RecipeError, match="leave overrides out"):
         gq.load_recipe("gptq", ["weights.allocate={budget: 4}", "weights.overrides=[{layers: [down_proj], bits: 4}]"])
-    with pytest.raises(RecipeError, match="grid mxfp4 has no choice"):
+    with pytest.raises(RecipeError, match="grid mxfp4 has only one number of bits"):
         gq.load_recipe("rtn", ["weights.grid=mxfp4", "weights.allocate={budget: 4}"])
 
 
 def test_its_time_and_memory_are_predicted(
     folders: dict[str, Path], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(predict, "peak_memory_bytes", lambda: 0)
-    plain = predict.predict(job(folders["llama_tied"], tmp_path / "out", corpus, "gptq"))
+    monkeypatch.setattr(cost_probe, "peak_memory_bytes", lambda: 0)
+    plain = dry_run.dry_run_job(job(folders["llama_tied"], tmp_path / "out", corpus, "gptq"))
     changes = "weights.allocate={budget: 4, nsamples: 16}"
-    asked = predict.predict(job(folders["llama_tied"], tmp_path / "out", corpus, "gptq", changes))
+    asked = dry_run.dry_run_job(job(folders["llama_tied"], tmp_path / "out", corpus, "gptq", changes))
     assert asked.seconds > 1.5 * plain.seconds
     hidden = 32 * 64 * 4  # bytes of one window's hidden states
     assert asked.peak_memory_bytes == 14 * 3 * 16 * hidden > plain.peak_memory_bytes

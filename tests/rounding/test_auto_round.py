@@ -5,18 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
+import tiny_models
 import torch
 from torch import nn
 
 import gyroquant as gq
-from gyroquant import pipeline
 from gyroquant.errors import InputError, RecipeError, UnsupportedModelError
 from gyroquant.grids import Grid, QuantizedWeight
-from gyroquant.job import Job, prepare
-from gyroquant.models.source import open_model
-from gyroquant.rounding.auto_round import AutoRound
-from gyroquant.rounding.rtn import RoundToNearest
+from gyroquant.models.stores.source import open_model
+from gyroquant.pipeline import run as pipeline
+from gyroquant.pipeline.job import Job, prepare
+from gyroquant.rounding.solvers.auto_round import AutoRound
+from gyroquant.rounding.solvers.rtn import RoundToNearest
 
 SMALL = ["weights.group_size=16", "calibration.nsamples=8", "calibration.seqlen=32", "calibration.dtype=float32"]
 SOLVER = "weights.solver={name: auto_round, iters: 20, batch_size: 4, options: {amp: false}}"
@@ -25,7 +25,7 @@ installed = pytest.mark.skipif(find_spec("auto_round") is None, reason="needs th
 
 def job(model: Path, out: Path, corpus: Path, *changes: str, recipe: str = "rtn") -> Job:
     loaded = gq.load_recipe(recipe, [*SMALL, SOLVER, *changes])
-    return prepare(model, out, loaded, corpus, tokenizer=tiny.tokenizer())
+    return prepare(model, out, loaded, corpus, tokenizer=tiny_models.tokenizer())
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Rounding to nearest in the place of auto-round; notes the models that it was given."""
     seen: list[dict[str, Any]] = []
 
-    def round_model(
+    def quantize_model(
         self: AutoRound, model: Any, layers: dict[str, Grid], tokens: torch.Tensor, tokenizer: Any, seed: int
     ) -> dict[str, QuantizedWeight]:
         with torch.no_grad():
@@ -46,7 +46,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
             found[name] = RoundToNearest().solve(layer.weight.detach(), grid, None)
         return found
 
-    monkeypatch.setattr(AutoRound, "round_model", round_model)
+    monkeypatch.setattr(AutoRound, "quantize_model", quantize_model)
     monkeypatch.setattr(AutoRound, "check", lambda self: None)
     return seen
 
@@ -85,14 +85,14 @@ def test_what_cannot_be_is_refused(
 ) -> None:
     with pytest.raises(RecipeError, match="by itself: leave refine, tune out"):
         gq.load_recipe("rtn", [SOLVER, "weights.refine={passes: 1}", "weights.tune={iters: 1}"])
-    with pytest.raises(RecipeError, match="integer grids alone"):
+    with pytest.raises(RecipeError, match="integer grids only"):
         gq.load_recipe("rtn", [SOLVER, "weights.grid=mxfp4"])
-    monkeypatch.setattr("gyroquant.rounding.auto_round.find_spec", lambda name: None)
+    monkeypatch.setattr("gyroquant.rounding.solvers.auto_round.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'gyroquant\[auto-round\]'"):
         job(folders["llama_tied"], tmp_path / "out", corpus)
-    monkeypatch.setattr("gyroquant.rounding.auto_round.find_spec", lambda name: name)
+    monkeypatch.setattr("gyroquant.rounding.solvers.auto_round.find_spec", lambda name: name)
     for name, layer in (("gpt2", "c_attn"), ("qwen3_moe", "gate_up_proj")):
-        with pytest.raises(UnsupportedModelError, match=f"{layer}.*is none"):
+        with pytest.raises(UnsupportedModelError, match=f"{layer} is not one"):
             job(folders[name], tmp_path / "out", corpus)
 
 
@@ -106,7 +106,9 @@ def test_the_real_one(recipe: str, symmetric: bool, folders: dict[str, Path], co
     plain = pipeline.run(job(folders["llama_tied"], tmp_path / "rtn", corpus, *nearest, recipe=recipe))
     assert done["bits"] == plain["bits"]
     scores = [
-        gq.evaluate(tmp_path / out, corpus, against=folders["llama_tied"], window=32, tokenizer=tiny.tokenizer())["kl"]
+        gq.evaluate(
+            tmp_path / out, corpus, against=folders["llama_tied"], window=32, tokenizer=tiny_models.tokenizer()
+        )["kl"]
         for out in ("out", "rtn")
     ]
     assert scores[0] < scores[1]

@@ -3,24 +3,24 @@
 from pathlib import Path
 
 import pytest
-import tiny
+import tiny_models
 import torch
 from safetensors.torch import load_file
 
 import gyroquant as gq
-from gyroquant import pipeline
 from gyroquant.calibration.stream import Stream
 from gyroquant.errors import UnsupportedModelError
-from gyroquant.job import Job, prepare
-from gyroquant.models.runner import BlockRunner
-from gyroquant.models.source import open_model
+from gyroquant.models.execution.runner import BlockRunner
+from gyroquant.models.stores.source import open_model
+from gyroquant.pipeline import run as pipeline
+from gyroquant.pipeline.job import Job, prepare
 
 SMALL = ["weights.group_size=16", "calibration.nsamples=16", "calibration.seqlen=32", "calibration.dtype=float32"]
 
 
 def job(model: Path, out: Path, corpus: Path, *changes: str) -> Job:
     recipe = gq.load_recipe("gptq", [*SMALL, "weights.bits=2", *changes])
-    return prepare(model, out, recipe, corpus, tokenizer=tiny.tokenizer(), save_dtype="float32")
+    return prepare(model, out, recipe, corpus, tokenizer=tiny_models.tokenizer(), save_dtype="float32")
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt", "gpt_neox", "starcoder2", "granite_bias"])
@@ -30,7 +30,7 @@ def test_blocks_give_the_originals_mean(name: str, folders: dict[str, Path], cor
         asked = job(folders[name], tmp_path / out, corpus, *changes)
         pipeline.run(asked)
     assert asked.tokens is not None
-    left = {out: gaps(folders[name], tmp_path / out, asked.tokens) for out in ("plain", "corrected")}
+    left = {out: mean_errors(folders[name], tmp_path / out, asked.tokens) for out in ("plain", "corrected")}
     assert max(left["corrected"]) < 1e-5 < min(left["plain"])
     biases = {group.last_bias for group in asked.graph.blocks}
     plain, corrected = (load_file(tmp_path / out / "model.safetensors") for out in ("plain", "corrected"))
@@ -42,8 +42,8 @@ def test_blocks_give_the_originals_mean(name: str, folders: dict[str, Path], cor
     assert not torch.equal(plain[first], corrected[first])
 
 
-def gaps(model: Path, rounded: Path, tokens: torch.Tensor) -> list[float]:
-    """The rms of the mean gap behind every block, over that of the hidden states."""
+def mean_errors(model: Path, rounded: Path, tokens: torch.Tensor) -> list[float]:
+    """The rms of the mean error after every block, over that of the hidden states."""
     original, store = open_model(model), open_model(rounded)
     streams = []
     for one in (original, store):

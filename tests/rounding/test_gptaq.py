@@ -6,15 +6,15 @@ from test_qronos import Problem
 
 from gyroquant.grids import IntegerGrid
 from gyroquant.rounding import InputStatistics
-from gyroquant.rounding.gptaq import Gptaq
-from gyroquant.rounding.gptq import Gptq
+from gyroquant.rounding.solvers.gptaq import Gptaq
+from gyroquant.rounding.solvers.gptq import Gptq
 
 
 def defined(problem: Problem, grid: IntegerGrid, alpha: float) -> torch.Tensor:
     """The codes by the paper's update of the columns still free, with what a column leaves undone in both halves."""
-    h = problem.statistics.gram.double()
+    h = problem.statistics.second_moments.double()
     h += 0.01 * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype)
-    drift = alpha * problem.statistics.drift.double()
+    input_error_cross = alpha * problem.statistics.input_error_cross.double()
     free, columns = problem.weight.double().clone(), len(h)
     size, codes = grid.group_of(columns), torch.empty(problem.weight.shape, dtype=torch.uint8)
     for q in range(columns):
@@ -23,7 +23,7 @@ def defined(problem: Problem, grid: IntegerGrid, alpha: float) -> torch.Tensor:
         codes[:, q] = grid.encode(free[:, q, None].float(), params)[:, 0]
         error = free[:, q] - grid.decode(codes[:, q, None], params)[:, 0]
         if q + 1 < columns:
-            missing = torch.outer(error, h[q, q + 1 :]) + torch.outer(free[:, q], drift[q, q + 1 :])
+            missing = torch.outer(error, h[q, q + 1 :]) + torch.outer(free[:, q], input_error_cross[q, q + 1 :])
             free[:, q + 1 :] += missing @ torch.linalg.inv(h[q + 1 :, q + 1 :])
     return codes
 
@@ -44,8 +44,11 @@ def test_the_correction_is_made_across_lazy_blocks() -> None:
 
 def test_without_drift_it_is_gptq() -> None:
     problem, grid = Problem(), IntegerGrid(bits=3, group_size=16)
-    plain = InputStatistics(problem.statistics.gram, problem.statistics.count)
-    for statistics in (plain, InputStatistics(plain.gram, plain.count, torch.zeros_like(plain.gram))):
+    plain = InputStatistics(problem.statistics.second_moments, problem.statistics.count)
+    for statistics in (
+        plain,
+        InputStatistics(plain.second_moments, plain.count, torch.zeros_like(plain.second_moments)),
+    ):
         solved = Gptaq(alpha=1).solve(problem.weight, grid, statistics)
         assert torch.equal(solved.codes, Gptq().solve(problem.weight, grid, plain).codes)
 

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from gyroquant.grids import Grid, IntegerGrid, QuantizedWeight
 from gyroquant.rounding import InputStatistics
 from gyroquant.rounding.factor import inverse_factor
-from gyroquant.rounding.gptq import Gptq
-from gyroquant.rounding.qronos import Qronos, largest_eigenvalue, starting_point
+from gyroquant.rounding.solvers.gptq import Gptq
+from gyroquant.rounding.solvers.qronos import Qronos, largest_eigenvalue, starting_point
 
 GRIDS = [
     IntegerGrid(bits=2, group_size=16),
@@ -34,8 +34,8 @@ class Problem:
 
     @property
     def statistics(self) -> InputStatistics:
-        gram, drift = self.y.T @ self.y, (self.x - self.y).T @ self.y
-        return InputStatistics(gram.float(), len(self.y), drift.float())
+        gram, input_error_cross = self.y.T @ self.y, (self.x - self.y).T @ self.y
+        return InputStatistics(gram.float(), len(self.y), input_error_cross.float())
 
     def error(self, rounded: torch.Tensor) -> float:
         """``|X W^T - Y Q^T|^2``."""
@@ -44,7 +44,7 @@ class Problem:
 
 def damped(problem: Problem, solver: Qronos) -> tuple[torch.Tensor, torch.Tensor]:
     """The inputs with the rows that stand for the damping."""
-    gram = problem.statistics.gram
+    gram = problem.statistics.second_moments
     root = (solver.damping(gram) * gram.double().diagonal().mean()) ** 0.5
     extra = root * torch.eye(gram.shape[0], dtype=torch.float64)
     return torch.cat([problem.x, extra]), torch.cat([problem.y, extra])
@@ -56,7 +56,7 @@ def algorithm_1(problem: Problem, solver: Qronos, grid: Grid, like: QuantizedWei
     target, now = x @ problem.weight.double().T, problem.weight.double().clone()
     codes = torch.empty(now.shape, dtype=torch.uint8)
     size, margin = grid.group_of(now.shape[1]), 1.0
-    left = solver.order(problem.statistics.gram).tolist()
+    left = solver.order(problem.statistics.second_moments).tolist()
     while left:
         t = left.pop(0)
         others = [j for j in range(now.shape[1]) if j != t]
@@ -92,8 +92,8 @@ def test_qronos_is_algorithm_1(grid: IntegerGrid, solver: Qronos, seed: int) -> 
 def test_the_start_is_the_optimum_given_its_first_column(seed: int, columns: int, alpha: float) -> None:
     problem, solver = Problem(seed, rows=3, columns=columns, tokens=200), Qronos(alpha=alpha)
     statistics = problem.statistics
-    factor = inverse_factor(statistics.gram, solver.damping(statistics.gram))
-    start = starting_point(problem.weight, statistics.drift, factor).double()
+    factor = inverse_factor(statistics.second_moments, solver.damping(statistics.second_moments))
+    start = starting_point(problem.weight, statistics.input_error_cross, factor).double()
     x, y = damped(problem, solver)
     target, weight = x @ problem.weight.double().T, problem.weight.double()
     first = y[:, 0] @ (target - y[:, 1:] @ weight[:, 1:].T) / y[:, 0].square().sum()
@@ -109,11 +109,11 @@ def test_without_drift_qronos_is_gptq(grid: IntegerGrid, act_order: bool) -> Non
     problem = Problem(columns=96, rows=40, noise=0)
     problem.y = problem.x
     statistics, solver = problem.statistics, Qronos(alpha=1e-3, act_order=act_order)
-    assert not statistics.drift.any()
-    gptq = Gptq(act_order=act_order, damp_percent=solver.damping(statistics.gram))
+    assert not statistics.input_error_cross.any()
+    gptq = Gptq(act_order=act_order, damp_percent=solver.damping(statistics.second_moments))
     wanted = gptq.solve(problem.weight, grid, statistics).codes
     assert torch.equal(solver.solve(problem.weight, grid, statistics).codes, wanted)
-    unknown = InputStatistics(statistics.gram, statistics.count)
+    unknown = InputStatistics(statistics.second_moments, statistics.count)
     assert torch.equal(solver.solve(problem.weight, grid, unknown).codes, wanted)
 
 
@@ -132,10 +132,10 @@ def test_qronos_beats_gptq_where_inputs_drift(grid: IntegerGrid, seed: int) -> N
 def test_drifting_problems_keep_the_contract(act_order: bool) -> None:
     problem, grid = Problem(rows=40, columns=64), GRIDS[0]
     statistics, solver = problem.statistics, Qronos(act_order=act_order)
-    before = problem.weight.clone(), statistics.drift.clone()
+    before = problem.weight.clone(), statistics.input_error_cross.clone()
     rounded = solver.solve(problem.weight, grid, statistics)
     assert torch.equal(problem.weight, before[0])
-    assert torch.equal(statistics.drift, before[1])
+    assert torch.equal(statistics.input_error_cross, before[1])
     assert torch.equal(rounded.codes, solver.solve(problem.weight, grid, statistics).codes)
     part = solver.solve(problem.weight[:15], grid, statistics)
     assert (rounded.codes[:15] == part.codes).float().mean() > 0.995  # products of other sizes round differently
@@ -147,8 +147,8 @@ def test_inputs_that_have_died_leave_their_weights_alone(dead: int) -> None:
     problem = Problem(columns=32)
     problem.y[:, dead] = 0
     statistics = problem.statistics
-    factor = inverse_factor(statistics.gram, 0.01)
-    start = starting_point(problem.weight, statistics.drift, factor)
+    factor = inverse_factor(statistics.second_moments, 0.01)
+    start = starting_point(problem.weight, statistics.input_error_cross, factor)
     assert torch.allclose(start[:, dead], problem.weight[:, dead], atol=1e-6)
     rounded = Qronos().solve(problem.weight, GRIDS[2], statistics).dequantize()
     assert rounded.isfinite().all()
@@ -158,10 +158,10 @@ def test_inputs_that_have_died_leave_their_weights_alone(dead: int) -> None:
 def test_many_rows_are_corrected_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = Problem(rows=50)
     statistics = problem.statistics
-    factor = inverse_factor(statistics.gram, 0.01)
-    whole = starting_point(problem.weight, statistics.drift, factor)
-    monkeypatch.setattr("gyroquant.rounding.qronos._ROWS", 16)
-    assert torch.allclose(starting_point(problem.weight, statistics.drift, factor), whole, atol=1e-6)
+    factor = inverse_factor(statistics.second_moments, 0.01)
+    whole = starting_point(problem.weight, statistics.input_error_cross, factor)
+    monkeypatch.setattr("gyroquant.rounding.solvers.qronos._ROWS", 16)
+    assert torch.allclose(starting_point(problem.weight, statistics.input_error_cross, factor), whole, atol=1e-6)
 
 
 @given(st.integers(0, 10**6), st.integers(1, 60))

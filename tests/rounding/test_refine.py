@@ -9,16 +9,16 @@ from test_solvers import GRIDS, problem
 
 from gyroquant.errors import RecipeError
 from gyroquant.grids import Grid, QuantizedWeight
-from gyroquant.recipe import load_recipe
+from gyroquant.recipes.schema import load_recipe
 from gyroquant.rounding import InputStatistics, Refine, output_error
-from gyroquant.rounding.gptq import Gptq
-from gyroquant.rounding.rtn import RoundToNearest
+from gyroquant.rounding.solvers.gptq import Gptq
+from gyroquant.rounding.solvers.rtn import RoundToNearest
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_it_betters_every_solver_on_every_grid_and_is_stored_exactly(grid: Grid) -> None:
     weight, statistics = problem()
-    grid = grid.bind(weight)
+    grid = grid.with_tensor_scale(weight)
     for solver, share in ((RoundToNearest(), 0.6), (Gptq(), 0.99)):
         before = solver.solve(weight, grid, statistics)
         kept = before.dequantize().clone()
@@ -35,7 +35,7 @@ def test_it_betters_every_solver_on_every_grid_and_is_stored_exactly(grid: Grid)
 def test_it_never_makes_its_objective_worse(seed: int, number: int, scales: bool) -> None:
     """Towards the outputs of the unrounded model, with inputs that drifted."""
     made = Problem(seed, rows=4, columns=192, tokens=300)
-    grid, statistics = GRIDS[number].bind(made.weight), made.statistics
+    grid, statistics = GRIDS[number].with_tensor_scale(made.weight), made.statistics
     refine = Refine(passes=1, scales=scales, damp_percent=0)
     rounded = RoundToNearest().solve(made.weight, grid)
     error = made.error(rounded.dequantize())
@@ -64,7 +64,7 @@ def test_at_the_end_no_code_can_be_bettered() -> None:
 
 def test_inputs_never_seen_do_no_harm() -> None:
     weight, statistics = problem()
-    dead = statistics.gram.clone()
+    dead = statistics.second_moments.clone()
     dead[:, 5] = dead[5, :] = 0
     for gram in (dead, torch.zeros_like(dead)):
         rounded = RoundToNearest().solve(weight, GRIDS[0])

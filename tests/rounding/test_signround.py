@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-import tiny
+import tiny_models
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,15 +11,16 @@ from safetensors.torch import load_file
 from test_solvers import GRIDS, problem
 
 import gyroquant as gq
-from gyroquant import pipeline, predict
 from gyroquant.errors import RecipeError
 from gyroquant.grids import Grid, IntegerGrid, QuantizedWeight
-from gyroquant.job import prepare
-from gyroquant.recipe import load_recipe
+from gyroquant.inspection import dry_run
+from gyroquant.pipeline import run as pipeline
+from gyroquant.pipeline.job import prepare
+from gyroquant.recipes.schema import load_recipe
 from gyroquant.rounding import SignRound, WeightBasis
-from gyroquant.rounding.gptq import Gptq
-from gyroquant.rounding.rtn import RoundToNearest
-from gyroquant.rounding.tunable import TunableWeight
+from gyroquant.rounding.solvers.gptq import Gptq
+from gyroquant.rounding.solvers.rtn import RoundToNearest
+from gyroquant.rounding.steps.tunable import TunableWeight
 
 SMALL = ["weights.group_size=16", "calibration.nsamples=16", "calibration.seqlen=32", "calibration.dtype=float32"]
 TUNE = "weights.tune={iters: 20, batch_size: 4}"
@@ -30,7 +31,7 @@ class TestTunableWeight:
     def test_it_starts_with_what_the_solver_left(self, grid: Grid) -> None:
         weight, statistics = problem()
         for solver in (RoundToNearest(), Gptq()):
-            rounded = solver.solve(weight, grid.bind(weight), statistics)
+            rounded = solver.solve(weight, grid.with_tensor_scale(weight), statistics)
             tunable = TunableWeight(weight, rounded)
             assert torch.allclose(tunable.matrix(), rounded.dequantize(), rtol=1e-5, atol=0)
             assert torch.equal(tunable.result().codes, rounded.codes)
@@ -39,7 +40,7 @@ class TestTunableWeight:
 
     def test_what_is_trained_is_what_is_stored(self, grid: Grid) -> None:
         weight, _ = problem()
-        tunable = TunableWeight(weight, RoundToNearest().solve(weight, grid.bind(weight)))
+        tunable = TunableWeight(weight, RoundToNearest().solve(weight, grid.with_tensor_scale(weight)))
         generator = torch.Generator().manual_seed(0)
         tunable.offset.uniform_(-0.5, 0.5, generator=generator)
         tunable.stretch.uniform_(0.8, 1.2, generator=generator)
@@ -52,7 +53,7 @@ class TestTunableWeight:
     def test_gradients_point_downhill(self, grid: Grid) -> None:
         """Towards a target that can be reached: by other offsets and wider spans."""
         weight, _ = problem()
-        tunable = TunableWeight(weight, RoundToNearest().solve(weight, grid.bind(weight)))
+        tunable = TunableWeight(weight, RoundToNearest().solve(weight, grid.with_tensor_scale(weight)))
         tunable.offset.uniform_(-0.5, 0.5, generator=torch.Generator().manual_seed(0))
         tunable.stretch.fill_(1.1)
         target = tunable.matrix()
@@ -65,7 +66,7 @@ class TestTunableWeight:
             with torch.no_grad():
                 for leaf, gradient in zip(leaves, gradients, strict=True):
                     leaf.sub_(gradient.sign(), alpha=0.02)
-            tunable.limit()
+            tunable.clamp()
         assert losses[-1] < 0.8 * losses[0]
 
 
@@ -86,14 +87,14 @@ def test_one_end_of_an_asymmetric_span_moves_alone() -> None:
     weight = torch.linspace(-1, 2, 16)[None]
     tunable = TunableWeight(weight, RoundToNearest().solve(weight, IntegerGrid(bits=4, group_size=16, scale="minmax")))
     tunable.stretch[..., 1] = 0.5
-    low, high = (end * tunable.result().params.scale for end in tunable.grid.span(tunable.result().params.zero))
+    low, high = (end * tunable.result().params.scale for end in tunable.grid.range(tunable.result().params.zero))
     assert float(low) == pytest.approx(-1, abs=0.15)
     assert float(high) == pytest.approx(1, abs=0.15)
 
 
 def test_in_a_basis_of_its_own_it_is_stored_too() -> None:
     weight, statistics = problem()
-    basis = WeightBasis().fit(192, statistics.gram)
+    basis = WeightBasis().fit(192, statistics.second_moments)
     rounded = RoundToNearest().solve(basis.encode(weight), IntegerGrid(bits=3, group_size=64))
     tunable = TunableWeight(weight, QuantizedWeight(rounded.grid, rounded.codes, rounded.params, basis))
     assert torch.allclose(tunable.matrix(), tunable.result().dequantize(), atol=1e-5)
@@ -104,7 +105,7 @@ def test_in_a_basis_of_its_own_it_is_stored_too() -> None:
 
 def run(model: Path, out: Path, corpus: Path, recipe: str, *changes: str) -> dict[str, object]:
     loaded = gq.load_recipe(recipe, [*SMALL, *changes])
-    return pipeline.run(prepare(model, out, loaded, corpus, tokenizer=tiny.tokenizer()))
+    return pipeline.run(prepare(model, out, loaded, corpus, tokenizer=tiny_models.tokenizer()))
 
 
 @pytest.mark.parametrize("name", ["llama_tied", "qwen2_moe", "gpt2", "gpt_neox"])
@@ -115,7 +116,7 @@ def test_a_tuned_model_is_nearer_to_the_original(
     kl = {}
     for out, tune in (("plain", ()), ("tuned", (TUNE,))):
         manifest = run(folders[name], tmp_path / out, corpus, recipe, "weights.bits=2", *tune)
-        kl[out] = gq.evaluate(tmp_path / out, corpus, folders[name], window=32, tokenizer=tiny.tokenizer())["kl"]
+        kl[out] = gq.evaluate(tmp_path / out, corpus, folders[name], window=32, tokenizer=tiny_models.tokenizer())["kl"]
         assert all(layer["weight_error"] > 0 for layer in manifest["layers"])
     assert kl["tuned"] < kl["plain"]
 
@@ -139,7 +140,7 @@ def test_it_composes_and_is_repeatable(
     one, two = ((tmp_path / out / "model.safetensors").read_bytes() for out in ("one", "two"))
     assert one == two
     loaded = gq.load(tmp_path / "one", dtype="float32")
-    assert loaded(tiny.tokens(loaded)).logits.isfinite().all()
+    assert loaded(tiny_models.tokens(loaded)).logits.isfinite().all()
 
 
 def test_clipping_alone_can_be_learned(folders: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
@@ -176,6 +177,6 @@ def test_its_time_is_predicted(folders: dict[str, Path], corpus: Path, tmp_path:
     seconds = []
     for tune in ("null", "{iters: 400}"):
         recipe = gq.load_recipe("rtn", [*SMALL, f"weights.tune={tune}"])
-        job = prepare(folders["llama_tied"], tmp_path / "out", recipe, corpus, tokenizer=tiny.tokenizer())
-        seconds.append(predict.predict(job).seconds)
+        job = prepare(folders["llama_tied"], tmp_path / "out", recipe, corpus, tokenizer=tiny_models.tokenizer())
+        seconds.append(dry_run.dry_run_job(job).seconds)
     assert seconds[1] > 3 * seconds[0]

@@ -3,18 +3,18 @@
 from pathlib import Path
 
 import pytest
-import tiny
+import tiny_models
 import torch
 from test_qronos import Problem
 
 import gyroquant as gq
-from gyroquant import pipeline
 from gyroquant.errors import RecipeError
 from gyroquant.grids import IntegerGrid
-from gyroquant.job import prepare
+from gyroquant.pipeline import run as pipeline
+from gyroquant.pipeline.job import prepare
 from gyroquant.rounding import InputStatistics, Target
-from gyroquant.rounding.gptq import Gptq
-from gyroquant.rounding.target import determination
+from gyroquant.rounding.solvers.gptq import Gptq
+from gyroquant.rounding.steps.target import determination
 
 
 def silent(text: str) -> None:
@@ -24,13 +24,13 @@ def silent(text: str) -> None:
 def statistics(made: Problem) -> InputStatistics:
     away = made.x - made.y
     seen = made.statistics
-    return InputStatistics(seen.gram, seen.count, seen.drift, (away.T @ away).float())
+    return InputStatistics(seen.second_moments, seen.count, seen.input_error_cross, (away.T @ away).float())
 
 
 def test_the_two_objectives_differ_by_a_constant() -> None:
     made = Problem(tokens=300)
     wanted, plain = Target(share=1, damp_percent=0).shifted(made.weight, statistics(made), silent)
-    assert plain.drift is None
+    assert plain.input_error_cross is None
     gaps = []
     for seed in range(4):
         q = made.weight + torch.randn(made.weight.shape, generator=torch.Generator().manual_seed(seed))
@@ -59,9 +59,14 @@ def test_shares_are_shares() -> None:
 
 def test_without_a_drift_nothing_moves() -> None:
     made = Problem()
-    plain = InputStatistics(made.statistics.gram, made.statistics.count)
+    plain = InputStatistics(made.statistics.second_moments, made.statistics.count)
     assert torch.equal(Target().shifted(made.weight, plain, silent)[0], made.weight)
-    still = InputStatistics(plain.gram, plain.count, torch.zeros_like(plain.gram), torch.zeros_like(plain.gram))
+    still = InputStatistics(
+        plain.second_moments,
+        plain.count,
+        torch.zeros_like(plain.second_moments),
+        torch.zeros_like(plain.second_moments),
+    )
     assert torch.equal(Target().shifted(made.weight, still, silent)[0], made.weight)
 
 
@@ -81,13 +86,13 @@ def test_a_run_towards_it_is_nearer_to_the_original(
     kl = {}
     for out, changes in (("plain", []), ("towards", ["weights.target={share: auto}"])):
         recipe = gq.load_recipe("gptq", [*small, *changes, "weights.bits=2"])
-        pipeline.run(prepare(folders[name], tmp_path / out, recipe, corpus, tokenizer=tiny.tokenizer()))
-        kl[out] = gq.evaluate(tmp_path / out, corpus, folders[name], window=32, tokenizer=tiny.tokenizer())["kl"]
+        pipeline.run(prepare(folders[name], tmp_path / out, recipe, corpus, tokenizer=tiny_models.tokenizer()))
+        kl[out] = gq.evaluate(tmp_path / out, corpus, folders[name], window=32, tokenizer=tiny_models.tokenizer())["kl"]
     assert kl["towards"] < kl["plain"]
 
 
 def test_solvers_that_correct_drift_take_no_target() -> None:
-    with pytest.raises(RecipeError, match=r"qronos corrects drift by itself.*take gptq"):
+    with pytest.raises(RecipeError, match=r"qronos corrects the input error by itself.*take gptq"):
         gq.load_recipe("qronos", ["weights.target={share: auto}"])
     recipe = gq.load_recipe("gptq", ["weights.target={share: 0.5}"])
     assert gq.load_recipe(recipe.to_dict()) == recipe

@@ -4,23 +4,23 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny
+import tiny_models
 import torch
 import transformers
 
-import gyroquant as gq
-from gyroquant import pipeline
 from gyroquant.errors import RecipeError
 from gyroquant.grids import IntegerGrid
 from gyroquant.grids.basis import spectrum
-from gyroquant.job import expected_bytes, prepare
 from gyroquant.maps import hadamard
-from gyroquant.recipe import load_recipe
+from gyroquant.models.stores.source import open_model
+from gyroquant.pipeline import run as pipeline
+from gyroquant.pipeline.job import expected_bytes, prepare
+from gyroquant.recipes.schema import load_recipe
 from gyroquant.rounding import InputStatistics, WeightBasis, output_error
-from gyroquant.rounding.gptq import Gptq
-from gyroquant.rounding.qronos import Qronos
-from gyroquant.rounding.rtn import RoundToNearest
-from gyroquant.rounding.stage import Rounding
+from gyroquant.rounding.layers import RoundingConfig
+from gyroquant.rounding.solvers.gptq import Gptq
+from gyroquant.rounding.solvers.qronos import Qronos
+from gyroquant.rounding.solvers.rtn import RoundToNearest
 
 SMALL = ["weights.group_size=16", "calibration.nsamples=8", "calibration.seqlen=32", "calibration.dtype=float32"]
 
@@ -68,19 +68,21 @@ def test_gptq_in_a_basis_is_gptq_on_the_moved_layer() -> None:
     x, weight = inputs(), torch.randn(24, 96)
     basis = WeightBasis().fit(96, x.T @ x)
     assert basis.scale is not None
-    grid, how = IntegerGrid(bits=2, group_size=32), Rounding(Gptq(), IntegerGrid(), WeightBasis(), print)
+    grid, how = IntegerGrid(bits=2, group_size=32), RoundingConfig([Gptq()], IntegerGrid(), WeightBasis(), print)
     shift = torch.randn(500, 96, generator=torch.Generator().manual_seed(9))
     statistics = InputStatistics(x.T @ x, len(x), shift.T @ x)
-    placed = how.place("layer", weight, statistics)
-    found = how.solve(placed, grid)
+    prepared = how.prepare("layer", weight, statistics)
+    found = how.solve(prepared, grid)
     moved = hadamard(96).apply(x) / basis.scale
     alone = Gptq().solve(basis.encode(weight), grid, InputStatistics(moved.T @ moved, len(x)))
     assert (found.codes == alone.codes).float().mean() > 0.98  # the sums are taken in another order
-    assert placed.statistics is not None
-    assert placed.statistics.drift is not None
-    drift = (hadamard(96).apply(shift) / basis.scale).T @ moved  # rows are features of what drifts: not symmetric
-    assert torch.allclose(placed.statistics.drift.float(), drift, rtol=1e-3, atol=1e-2)
-    nearest = Rounding(RoundToNearest(), grid, WeightBasis(), print).solve(placed, grid)
+    assert prepared.statistics is not None
+    assert prepared.statistics.input_error_cross is not None
+    input_error_cross = (
+        hadamard(96).apply(shift) / basis.scale
+    ).T @ moved  # rows are features of what drifts: not symmetric
+    assert torch.allclose(prepared.statistics.input_error_cross.float(), input_error_cross, rtol=1e-3, atol=1e-2)
+    nearest = RoundingConfig([RoundToNearest()], grid, WeightBasis(), print).solve(prepared, grid)
     errors = [output_error(weight, one.dequantize(), statistics) for one in (found, nearest)]
     assert errors[0] < errors[1]
 
@@ -102,19 +104,19 @@ def test_what_is_loaded_is_what_was_rounded(
     out = tmp_path / "out"
     text = None if "weights.basis.alpha=0" in changes else corpus
     recipe = load_recipe("bbt-spectral", ["weights.bits=8", *SMALL, *changes])
-    manifest = pipeline.run(prepare(folders[name], out, recipe, text, tokenizer=tiny.tokenizer()))
-    ids, original = tiny.tokens(tiny.build(name)), tiny.build(name)
+    manifest = pipeline.run(prepare(folders[name], out, recipe, text, tokenizer=tiny_models.tokenizer()))
+    ids, original = tiny_models.tokens(tiny_models.build(name)), tiny_models.build(name)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     with torch.no_grad():
         before, after = original(ids).logits, loaded(ids).logits
     assert typical_error(after, before) < 0.05
     stored = json.loads((out / "config.json").read_text())["quantization_config"]["tensors"]
     assert all("basis" in entry for entry in stored.values())
-    assert manifest["bits"]["per_weight"] == pytest.approx(gq.models.source.open_model(out).bits_per_weight())
+    assert manifest["bits"]["per_weight"] == pytest.approx(open_model(out).bits_per_weight())
     assert ("basis" in manifest["bits"]["stored_bits"]) == (text is not None)
     dense = tmp_path / "dense"
     pipeline.run(
-        prepare(folders[name], dense, recipe, text, tokenizer=tiny.tokenizer(), dense=True, save_dtype="float32")
+        prepare(folders[name], dense, recipe, text, tokenizer=tiny_models.tokenizer(), dense=True, save_dtype="float32")
     )
     plain = transformers.AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
     with torch.no_grad():
@@ -125,7 +127,7 @@ def test_padding_is_counted(folders: dict[str, Path], corpus: Path, tmp_path: Pa
     bits, expected = {}, {}
     for padding in ("exact", "pad"):
         recipe = load_recipe("bbt-spectral", [*SMALL, f"weights.basis.padding={padding}"])
-        job = prepare(folders["llama"], tmp_path / padding, recipe, corpus, tokenizer=tiny.tokenizer())
+        job = prepare(folders["llama"], tmp_path / padding, recipe, corpus, tokenizer=tiny_models.tokenizer())
         expected[padding] = expected_bytes(job)
         bits[padding] = pipeline.run(job)["bits"]["stored_bits"]["codes"]
         stored = json.loads((tmp_path / padding / "config.json").read_text())["quantization_config"]
@@ -143,8 +145,8 @@ def test_qronos_works_where_second_moments_are_singular(padding: str) -> None:
     section = WeightBasis(padding=padding)  # type: ignore[arg-type]
     errors = {}
     for solver in (Qronos(), RoundToNearest()):
-        how = Rounding(solver, IntegerGrid(bits=4, group_size=32), section, warnings.append)
-        found = how.solve(how.place("layer", weight, statistics), how.grid)
+        how = RoundingConfig([solver], IntegerGrid(bits=4, group_size=32), section, warnings.append)
+        found = how.solve(how.prepare("layer", weight, statistics), how.grid)
         errors[solver.name] = output_error(weight, found.dequantize(), statistics)
     assert not warnings
     assert errors["qronos"] < 2 * errors["rtn"] + 0.01
@@ -152,19 +154,21 @@ def test_qronos_works_where_second_moments_are_singular(padding: str) -> None:
 
 def test_an_expert_without_tokens_is_warned_of() -> None:
     warnings: list[str] = []
-    how = Rounding(RoundToNearest(), IntegerGrid(bits=4, group_size=32), WeightBasis(), warnings.append)
-    assert how.place("expert", torch.randn(8, 96), None).basis.scale.eq(1).all()  # type: ignore[union-attr]
+    how = RoundingConfig([RoundToNearest()], IntegerGrid(bits=4, group_size=32), WeightBasis(), warnings.append)
+    assert how.prepare("expert", torch.randn(8, 96), None).basis.scale.eq(1).all()  # type: ignore[union-attr]
     assert len(warnings) == 1
     assert "expert: no calibration token" in warnings[0]
 
 
 def test_orders_without_a_matrix_name_the_remedy(tmp_path: Path, corpus: Path) -> None:
-    model = tiny.build("llama", intermediate_size=92)
+    model = tiny_models.build("llama", intermediate_size=92)
     changes = ["weights.group_size=-1", *SMALL[1:]]
     with pytest.raises(RecipeError, match=r"down_proj.*weights.basis.padding=pad"):
-        prepare(model, tmp_path / "out", load_recipe("bbt-spectral", changes), corpus, tokenizer=tiny.tokenizer())
+        prepare(
+            model, tmp_path / "out", load_recipe("bbt-spectral", changes), corpus, tokenizer=tiny_models.tokenizer()
+        )
     padded = load_recipe("bbt-spectral", [*changes, "weights.basis.padding=pad"])
-    prepare(model, tmp_path / "out", padded, corpus, tokenizer=tiny.tokenizer())
+    prepare(model, tmp_path / "out", padded, corpus, tokenizer=tiny_models.tokenizer())
 
 
 def test_unknown_settings_are_refused() -> None:

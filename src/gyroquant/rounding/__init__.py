@@ -1,18 +1,12 @@
-"""Rounding solvers: weights + statistics of their input + a grid -> codes. One file each."""
-
-from importlib import import_module
-from pkgutil import iter_modules
+"""Rounding: solvers that choose codes from weights, input statistics and a grid, and the steps around a solver."""
 
 from gyroquant.rounding.activations import Activations, Ignore, KvCache
-from gyroquant.rounding.allocate import Allocate
-from gyroquant.rounding.base import InputStatistics, Solver, output_error, weight_error
-from gyroquant.rounding.basis import WeightBasis
-from gyroquant.rounding.refine import Refine
-from gyroquant.rounding.signround import SignRound
-from gyroquant.rounding.target import Target
-
-for _module in iter_modules(__path__):
-    import_module(f"{__name__}.{_module.name}")
+from gyroquant.rounding.base import InputStatistics, Solver, output_error
+from gyroquant.rounding.bit_allocation import Allocate
+from gyroquant.rounding.steps.refine import Refine
+from gyroquant.rounding.steps.signround import SignRound
+from gyroquant.rounding.steps.target import Target
+from gyroquant.rounding.weight_basis import WeightBasis
 
 __all__ = [
     "Activations",
@@ -26,5 +20,4 @@ __all__ = [
     "Target",
     "WeightBasis",
     "output_error",
-    "weight_error",
 ]

@@ -5,33 +5,35 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny
+from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny, model_validator
 from torch import Tensor
 
 from gyroquant.errors import InputError, RecipeError
-from gyroquant.grids import Grid, IntegerGrid
-from gyroquant.models.graph import LinearOp, ModelGraph
-from gyroquant.models.online import CacheQuantizer, InputQuantizer
-from gyroquant.models.sites import attention_module, insertion
-from gyroquant.rounding.stage import is_ignored
+from gyroquant.grids import Grid
+from gyroquant.models.execution.online import CacheQuantizer, InputQuantizer
+from gyroquant.models.graph.model_graph import LinearOp, ModelGraph
+from gyroquant.models.graph.sites import attention_module, hook_point
+from gyroquant.rounding.layers import is_ignored
 
 
-def _names(value: Any) -> Any:
-    if not isinstance(value, list | tuple) or not all(isinstance(one, str) for one in value):
-        raise ValueError("ignore is a list of names and 're:' patterns")
+def _tuple_of_names(value: Any) -> Any:
+    if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
+        raise ValueError("ignore must be a list of module names and 're:' patterns")
     return tuple(value)
 
 
-Ignore = Annotated[tuple[str, ...], BeforeValidator(_names)]
+Ignore = Annotated[tuple[str, ...], BeforeValidator(_tuple_of_names)]
 
 _STRICT = ConfigDict(extra="forbid", frozen=True)
 
 
 class Activations(BaseModel):
-    """Inputs of linear layers, rounded dynamically: the scales of a token are found when it arrives.
+    """Rounds inputs of linear layers dynamically: the scales of a token are fitted when the token is processed.
 
-    A group size of -1 is one scale a token. `per_head` gives the input of o_proj one scale a head instead, as
-    SpinQuant's code does. `ignore` is as for weights. With `calibrate`, solvers see the rounded inputs.
+    - `grid`: the numbers to round to. A group size of -1 means one scale per token.
+    - `per_head`: whether the input of o_proj has one scale per head instead, as in SpinQuant's code. Default true.
+    - `ignore`: layers whose inputs are not rounded, named as for weights. Default lm_head.
+    - `calibrate`: whether solvers see the rounded inputs. Default true.
     """
 
     model_config = _STRICT
@@ -41,43 +43,55 @@ class Activations(BaseModel):
     calibrate: bool = True
 
     def quantizers(self, graph: ModelGraph) -> list[InputQuantizer]:
-        """One for every layer that is not ignored. Raises RecipeError when a group size does not fit."""
-        found = []
-        for group in (*graph.blocks, graph.outer):
-            for op in group.linears:
-                name = op.weight if op.entry.stacked else op.module
-                if op.entry.quantize and not is_ignored(name, self.ignore):
-                    found.append(InputQuantizer(insertion(op), self._grid(op, name, graph)))
-        if not found:
-            raise RecipeError("activations.ignore leaves no input to round")
-        return found
+        """One quantizer for each layer that is not ignored.
 
-    def _grid(self, op: LinearOp, name: str, graph: ModelGraph) -> Grid:
+        Raises RecipeError if a group size does not fit or every layer is ignored.
+        """
+        ops = [op for op in graph.linears if op.entry.quantize and not is_ignored(op.name, self.ignore)]
+        if not ops:
+            raise RecipeError("activations.ignore leaves no input to round: shorten it, or set activations=null")
+        return [InputQuantizer(hook_point(op), self._grid(op, graph)) for op in ops]
+
+    def _grid(self, op: LinearOp, graph: ModelGraph) -> Grid:
         if self.per_head and self.grid.group_size == -1 and op.entry.reads == "attn_out":
             return type(self.grid)(**self.grid.model_dump() | {"group_size": graph.head_dim})
-        self.grid.group_of(op.in_features, f"the input of {name}")
+        self.grid.group_of(op.in_features, f"the input of {op.name}")
         return self.grid
 
 
 class KvCache(BaseModel):
-    """Keys and values, rounded per token and head: keys after RoPE and R3, values as v_proj gives them.
+    """Rounds keys and values per token and head: keys after RoPE and R3, values as v_proj returns them.
 
-    `center_keys` takes the mean of every channel of the keys over the calibration tokens away before rounding and adds
-    it afterwards. It is taken after RoPE, the only place where one offset serves all positions.
+    - `grid`: the numbers to round to.
+    - `center_keys`: whether the mean of each channel of the keys, over the calibration tokens, is subtracted before
+      rounding and added afterwards. Default false. The mean is measured after RoPE, the only place where one offset
+      is right for all positions.
     """
 
     model_config = _STRICT
-    grid: IntegerGrid
+    grid: SerializeAsAny[Grid]
     center_keys: bool = False
 
+    @model_validator(mode="after")
+    def _cache_holds_integers(self) -> KvCache:
+        if not self.grid.plain_integers:
+            raise ValueError(f"the KV cache takes integer grids only, not {self.grid.grid}: leave grid out")
+        return self
+
     def quantizers(self, graph: ModelGraph) -> list[CacheQuantizer]:
-        """One for every attention module. Raises RecipeError when the group size does not divide the heads."""
+        """One quantizer for each attention module.
+
+        Raises RecipeError if the group size does not divide the size of a head.
+        """
         self.grid.group_of(graph.head_dim, "the heads of the KV cache")
         return [CacheQuantizer(attention_module(group), self.grid, self.grid) for group in graph.blocks]
 
 
 class KeyMean:
-    """Mean over tokens of keys of shape (batch, kv heads, length, head_dim); shape (kv heads, head_dim), fp16."""
+    """The mean over tokens of keys of shape (batch, kv heads, length, head_dim).
+
+    The result has shape (kv heads, head_dim), fp16.
+    """
 
     def __init__(self) -> None:
         self._sum: Tensor | float = 0.0

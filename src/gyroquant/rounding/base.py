@@ -1,116 +1,237 @@
-"""What a rounding solver is: weights, statistics of their input and a grid -> codes."""
+"""The base classes of rounding: a step, and a solver, the step that makes codes from weights, statistics and a grid."""
 
 from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import IntEnum
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
+from typing_extensions import Self
 
-from gyroquant.grids import Grid, QuantizedWeight
-from gyroquant.grids.base import lift
+from gyroquant.errors import RecipeError, UnsupportedModelError
+from gyroquant.grids import Basis, Grid, QuantizedWeight
+from gyroquant.grids.error import in_reach
+from gyroquant.models.graph.model_graph import LinearOp, ModelGraph
+from gyroquant.registry import Registry, no_examples
 
 Warn = Callable[[str], None]
 
 
 @dataclass
 class InputStatistics:
-    """Second moments of a layer's input: `gram` is the sum of ``x^T x`` over `count` tokens, shape (in, in), fp32.
+    """Statistics of a layer's input x. x0 is the input for the same token in the unrounded model.
 
-    With x0 the input that the unrounded model would have for the same token, `drift` is the sum of ``(x0 - x)^T x``
-    (rows are features of x0 - x, columns features of x), fp32; None where it was not asked for or where x0 is not
-    known, which solvers take as no drift. The difference is what is summed, because ``x0^T x`` and `gram` agree in
-    most of their digits and the solvers need what is left of them, times an inverse. `spread` is the sum of
-    ``(x0 - x)^T (x0 - x)``, where there is a drift.
+    - `second_moments`: the sum of ``x^T x`` over the tokens, shape (in, in), fp32.
+    - `count`: the number of tokens.
+    - `input_error_cross`: the sum of ``(x0 - x)^T x``, fp32. Rows are features of x0 - x, columns features of x. None
+      if no step needs it or x0 is not known; solvers then take x0 as equal to x. The difference is summed because
+      ``x0^T x`` and ``x^T x`` agree in most digits, and solvers multiply their difference by an inverse.
+    - `input_error_second_moments`: the sum of ``(x0 - x)^T (x0 - x)``, fp32. Computed only with `input_error_cross`,
+      and only if a step needs it.
     """
 
-    gram: Tensor
+    second_moments: Tensor
     count: int
-    drift: Tensor | None = None
-    spread: Tensor | None = None
+    input_error_cross: Tensor | None = None
+    input_error_second_moments: Tensor | None = None
 
     def moved(self, change: Callable[[Tensor], Tensor]) -> InputStatistics:
-        """The statistics in another basis, into which `change` brings second moments of shape (in, in)."""
-        drift, spread = (None if one is None else change(one) for one in (self.drift, self.spread))
-        return InputStatistics(change(self.gram), self.count, drift, spread)
+        """The statistics in another basis. `change` transforms second moments, shape (in, in), to that basis."""
+        input_error_cross, input_error_second_moments = (
+            None if sums is None else change(sums) for sums in (self.input_error_cross, self.input_error_second_moments)
+        )
+        return InputStatistics(change(self.second_moments), self.count, input_error_cross, input_error_second_moments)
 
     @property
     def cross(self) -> Tensor:
         """The sum of ``x0^T x``: rows are features of x0, columns features of x."""
-        return self.gram if self.drift is None else self.gram + self.drift
+        return self.second_moments if self.input_error_cross is None else self.second_moments + self.input_error_cross
 
 
-class Solver(BaseModel, ABC):
-    """A way to round. Subclasses register themselves under their `name` and have their options as fields."""
+@dataclass(frozen=True)
+class PreparedWeight:
+    """One matrix between two steps of rounding. A step takes it and returns a changed copy.
+
+    - `name`: the name in messages.
+    - `matrix`: the numbers to round, shape (out, columns), fp32, in the basis in which they are rounded.
+    - `statistics`: the statistics of its input in that basis. None if no calibration token reached the matrix, or if
+      no step needs statistics.
+    - `basis`: the basis. None if the weight is rounded in its own basis.
+    - `grid`: the grid, made for this matrix (`Grid.with_tensor_scale`). None until it is chosen.
+    - `rounded`: the codes and scales so far, in that basis. None before the solver.
+    """
+
+    name: str
+    matrix: Tensor
+    statistics: InputStatistics | None
+    basis: Basis | None
+    grid: Grid | None = None
+    rounded: QuantizedWeight | None = None
+
+    def decode(self) -> Tensor:
+        """The numbers that the codes stand for, in the basis, shape of `matrix`, fp32. Each call decodes them again."""
+        assert self.rounded is not None, "decode() needs the codes of the solver"
+        return replace(self.rounded, basis=None).dequantize()
+
+
+class When(IntEnum):
+    """When a step is applied. Steps run in this order. Steps with the same value run in the order of their keys."""
+
+    BEFORE_SOLVER = 0
+    """On each layer: changes the weights that the solver rounds."""
+    SOLVER = 1
+    """On each layer: makes codes and scales."""
+    AFTER_SOLVER = 2
+    """On each layer: improves codes and scales."""
+    TUNE_BLOCK = 3
+    """On a block whose layers are all rounded: improves codes and scales."""
+    CORRECT_BLOCK = 4
+    """On a block whose codes are final: changes its parameters that are not rounded."""
+
+
+class RoundingStep(BaseModel, ABC):
+    """One step of rounding a layer or a block. Its fields are its options; the class declares what it needs."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    kinds: ClassVar[dict[str, type[Solver]]] = {}
+    key: ClassVar[str]
+    """The key in a recipe's `weights` that adds this step."""
+    when: ClassVar[When]
     needs_statistics: ClassVar[bool] = False
-    """Whether the model must be run on calibration text to use this solver."""
+    """Whether it reads `PreparedWeight.statistics`. Then the model runs on calibration text."""
     needs_original: ClassVar[bool] = False
-    """Whether the solver wants the inputs that the unrounded model would have (`InputStatistics.drift`)."""
+    """Whether it reads `InputStatistics.input_error_cross`. Then the unrounded model runs beside the rounded one."""
+    needs_input_error_second_moments: ClassVar[bool] = False
+    """Whether it also reads `InputStatistics.input_error_second_moments`."""
+    needs_block: ClassVar[bool] = False
+    """Whether it reads the outputs of a whole block, rounded and unrounded."""
+    needs_model: ClassVar[bool] = False
+    """Whether it takes the whole model at once."""
+    random: ClassVar[bool] = False
+    """Whether its result depends on the recipe's seed."""
+
+    @classmethod
+    def examples(cls) -> list[Self]:
+        """Steps that cover the options of this class, for tests."""
+        raise no_examples(cls)
+
+    def apply(self, prepared: PreparedWeight, warn: Warn = lambda text: None) -> PreparedWeight:
+        """The matrix after this step. Steps on blocks return it unchanged."""
+        return prepared
+
+    def for_layers(self) -> RoundingStep:
+        """The step that rounds single layers: this step, or its replacement if it only rounds whole models."""
+        return self
+
+    def check(self) -> None:
+        """Raises InputError, with the remedy, if a program or package that it calls is not installed."""
+
+    def check_layers(self, graph: ModelGraph, targets: Mapping[str, LinearOp]) -> None:
+        """Raises UnsupportedModelError if it cannot round one of the targets, given by the name of their weight."""
+
+    def memory_bytes(self, rows: int, columns: int) -> int:
+        """The memory in bytes for one matrix, if that is more than the memory model counts for every matrix; else 0."""
+        return 0
+
+
+class Solver(RoundingStep):
+    """Chooses the codes of a layer. Subclasses register themselves under their `name`; their fields are their options.
+
+    A new solver declares what it needs, and `gyroquant.testing.check_solver` tests these declarations.
+    """
+
+    registry: ClassVar[Registry[type[Solver]]] = Registry("solver", "gyroquant.rounding.solvers", error=RecipeError)
+    key = "solver"
+    when = When.SOLVER
 
     name: str
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         if not inspect.isabstract(cls):
-            Solver.kinds[cls.model_fields["name"].default] = cls
+            Solver.registry.add(cls.model_fields["name"].default, cls)
 
     @abstractmethod
     def solve(
         self, weight: Tensor, grid: Grid, statistics: InputStatistics | None, warn: Warn = lambda text: None
     ) -> QuantizedWeight:
-        """Rounds a matrix of shape (out, in), fp32, to a grid that is bound to it. Rows are independent of each other
-        given grid and statistics.
+        """Rounds a matrix of shape (out, in), fp32, to a grid that was made for it.
+
+        With grid and statistics given, each row is rounded independently of the others.
         """
 
+    def apply(self, prepared: PreparedWeight, warn: Warn = lambda text: None) -> PreparedWeight:
+        assert prepared.grid is not None
+        return replace(prepared, rounded=self.solve(prepared.matrix, prepared.grid, prepared.statistics, warn))
 
-class ModelSolver(Solver):
-    """A solver from outside that rounds all layers of a model at once, and is given the transformed model."""
+    def conflicts(self, sections: Sequence[str], grids: Sequence[Grid]) -> str:
+        """The reason why it cannot be combined with these grids and these other keys of `weights`; empty if it can.
+
+        The keys are those that change what is rounded, or how.
+        """
+        return ""
+
+    def quantize_model(
+        self, model: Any, layers: Mapping[str, Grid], tokens: Tensor, tokenizer: Any, seed: int
+    ) -> dict[str, QuantizedWeight]:
+        """Rounds linear layers of a model, fp32, to their grids. Only for solvers with `needs_model`.
+
+        The keys of `layers` and of the result are names of modules. `tokens` has the shape (samples, length). The
+        method may change the model.
+        """
+        raise TypeError(f"{self.name} rounds layer by layer")
+
+
+class ExternalSolver(Solver):
+    """A solver of another package. It gets the transformed model and rounds all its layers at once."""
 
     needs_statistics = True
+    needs_model = True
+    random = True
 
     @abstractmethod
     def check(self) -> None:
-        """Raises InputError, with the remedy, where what it calls is not installed."""
+        """Raises InputError, with the remedy, if the package that it calls is not installed."""
 
     @abstractmethod
-    def round_model(
+    def quantize_model(
         self, model: Any, layers: Mapping[str, Grid], tokens: Tensor, tokenizer: Any, seed: int
     ) -> dict[str, QuantizedWeight]:
-        """Rounds linear layers of a model, fp32, which it may spoil, to their grids; both by name of the module.
-
-        `tokens` has the shape (samples, length).
-        """
+        """As `Solver.quantize_model`."""
 
     def solve(
         self, weight: Tensor, grid: Grid, statistics: InputStatistics | None, warn: Warn = lambda text: None
     ) -> QuantizedWeight:
         raise TypeError(f"{self.name} rounds whole models")
 
+    def for_layers(self) -> RoundingStep:
+        """Round to nearest, which replaces an external solver where single layers are rounded."""
+        return Solver.registry["rtn"](name="rtn")
 
-def in_reach(weight: Tensor, rounded: Tensor) -> tuple[Tensor, Tensor]:
-    """Both times the same power of two, where fp32 does not hold the squares of the weights; shares of
-    them stay what they are.
-    """
-    up = lift(weight)
-    return (weight, rounded) if up == 1 else (weight * up, rounded * up)
+    def conflicts(self, sections: Sequence[str], grids: Sequence[Grid]) -> str:
+        if sections:
+            return f"{self.name} rounds the whole model by itself: leave {', '.join(sections)} out"
+        if not all(grid.plain_integers for grid in grids):
+            return f"{self.name} rounds to integer grids only"
+        return ""
 
-
-def weight_error(weight: Tensor, rounded: Tensor) -> float:
-    """``|W - Q|^2 / |W|^2``."""
-    weight, rounded = in_reach(weight, rounded)
-    return float((weight - rounded).square().sum() / weight.square().sum().clamp_min(1e-30))
+    def check_layers(self, graph: ModelGraph, targets: Mapping[str, LinearOp]) -> None:
+        inside = {op.weight for op in graph.block_linears}
+        for name, op in targets.items():
+            if name not in inside or op.entry.stacked or op.entry.transposed:
+                raise UnsupportedModelError(
+                    f"the solver {self.name} rounds only plain linear layers of blocks, and {op.name} is not one: "
+                    "add it to weights.ignore, or take another solver"
+                )
 
 
 def output_energy(weight: Tensor, statistics: InputStatistics) -> float:
     """``|X W^T|^2`` over the calibration tokens, from the second moments alone."""
-    return float(((weight @ statistics.gram) * weight).sum())
+    return float(((weight @ statistics.second_moments) * weight).sum())
 
 
 def output_error(weight: Tensor, rounded: Tensor, statistics: InputStatistics) -> float:

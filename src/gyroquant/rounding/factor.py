@@ -1,4 +1,6 @@
-"""The triangular factor that a sweep over columns needs, made in place: second moments of wide layers are large."""
+"""The triangular factor for a sweep over columns. It is computed in place, because second moments of wide layers are
+large.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,8 @@ _BLOCK = 256
 def inverse_factor(gram: Tensor, damp_percent: float, warn: Warn = lambda text: None) -> Tensor:
     """The upper Cholesky factor U of the inverse of the damped second moments, ``U^T U = H^-1``, fp64.
 
-    `damp_percent` of the mean diagonal is added to the diagonal. Where the result is still not positive definite, ten
-    times as much is tried, with a warning, until it is.
+    `damp_percent` times the mean of the diagonal is added to the diagonal. As long as the result is not positive
+    definite, the function warns and tries ten times as much. Raises InputError if that does not help.
     """
     diagonal = gram.diagonal().double()
     mean = float(diagonal.mean())
@@ -28,16 +30,19 @@ def inverse_factor(gram: Tensor, damp_percent: float, warn: Warn = lambda text: 
         if upper is not None:
             return upper
         if not damp <= 100:
-            raise InputError("the second moments of a layer's input are not finite; is a weight or an activation NaN?")
+            raise InputError(
+                "the second moments of a layer's input are not finite: check the model for weights or activations "
+                "that are NaN or infinite"
+            )
         damp = max(10 * damp, 1e-4)
-        warn(f"second moments are not positive definite, damping raised to {damp:g} of the mean diagonal")
+        warn(f"second moments are not positive definite; damping is raised to {damp:g} of the mean diagonal")
 
 
 def _factor(gram: Tensor, damping: Tensor) -> Tensor | None:
-    """The factor of `inverse_factor` with `damping` on the diagonal, None where there is none.
+    """The factor of `inverse_factor` with `damping` on the diagonal; None if it does not exist.
 
-    H = R R^T with R upper makes U = R^-1: ``U^T U = R^-T R^-1 = H^-1``. Both steps go block by block in the one copy of
-    H in fp64, so memory holds no second matrix, and no product forms the inverse itself.
+    With ``H = R R^T`` and R upper, U is R^-1: ``U^T U = R^-T R^-1 = H^-1``. Both steps work block by block in one fp64
+    copy of H. So memory holds no second matrix, and the inverse itself is never formed.
     """
     h = gram.to(torch.float64, copy=True)
     h.diagonal().add_(damping)
@@ -45,9 +50,9 @@ def _factor(gram: Tensor, damping: Tensor) -> Tensor | None:
 
 
 def cholesky_upper_(h: Tensor) -> bool:
-    """Makes the upper R with ``R R^T = h`` of a symmetric h, shape (n, n), in its place; whether there is one.
+    """Replaces a symmetric h, shape (n, n), by the upper R with ``R R^T = h``; returns whether R exists.
 
-    Only the upper triangle is read; below it there are zeros afterwards.
+    Only the upper triangle of h is read. Afterwards the entries below it are zero.
     """
     n = len(h)
     for start in reversed(range(0, n, _BLOCK)):
@@ -68,13 +73,13 @@ def cholesky_upper_(h: Tensor) -> bool:
 
 
 def invert_upper_(r: Tensor) -> Tensor:
-    """The inverse of an upper triangular matrix, in its place."""
+    """Replaces an upper triangular matrix by its inverse, and returns it."""
     n = len(r)
     for start in range(0, n, _BLOCK):
         stop = min(n, start + _BLOCK)
         eye = torch.eye(stop - start, dtype=r.dtype, device=r.device)
         corner = torch.linalg.solve_triangular(r[start:stop, start:stop], eye, upper=True)
-        # rows from the top: each takes only what is not yet inverted of the rows below it, and itself last
+        # From the top row down: each row block reads only rows below it that are not yet inverted, and itself last.
         for above in range(0, start, _BLOCK):
             below = above + _BLOCK
             r[above:below, start:stop] = r[above:below, above:start] @ r[above:start, start:stop] @ -corner

@@ -1,4 +1,4 @@
-"""Round to nearest: every weight to the closest number of its group's grid."""
+"""Round to nearest: each weight becomes the closest number of its group's grid."""
 
 from __future__ import annotations
 
@@ -7,19 +7,24 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from gyroquant.grids import Grid, GroupParams, QuantizedWeight
 from gyroquant.grids.exact import is_given_back
 from gyroquant.rounding.base import InputStatistics, Solver, Warn
 
 _PIECE = 1 << 23
-_SAMPLE = 16  # rows that are looked at first
+_SAMPLE = 16  # rows that are tried first
 
 
 class RoundToNearest(Solver):
-    """No calibration; the baseline of everything else."""
+    """Round to nearest. It needs no calibration."""
 
     name: Literal["rtn"] = "rtn"
+
+    @classmethod
+    def examples(cls) -> list[Self]:
+        return [cls()]
 
     def solve(
         self, weight: Tensor, grid: Grid, statistics: InputStatistics | None = None, warn: Warn = lambda text: None
@@ -36,8 +41,9 @@ class RoundToNearest(Solver):
 
 
 def rows_on_grid(weight: Tensor, rounded: QuantizedWeight) -> Tensor:
-    """Which rows of a matrix, shape (out, in), are not all zero and lie on the grid already, so that rounding to
-    nearest gave them back but for what 16 bits keep of a number; bool of shape (out,).
+    """Which rows of a matrix, shape (out, in), already lie on the grid and are not all zero; bool of shape (out,).
+
+    A row lies on the grid if rounding to nearest returned it, up to the precision of 16-bit numbers.
     """
     groups = weight.view(len(weight), rounded.params.scale.shape[1], -1)
     same = is_given_back(rounded.grid, groups, rounded.params).flatten(1).all(1)
@@ -45,12 +51,14 @@ def rows_on_grid(weight: Tensor, rounded: QuantizedWeight) -> Tensor:
 
 
 def on_grid(weight: Tensor, grid: Grid) -> tuple[Tensor, QuantizedWeight] | None:
-    """The rows that lie on a grid already, and the matrix rounded to nearest; None if none of a few rows does. `grid`
-    is bound to the matrix. Grids that take the range of a group look for the scale here, too.
+    """The rows that already lie on a grid, and the matrix rounded to nearest. None if none of a few sample rows does.
+
+    `grid` must have the tensor scale of the matrix. The scale is searched here even for grids that take it from the
+    range of a group.
     """
-    searching = grid.model_copy(update={"scale": "mse"}) if "scale" in type(grid).model_fields else grid
-    some = weight[torch.linspace(0, len(weight) - 1, min(len(weight), _SAMPLE)).long()]
-    if not bool(rows_on_grid(some, RoundToNearest().solve(some, searching)).any()):
+    searching = grid.fitted_by("mse")
+    sample = weight[torch.linspace(0, len(weight) - 1, min(len(weight), _SAMPLE)).long()]
+    if not bool(rows_on_grid(sample, RoundToNearest().solve(sample, searching)).any()):
         return None
     nearest = replace(RoundToNearest().solve(weight, searching), grid=grid)
     return rows_on_grid(weight, nearest), nearest

@@ -1,4 +1,4 @@
-"""GPTQ (Frantar et al., arXiv 2210.17323): columns in turn, each one's error passed on to those still free."""
+"""GPTQ (Frantar et al., arXiv 2210.17323): rounds column after column and compensates each error in later columns."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
+from typing_extensions import Self
 
 from gyroquant.errors import InputError
 from gyroquant.grids import Grid, GroupParams, QuantizedWeight
@@ -18,11 +19,14 @@ _BLOCK = 128
 
 
 class ColumnSolver(Solver):
-    """Solvers that take columns in turn, each one's error passed on to those still free.
+    """Solvers that round one column after another and compensate each error in the columns that are not rounded yet.
 
-    Scales are fitted when a group's turn comes, on weights that already carry the errors of earlier columns, or before
-    (`static_groups`). `act_order` takes columns by falling second moment; it needs static groups, since the stored
-    groups stay in place, and turns them on. Columns that no calibration token reaches are rounded to nearest.
+    Columns that are zero in all calibration tokens are rounded to nearest.
+
+    - `act_order`: whether columns are taken by falling second moment. Default false. It turns static groups on, because
+      the stored groups keep their columns.
+    - `static_groups`: whether all scales are fitted before the sweep. By default, the scales of a group are fitted when
+      the sweep reaches the group, on weights that already compensate the errors of earlier columns.
     """
 
     needs_statistics = True
@@ -32,17 +36,17 @@ class ColumnSolver(Solver):
     @model_validator(mode="after")
     def _consistent(self) -> ColumnSolver:
         if self.act_order and self.static_groups is False:
-            raise ValueError("act_order needs static_groups: true, since the stored groups stay in place")
+            raise ValueError("act_order needs static_groups: true, because the stored groups keep their columns")
         return self
 
     @abstractmethod
     def damping(self, gram: Tensor) -> float:
-        """What is added to the diagonal of the second moments, over the mean of the diagonal."""
+        """The number added to the diagonal of the second moments, divided by the mean of the diagonal."""
 
-    def corrected(self, weight: Tensor, drift: Tensor, factor: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What a drift of the input changes: the weights to start from, shape (out, in), and the `feed` of the sweep.
+    def corrected(self, weight: Tensor, input_error_cross: Tensor, factor: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The correction of an input error: the weights to start from, shape (out, in), and the `feed` of the sweep.
 
-        `factor` is the U of `inverse_factor`; all have their columns in the order of the sweep.
+        `factor` is the U of `inverse_factor`. All three have their columns in the order of the sweep.
         """
         return weight, None
 
@@ -51,39 +55,46 @@ class ColumnSolver(Solver):
     ) -> QuantizedWeight:
         if statistics is None:
             raise InputError(f"{self.name} needs calibration text: give --text, or use the solver rtn")
-        gram, order = statistics.gram, self.order(statistics.gram)
+        gram, order = statistics.second_moments, self.order(statistics.second_moments)
         factor = inverse_factor(gram[order][:, order] if self.act_order else gram, self.damping(gram), warn)
         start, feed = weight, None
-        if statistics.drift is not None:
-            start, feed = self.corrected(weight[:, order], statistics.drift[order][:, order], factor)
+        if statistics.input_error_cross is not None:
+            start, feed = self.corrected(weight[:, order], statistics.input_error_cross[order][:, order], factor)
             start = start[:, order.argsort()]
         return Sweep(start, grid, order, bool(self.static_groups or self.act_order)).run(factor, feed)
 
     def order(self, gram: Tensor) -> Tensor:
-        """The columns in the order in which they are rounded, for second moments of shape (columns, columns)."""
+        """The indices of the columns in the order of rounding, for second moments of shape (columns, columns)."""
         if self.act_order:
             return torch.argsort(gram.diagonal(), descending=True, stable=True)
         return torch.arange(gram.shape[0], device=gram.device)
 
 
 class Gptq(ColumnSolver):
-    """GPTQ with lazy updates."""
+    """GPTQ with lazy updates.
+
+    - `damp_percent`: the share of the mean second moment that is added to the diagonal. Default 0.01.
+    """
 
     name: Literal["gptq"] = "gptq"
     damp_percent: Annotated[float, Field(ge=0, le=1)] = 0.01
+
+    @classmethod
+    def examples(cls) -> list[Self]:
+        return [cls(), cls(act_order=True), cls(static_groups=True)]
 
     def damping(self, gram: Tensor) -> float:
         return self.damp_percent
 
 
 class Sweep:
-    """The state of one pass over the columns; weights are held transposed, so that a column lies together."""
+    """The state of one pass over the columns. Weights are held transposed, so that a column is contiguous."""
 
     def __init__(self, weight: Tensor, grid: Grid, order: Tensor, static: bool):
         rows, columns = weight.shape
         self.grid, self.order, self.static = grid, order, static
         self.size = grid.group_of(columns)
-        # Blocks hold whole groups, so that a group is always fitted on weights that carry every earlier error.
+        # Blocks hold whole groups, so that a group is always fitted on weights that compensate every earlier error.
         self.step = _BLOCK if self.size >= columns else max(self.size, _BLOCK // self.size * self.size)
         self.free = weight.T[order].contiguous().float()
         self.codes = torch.empty(columns, rows, dtype=torch.uint8, device=weight.device)
@@ -95,7 +106,7 @@ class Sweep:
             self.params = GroupParams(blank, blank.clone())
 
     def block(self, start: int, stop: int, factor: Tensor, feed: Tensor | None) -> None:
-        """Rounds columns start..stop and passes their errors on, within the block at once, beyond it in one product."""
+        """Rounds columns start..stop. Errors change the rest of the block at once, later blocks in one product."""
         errors = torch.empty(stop - start, self.free.shape[1], device=self.free.device)
         rows = factor[start:stop].float()
         for i in range(start, stop):
@@ -117,10 +128,9 @@ class Sweep:
             self.free[stop:].addmm_(feed[start:stop, stop:].T, self.free[start:stop])
 
     def run(self, factor: Tensor, feed: Tensor | None = None) -> QuantizedWeight:
-        """Rounds every column, given the factor of the inverse second moments in the sweep's order.
+        """Rounds every column. `factor` is that of the inverse second moments, in the order of the sweep.
 
-        With `feed`, of the same shape, fp32, each column as it was before rounding, times its row of `feed`, is added
-        to those that come after it.
+        With `feed`, same shape, fp32, each column before rounding, times its row of `feed`, is added to later columns.
         """
         columns = len(self.order)
         for start in range(0, columns, self.step):

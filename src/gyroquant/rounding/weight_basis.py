@@ -1,5 +1,5 @@
-"""The weight-basis form of BBT (arXiv 2605.25203): weights rounded in the basis of a Walsh-Hadamard transform of their
-inputs, scaled by the energy there, and turned back when they are decoded.
+"""The weight-basis form of BBT (arXiv 2605.25203). Weights are rounded in the basis of a Walsh-Hadamard transform of
+their inputs, scaled by the energy of each coefficient. Decoding undoes scale and transform.
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ from gyroquant.methods.spectral import scales
 
 
 class WeightBasis(BaseModel):
-    """Rounds ``pad(W) H diag(s)`` in place of W, with ``s = (1 + D rho)^alpha`` and rho the share of the input's energy
-    that each of the D coefficients of its transform has; alpha 0 is the transform alone and needs no calibration.
+    """Rounds ``pad(W) H diag(s)`` in place of W, with ``s = (1 + D rho)^alpha``.
 
-    `padding`: ``exact`` takes the Hadamard matrix of the layer's own order, ``pad`` adds zeros up to a power of two as
-    the paper does, which stores more codes than the weight has numbers. `energy`: ``all`` coefficients as in the
-    paper's text; ``kept`` as in the authors' code, the first d of them, with s = 1 behind (the same unless padded).
+    The transform of the input has D coefficients; rho is the share of the input's energy in each of them.
+
+    - `padding`: ``exact`` (default) takes the Hadamard matrix of the layer's own order. ``pad`` adds zeros up to a
+      power of two, as the paper does; then there are more codes than weights.
+    - `alpha`: from 0 to 1, default 0.5. 0 is the transform without scales and needs no calibration.
+    - `energy`: ``all`` (default) counts all coefficients, as in the paper's text. ``kept`` counts the first d, as in
+      the authors' code, with s = 1 for the others. The two differ only with padding.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -37,7 +40,10 @@ class WeightBasis(BaseModel):
         return self.alpha > 0
 
     def order(self, columns: int, name: str = "a weight") -> int:
-        """The columns that are rounded for a weight of this many. Raises RecipeError when there is no such matrix."""
+        """The number of columns that are rounded for a weight with `columns` columns.
+
+        Raises RecipeError if there is no Hadamard matrix of that order.
+        """
         order = columns if self.padding == "exact" else next_power_of_two(columns)
         try:
             Basis(columns, order).encode(torch.zeros(1, columns))
@@ -46,7 +52,10 @@ class WeightBasis(BaseModel):
         return order
 
     def fit(self, columns: int, gram: Tensor | None) -> Basis:
-        """The basis for an input with these second moments; without them (an expert no token reached) unscaled."""
+        """The basis for an input with these second moments.
+
+        Without second moments (no token reached an expert) all scales are 1.
+        """
         order = self.order(columns)
         if gram is None or self.alpha == 0:
             return Basis(columns, order, None if self.alpha == 0 else torch.ones(1, order))

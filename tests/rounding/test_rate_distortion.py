@@ -4,21 +4,21 @@ import math
 from pathlib import Path
 
 import pytest
-import tiny
+import tiny_models
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_solvers import problem
 
 import gyroquant as gq
-from gyroquant import pipeline
 from gyroquant.grids import IntegerGrid
-from gyroquant.job import prepare
+from gyroquant.pipeline import run as pipeline
+from gyroquant.pipeline.job import prepare
 from gyroquant.rounding import InputStatistics, output_error
 from gyroquant.rounding.base import output_energy
-from gyroquant.rounding.gptq import Gptq
-from gyroquant.rounding.limit import least_bits, least_error, limit, spectrum
-from gyroquant.rounding.rtn import RoundToNearest
+from gyroquant.rounding.rate_distortion import least_bits, least_error, rate_distortion, spectrum
+from gyroquant.rounding.solvers.gptq import Gptq
+from gyroquant.rounding.solvers.rtn import RoundToNearest
 
 
 def falling(*values: float) -> torch.Tensor:
@@ -53,7 +53,7 @@ def test_bits_and_error_are_inverse_and_the_definition(values: list[float], bits
 def test_no_error_takes_infinitely_many_bits_and_all_of_it_none() -> None:
     assert least_bits(falling(2, 1), 0.0) == math.inf
     assert least_bits(falling(2, 1), 1.5) == 0.0
-    assert limit(torch.ones(2, 2), falling(1, 1), 0.0, 1.0, 2.0) is None
+    assert rate_distortion(torch.ones(2, 2), falling(1, 1), 0.0, 1.0, 2.0) is None
 
 
 def test_gaussian_weights_lie_above_it_and_gptq_nearer_than_rounding_to_nearest() -> None:
@@ -64,7 +64,9 @@ def test_gaussian_weights_lie_above_it_and_gptq_nearer_than_rounding_to_nearest(
         error = output_error(weight, rounded.dequantize(), statistics)
         bits = rounded.bits / weight.numel()
         assert bits == 3 + (16 + 3) / 64
-        found[solver.name] = limit(weight, spectrum(statistics.gram), error, output_energy(weight, statistics), bits)
+        found[solver.name] = rate_distortion(
+            weight, spectrum(statistics.second_moments), error, output_energy(weight, statistics), bits
+        )
         assert found[solver.name].decibels == pytest.approx(10 * math.log10(error / found[solver.name].output_error))
     assert 1.5 < found["gptq"].decibels < found["rtn"].decibels
     assert 0.25 < found["gptq"].excess_bits < found["rtn"].excess_bits
@@ -75,10 +77,10 @@ def test_rounding_to_nearest_is_measured_when_asked(folders: dict[str, Path], co
     layers = {}
     for name, changes in (("plain", []), ("measured", ["weights.measure=true"])):
         recipe = gq.load_recipe("rtn", [*small, *changes])
-        asked = prepare(folders["llama"], tmp_path / name, recipe, corpus, tokenizer=tiny.tokenizer())
+        asked = prepare(folders["llama"], tmp_path / name, recipe, corpus, tokenizer=tiny_models.tokenizer())
         layers[name] = pipeline.run(asked)["layers"]
-    assert all(layer["limit"] is None for layer in layers["plain"])
-    assert all(layer["limit"]["decibels"] > 0 for layer in layers["measured"])
+    assert all(layer["rate_distortion"] is None for layer in layers["plain"])
+    assert all(layer["rate_distortion"]["decibels"] > 0 for layer in layers["measured"])
     assert [one["weight_error"] for one in layers["plain"]] == [one["weight_error"] for one in layers["measured"]]
 
 
@@ -86,14 +88,14 @@ def test_the_bound_is_met_by_no_bits_at_all() -> None:
     """A layer of zeros costs nothing and loses everything: at 0 bits that is the bound, but for the weights' luck."""
     weight, statistics = problem(rows=512)
     energy = output_energy(weight, statistics)
-    found = limit(weight, spectrum(statistics.gram), 1.0, energy, 0.0)
+    found = rate_distortion(weight, spectrum(statistics.second_moments), 1.0, energy, 0.0)
     assert found is not None
     assert found.decibels == pytest.approx(0, abs=0.2)
 
 
 def test_a_spectrum_has_no_negative_numbers() -> None:
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
-    found = spectrum(InputStatistics(x.T @ x, 5).gram)
+    found = spectrum(InputStatistics(x.T @ x, 5).second_moments)
     assert bool((found >= 0).all())
     assert torch.equal(found, found.sort(descending=True).values)
     assert float(found.sum()) == pytest.approx(float(x.square().sum()), rel=1e-4)

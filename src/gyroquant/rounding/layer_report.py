@@ -1,0 +1,89 @@
+"""Errors of rounded layers, and their distance to the rate-distortion bound at the same bits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass
+
+from torch import Tensor
+
+from gyroquant.grids.error import in_reach, weight_error
+from gyroquant.models.graph.rounded_layer import RoundedLayer
+from gyroquant.rounding.base import InputStatistics, output_energy
+from gyroquant.rounding.layers import LayerGroup
+from gyroquant.rounding.rate_distortion import RateDistortion, rate_distortion, spectrum
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """The errors of one rounded layer.
+
+    - `name`: the layer's name, as in recipes.
+    - `weight_error`: the relative squared error of its weights.
+    - `output_error`: the relative squared error of its output over the calibration tokens. None without statistics.
+    - `rate_distortion`: the bound on `output_error`. None without statistics.
+    """
+
+    name: str
+    weight_error: float
+    output_error: float | None
+    rate_distortion: RateDistortion | None
+
+
+def layer_reports(group: LayerGroup, rounded: Mapping[str, RoundedLayer]) -> list[LayerReport]:
+    """One report for each target.
+
+    The statistics of an input are dropped from `group` as soon as its layers are reported, the widest inputs first. So
+    the memory that they free is used for the decoded layers, which are kept.
+    """
+    reports, readers = dict[str, LayerReport](), group.by_shared_input()
+    for key, ops in sorted(readers.items(), key=lambda item: -item[1][0].in_features):
+        statistics = group.statistics(key)
+        eigenvalues = None if statistics is None else spectrum(statistics.second_moments)
+        for op in ops:
+            layer = rounded[op.weight]
+            if op.entry.stacked:
+                reports[op.weight] = _experts(group, key, layer)
+            else:
+                matrix = group.matrix(op)
+                bits = layer.weight.bits / op.numel
+                reports[op.weight] = _report(op.name, matrix, layer.matrix, bits, statistics, eigenvalues)
+        del statistics
+        group.forget(key)
+    return [reports[op.weight] for ops in readers.values() for op in ops]
+
+
+def _experts(group: LayerGroup, key: str, layer: RoundedLayer) -> LayerReport:
+    """The means over the experts of one stacked weight. Output errors are averaged over the experts that got tokens."""
+    reports, matrices, rest = [], group.experts(layer.op), layer.matrix
+    bits = layer.weight.bits / layer.op.numel
+    for expert, matrix in enumerate(matrices):
+        statistics = group.statistics(key, expert)
+        eigenvalues = None if statistics is None else spectrum(statistics.second_moments)
+        rows, rest = rest[: len(matrix)], rest[len(matrix) :]
+        reports.append(_report("", matrix, rows, bits, statistics, eigenvalues))
+    errors = [report.output_error for report in reports if report.output_error is not None]
+    bounds = [astuple(report.rate_distortion) for report in reports if report.rate_distortion is not None]
+    return LayerReport(
+        layer.op.name,
+        sum(report.weight_error for report in reports) / len(reports),
+        sum(errors) / len(errors) if errors else None,
+        RateDistortion(*(sum(values) / len(values) for values in zip(*bounds, strict=True))) if bounds else None,
+    )
+
+
+def _report(
+    name: str,
+    matrix: Tensor,
+    rounded: Tensor,
+    bits: float,
+    statistics: InputStatistics | None,
+    eigenvalues: Tensor | None,
+) -> LayerReport:
+    matrix, rounded = in_reach(matrix, rounded)
+    if statistics is None or eigenvalues is None:
+        return LayerReport(name, weight_error(matrix, rounded), None, None)
+    energy = output_energy(matrix, statistics)
+    error = output_energy(matrix - rounded, statistics) / max(energy, 1e-30)
+    bound = rate_distortion(matrix, eigenvalues, error, energy, bits)
+    return LayerReport(name, weight_error(matrix, rounded), error, bound)

@@ -1,0 +1,265 @@
+"""Rounds the linear layers of one block. Layers that read the same input are rounded together, experts one by one."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from gyroquant.calibration.observers import Key, SecondMoments, input_key, modules_with_own_map
+from gyroquant.errors import RecipeError
+from gyroquant.grids import Basis, Grid, GroupParams, QuantizedWeight
+from gyroquant.models.execution.online import OnlineOp
+from gyroquant.models.graph.model_graph import Group, LinearOp, ModelGraph
+from gyroquant.models.graph.rounded_layer import RoundedLayer
+from gyroquant.rounding.base import InputStatistics, PreparedWeight, RoundingStep, Solver, Warn, When
+from gyroquant.rounding.solvers.rtn import on_grid
+from gyroquant.rounding.weight_basis import WeightBasis
+
+
+@dataclass(frozen=True)
+class RoundingConfig:
+    """How layers are rounded.
+
+    - `steps`: the steps on each layer, in this order. One of them is the solver.
+    - `grid`: the grid of all layers that are not in `others`.
+    - `basis`: the basis in which weights are rounded. None: their own.
+    - `warn`: called with the text of each warning.
+    - `others`: grids of single layers, by the name of the layer's weight.
+    """
+
+    steps: Sequence[RoundingStep]
+    grid: Grid
+    basis: WeightBasis | None
+    warn: Warn
+    others: Mapping[str, Grid] = field(default_factory=dict)
+
+    def grid_of(self, op: LinearOp) -> Grid:
+        """The grid of a layer: the one in `others` for its weight's name, else `grid`."""
+        return self.others.get(op.weight, self.grid)
+
+    def _basis(self, matrix: Tensor, statistics: InputStatistics | None) -> Basis | None:
+        gram = None if statistics is None else statistics.second_moments
+        return None if self.basis is None else self.basis.fit(matrix.shape[1], gram)
+
+    def encoded(self, matrix: Tensor, statistics: InputStatistics | None) -> Tensor:
+        """A matrix of shape (out, in), fp32, transformed to the basis in which it is rounded."""
+        basis = self._basis(matrix, statistics)
+        return matrix if basis is None else basis.encode(matrix)
+
+    def prepare(self, name: str, matrix: Tensor, statistics: InputStatistics | None) -> PreparedWeight:
+        """A matrix of shape (out, in), fp32, with its statistics, in the basis in which it is rounded."""
+        basis = self._basis(matrix, statistics)
+        if basis is None:
+            return PreparedWeight(name, matrix, statistics, None)
+        if statistics is None and basis.scale is not None:
+            self.warn(f"{name}: no calibration token reached this expert; its basis is not scaled")
+        moved = None if statistics is None else statistics.moved(basis.second_moments)
+        return PreparedWeight(name, basis.encode(matrix), moved, basis)
+
+    def solve(self, prepared: PreparedWeight, grid: Grid) -> QuantizedWeight:
+        """Rounds to a grid that was made for the matrix. Without statistics it rounds to nearest.
+
+        Rows that already lie on the grid keep their numbers, even if the steps would correct earlier errors there.
+        """
+        nearest = on_grid(prepared.matrix, grid)
+        if nearest is not None and bool(nearest[0].all()):
+            return replace(nearest[1], basis=prepared.basis)
+        solved = self._solved(replace(prepared, grid=grid))
+        return solved if nearest is None else _with_rows(solved, *nearest)
+
+    def _solved(self, prepared: PreparedWeight) -> QuantizedWeight:
+        basis, warn = prepared.basis, partial(_warn_about, self.warn, prepared.name)
+        for step in self._steps_for(prepared, warn):
+            prepared = step.apply(prepared, warn)
+        assert prepared.rounded is not None, "the steps must include a solver"
+        return replace(prepared.rounded, basis=basis)
+
+    def _steps_for(self, prepared: PreparedWeight, warn: Warn) -> Sequence[RoundingStep]:
+        """The steps for a matrix. Those that need statistics cannot run if no token reached the matrix."""
+        if prepared.statistics is not None:
+            return self.steps
+        if any(step.needs_statistics for step in self.steps if step.when >= When.SOLVER):
+            warn("no calibration token reached this expert; it is rounded to nearest")
+            return [Solver.registry["rtn"](name="rtn")]
+        return [step for step in self.steps if not step.needs_statistics]
+
+
+def _with_rows(solved: QuantizedWeight, rows: Tensor, other: QuantizedWeight) -> QuantizedWeight:
+    """A rounded matrix with some `rows`, bool of shape (out,), taken from another one."""
+    codes = torch.where(rows[:, None], other.codes, solved.codes)
+    chosen = rows[:, None, None]
+    scale = torch.where(chosen, other.params.scale, solved.params.scale)
+    zero = torch.where(chosen, other.params.zero, solved.params.zero)
+    return replace(solved, codes=codes, params=GroupParams(scale, zero))
+
+
+def is_ignored(module: str, patterns: Iterable[str]) -> bool:
+    """Whether a module's name matches one of the patterns.
+
+    A pattern is a whole name, the part of a name after a dot, or a regular expression that starts with ``re:``.
+    """
+    for pattern in patterns:
+        if pattern.startswith("re:"):
+            if re.search(pattern[3:], module):
+                return True
+        elif module == pattern or module.endswith(f".{pattern}"):
+            return True
+    return False
+
+
+def _check_patterns(patterns: Iterable[str], linears: Iterable[LinearOp], where: str, model: str) -> None:
+    """Raises RecipeError for a pattern that is not a regular expression or matches no layer."""
+    linears = list(linears)
+    for pattern in patterns:
+        try:
+            used = any(is_ignored(op.name, [pattern]) for op in linears)
+        except re.error as error:
+            raise RecipeError(f"{where}: {pattern!r} is not a regular expression: {error}") from error
+        if not used:
+            raise RecipeError(f"{where}: {pattern!r} matches no layer of this {model}")
+
+
+def find_targets(
+    graph: ModelGraph,
+    grid_of: Callable[[str], Grid],
+    ignore: tuple[str, ...],
+    overridden: Sequence[tuple[str, ...]] = (),
+    basis: WeightBasis | None = None,
+) -> dict[str, LinearOp]:
+    """The layers to round, by the name of their weight. `grid_of` returns the grid of a layer, given the layer's name.
+
+    Raises RecipeError if a pattern in `ignore` or `overridden` is not a valid regular expression or matches no layer,
+    if a group size does not fit, and if no layer is left to round.
+    """
+    linears = graph.linears
+    _check_patterns(ignore, linears, "weights.ignore", graph.config.model_type)
+    for i, patterns in enumerate(overridden):
+        _check_patterns(patterns, linears, f"weights.overrides.{i}.layers", graph.config.model_type)
+    targets = {op.weight: op for op in linears if op.entry.quantize and not is_ignored(op.name, ignore)}
+    if not targets:
+        raise RecipeError("weights.ignore leaves no layer to round: shorten it")
+    for op in targets.values():
+        name, columns = op.name, op.in_features
+        grid_of(name).group_of(columns if basis is None else basis.order(columns, name), name)
+    return targets
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    """The layers of one group that are rounded.
+
+    - `group`: a block, or the operations outside the blocks.
+    - `targets`: the layers to round, by the name of their weight.
+    - `tensors`: the folded parameters of the group.
+    - `observed`: the second moments of the layers' inputs.
+    - `online`: the online operations of the group.
+    """
+
+    group: Group
+    targets: Mapping[str, LinearOp]
+    tensors: Mapping[str, Tensor]
+    observed: dict[Key, SecondMoments]
+    online: Sequence[OnlineOp]
+
+    def by_shared_input(self) -> dict[str, list[LinearOp]]:
+        """As the function `by_shared_input`."""
+        return by_shared_input(self.group, self.targets, self.online)
+
+    def matrix(self, op: LinearOp) -> Tensor:
+        """The weight of a layer that is not stacked, shape (out, in), fp32."""
+        return op.to_matrix(self.tensors[op.weight].float())
+
+    def experts(self, op: LinearOp) -> list[Tensor]:
+        """The weights of stacked experts, each of shape (out, in), fp32."""
+        return [op.to_matrix(stored) for stored in self.tensors[op.weight].float()]
+
+    def statistics(self, key: str, expert: int | None = None) -> InputStatistics | None:
+        """The statistics of an input; None if it was not observed.
+
+        Each call makes a new object, because keeping those of all experts would take much memory.
+        """
+        moments = self.observed.get((key, expert))
+        if moments is None:
+            return None
+        return InputStatistics(
+            moments.second_moments, moments.count, moments.input_error_cross, moments.input_error_second_moments
+        )
+
+    def forget(self, key: str) -> None:
+        """Drops the statistics of an input, those of all its experts included."""
+        for observed_key in [observed_key for observed_key in self.observed if observed_key[0] == key]:
+            del self.observed[observed_key]
+
+
+def round_layers(layers: LayerGroup, config: RoundingConfig) -> dict[str, RoundedLayer]:
+    """Rounds the targets. The result has them by the name of their weight."""
+    rounded: dict[str, RoundedLayer] = {}
+    for key, ops in layers.by_shared_input().items():
+        if ops[0].entry.stacked:
+            rounded |= {op.weight: RoundedLayer(op, _round_experts(layers, op, key, config)) for op in ops}
+            continue
+        for grid in dict.fromkeys(config.grid_of(op).model_dump_json() for op in ops):
+            same_grid = [op for op in ops if config.grid_of(op).model_dump_json() == grid]
+            weights = _round_together(layers, same_grid, key, config)
+            rounded |= {op.weight: RoundedLayer(op, weight) for op, weight in zip(same_grid, weights, strict=True)}
+    return rounded
+
+
+def by_shared_input(
+    group: Group, targets: Mapping[str, LinearOp], online: Sequence[OnlineOp]
+) -> dict[str, list[LinearOp]]:
+    """The targets of a group, by the input that they read. Layers with the same input are rounded together."""
+    readers: dict[str, list[LinearOp]] = defaultdict(list)
+    own = modules_with_own_map(online)
+    for op in group.linears:
+        if op.weight in targets:
+            readers[input_key(op, own)].append(op)
+    return readers
+
+
+def _warn_about(warn: Warn, name: str, text: str) -> None:
+    warn(f"{name}: {text}")
+
+
+def _round_together(layers: LayerGroup, ops: list[LinearOp], key: str, config: RoundingConfig) -> list[QuantizedWeight]:
+    matrices = [layers.matrix(op) for op in ops]
+    names = ", ".join(op.module for op in ops)
+    prepared = config.prepare(names, torch.cat(matrices), layers.statistics(key))
+    solved = config.solve(prepared, config.grid_of(ops[0]).with_tensor_scale(prepared.matrix))
+    sizes = [len(matrix) for matrix in matrices]
+    pieces = zip(
+        solved.codes.split(sizes), solved.params.scale.split(sizes), solved.params.zero.split(sizes), strict=True
+    )
+    return [
+        QuantizedWeight(
+            solved.grid, codes.contiguous(), GroupParams(scale.contiguous(), zero.contiguous()), solved.basis
+        )
+        for codes, scale, zero in pieces
+    ]
+
+
+def _round_experts(layers: LayerGroup, op: LinearOp, key: str, config: RoundingConfig) -> QuantizedWeight:
+    matrices = layers.experts(op)
+    encoded = (config.encoded(matrix, layers.statistics(key, expert)) for expert, matrix in enumerate(matrices))
+    grid = config.grid_of(op).with_tensor_scale(*encoded)
+    weights: list[QuantizedWeight] = []
+    for expert, matrix in enumerate(matrices):
+        prepared = config.prepare(f"{op.weight}[{expert}]", matrix, layers.statistics(key, expert))
+        weights.append(config.solve(prepared, grid))
+    scales, zeros = (torch.cat([getattr(w.params, part) for w in weights]) for part in ("scale", "zero"))
+    return QuantizedWeight(
+        grid, torch.cat([w.codes for w in weights]), GroupParams(scales, zeros), _stacked_basis(weights)
+    )
+
+
+def _stacked_basis(weights: Sequence[QuantizedWeight]) -> Basis | None:
+    """The bases of several matrices, as one basis of the matrix with all their rows."""
+    bases = [weight.basis for weight in weights if weight.basis is not None]
+    scales = [basis.scale for basis in bases if basis.scale is not None]
+    return replace(bases[0], scale=torch.cat(scales) if scales else None) if bases else None

@@ -1,0 +1,151 @@
+"""Refinement of a rounded matrix at the same size: codes, scales and zero points by coordinate descent.
+
+The objective is the squared error of a layer's output on its calibration tokens, ``|X W^T - Y Q^T|^2``, plus the
+damping ``lambda |W - Q|^2``. X are the layer's inputs in the unrounded model, Y those in the rounded model (X = Y if
+only Y is known). The objective is quadratic in every stored number. So each can be set to its best value while all
+others are fixed: a column of codes (as in QuantEase, arXiv 2309.01885), then the scale of a group, then its zero
+point. Only changes that lower the objective are made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from typing_extensions import Self
+
+from gyroquant.grids import GroupParams, QuantizedWeight
+from gyroquant.rounding.base import InputStatistics, PreparedWeight, Warn, When
+from gyroquant.rounding.steps.base import LayerStep
+
+_BLOCK = 64
+
+
+class Refine(LayerStep):
+    """Refines codes, scales and zero points after the solver.
+
+    - `passes`: the largest number of passes over all columns of codes. Default 4. It ends early when no code changes.
+    - `scales`: whether scales and zero points are fitted again before each pass. Default true.
+    - `damp_percent`: the share of the mean second moment that is added to the diagonal. Default 0.01, as in GPTQ.
+    """
+
+    key = "refine"
+    when = When.AFTER_SOLVER
+    needs_statistics = True
+
+    passes: Annotated[int, Field(gt=0, le=100)] = 4
+    scales: bool = True
+    damp_percent: Annotated[float, Field(ge=0, le=1)] = 0.01
+
+    @classmethod
+    def examples(cls) -> list[Self]:
+        return [cls(), cls(passes=1, scales=False)]
+
+    def memory_bytes(self, rows: int, columns: int) -> int:
+        return 20 * columns * columns + 20 * rows * columns
+
+    def apply(self, prepared: PreparedWeight, warn: Warn = lambda text: None) -> PreparedWeight:
+        assert prepared.rounded is not None
+        descent = _Descent(prepared, self.damp_percent)
+        for _ in range(self.passes):
+            if self.scales:
+                descent.scales()
+            if not descent.codes():
+                break
+        return replace(prepared, rounded=replace(prepared.rounded, codes=descent.code, params=descent.params))
+
+    def run(self, weight: Tensor, rounded: QuantizedWeight, statistics: InputStatistics) -> QuantizedWeight:
+        """Refines the codes that a solver chose for `weight`, shape (out, in), fp32, in the basis of the codes."""
+        refined = self.apply(PreparedWeight("a weight", weight, statistics, None, rounded.grid, rounded)).rounded
+        assert refined is not None
+        return refined
+
+
+class _Descent:
+    """Codes, parameters, the numbers that they stand for, and -1/2 times the gradient of the objective."""
+
+    def __init__(self, prepared: PreparedWeight, damp_percent: float):
+        weight, rounded, statistics = prepared.matrix, prepared.rounded, prepared.statistics
+        assert rounded is not None
+        assert statistics is not None
+        columns = weight.shape[1]
+        self.grid, self.size = rounded.grid, rounded.grid.group_of(columns)
+        self.code = rounded.codes.clone()
+        self.params = GroupParams(rounded.params.scale.clone(), rounded.params.zero.clone())
+        damp = damp_percent * statistics.second_moments.diagonal().mean().clamp_min(1e-30)
+        eye = torch.eye(columns, device=weight.device)
+        scale = max(statistics.count, 1)  # so that fp32 holds every product for any number of tokens
+        self.h = ((statistics.second_moments + damp * eye) / scale).to(weight)  # moments in another basis are fp64
+        wanted = ((statistics.cross + damp * eye) / scale).to(weight)
+        self.number = prepared.decode()
+        self.slope = weight @ wanted - self.number @ self.h
+
+    def _update(self, start: int, stop: int, change: Tensor) -> None:
+        """Updates numbers and slope after a change of columns start..stop."""
+        self.number[:, start:stop] += change
+        self.slope -= change @ self.h[start:stop]
+
+    def codes(self) -> int:
+        """Sets every column of codes to its best values, one column after another; returns how many codes changed."""
+        changed = 0
+        for group in range(self.params.scale.shape[1]):
+            params = self.params[:, group]
+            first = group * self.size
+            for start in range(first, first + self.size, _BLOCK):
+                changed += self._set_codes(start, min(start + _BLOCK, first + self.size), params)
+        return changed
+
+    def _set_codes(self, start: int, stop: int, params: GroupParams) -> int:
+        slope, h = self.slope[:, start:stop].T.contiguous(), self.h[start:stop, start:stop]
+        number = self.number[:, start:stop].T.contiguous()
+        code = self.code[:, start:stop].T.contiguous()
+        before, changed = number.clone(), 0
+        for i in range(stop - start):
+            wanted = number[i] + slope[i] / h[i, i]
+            new = self.grid.encode(wanted[:, None], params)
+            value = self.grid.decode(new, params)[:, 0]
+            move = value - number[i]
+            better = move * (2 * slope[i] - move * h[i, i]) > 0
+            move = torch.where(better, move, 0.0)
+            code[i] = torch.where(better, new[:, 0], code[i])
+            number[i] += move
+            slope.addr_(h[i], move, alpha=-1)
+            changed += int(better.sum())
+        self.code[:, start:stop] = code.T
+        self._update(start, stop, (number - before).T)
+        return changed
+
+    def scales(self) -> None:
+        """Sets the scale of each group to its best value, then its zero point, both rounded to storable values."""
+        for group in range(self.params.scale.shape[1]):
+            scale, zero = self.params.scale[:, group], self.params.zero[:, group]
+            self._change(group, self._best_step(group, self._numbers(group) / scale), torch.zeros_like(zero))
+            scale = self.params.scale[:, group]
+            self._change(group, torch.zeros_like(scale), self._best_step(group, -scale.expand(-1, self.size)))
+
+    def _numbers(self, group: int) -> Tensor:
+        return self.number[:, group * self.size : (group + 1) * self.size]
+
+    def _h(self, group: int) -> Tensor:
+        columns = slice(group * self.size, (group + 1) * self.size)
+        return self.h[columns, columns]
+
+    def _best_step(self, group: int, direction: Tensor) -> Tensor:
+        """The length, shape (rows, 1), of the best step along a direction, shape (rows, group size)."""
+        slope = self.slope[:, group * self.size : (group + 1) * self.size]
+        curvature = ((direction @ self._h(group)) * direction).sum(1, keepdim=True)
+        return torch.where(curvature > 0, (direction * slope).sum(1, keepdim=True) / curvature.clamp_min(1e-30), 0.0)
+
+    def _change(self, group: int, more_scale: Tensor, more_zero: Tensor) -> None:
+        """Changes scale and zero point of a group by these amounts, rounded to storable values, where that helps."""
+        old, start = self.params[:, group], group * self.size
+        new = self.grid.round_params(old.scale + more_scale, old.zero + more_zero)
+        move = self.grid.decode(self.code[:, start : start + self.size], new) - self._numbers(group)
+        slope = self.slope[:, start : start + self.size]
+        better = (move * (2 * slope - move @ self._h(group))).sum(1, keepdim=True) > 0
+        self.params.scale[:, group] = torch.where(better, new.scale, old.scale)
+        self.params.zero[:, group] = torch.where(better, new.zero, old.zero)
+        self._update(start, start + self.size, torch.where(better, move, 0.0))

@@ -1,1 +1,0 @@
-"""Writing models: one file a format."""

@@ -1,0 +1,1 @@
+"""Formats in which models are written, one file or folder for each."""

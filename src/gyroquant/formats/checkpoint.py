@@ -1,0 +1,103 @@
+"""Shared code of the formats that are Hugging Face checkpoints: they write tensors group by group under their original
+names, then the configuration and the tokenizer. Also lists the linear layers as loaders see them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.pytorch_utils import Conv1D
+
+from gyroquant.errors import InputError
+from gyroquant.formats.config import write_config
+from gyroquant.formats.native.writer import copy_companions
+from gyroquant.formats.output_folder import OutputFolder
+from gyroquant.grids import QuantizedWeight
+from gyroquant.models.graph.model_graph import LinearOp
+from gyroquant.models.stores.packed import PackedStore
+
+Encode = Callable[[LinearOp, QuantizedWeight], dict[str, Tensor]]
+
+
+def write_tensors(store: PackedStore, folder: OutputFolder, encode: Encode) -> None:
+    """Writes every parameter of a model, block by block. `encode` returns the tensors of a rounded parameter; others
+    are written as they are stored. Stacked experts are written separately, and all names are those of the original
+    checkpoint.
+    """
+    rounded = store.description["tensors"]
+    for names in store.graph.params:
+        tensors = store.read([name for name in names if name not in rounded])
+        for name in names:
+            if name in rounded:
+                tensors |= encode(store.graph.op(name), store.quantized(name))
+        folder.add(original_names(store, tensors))
+    for name in store.graph.carried:
+        folder.add(original_names(store, store.read([name])))
+
+
+def original_names(store: PackedStore, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under the names, and in the layout, of the original checkpoint."""
+    return dict(revert_weight_conversion(store.skeleton(), tensors))
+
+
+def write_rest(
+    store: PackedStore, folder: OutputFolder, dtype: torch.dtype, quantization: dict[str, Any] | None = None
+) -> None:
+    """Writes the configuration and, if the model has them, the generation settings and the tokenizer.
+
+    dtype: the dtype that loaders use by default.
+    quantization: the `quantization_config`. None: the configuration has none.
+    """
+    config = deepcopy(store.config)
+    del config.quantization_config
+    config.architectures = [type(store.skeleton()).__name__]
+    config.dtype = dtype
+    if quantization is not None:
+        config.quantization_config = quantization
+    write_config(config, folder.partial)
+    write_companions(store, folder)
+
+
+def write_companions(store: PackedStore, folder: OutputFolder) -> None:
+    """Writes the generation settings, the tokenizer and the processor's settings, if the model has them."""
+    store.write_generation_config(folder.partial)
+    with suppress(InputError):
+        store.tokenizer().save_pretrained(folder.partial)
+    copy_companions(store, folder.partial)
+
+
+def linear_modules(store: PackedStore) -> list[str]:
+    """Every module that loaders treat as a linear layer, in the order of the model."""
+    return [name for name, module in store.skeleton().named_modules() if isinstance(module, nn.Linear | Conv1D)]
+
+
+def rounded_modules(store: PackedStore) -> list[str]:
+    """Every module whose weight is rounded, in the order of the model."""
+    rounded = store.description["tensors"]
+    return [name for name in linear_modules(store) if f"{name}.weight" in rounded]
+
+
+class NegativeScales:
+    """Counts the groups with a negative scale, which symmetric grids use."""
+
+    def __init__(self) -> None:
+        self.found = 0
+
+    def look(self, weight: QuantizedWeight) -> None:
+        """Adds the count of one weight."""
+        self.found += int((weight.params.scale < 0).sum())
+
+    def facts(self) -> dict[str, Any]:
+        """The count, as an entry of the manifest. Empty if there are none."""
+        return {"negative_scales": self.found} if self.found else {}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype as configurations name it."""
+    return str(dtype).removeprefix("torch.")

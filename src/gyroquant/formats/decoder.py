@@ -1,0 +1,219 @@
+"""Builds the graph of a decoder from codes and scales, without tracing, with the operations of any graph format. It
+supports Llama and the architectures that share its layout.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from gyroquant.formats.operations import Operations
+from gyroquant.maps import Map
+from gyroquant.models.execution.online import OnlineMap
+from gyroquant.models.graph.model_graph import Group, NormOp
+from gyroquant.models.graph.rope import rope_settings
+from gyroquant.models.stores.packed import PackedStore
+
+MODEL_TYPES = ("llama", "mistral", "smollm3", "granite", "seed_oss", "qwen2", "qwen3", "gemma3_text")
+POINTS = frozenset({"input", "output", "qk"})
+_ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
+_FIXED_ROPE = ("default", "linear", "llama3", "yarn")  # angles that do not change with the length of the text
+
+
+def impossible_settings(title: str, config: Any) -> Iterable[str]:
+    """The settings of a configuration that neither a built nor a traced graph supports, one sentence each."""
+    if getattr(config, "use_bidirectional_attention", None):
+        yield f"{title} does not support attention in both directions (use_bidirectional_attention)"
+    for settings in rope_settings(config):
+        kind = settings.get("rope_type", "default")
+        if kind not in _FIXED_ROPE:
+            yield f"{title} does not support RoPE of type {kind}; it supports {', '.join(_FIXED_ROPE)}"
+
+
+def unknown_settings(title: str, config: Any) -> Iterable[str]:
+    """The settings of a configuration that `Decoder` does not support, one sentence each."""
+    if config is None:
+        return
+    yield from impossible_settings(title, config)
+    act = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
+    if act not in _ACTIVATIONS:
+        yield f"{title} does not support the activation {act}; it supports {' and '.join(_ACTIVATIONS)}"
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        yield f"{title} does not support capped attention scores (attn_logit_softcapping)"
+    if any(settings.get("partial_rotary_factor") not in (None, 1.0) for settings in rope_settings(config)):
+        yield f"{title} does not support RoPE that turns only a part of each head (partial_rotary_factor)"
+
+
+class DecoderOperations(Operations):
+    """What a graph format provides for a decoder: the inputs of the graph (token ids and positions, both of shape
+    (batch, length), and the attention mask), the keys and values of earlier calls, and the graph itself.
+    """
+
+    @abstractmethod
+    def embedded(self, table: Any) -> Any:
+        """The rows of a table at the token ids, (batch, length, row)."""
+
+    @abstractmethod
+    def angles(self, frequencies: Tensor, factor: float) -> Any:
+        """Cosine and sine of every position times every frequency, both times `factor`, in the form for `turned`."""
+
+    @abstractmethod
+    def by_head(self, x: Any) -> Any:
+        """(batch, length, heads, size) in the order that `turned` and `attention` use. The last dimension stays."""
+
+    @abstractmethod
+    def turned(self, x: Any, count: int, angles: Any) -> Any:
+        """RoPE of `count` heads. The two coordinates of a pair are half a head apart."""
+
+    @abstractmethod
+    def attention(self, layer: int, q: Any, k: Any, v: Any, scale: float, window: int | None) -> Any:
+        """Attention, (batch, length, heads * size). A token attends to itself and to earlier tokens, those of earlier
+        calls included, that the attention mask allows and that are within `window` positions. None: no window.
+        """
+
+    @abstractmethod
+    def model(self, logits: Any) -> Any:
+        """The graph whose output is these logits."""
+
+
+class Decoder:
+    """Builds the graph of one model from the operations of one format."""
+
+    def __init__(self, store: PackedStore, ops: DecoderOperations):
+        self.store, self.ops = store, ops
+        self.graph, self.config, self.skeleton = store.graph, store.config, store.skeleton()
+        self.packed = set(store.description["tensors"])
+        self.maps: dict[tuple[str, str], Map] = {
+            (op.module, op.hook_point.point): op.map for op in store.online if isinstance(op, OnlineMap)
+        }
+        self._mapped: dict[tuple[int, int], Any] = {}
+        self._rope_angles: dict[str, Any] = {}
+        self._head: Any = None
+
+    def model(self) -> Any:
+        """The whole graph."""
+        x = self._embedded()
+        for index, group in enumerate(self.graph.blocks):
+            x = self._block(index, group, x)
+        return self.ops.model(self._logits(self._norm(self.graph.outer.norms[-1], x)))
+
+    def _read(self, name: str) -> Tensor:
+        return self.store.read([name])[name]
+
+    def _at(self, module: str, point: str, x: Any) -> Any:
+        """A module's input or output after the online map at this point, if any. Layers with the same `x` and map share
+        the result.
+        """
+        m = self.maps.get((module, point))
+        if m is None:
+            return x
+        key = (id(x), id(m))
+        if key not in self._mapped:
+            self._mapped[key] = (self.ops.mapped(m, x), x)  # x is kept, so that no other value gets its id
+        return self._mapped[key][0]
+
+    def _embedded(self) -> Any:
+        name = self.graph.outer.ops[0].weight  # type: ignore[union-attr]
+        table = self.ops.numbers(self._read(name))
+        if self.graph.tied:
+            self._head = table
+        x = self.ops.embedded(table)
+        module = self.skeleton.get_submodule(name.rpartition(".")[0])
+        scale = getattr(module, "scalar_embed_scale", None) or getattr(self.config, "embedding_multiplier", None)
+        return self._at(name.rpartition(".")[0], "output", self._times(x, 1.0 if scale is None else scale))
+
+    def _logits(self, x: Any) -> Any:
+        head, ops = self.graph.outer.linears[-1], self.ops
+        x = self._at(head.module, "input", x)
+        if self._head is not None and head.weight in self.graph.tied:
+            y = ops.product(x, self._head, transposed=True)
+        else:
+            y = self._linear(head.module, x, entered=True)
+        divisor, cap = (getattr(self.config, name, None) for name in ("logits_scaling", "final_logit_softcapping"))
+        if divisor not in (None, 1.0):
+            y = ops.divide(y, ops.scalar(float(divisor)))
+        if cap is not None:
+            y = ops.multiply(ops.tanh(ops.divide(y, ops.scalar(float(cap)))), ops.scalar(float(cap)))
+        return y
+
+    def _times(self, x: Any, factor: float) -> Any:
+        return x if factor == 1.0 else self.ops.multiply(x, self.ops.scalar(float(factor)))
+
+    def _linear(self, module: str, x: Any, entered: bool = False) -> Any:
+        """A linear layer, with the online maps before and after it. With `entered`, `x` is already mapped."""
+        x = x if entered else self._at(module, "input", x)
+        name, bias = f"{module}.weight", f"{module}.bias"
+        if name in self.packed:
+            y = self.ops.rounded(x, self.store.quantized(name))
+        else:
+            y = self.ops.product(x, self.ops.numbers(self._read(name)), transposed=True)
+        if bias in self.graph.shapes:
+            y = self.ops.add(y, self.ops.numbers(self._read(bias)))
+        return self._at(module, "output", y)
+
+    def _norm(self, op: NormOp, x: Any) -> Any:
+        """An RMS norm over the last dimension."""
+        gain = self._read(op.gain).float() + op.entry.offset
+        module = self.skeleton.get_submodule(op.module)
+        eps = float(getattr(module, "variance_epsilon", None) or module.eps)
+        return self._at(op.module, "output", self.ops.normed(x, gain, eps))
+
+    def _block(self, index: int, group: Group, x: Any) -> Any:
+        norms = {op.module.rpartition(".")[2]: op for op in group.norms}
+        y = self._attention(index, norms, self._norm(norms["input_layernorm"], x))
+        sandwich = "pre_feedforward_layernorm" in norms
+        if sandwich:
+            y = self._norm(norms["post_attention_layernorm"], y)
+        x = self._added(x, y)
+        y = self._norm(norms["pre_feedforward_layernorm" if sandwich else "post_attention_layernorm"], x)
+        y = self._feed_forward(f"{self.graph.architecture.block_prefix(index)}mlp", y)
+        if sandwich:
+            y = self._norm(norms["post_feedforward_layernorm"], y)
+        return self._added(x, y)
+
+    def _added(self, x: Any, y: Any) -> Any:
+        return self.ops.add(x, self._times(y, self.graph.residual_multiplier))
+
+    def _feed_forward(self, name: str, x: Any) -> Any:
+        kind = getattr(self.config, "hidden_act", None) or self.config.hidden_activation
+        gate, up = self._linear(f"{name}.gate_proj", x), self._linear(f"{name}.up_proj", x)
+        return self._linear(f"{name}.down_proj", self.ops.multiply(self.ops.activated(kind, gate), up))
+
+    def _attention(self, index: int, norms: dict[str, NormOp], x: Any) -> Any:
+        name = f"{self.graph.architecture.block_prefix(index)}self_attn"
+        module, ops = self.skeleton.get_submodule(name), self.ops
+        counts = (("q", self.graph.heads), ("k", self.graph.kv_heads), ("v", self.graph.kv_heads))
+        q, k, v = (ops.reshaped(self._linear(f"{name}.{p}_proj", x), 2, n, self.graph.head_dim) for p, n in counts)
+        if "q_norm" in norms:
+            q, k = self._norm(norms["q_norm"], q), self._norm(norms["k_norm"], k)
+        q, k, v = (ops.by_head(y) for y in (q, k, v))
+        kinds = getattr(self.config, "layer_types", None)
+        if getattr(module, "use_rope", True):
+            angles = self._angles(kinds[index] if kinds else "")
+            q, k = ops.turned(q, self.graph.heads, angles), ops.turned(k, self.graph.kv_heads, angles)
+        r3 = self.maps.get((name, "qk"))
+        if r3 is not None:
+            q, k = ops.mapped(r3, q), ops.mapped(r3, k)
+        window = self._window(module, kinds[index] if kinds else None)
+        return self._linear(f"{name}.o_proj", ops.attention(index, q, k, v, float(module.scaling), window))
+
+    def _window(self, module: Any, kind: str | None) -> int | None:
+        """The sliding window of a layer in positions, or None."""
+        if hasattr(module, "sliding_window"):
+            return module.sliding_window
+        if kind is not None:
+            return self.config.sliding_window if kind == "sliding_attention" else None
+        return getattr(self.config, "sliding_window", None)
+
+    def _angles(self, kind: str) -> Any:
+        """The angles of RoPE for layers of a kind (`layer_types`)."""
+        rotary = type(self.skeleton.model.rotary_emb)(self.config)
+        prefix = f"{kind}_" if hasattr(rotary, f"{kind}_inv_freq") else ""
+        if prefix not in self._rope_angles:
+            frequencies = getattr(rotary, f"{prefix}inv_freq").float().cpu()
+            factor = float(getattr(rotary, f"{prefix}attention_scaling", 1.0))
+            self._rope_angles[prefix] = self.ops.angles(frequencies, factor)
+        return self._rope_angles[prefix]

@@ -1,0 +1,55 @@
+"""Plain numbers: a checkpoint that every loader of the architecture opens. It is as large as the original."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from gyroquant.formats.base import Format, FormatCapabilities
+from gyroquant.formats.checkpoint import dtype_name, write_rest, write_tensors
+from gyroquant.formats.native.runtime import TransformersRuntime
+from gyroquant.formats.output_folder import OutputFolder
+from gyroquant.grids import QuantizedWeight
+from gyroquant.models.graph.model_graph import LinearOp
+from gyroquant.models.stores.packed import PackedStore
+
+
+class Dense(Format):
+    """Every weight as a decoded number, under the names of the original checkpoint.
+
+    A decoded weight has more digits than 16-bit numbers, so it is rounded once more if the model is stored in 16 bits.
+    The facts state the largest change: relative to the weight itself, and, as `deviation`, relative to the largest
+    weight of its layer. `dtype` is the dtype of rounded weights. None: the model's own.
+    """
+
+    name = "dense"
+    title = "plain safetensors"
+    runtime = TransformersRuntime
+    capabilities = FormatCapabilities(dense=True, experts=True, wrappers=True)
+    dtype: ClassVar[torch.dtype | None] = None
+
+    def write(self, store: PackedStore, folder: OutputFolder) -> dict[str, Any]:
+        dtype, relative, deviation = self.dtype or store.dtype, 0.0, 0.0
+
+        def encode(op: LinearOp, weight: QuantizedWeight) -> dict[str, Tensor]:
+            nonlocal relative, deviation
+            exact = op.to_param(weight.dequantize())
+            written = exact.to(dtype)
+            relative = max(relative, _relative_deviation(written, exact))
+            deviation = max(
+                deviation, float((written.float() - exact).abs().max() / exact.abs().max().clamp_min(1e-30))
+            )
+            return {op.weight: written}
+
+        write_tensors(store, folder, encode)
+        folder.merge()
+        write_rest(store, folder, dtype)
+        return {"dtype": dtype_name(dtype), "largest_relative_deviation": relative, "deviation": deviation}
+
+
+def _relative_deviation(written: Tensor, exact: Tensor) -> float:
+    """The largest relative deviation from the exact numbers; absolute where the exact number is 0."""
+    wrong = (written.float() - exact).abs_()
+    return float(torch.where(exact == 0, wrong, wrong / exact.abs()).max())

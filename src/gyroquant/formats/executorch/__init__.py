@@ -1,0 +1,5 @@
+"""ExecuTorch's format."""
+
+from gyroquant.formats.executorch import runtime, writer
+
+__all__ = ["runtime", "writer"]

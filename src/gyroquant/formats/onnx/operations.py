@@ -1,0 +1,202 @@
+"""Operations of ONNX graphs: arithmetic, stored numbers, and rounded matrices for `com.microsoft.MatMulNBits`.
+
+This file imports the onnx package, which is optional. So `gyroquant.formats.onnx.writer` imports it only to write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import torch
+from onnx import NodeProto, TensorProto, helper
+from torch import Tensor
+
+from gyroquant.formats.onnx.layout import ACCURACY, DATA, block_of, held_bits
+from gyroquant.formats.operations import Operations
+from gyroquant.grids import IntegerGrid, QuantizedWeight
+
+_KINDS = {
+    torch.float32: TensorProto.FLOAT,
+    torch.float16: TensorProto.FLOAT16,
+    torch.bfloat16: TensorProto.BFLOAT16,
+    torch.uint8: TensorProto.UINT8,
+    torch.int32: TensorProto.INT32,
+    torch.int64: TensorProto.INT64,
+}
+_INLINE = 1024  # bytes; constants of this size or more go into the separate data file
+_ALIGNED = 64  # bytes
+
+
+@dataclass(frozen=True, eq=False)
+class Value:
+    """The output of a node, or a constant. A `stored` value is a constant of another dtype than fp32, which is cast to
+    fp32 where it is used.
+    """
+
+    name: str
+    rank: int
+    stored: bool = False
+
+
+def packed(codes: Tensor, bits: int) -> Tensor:
+    """Packs codes along the last dimension into bytes, lowest bits first. The last byte is padded with zeros."""
+    each = 8 // bits
+    codes = torch.nn.functional.pad(codes.to(torch.int16), (0, -codes.shape[-1] % each))
+    return torch.stack([codes[..., i::each] << bits * i for i in range(each)]).sum(0, dtype=torch.uint8)
+
+
+class OnnxOperations(Operations):
+    """The operations of a graph. Large constants are written to `data` as soon as they are made."""
+
+    def __init__(self, data: BinaryIO | None = None):
+        self.nodes: list[NodeProto] = []
+        self.constants: list[TensorProto] = []
+        self._data = data
+        self._casts: dict[str, str] = {}
+        self._shaped: dict[
+            str, tuple[Value, int]
+        ] = {}  # its source, and the number of leading dimensions that are unchanged
+
+    def constant(self, tensor: Tensor) -> Value:
+        """A constant in the dtype of the tensor."""
+        tensor = tensor.detach().contiguous()
+        constant = TensorProto(name=f"c{len(self.constants)}", data_type=_KINDS[tensor.dtype], dims=tensor.shape)
+        raw = tensor.reshape(-1).view(torch.uint8).numpy()
+        if self._data is None or raw.nbytes < _INLINE:
+            constant.raw_data = raw.tobytes()
+        else:
+            self._data.write(bytes(-self._data.tell() % _ALIGNED))
+            constant.data_location = TensorProto.EXTERNAL
+            for key, value in (("location", DATA), ("offset", self._data.tell()), ("length", raw.nbytes)):
+                constant.external_data.add(key=key, value=str(value))
+            self._data.write(raw.data)
+        self.constants.append(constant)
+        return Value(constant.name, tensor.dim(), tensor.dtype.is_floating_point and tensor.dtype != torch.float32)
+
+    def integers(self, *numbers: int) -> Value:
+        """A constant of int64, such as a shape or axes."""
+        return self.constant(torch.tensor(numbers))
+
+    def node(self, kind: str, inputs: Sequence[Value | None], rank: int, **attributes: Any) -> Value:
+        """The output of an operation. None stands for an input that is left out."""
+        return self.nodes_of(kind, inputs, [rank], **attributes)[0]
+
+    def nodes_of(
+        self,
+        kind: str,
+        inputs: Sequence[Value | None],
+        ranks: Sequence[int],
+        names: Sequence[str] = (),
+        **attributes: Any,
+    ) -> list[Value]:
+        """The outputs of an operation, with these `ranks`. `names` are the names of the last outputs."""
+        input_names = [self._cast(x) for x in inputs]
+        label = f"{kind}_{len(self.nodes)}"
+        outputs = [f"{label}_{i}" for i in range(len(ranks) - len(names))] + list(names)
+        self.nodes.append(helper.make_node(kind, input_names, outputs, name=label, **attributes))
+        return [Value(name, rank) for name, rank in zip(outputs, ranks, strict=True)]
+
+    def _cast(self, x: Value | None) -> str:
+        if x is None or not x.stored:
+            return "" if x is None else x.name
+        if x.name not in self._casts:
+            self._casts[x.name] = self.as_kind(Value(x.name, x.rank), torch.float32).name
+        return self._casts[x.name]
+
+    def as_kind(self, x: Value, dtype: torch.dtype) -> Value:
+        """A value cast to another dtype."""
+        return self.node("Cast", [x], x.rank, to=_KINDS[dtype])
+
+    def alive(self, outputs: Iterable[str]) -> list[NodeProto]:
+        """The nodes on which these outputs depend, in their order."""
+        needed, nodes = set(outputs), list[NodeProto]()
+        for node in reversed(self.nodes):
+            if needed.intersection(node.output):
+                needed.update(node.input)
+                nodes.append(node)
+        return nodes[::-1]
+
+    def rank(self, x: Value) -> int:
+        return x.rank
+
+    def numbers(self, tensor: Tensor) -> Value:
+        return self.constant(tensor)
+
+    def scalar(self, value: float) -> Value:
+        return self.constant(torch.tensor(value))
+
+    def add(self, x: Value, y: Value) -> Value:
+        return self.node("Add", [x, y], max(x.rank, y.rank))
+
+    def multiply(self, x: Value, y: Value) -> Value:
+        return self.node("Mul", [x, y], max(x.rank, y.rank))
+
+    def divide(self, x: Value, y: Value) -> Value:
+        return self.node("Div", [x, y], max(x.rank, y.rank))
+
+    def tanh(self, x: Value) -> Value:
+        return self.node("Tanh", [x], x.rank)
+
+    def activated(self, kind: str, x: Value) -> Value:
+        if kind == "silu":
+            return self.multiply(x, self.node("Sigmoid", [x], x.rank))
+        return self.node("Gelu", [x], x.rank, approximate="tanh")
+
+    def product(self, x: Value, y: Value, transposed: bool = False) -> Value:
+        return self.node("MatMul", [x, self.swapped(y) if transposed else y], max(x.rank, y.rank))
+
+    def reshaped(self, x: Value, keep: int, *sizes: int) -> Value:
+        source, same = self._shaped.get(x.name, (x, keep))
+        source = source if keep <= same else x
+        y = self.node("Reshape", [source, self.integers(*[0] * keep, *sizes)], keep + len(sizes))
+        self._shaped[y.name] = source, keep
+        return y
+
+    def transposed(self, x: Value, *order: int) -> Value:
+        return self.node("Transpose", [x], x.rank, perm=order)
+
+    def taken(self, x: Value, index: Tensor) -> Value:
+        return self.node("Gather", [x, self.constant(index.long())], x.rank, axis=-1)
+
+    def cut(self, x: Value, lengths: Sequence[int]) -> list[Value]:
+        return self.nodes_of("Split", [x, self.integers(*lengths)], [x.rank] * len(lengths), axis=-1)
+
+    def concatenated(self, parts: list[Value]) -> Value:
+        return self.node("Concat", parts, parts[0].rank, axis=-1)
+
+    def summed(self, x: Value, keep: bool) -> Value:
+        return self.node("ReduceSum", [x, self.integers(-1)], x.rank if keep else x.rank - 1, keepdims=int(keep))
+
+    def normed(self, x: Value, gain: Tensor, eps: float) -> Value:
+        return self.node("RMSNormalization", [x, self.numbers(gain)], x.rank, axis=-1, epsilon=eps)
+
+    def coded(self, x: Value, weight: QuantizedWeight) -> Value:
+        assert isinstance(weight.grid, IntegerGrid)
+        grid, (rows, columns) = weight.grid, weight.codes.shape
+        group = columns // weight.params.scale.shape[1]
+        bits, block = held_bits(grid, columns), block_of(group)
+        codes = weight.codes.view(rows, columns // block, block).to(torch.int16)
+        zeros = []
+        if grid.symmetric:  # move codes to the zero point that the kernel uses by default
+            codes = codes - 2 ** (grid.bits - 1) + 2 ** (bits - 1)
+        else:
+            zero = weight.params.zero[..., 0].repeat_interleave(group // block, 1)
+            zeros = [self.constant(packed(zero, bits))]
+        inputs = [x, self.constant(packed(codes, bits)), self._scales(weight, group // block), *zeros]
+        settings = {"K": columns, "N": rows, "bits": bits, "block_size": block, "accuracy_level": ACCURACY}
+        return self.node("MatMulNBits", inputs, x.rank, domain="com.microsoft", **settings)
+
+    def _scales(self, weight: QuantizedWeight, repeat: int) -> Value:
+        """The scale of every block, (rows, blocks). It is stored once for each group. The graph repeats it when the
+        file is opened.
+        """
+        scale = weight.params.scale.half()
+        if not torch.equal(scale.float(), weight.params.scale):
+            scale = weight.params.scale
+        if repeat == 1:
+            return self.constant(scale[..., 0])
+        rows, groups, _ = scale.shape
+        wide = self.node("Expand", [self.constant(scale), self.integers(rows, groups, repeat)], 3)
+        return self.reshaped(wide, 1, groups * repeat)

@@ -1,0 +1,153 @@
+"""Operations of OpenVINO graphs: arithmetic, stored numbers, and rounded matrices as compressed constants.
+
+This file imports OpenVINO, which is optional. So `gyroquant.formats.openvino.writer` imports it only to write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import torch
+from openvino import PartialShape, Type, opset13
+from openvino.op.util import Variable, VariableInfo
+from torch import Tensor
+
+from gyroquant.formats.openvino.layout import held_group
+from gyroquant.formats.operations import Operations
+from gyroquant.grids import IntegerGrid, QuantizedWeight
+
+_DTYPES = {torch.float16: Type.f16, torch.bfloat16: Type.bf16, torch.float32: Type.f32}
+
+
+def shape(*sizes: int) -> Any:
+    """A constant shape."""
+    return opset13.constant(np.array(sizes, np.int64))
+
+
+def scalar(value: float) -> Any:
+    """A constant number, fp32."""
+    return opset13.constant(np.array(value, np.float32))
+
+
+def named(node: Any, name: str) -> Any:
+    """Names an input, both the node and its tensor, because plugins search for inputs by either name."""
+    node.set_friendly_name(name)
+    node.output(0).get_tensor().set_names({name})
+    return node
+
+
+def remembered(name: str, ids: Any, beams: Any, heads: int, size: int) -> tuple[Any, Any]:
+    """Keys or values of earlier calls, (batch, heads, length, size), and the variable that stores them. Every beam gets
+    those of the beam that it continues.
+    """
+    first, axis = opset13.constant(np.array([0])), opset13.constant(np.array(0))
+    batch = opset13.gather(opset13.shape_of(ids), first, axis)
+    info = VariableInfo()
+    info.variable_id, info.data_type = name, Type.f32
+    info.data_shape = PartialShape([-1, heads, -1, size])
+    variable = Variable(info)
+    empty = opset13.broadcast(scalar(0.0), opset13.concat([batch, shape(heads), shape(0), shape(size)], 0))
+    return opset13.gather(opset13.read_value(empty, variable), beams, axis), variable
+
+
+def stored_type(grid: IntegerGrid) -> tuple[Any, int]:
+    """The type that holds the codes, and the number that is subtracted from them first. Symmetric grids use signed
+    types.
+
+    Codes of 3 bits are stored in 4 bits, because the CPU plugin unpacks 3-bit constants to fp32 when it loads them.
+    There is no signed 2-bit type.
+    """
+    centred = grid.symmetric
+    if grid.bits <= 2:
+        return Type.u2, 0
+    if grid.bits <= 4:
+        return (Type.i4 if centred else Type.u4), 2 ** (grid.bits - 1) if centred else 0
+    return (Type.i8 if centred else Type.u8), 2 ** (grid.bits - 1) if centred else 0
+
+
+def matrix(weight: QuantizedWeight) -> Any:
+    """A matrix, (out, in), of exact codes, scales and zero points, in the form that plugins run without unpacking.
+    Groups of a size that plugins compute wrongly become several smaller ones with the same scale and zero point.
+    """
+    assert isinstance(weight.grid, IntegerGrid)
+    grid, (rows, columns) = weight.grid, weight.codes.shape
+    group = columns // weight.params.scale.shape[1]
+    held = held_group(group, columns)
+    scale, zero = (x.repeat_interleave(group // held, 1) for x in (weight.params.scale, weight.params.zero))
+    kind, centre = stored_type(grid)
+    codes = weight.codes.view(rows, -1, held).to(torch.int16) - centre
+    stored = codes.numpy().astype(np.int8 if kind in (Type.i4, Type.i8) else np.uint8)
+    result = opset13.convert(opset13.constant(stored, dtype=kind), np.float16)
+    if not grid.symmetric:
+        zeros = opset13.constant(zero.to(torch.uint8).numpy(), dtype=kind)
+        result = opset13.subtract(result, opset13.convert(zeros, np.float16))
+    elif not centre:
+        middle = np.full((1, 1, 1), 2 ** (grid.bits - 1), np.uint8)
+        result = opset13.subtract(result, opset13.convert(opset13.constant(middle, dtype=Type.u8), np.float16))
+    result = opset13.multiply(result, opset13.constant(scale.half().numpy()))
+    return opset13.convert(opset13.reshape(result, shape(rows, columns), False), np.float32)
+
+
+class OpenVinoOperations(Operations):
+    """The operations of a graph."""
+
+    def rank(self, x: Any) -> int:
+        return len((x if isinstance(x, ov.Output) else x.output(0)).get_partial_shape())
+
+    def numbers(self, tensor: Tensor) -> Any:
+        tensor = tensor.detach().contiguous()
+        kind = _DTYPES[tensor.dtype]
+        if kind == Type.bf16:  # NumPy does not have this dtype
+            return opset13.convert(opset13.constant(tensor.float().numpy(), dtype=kind), np.float32)
+        constant = opset13.constant(tensor.numpy())
+        return constant if kind == Type.f32 else opset13.convert(constant, np.float32)
+
+    def scalar(self, value: float) -> Any:
+        return scalar(value)
+
+    def add(self, x: Any, y: Any) -> Any:
+        return opset13.add(x, y)
+
+    def multiply(self, x: Any, y: Any) -> Any:
+        return opset13.multiply(x, y)
+
+    def divide(self, x: Any, y: Any) -> Any:
+        return opset13.divide(x, y)
+
+    def tanh(self, x: Any) -> Any:
+        return opset13.tanh(x)
+
+    def activated(self, kind: str, x: Any) -> Any:
+        return opset13.swish(x) if kind == "silu" else opset13.gelu(x, "TANH")
+
+    def product(self, x: Any, y: Any, transposed: bool = False) -> Any:
+        return opset13.matmul(x, y, False, transposed)
+
+    def reshaped(self, x: Any, keep: int, *sizes: int) -> Any:
+        return opset13.reshape(x, shape(*[0] * keep, *sizes), True)
+
+    def transposed(self, x: Any, *order: int) -> Any:
+        return opset13.transpose(x, shape(*order))
+
+    def taken(self, x: Any, index: Tensor) -> Any:
+        return opset13.gather(x, opset13.constant(index.numpy().astype(np.int64)), opset13.constant(np.array(-1)))
+
+    def cut(self, x: Any, lengths: Sequence[int]) -> list[Any]:
+        return list(opset13.variadic_split(x, opset13.constant(np.array(-1)), shape(*lengths)).outputs())
+
+    def concatenated(self, parts: list[Any]) -> Any:
+        return opset13.concat(parts, -1)
+
+    def summed(self, x: Any, keep: bool) -> Any:
+        return opset13.reduce_sum(x, shape(-1), keep_dims=keep)
+
+    def coded(self, x: Any, weight: QuantizedWeight) -> Any:
+        return self.product(x, matrix(weight), transposed=True)
+
+    def normed(self, x: Any, gain: Tensor, eps: float) -> Any:
+        squares = opset13.reduce_mean(opset13.power(x, scalar(2.0)), shape(-1), keep_dims=True)
+        root = opset13.sqrt(opset13.add(squares, scalar(eps)))
+        return opset13.multiply(opset13.multiply(x, opset13.divide(scalar(1.0), root)), self.numbers(gain))

@@ -1,0 +1,186 @@
+"""The operations from which the graph of a model is built, and what all formats build from them in the same way:
+products with rounded matrices, and maps. Each graph format has one implementation of the operations.
+
+A value is a node or an output in the format's library. It may have any leading dimensions. All arithmetic in a graph is
+in fp32, whatever the dtype of a stored constant is.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gyroquant.formats.base import halves
+from gyroquant.grids import Basis, IntegerGrid, QuantizedWeight
+from gyroquant.maps import (
+    BlockDiagonal,
+    Diagonal,
+    Hadamard,
+    Identity,
+    KroneckerLeft,
+    Map,
+    Permutation,
+    Product,
+    Signs,
+    Walsh,
+    hadamard,
+    sequency_order,
+)
+
+
+class Operations(ABC):
+    """What a graph format provides for any computation."""
+
+    @abstractmethod
+    def rank(self, x: Any) -> int:
+        """The number of dimensions."""
+
+    @abstractmethod
+    def numbers(self, tensor: Tensor) -> Any:
+        """A constant, stored in the dtype of the tensor and used as fp32."""
+
+    @abstractmethod
+    def scalar(self, value: float) -> Any:
+        """A constant number."""
+
+    @abstractmethod
+    def add(self, x: Any, y: Any) -> Any:
+        """x + y."""
+
+    @abstractmethod
+    def multiply(self, x: Any, y: Any) -> Any:
+        """x * y."""
+
+    @abstractmethod
+    def divide(self, x: Any, y: Any) -> Any:
+        """x / y."""
+
+    @abstractmethod
+    def tanh(self, x: Any) -> Any:
+        """The hyperbolic tangent."""
+
+    @abstractmethod
+    def activated(self, kind: str, x: Any) -> Any:
+        """An activation by its name in transformers."""
+
+    @abstractmethod
+    def product(self, x: Any, y: Any, transposed: bool = False) -> Any:
+        """``x @ y``, or ``x @ y.T``."""
+
+    @abstractmethod
+    def reshaped(self, x: Any, keep: int, *sizes: int) -> Any:
+        """Keeps the first `keep` dimensions and reshapes the others to `sizes`, of which one may be -1."""
+
+    @abstractmethod
+    def transposed(self, x: Any, *order: int) -> Any:
+        """The dimensions in another order."""
+
+    @abstractmethod
+    def taken(self, x: Any, index: Tensor) -> Any:
+        """The entries of the last dimension at the positions in `index`."""
+
+    @abstractmethod
+    def cut(self, x: Any, lengths: Sequence[int]) -> list[Any]:
+        """The last dimension cut into pieces of these lengths."""
+
+    @abstractmethod
+    def concatenated(self, parts: list[Any]) -> Any:
+        """Pieces joined along the last dimension."""
+
+    @abstractmethod
+    def summed(self, x: Any, keep: bool) -> Any:
+        """The sum over the last dimension. With `keep`, that dimension stays, with size 1."""
+
+    @abstractmethod
+    def coded(self, x: Any, weight: QuantizedWeight) -> Any:
+        """``x @ W.T``, computed from the codes, which stay packed in the file. A zero point half-way between two codes
+        is replaced by the upper one; `rounded` corrects for that.
+        """
+
+    @abstractmethod
+    def normed(self, x: Any, gain: Tensor, eps: float) -> Any:
+        """An RMS norm over the last dimension."""
+
+    def split(self, x: Any, *sizes: int) -> Any:
+        """The last dimension split into several: `sizes`, then the remaining size."""
+        return self.reshaped(x, self.rank(x) - 1, *sizes, -1)
+
+    def joined(self, x: Any, n: int) -> Any:
+        """The last two dimensions joined into one of size `n`."""
+        return self.reshaped(x, self.rank(x) - 2, n)
+
+    def swapped(self, x: Any) -> Any:
+        """The last two dimensions exchanged."""
+        last = self.rank(x) - 1
+        return self.transposed(x, *range(last - 1), last, last - 1)
+
+    def rounded(self, x: Any, weight: QuantizedWeight) -> Any:
+        """``x @ W.T`` for a rounded matrix.
+
+        If the matrix was rounded in a basis, the inputs are transformed to that basis, by the transpose of decoding.
+        Kernels do not support a zero point half-way between two codes. For such grids, half a step times the sum of the
+        inputs of each group is added after the product.
+        """
+        if weight.basis is not None:
+            x = self._in_basis(x, weight.basis)
+        y = self.coded(x, weight)
+        assert isinstance(weight.grid, IntegerGrid)
+        if not halves(weight.grid):
+            return y
+        steps = weight.params.scale[..., 0].float().T.contiguous() / 2
+        if len(steps) == 1:
+            return self.add(y, self.multiply(self.summed(x, True), self.numbers(steps)))
+        return self.add(y, self.product(self.summed(self.split(x, len(steps)), False), self.numbers(steps)))
+
+    def _in_basis(self, x: Any, basis: Basis) -> Any:
+        if basis.order > basis.columns:
+            zeros = self.multiply(self.taken(x, torch.arange(basis.order - basis.columns)), self.scalar(0.0))
+            x = self.concatenated([x, zeros])
+        x = self.mapped(hadamard(basis.order), x)
+        return x if basis.scale is None else self.multiply(x, self.numbers(1 / basis.scale[0]))
+
+    def mapped(self, m: Map, x: Any) -> Any:
+        """``x @ M`` along the last dimension. A map with structure uses it; others are products with their matrix."""
+        if isinstance(m, Identity):
+            return x
+        if isinstance(m, Product):
+            for part in m.parts:
+                x = self.mapped(part, x)
+            return x
+        if isinstance(m, Signs | Diagonal):
+            return self.multiply(x, self.numbers(m.values.float()))
+        if isinstance(m, Permutation):
+            return self.taken(x, m.index)
+        if isinstance(m, Hadamard):
+            return self._kronecker(m, x)
+        if isinstance(m, Walsh):
+            order = sequency_order(m.n)
+            if m.transposed:
+                return self._kronecker(Hadamard(m.n, True), self.taken(x, torch.argsort(order)))
+            return self.taken(self._kronecker(Hadamard(m.n), x), order)
+        if isinstance(m, KroneckerLeft):
+            return self.joined(self.swapped(self.mapped(m.map, self.swapped(self.split(x, m.map.n)))), m.n)
+        if isinstance(m, BlockDiagonal):
+            return self._blocks(m, x)
+        return self.product(x, self.numbers(m.dense().float()))
+
+    def _kronecker(self, m: Hadamard, x: Any) -> Any:
+        """``A^T X B``, where X is the vector as a matrix, as in `maps.Hadamard`."""
+        a, b = m.sides()
+        if len(a) == 1:
+            return self.product(x, self.numbers(b))
+        square = self.product(self.split(x, len(a)), self.numbers(b))
+        return self.joined(self.product(self.numbers(a), square), m.n)
+
+    def _blocks(self, m: BlockDiagonal, x: Any) -> Any:
+        inside = x if m.repeat == 1 else self.split(x, m.repeat)
+        if len(m.parts) == 1:
+            inside = self.mapped(m.parts[0], inside)
+        else:
+            pieces = self.cut(inside, [part.n for part in m.parts])
+            inside = self.concatenated([self.mapped(part, piece) for part, piece in zip(m.parts, pieces, strict=True)])
+        return inside if m.repeat == 1 else self.joined(inside, m.n)

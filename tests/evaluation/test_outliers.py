@@ -3,19 +3,19 @@
 from pathlib import Path
 
 import pytest
-import tiny
+import tiny_models
 import torch
 
 from gyroquant.evaluation.outliers import measure_outliers
-from gyroquant.inspection import inspect_model
-from gyroquant.models.source import open_model
+from gyroquant.inspection.model import inspect_model
+from gyroquant.models.stores.source import open_model
 
 
 def test_figures_match_the_activations() -> None:
-    model = tiny.build("llama")
+    model = tiny_models.build("llama")
     seen: list[torch.Tensor] = []
     model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda m, args: seen.append(args[0].detach()))
-    ids = tiny.tokens(model)
+    ids = tiny_models.tokens(model)
     rows = {(row.site, row.block): row for row in measure_outliers(open_model(model), ids)}
     x = seen[-1].reshape(-1, 96).double()
     row = rows["R4", 1]

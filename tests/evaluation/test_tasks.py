@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny
+import tiny_models
 import torch
 
 import gyroquant as gq
@@ -36,7 +36,7 @@ def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a task of ten questions: which word a tiny model would write."""
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    model, tokenizer = tiny.build("llama"), tiny.tokenizer()
+    model, tokenizer = tiny_models.build("llama"), tiny_models.tokenizer()
     lines = []
     for i in range(10):
         ids = torch.tensor([[1, 3 + i, 20 + i]])
@@ -50,10 +50,10 @@ def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_task_is_scored(words: Path) -> None:
-    found = score_tasks(tiny.build("llama"), tiny.tokenizer(), ["words"], include=words)
+    found = score_tasks(tiny_models.build("llama"), tiny_models.tokenizer(), ["words"], include=words)
     assert found["words"]["acc"] == pytest.approx(0.7)
     assert 0 < found["words"]["stderr"] < 0.5
-    limited = score_tasks(tiny.build("llama"), tiny.tokenizer(), ["words"], include=words, limit=5)
+    limited = score_tasks(tiny_models.build("llama"), tiny_models.tokenizer(), ["words"], include=words, limit=5)
     assert limited["words"]["acc"] == 1.0
 
 

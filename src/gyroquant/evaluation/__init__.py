@@ -1,1 +1,1 @@
-"""Measuring models: perplexity, divergence from the original, outliers."""
+"""Measures models: perplexity, divergence from the original, outliers, tasks, speed."""

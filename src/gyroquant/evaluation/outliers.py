@@ -13,21 +13,21 @@ from torch import Tensor
 from gyroquant.calibration.observers import Moments, observing
 from gyroquant.calibration.stream import Stream
 from gyroquant.maps import blocks, hadamard
-from gyroquant.models.online import attached
-from gyroquant.models.runner import BlockRunner, evaluating
-from gyroquant.models.store import WeightStore
-from gyroquant.progress import Stages
-
-SITE_OF_BASIS = {"residual": "R1", "attn_in": "attn_in", "mlp_in": "mlp_in", "attn_out": "R2", "act": "R4"}
+from gyroquant.models.execution.online import attached
+from gyroquant.models.execution.runner import BlockRunner, evaluating
+from gyroquant.models.graph.model_graph import Group
+from gyroquant.models.graph.sites import SITE_OF_BASIS
+from gyroquant.models.stores.base import WeightStore
+from gyroquant.system.progress import Progress
 
 
 @dataclass(frozen=True)
 class Outliers:
-    """Figures of the activations at one site of one block; see `calibration.observers.Moments`.
+    """Statistics of the activations at one site of one block; see `calibration.observers.Moments`.
 
-    `mass` has, by the size b of blocks, two means over tokens, each over the token's rms: of the bound on the largest
-    entry behind Hadamards of b, the largest l1 mass of a block over sqrt(b) (MixQuant, arXiv 2601.22347), and of the
-    largest entry that is really there.
+    `mass` has two numbers for each size b of blocks: MixQuant's bound on the largest entry after Hadamards of size b
+    (the largest l1 mass of a block over sqrt(b), arXiv 2601.22347), and that largest entry. Both are divided by the
+    token's rms and averaged over tokens.
     """
 
     site: str
@@ -39,7 +39,7 @@ class Outliers:
 
 
 class Spread(Moments):
-    """Moments and, for each size of blocks that divides the input, MixQuant's bound and what it bounds."""
+    """Moments and, for each size of blocks that divides the input, MixQuant's bound and the entry that it bounds."""
 
     def __init__(self, n: int, sizes: Sequence[int] = ()):
         super().__init__(n)
@@ -59,7 +59,7 @@ class Spread(Moments):
 
     @property
     def mass(self) -> dict[int, tuple[float, float]]:
-        """Bound and largest entry by the size of blocks."""
+        """Bound and largest entry, for each size of blocks."""
         means = {size: sums / max(1, self.tokens) for size, sums in self.masses.items()}
         return {size: (float(both[0]), float(both[1])) for size, both in means.items()}
 
@@ -69,37 +69,36 @@ def measure_outliers(
     store: WeightStore,
     input_ids: Tensor,
     device: str = "cpu",
-    progress: Stages | None = None,
+    progress: Progress | None = None,
     sizes: Sequence[int] = (),
 ) -> list[Outliers]:
-    """The outlier figures of every observed site and block for `input_ids`, shape (sequences, length).
+    """The outlier statistics of every observed site and block for `input_ids`, shape (sequences, length).
 
-    `sizes` are those of the blocks whose l1 mass is measured too.
+    `sizes` are the block sizes for which the l1 mass is measured too.
     """
     graph = store.graph
-    found: list[Outliers] = []
+    rows: list[Outliers] = []
     model = store.skeleton()
-    with evaluating(model), (progress or Stages()).stage("observe", len(graph.blocks)) as advance:
-        runner = BlockRunner(model, graph)
-        stream = Stream(runner, input_ids, store.read(graph.outer_params()), device=device)
+    with evaluating(model), (progress or Progress()).stage("observe", len(graph.blocks)) as advance:
+        stream = Stream(BlockRunner.of(store), input_ids, store.read(graph.outer_params()), device=device)
         stream.free_outer()
         for i, group in enumerate(graph.blocks):
             online = graph.in_block(i, store.online)
             with attached(model, online), observing(model, group, online, partial(Spread, sizes=sizes)) as observed:
                 stream.run(i, store.read(graph.block_params(i)))
-            found += _by_site(i, {key: group_basis(group, key) for key, _ in observed}, observed)
+            rows += _by_site(i, {key: group_basis(group, key) for key, _ in observed}, observed)
             advance()
-    return found
+    return rows
 
 
-def group_basis(group: object, key: str) -> str:
-    """The basis that an observer's key stands for: the key itself, or what the layer of that weight reads."""
-    readers = {op.weight: op.entry.reads for op in group.linears}  # type: ignore[attr-defined]
+def group_basis(group: Group, key: str) -> str:
+    """The basis of an observer's key: the key itself, or, if the key is a weight, the basis that its layer reads."""
+    readers = {op.weight: op.entry.reads for op in group.linears}
     return readers.get(key, key).rpartition(".")[2]
 
 
 def _by_site(block: int, bases: dict[str, str], observed: dict[tuple[str, int | None], Spread]) -> list[Outliers]:
-    """One row a site; several inputs of one site (experts) are averaged."""
+    """One row for each site. Several inputs of one site (experts) are averaged."""
     groups: dict[str, list[Spread]] = defaultdict(list)
     for (key, _), moments in observed.items():
         site = SITE_OF_BASIS.get(bases[key])

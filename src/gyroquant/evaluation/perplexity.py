@@ -1,5 +1,6 @@
-"""Perplexity, and divergence from another model, over windows of a text; streamed, so that no whole model is ever
-held.
+"""Perplexity, and divergence from another model, over windows of a text.
+
+Blocks are streamed, so memory never holds a whole model.
 """
 
 from __future__ import annotations
@@ -16,31 +17,32 @@ from torch import Tensor
 from gyroquant.calibration.stream import Stream
 from gyroquant.calibration.text import Text, TokenBatch, token_stream
 from gyroquant.errors import InputError
-from gyroquant.models.online import attached
-from gyroquant.models.runner import BlockRunner, evaluating
-from gyroquant.models.store import WeightStore
-from gyroquant.progress import Advance, Stages
+from gyroquant.evaluation.divergence import agreeing, summed_divergence
+from gyroquant.models.execution.online import attached
+from gyroquant.models.execution.runner import BlockRunner, evaluating
+from gyroquant.models.stores.base import WeightStore
+from gyroquant.system.progress import Advance, Progress
 
-_CHUNK_BYTES = 1 << 28  # hidden states held at once
+_CHUNK_BYTES = 1 << 28  # this many bytes of hidden states are held at once
 _RESAMPLES = 2000
 
 PRESETS = {"standard": (2048, None), "bbt": (1024, 8)}
-"""Window length and number of windows: the whole text in windows of 2048, or the first 8,192 tokens in windows of
-1,024.
+"""Window length in tokens and number of windows. `standard`: the whole text in windows of 2,048. `bbt`: the first 8
+windows of 1,024.
 """
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""What models can be measured in."""
+"""The dtypes that models can be measured in."""
 
 
 def cut(preset: str, window: int | None, most: int | None) -> tuple[int, int | None]:
-    """The window length and number of windows (None: all) of a preset, where `window` and `most` say nothing else.
+    """The window length and the number of windows (None: all) of a preset. `window` and `most` override them.
 
-    Raises InputError for a preset that there is not.
+    Raises InputError for an unknown preset.
     """
     if preset not in PRESETS:
-        raise InputError(f"there is no preset {preset!r}; presets are {', '.join(PRESETS)}")
+        raise InputError(f"there is no preset {preset!r}: use {', '.join(PRESETS)}")
     length, count = PRESETS[preset]
     if window is not None:
         length, count = window, None
@@ -50,17 +52,19 @@ def cut(preset: str, window: int | None, most: int | None) -> tuple[int, int | N
 def text_windows(
     text: Text, store: WeightStore, length: int, count: int | None, tokenizer: Any = None, add_bos: bool = True
 ) -> TokenBatch:
-    """The first `count` windows (None: all) of a text, shape (windows, length), for a model; fewer where the text has
-    fewer. With `add_bos` each begins with the special tokens that the tokenizer puts in front of a text.
+    """The first `count` windows (None: all) of a text for a model, shape (windows, length); fewer if it has fewer.
 
-    Raises InputError for a window that does not fit the model, for a text that has none, and for a count below 1.
+    With `add_bos`, each window begins with the tokenizer's BOS tokens. Raises InputError for a window that does not fit
+    the model, for a text shorter than one window, and for a count below 1.
     """
     if count is not None and count < 1:
         raise InputError(f"--windows is {count}, and has to be at least 1")
-    limit = getattr(store.text_config, "max_position_embeddings", None)
+    limit = store.graph.max_positions
     if length < 2 or (limit and length > limit):
         raise InputError(
-            f"a window of {length} tokens does not fit a model of {limit} positions (and needs at least 2)"
+            f"a window of {length} tokens does not fit a model of {limit} positions: use 2 to {limit} tokens"
+            if limit
+            else f"a window of {length} tokens is too short: use 2 or more"
         )
     return token_stream(text, tokenizer or store.tokenizer(), store.text_config.vocab_size, add_bos).windows(
         length, count
@@ -69,11 +73,12 @@ def text_windows(
 
 @dataclass(frozen=True)
 class WindowScores:
-    """Sums over the predicted tokens of each window, shape (windows,), fp64; `predicted` is how many there are in each,
-    shape (windows,), int64.
+    """Sums over the predicted tokens of each window, shape (windows,), fp64.
 
-    `kl` (in nats, from the other model to this one) and `agree` (equal most likely tokens) are None without another
-    model.
+    - loss: negative log-likelihood in nats.
+    - predicted: how many predicted tokens each window has, int64.
+    - kl: KL divergence from the other model to this one, in nats. None without another model.
+    - agree: how many tokens are the most likely ones in both models. None without another model.
     """
 
     loss: Tensor
@@ -85,11 +90,10 @@ class WindowScores:
 def _hidden(
     store: WeightStore, ids: Tensor, dtype: torch.dtype, device: str, advance: Advance, known: Tensor | None = None
 ) -> tuple[Stream, Any]:
-    """A stream that has passed through all blocks, or is told where that leads, and the parameters for its head."""
+    """A stream after all blocks, and the parameters around the blocks. `known` replaces the run."""
     graph = store.graph
     outer = store.read(graph.outer_params())
-    runner = BlockRunner(store.skeleton(), graph)
-    stream = Stream(runner, ids, outer, dtype, device=device)
+    stream = Stream(BlockRunner.of(store), ids, outer, dtype, device=device)
     stream.free_outer()
     if known is None:
         stream.run_all(store, advance)
@@ -104,10 +108,10 @@ def last_hidden(
     input_ids: Tensor,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
-    progress: Stages | None = None,
+    progress: Progress | None = None,
 ) -> Tensor:
-    """What leaves the last block for `input_ids`, shape (windows, length): (windows, length, hidden), in `dtype`."""
-    with evaluating(store.skeleton()), (progress or Stages()).stage("evaluate", len(store.graph.blocks)) as advance:
+    """The output of the last block for `input_ids`, shape (windows, length): (windows, length, hidden), in `dtype`."""
+    with evaluating(store.skeleton()), (progress or Progress()).stage("evaluate", len(store.graph.blocks)) as advance:
         stream, _ = _hidden(store, input_ids, dtype, device, advance)
     assert stream.hidden is not None
     return stream.hidden
@@ -128,62 +132,67 @@ def score_windows(
     against: WeightStore | None = None,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
-    progress: Stages | None = None,
+    progress: Progress | None = None,
     known: Tensor | None = None,
     bos: Sequence[int] = (),
 ) -> WindowScores:
-    """Scores `input_ids`, shape (windows, length): all tokens but a window's first are predicted from those before.
+    """Scores `input_ids`, shape (windows, length). Each token of a window but the first is predicted from those before.
 
-    The tokens `bos` begin texts, which nothing predicts: they are read, and no prediction of them counts. `known` is
-    what `last_hidden` gave for the model `against`, on the same tokens and in the same dtype.
+    The tokens `bos` are read, but no prediction of them counts. `known` is the result of `last_hidden` for the model
+    `against`, on the same tokens and in the same dtype. Raises InputError if the vocabularies differ, or if a window
+    has no token that counts.
     """
     stores = [store] if against is None else [store, against]
     if against is not None and against.text_config.vocab_size != store.text_config.vocab_size:
-        raise InputError(f"{against.label} has another vocabulary than {store.label}: they cannot be compared")
-    width = max(one.graph.hidden for one in stores) * dtype.itemsize * input_ids.shape[1]
+        raise InputError(
+            f"{against.label} and {store.label} have different vocabularies and cannot be compared: give the original "
+            "of this model"
+        )
+    width = max(model.graph.hidden for model in stores) * dtype.itemsize * input_ids.shape[1]
     chunk = max(1, _CHUNK_BYTES // width)
     totals = torch.zeros(3, len(input_ids), dtype=torch.float64)
     counted = ~torch.isin(input_ids, torch.tensor(bos, dtype=input_ids.dtype, device=input_ids.device))
     predicted = counted[:, 1:].sum(1).cpu()
     if not bool(predicted.all()):
-        raise InputError("a window holds no token that is predicted, only such that begin a text: take longer windows")
+        raise InputError("a window has only BOS tokens, none of which counts: take longer windows")
     pieces = range(0, len(input_ids), chunk)
-    steps = sum(len(one.graph.blocks) for one in stores if one is store or known is None) * len(pieces)
-    with (progress or Stages()).stage("evaluate", steps) as advance:
+    steps = sum(len(model.graph.blocks) for model in stores if model is store or known is None) * len(pieces)
+    with (progress or Progress()).stage("evaluate", steps) as advance:
         for first in pieces:
             ids = input_ids[first : first + chunk]
             streams = []
-            for one in stores:
-                with evaluating(one.skeleton()):
-                    there = known[first : first + chunk] if one is against and known is not None else None
-                    streams.append(_hidden(one, ids, dtype, device, advance, there))
+            for model in stores:
+                with evaluating(model.skeleton()):
+                    states = known[first : first + chunk] if model is against and known is not None else None
+                    streams.append(_hidden(model, ids, dtype, device, advance, states))
             for number, start, logs in _pairs(stores, streams):
                 totals[:, first + number] += _sums(ids[number], start, logs, counted[first + number])
     return WindowScores(totals[0], predicted, *(() if against is None else (totals[1], totals[2])))
 
 
 def _sums(ids: Tensor, start: int, logs: list[Tensor], counted: Tensor) -> Tensor:
-    """Loss, divergence and agreement of one piece of a window, summed over its positions that predict a token which is
-    `counted`, shape (length,).
+    """Loss, divergence and agreement of one piece of a window, summed over positions whose next token is `counted`.
+
+    `counted` has shape (length,).
     """
     where = slice(start + 1, start + 1 + len(logs[0]))
     wanted, keep = ids[where].to(logs[0].device), counted[where].to(logs[0].device)
-    logs = [one[: len(wanted)] for one in logs]
+    logs = [predicted[: len(wanted)] for predicted in logs]
     if not bool(keep.all()):
-        wanted, logs = wanted[keep], [one[keep] for one in logs]
+        wanted, logs = wanted[keep], [predicted[keep] for predicted in logs]
     ours = logs[0]
     loss = -ours.gather(1, wanted[:, None]).sum()
     if len(logs) == 1:
         return torch.stack([loss, loss.new_zeros(()), loss.new_zeros(())]).double().cpu()
     theirs = logs[1]
-    kl = (theirs.exp() * (theirs - ours)).sum()
-    agree = (ours.argmax(-1) == theirs.argmax(-1)).sum()
-    return torch.stack([loss, kl, agree.to(loss)]).double().cpu()
+    agree = agreeing(theirs, ours).to(loss)
+    return torch.stack([loss, summed_divergence(theirs, ours), agree]).double().cpu()
 
 
 def interval(values: Tensor, weight: Tensor | int, seed: int = 0, level: float = 0.95) -> tuple[float, float]:
-    """Bootstrap confidence interval over windows for the sum of `values` over that of `weight`, both of shape
-    (windows,); a number is the weight of every window.
+    """Bootstrap confidence interval, over windows, of the sum of `values` divided by the sum of `weight`.
+
+    Both have shape (windows,). A number is the weight of every window.
     """
     generator = torch.Generator().manual_seed(seed)
     picks = torch.randint(0, len(values), (_RESAMPLES, len(values)), generator=generator)
@@ -194,15 +203,16 @@ def interval(values: Tensor, weight: Tensor | int, seed: int = 0, level: float =
 
 
 def summary(scores: WindowScores) -> dict[str, Any]:
-    """Perplexity, KL divergence and top-1 agreement with 95 % bootstrap intervals over windows (None where not
-    measured).
+    """Perplexity, KL divergence and top-1 agreement, with 95 % bootstrap intervals over windows.
+
+    What was not measured is None.
     """
 
     def mean(values: Tensor) -> float:
         return float(values.mean()) / float(scores.predicted.double().mean())
 
     def exponential(value: float) -> float:
-        return math.exp(min(value, 700.0))  # a hopeless model still gets a number that JSON can hold
+        return math.exp(min(value, 700.0))  # JSON cannot hold infinity
 
     low, high = interval(scores.loss, scores.predicted)
     result: dict[str, Any] = {

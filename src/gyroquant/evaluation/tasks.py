@@ -1,4 +1,4 @@
-"""Zero-shot tasks through lm-evaluation-harness, on a model as it is deployed."""
+"""Zero-shot tasks of lm-evaluation-harness, on a model as it is deployed."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _HARNESS = "lm_eval"
 
 
 def check_tasks(tasks: Sequence[str], include: str | Path | None = None) -> Any:
-    """The harness's tasks, of which `include` may be a folder of more.
+    """The harness's task manager. `include` is a folder with more tasks.
 
-    Raises InputError where the harness is not installed, and for a task that it has not.
+    Raises InputError if the harness is not installed, or does not have a task.
     """
     try:
         from lm_eval.tasks import TaskManager
@@ -42,15 +42,15 @@ def score_tasks(
 ) -> dict[str, dict[str, float]]:
     """Accuracy of a transformers model in each task, and its standard error, over the first `limit` questions.
 
-    With `add_bos` every question begins as the tokenizer begins a text; the harness leaves that out by itself. Raises
-    InputError where the harness is not installed, a task is unknown, or its data cannot be reached.
+    With `add_bos`, every question begins with the tokenizer's BOS tokens; the harness itself leaves them out. Raises
+    InputError if the harness is not installed, a task is unknown, or its data cannot be reached.
     """
     manager = check_tasks(tasks, include)
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
     try:
-        found = simple_evaluate(
+        results = simple_evaluate(
             HFLM(
                 pretrained=model,
                 tokenizer=tokenizer,
@@ -61,19 +61,19 @@ def score_tasks(
             tasks=list(tasks),
             limit=limit,
             task_manager=manager,
-            bootstrap_iters=100,  # accuracies have a formula for it; this only asks for it
+            bootstrap_iters=100,  # turns on standard errors; those of accuracies come from a formula
             verbosity="ERROR",
         )
     except (OSError, ConnectionError, ValueError) as error:
         raise InputError(f"the tasks {', '.join(tasks)} cannot be run here: {error}") from error
-    assert found is not None
-    return {task: _scores(found["results"][task]) for task in tasks}
+    assert results is not None
+    return {task: _scores(results["results"][task]) for task in tasks}
 
 
 def _scores(result: dict[str, Any]) -> dict[str, float]:
-    """Normalised accuracy where a task has it, as leaderboards report it, else plain accuracy."""
+    """Normalised accuracy, as leaderboards report it, if the task has it; else plain accuracy."""
     name = next((name for name in ("acc_norm", "acc") if f"{name},none" in result), None)
     if name is None:
-        raise InputError(f"the task {result.get('alias', '')} measures no accuracy")
+        raise InputError(f"the task {result.get('alias', '')} does not measure accuracy: choose another")
     stderr = result.get(f"{name}_stderr,none")
     return {"acc": float(result[f"{name},none"]), "stderr": float(stderr) if isinstance(stderr, float) else 0.0}

@@ -5,19 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import saving
-import tiny
+import saved_models
+import tiny_models
 
-from gyroquant import footprint as room
 from gyroquant.errors import InputError
-from gyroquant.footprint import footprint
+from gyroquant.evaluation import speed as room
+from gyroquant.evaluation.speed import footprint
 
 
 def test_a_larger_model_takes_more_memory(tmp_path: Path) -> None:
     found = {}
     for name, words in (("small", 96), ("large", 200_000)):
-        model = tiny.build("llama", vocab_size=words)
-        saving.written("dense", saving.rounded(model, tmp_path / name), tmp_path / f"{name}-dense")
+        model = tiny_models.build("llama", vocab_size=words)
+        saved_models.written("dense", saved_models.rounded(model, tmp_path / name), tmp_path / f"{name}-dense")
         found[name] = footprint("dense", tmp_path / f"{name}-dense", [3, 4, 5], 2, exact=True)
         assert found[name]["prefill_tokens_per_second"] > 0
         assert found[name]["decode_tokens_per_second"] > 0
@@ -26,7 +26,7 @@ def test_a_larger_model_takes_more_memory(tmp_path: Path) -> None:
 
 
 def test_a_model_that_does_not_open_says_why(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"does not run as dense in a process of its own: .*InputError"):
+    with pytest.raises(InputError, match=r"does not run as dense in a separate process: .*InputError"):
         footprint("dense", tmp_path, [3], 1, exact=True)
 
 
@@ -35,5 +35,5 @@ def test_a_program_that_is_killed_says_by_what(tmp_path: Path, monkeypatch: pyte
     killed.write_text("#!/bin/sh\nkill -SEGV $$\n")
     killed.chmod(0o755)
     monkeypatch.setattr(room.sys, "executable", str(killed))
-    with pytest.raises(InputError, match=r"in a process of its own: it was killed by SIGSEGV"):
+    with pytest.raises(InputError, match=r"in a separate process: it was killed by SIGSEGV"):
         footprint("dense", tmp_path, [3], 1, exact=True)

@@ -6,29 +6,30 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
+import tiny_models
 import torch
-from test_pipeline import run
+from tiny_runs import run
 
 import gyroquant as gq
+from gyroquant.evaluation.divergence import mean_divergence
+from gyroquant.finetuning.differentiable_fold import DifferentiableFold, learnable, with_values
+from gyroquant.finetuning.objectives import Loss, Sample, kurtosis
+from gyroquant.finetuning.parameters import Place
+from gyroquant.finetuning.rotations import Setting, learn
+from gyroquant.finetuning.rotations_file import load_rotations
+from gyroquant.finetuning.stiefel import CayleySGD, drift, orthogonalized, scheduled
 from gyroquant.grids import IntegerGrid
-from gyroquant.inspection import inspect_model
-from gyroquant.job import plan_quantizers
-from gyroquant.learning.learn import Setting, learn
-from gyroquant.learning.live import LiveFold, learnable, with_values
-from gyroquant.learning.objectives import Loss, Sample, divergence, kurtosis
-from gyroquant.learning.parameters import Place
-from gyroquant.learning.rotations import load_rotations
-from gyroquant.learning.stiefel import CayleySGD, drift, mended, scheduled
+from gyroquant.inspection.model import inspect_model
 from gyroquant.maps import BlockDiagonal, Butterfly, Dense, Diagonal
-from gyroquant.models.fold import FoldPlan, fold
-from gyroquant.models.online import fake, growing_noise
-from gyroquant.models.prove import prove
-from gyroquant.models.runner import BlockRunner
-from gyroquant.models.source import open_model
-from gyroquant.planning import plan_folds
-from gyroquant.progress import Stages
-from gyroquant.rounding.stage import find_targets
+from gyroquant.models.execution.online import fake, scaled_ste
+from gyroquant.models.execution.runner import BlockRunner
+from gyroquant.models.folding.fold import FoldPlan, fold
+from gyroquant.models.folding.prove import prove
+from gyroquant.models.stores.source import open_model
+from gyroquant.pipeline.folds import plan_folds
+from gyroquant.pipeline.planning import plan_quantizers
+from gyroquant.rounding.layers import find_targets
+from gyroquant.system.progress import Progress
 
 OBJECTIVES = ("cross_entropy", "kl", "kurtosis", "weights")
 BASE = ["weights.group_size=16", "transform.R1={method: hadamard, random_signs: true}", "transform.R2=hadamard"]
@@ -53,7 +54,7 @@ def learned(
     checkpoint: Path | None = None,
     outliers: float = 1.0,
 ) -> Any:
-    model = tiny.build(name)
+    model = tiny_models.build(name)
     with torch.no_grad():
         model.get_input_embeddings().weight[:, :3] *= outliers
         for parameter, value in model.named_parameters():
@@ -64,16 +65,18 @@ def learned(
     )
     store = open_model(model)
     plan = plan_folds(store.graph, recipe)
-    result = learn(store, plan, recipe.learn, setting(model, recipe, rounded), Stages(), checkpoint)
+    result = learn(store, plan, recipe.learn, setting(model, recipe, rounded), Progress(), checkpoint)
     return model, store, plan, result
 
 
 def test_steps_stay_on_the_manifold_and_go_down() -> None:
     generator = torch.Generator().manual_seed(0)
-    goal = mended(torch.linalg.qr(torch.randn(3, 16, 16, generator=generator, dtype=torch.float64))[0])
-    r = mended(torch.linalg.qr(goal + 0.1 * torch.randn(3, 16, 16, generator=generator, dtype=torch.float64))[0])
+    goal = orthogonalized(torch.linalg.qr(torch.randn(3, 16, 16, generator=generator, dtype=torch.float64))[0])
+    r = orthogonalized(
+        torch.linalg.qr(goal + 0.1 * torch.randn(3, 16, 16, generator=generator, dtype=torch.float64))[0]
+    )
     signs = torch.sign((r * goal).sum((1,), keepdim=True))
-    r = mended(r * signs)
+    r = orthogonalized(r * signs)
     optimizer = CayleySGD(momentum=0.5)
     distances = [float((r - goal).norm())]
     for _ in range(60):
@@ -97,7 +100,7 @@ def test_every_objective_falls_and_the_model_stays_the_same_function(name: str, 
     model, store, plan, result = learned(name, objective, *changes)
     assert min(result.losses[-3:]) < result.losses[0]
     assert result.drift < 1e-12
-    proof = prove(store, result.plan, BlockRunner(model, store.graph), tiny.tokens(model), 5e-6)
+    proof = prove(store, result.plan, BlockRunner(model, store.graph), tiny_models.tokens(model), 5e-6)
     assert proof.worst_block_error < 5e-6
     first = next(m for site, m, _ in plan.folded if site.name == "R1")
     last = next(m for site, m, _ in result.plan.folded if site.name == "R1")
@@ -124,10 +127,10 @@ def test_scales_are_learned_beside_rotations(name: str, objective: str) -> None:
         "learn.batch_size=6",
     ]
     if objective == "kl":  # straight through the rounding to 3 bits, steps of scales are mostly noise
-        changes.append("learn.gradient=spans")
+        changes.append("learn.gradient=scaled_ste")
     model, store, _, result = learned(name, objective, *changes, rounded=True)
     assert sum(result.losses[-3:]) / 3 < result.losses[0]
-    proof = prove(store, result.plan, BlockRunner(model, store.graph), tiny.tokens(model), 5e-6)
+    proof = prove(store, result.plan, BlockRunner(model, store.graph), tiny_models.tokens(model), 5e-6)
     assert proof.worst_block_error < 5e-6
     for site in ("attn_in", "mlp_in", "R4"):
         last = next(m for there, m, _ in result.plan.folded if there.name == site)
@@ -139,18 +142,18 @@ def test_scales_are_learned_beside_rotations(name: str, objective: str) -> None:
 def test_outputs_of_blocks_get_better_where_there_are_outliers(name: str) -> None:
     """From no rotation at all. It takes a gradient that knows what outliers do: straight through it gets worse."""
     losses = {}
-    for gradient in ("straight", "spans"):
+    for gradient in ("straight", "scaled_ste"):
         changes = ["transform.R1=identity", "transform.R2=null", "learn.sites=[R1]", f"learn.gradient={gradient}"]
         changes += ["learn.steps=25", "learn.lr=1.0", "activations.bits=4", "learn.batch_size=6"]
         model, store, _, result = learned(name, "blocks", *changes, outliers=40.0)
         losses[gradient] = result.losses
-        prove(store, result.plan, BlockRunner(model, store.graph), tiny.tokens(model), 5e-6)
-    assert losses["spans"][-1] < 0.6 * losses["spans"][0]
-    assert losses["spans"][-1] < 0.6 * losses["straight"][-1]
+        prove(store, result.plan, BlockRunner(model, store.graph), tiny_models.tokens(model), 5e-6)
+    assert losses["scaled_ste"][-1] < 0.6 * losses["scaled_ste"][0]
+    assert losses["scaled_ste"][-1] < 0.6 * losses["straight"][-1]
 
 
 def test_the_two_gradients_differ() -> None:
-    losses = [learned("llama", "kl", f"learn.gradient={g}", rounded=True)[3].losses for g in ("straight", "spans")]
+    losses = [learned("llama", "kl", f"learn.gradient={g}", rounded=True)[3].losses for g in ("straight", "scaled_ste")]
     assert losses[0][0] == losses[1][0]
     assert losses[0][1:] != losses[1][1:]
 
@@ -159,13 +162,13 @@ def test_a_start_from_the_identity_is_folded_as_what_it_becomes() -> None:
     """The gains are absorbed, and a tied head untied, before the first step as after it."""
     changes = ["transform.R1=identity", "transform.attn_in=unit_scale", "learn.steps=3", "learn.lr=0.3"]
     model, store, plan, result = learned("llama_tied", "kl", *changes, rounded=True)
-    proof = prove(store, result.plan, BlockRunner(model, store.graph), tiny.tokens(model), 5e-6)
+    proof = prove(store, result.plan, BlockRunner(model, store.graph), tiny_models.tokens(model), 5e-6)
     places = learnable(plan, ("R1", "R2"))
     begun = with_values(plan, places, started(plan, places))
     outer = store.read(store.graph.outer_params())
     assert begun.unties(outer) == result.plan.unties(outer) == ("lm_head.weight",)
     tensors = store.read(store.graph.block_params(0))
-    live = LiveFold(begun, places, tensors, tensors)(result.plan)
+    live = DifferentiableFold(begun, places, tensors, tensors)(result.plan)
     for name, value in fold(result.plan, tensors).items():
         assert torch.allclose(live[name], value, atol=1e-5)
     assert proof.relative_logit_error < 5e-6
@@ -175,7 +178,7 @@ def test_scales_are_no_rotations(folders: dict[str, Path], corpus: Path, tmp_pat
     changes = [*BASE, "transform.R2=unit_scale", "learn.steps=2", "learn.objective=weights"]
     run(folders["llama"], tmp_path / "out", "rtn", corpus, *changes)
     assert set(load_rotations(tmp_path / "out")) == {"R1"}
-    scores = gq.evaluate(tmp_path / "out", corpus, window=32, max_windows=2, tokenizer=tiny.tokenizer())
+    scores = gq.evaluate(tmp_path / "out", corpus, window=32, windows=2, tokenizer=tiny_models.tokenizer())
     assert scores["perplexity"] > 1  # the rotations beside the weights are not taken for weights
 
 
@@ -187,14 +190,14 @@ def test_butterflies_stay_butterflies() -> None:
     assert isinstance(m, BlockDiagonal)
     assert all(isinstance(part, Butterfly) for part in m.parts)
     assert not torch.allclose(m.parts[0].angles, m.parts[1].angles, atol=1e-3)  # type: ignore[attr-defined]
-    prove(store, result.plan, BlockRunner(model, store.graph), tiny.tokens(model), 5e-6)
+    prove(store, result.plan, BlockRunner(model, store.graph), tiny_models.tokens(model), 5e-6)
 
 
 def test_noise_grows_with_the_span_of_its_group() -> None:
     grid = IntegerGrid(bits=3, group_size=16, scale="minmax")
     x = torch.randn(4, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
     noise = grid.fake(x.detach()) - x.detach()
-    with growing_noise(True):
+    with scaled_ste(True):
         out = fake(grid, x)
     assert torch.allclose(out, grid.fake(x.detach()))
     out.sum().backward()
@@ -210,25 +213,27 @@ def test_divergence_among_the_likeliest() -> None:
     logits = torch.randn(2, 5, 30, generator=torch.Generator().manual_seed(0))
     wanted, found = logits.log_softmax(-1), (1.2 * logits).log_softmax(-1)
     expected = torch.nn.functional.kl_div(found, wanted, log_target=True, reduction="sum") / 10
-    assert float(divergence(wanted, found, None)) == pytest.approx(float(expected), rel=1e-5)
-    assert float(divergence(wanted, found, 30)) == pytest.approx(float(expected), rel=1e-5)
+    assert float(mean_divergence(wanted, found, None)) == pytest.approx(float(expected), rel=1e-5)
+    assert float(mean_divergence(wanted, found, 30)) == pytest.approx(float(expected), rel=1e-5)
     unlikely = found.clone().scatter_(-1, wanted.argmin(-1, keepdim=True), -50.0)
-    assert float(divergence(wanted, unlikely, 10)) == pytest.approx(float(divergence(wanted, found, 10)), rel=1e-5)
-    assert float(divergence(wanted, unlikely, None)) > float(expected)
+    assert float(mean_divergence(wanted, unlikely, 10)) == pytest.approx(
+        float(mean_divergence(wanted, found, 10)), rel=1e-5
+    )
+    assert float(mean_divergence(wanted, unlikely, None)) > float(expected)
 
 
 def test_the_gradient_is_that_of_the_loss() -> None:
     """Along a curve of rotations, the loss changes as the gradient says (nothing is rounded here)."""
-    model = tiny.build("llama_tied")
+    model = tiny_models.build("llama_tied")
     recipe = gq.load_recipe("rtn", [*BASE, *SCALES, "learn.objective=weights", "activations=null"])
     store = open_model(model)
     plan = plan_folds(store.graph, recipe)
     places = learnable(plan, ("R1", "R2", "attn_in", "mlp_in", "R4"))
     matrices = started(plan, places)
     plan = with_values(plan, places, matrices)
-    from gyroquant.learning.objectives import FourthPowers
+    from gyroquant.finetuning.objectives import OptRotLoss
 
-    loss = FourthPowers(store, plan, places, list(setting(model, recipe, False).targets))
+    loss = OptRotLoss(store, plan, places, list(setting(model, recipe, False).targets))
     _, gradients = loss.gradients(matrices, torch.zeros(0))
     for label in (next(label for label in places if label.startswith(site)) for site in ("attn_in", "mlp_in", "R4")):
         step = 1e-3 * torch.randn(matrices[label].shape, generator=torch.Generator().manual_seed(2))
@@ -248,14 +253,14 @@ def test_the_gradient_is_that_of_the_loss() -> None:
 
 
 def test_a_live_fold_is_the_fold() -> None:
-    model = tiny.build("qwen2")
+    model = tiny_models.build("qwen2")
     recipe = gq.load_recipe("rtn", [*BASE, "transform.R4=hadamard"])
     store = open_model(model)
     plan = plan_folds(store.graph, recipe)
     places = learnable(plan, ("R1", "R2"))
     plan = with_values(plan, places, started(plan, places))
     tensors = store.read(store.graph.block_params(0))
-    live = LiveFold(plan, places, tensors, tensors)(plan)
+    live = DifferentiableFold(plan, places, tensors, tensors)(plan)
     for name, value in fold(plan, tensors).items():
         assert torch.allclose(live[name], value, atol=1e-6)
 
@@ -273,27 +278,28 @@ def test_blocks_stay_blocks_and_part_ways(start: str) -> None:
 def test_rounded_weights_are_looked_at_when_they_are_rounded_to_nearest(
     folders: dict[str, Path], corpus: Path, tmp_path: Path
 ) -> None:
-    from gyroquant.job import learning_setting, prepare
+    from gyroquant.pipeline.job import prepare
+    from gyroquant.pipeline.planning import learning_setting
 
     changes = [*BASE, "learn.objective=kl", "calibration.nsamples=4", "calibration.seqlen=32", "activations.bits=4"]
     for name, rounded in (("rtn", True), ("gptq", False)):
         recipe = gq.load_recipe(name, changes)
-        job = prepare(folders["llama"], tmp_path / "out", recipe, corpus, tokenizer=tiny.tokenizer())
+        job = prepare(folders["llama"], tmp_path / "out", recipe, corpus, tokenizer=tiny_models.tokenizer())
         setting = learning_setting(recipe, job.tokens, job.targets, job.quantizers, job.compute_dtype)
         assert bool(setting.grids) == rounded
 
 
 def test_a_model_in_memory_gets_learned_rotations() -> None:
-    model = tiny.build("llama")
-    base = [*BASE, *tiny.amount()]
+    model = tiny_models.build("llama")
+    base = [*BASE, *tiny_models.amount()]
     recipe = gq.load_recipe("rtn", [*base, "learn.objective=weights", "learn.steps=2", "learn.lr=0.5"])
-    plain = tiny.build("llama")
+    plain = tiny_models.build("llama")
     gq.transform(plain, gq.load_recipe("rtn", base))
     proof = gq.transform(model, recipe)
     assert proof.relative_logit_error < 5e-6
     assert not torch.allclose(model.model.embed_tokens.weight, plain.model.embed_tokens.weight, atol=1e-3)
     with pytest.raises(gq.InputError, match="needs text"):
-        gq.transform(tiny.build("llama"), gq.load_recipe("rtn", [*base, "learn.objective=kl", "learn.steps=2"]))
+        gq.transform(tiny_models.build("llama"), gq.load_recipe("rtn", [*base, "learn.objective=kl", "learn.steps=2"]))
 
 
 @pytest.mark.parametrize("more", [[], SCALES], ids=["rotations", "scales"])
@@ -309,7 +315,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(more: list[str], tmp_path: Path) 
             raise KeyboardInterrupt
         return original(self, matrices, batch)
 
-    from gyroquant.learning.objectives import EndToEnd
+    from gyroquant.finetuning.objectives import EndToEnd
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(EndToEnd, "gradients", stopping)
@@ -353,10 +359,10 @@ def test_kurtosis_of_known_distributions() -> None:
         (["transform.R1.online=true"], "R1.*runs online"),
         ([*SCALES, "learn.objective=kurtosis"], "kurtosis is measured at R1 and R2, not at attn_in"),
         (["learn.top=5"], "top is an option of the objective kl"),
-        (["learn.objective=weights", "learn.gradient=spans"], "gradient is about rounding"),
-        (["weights.solver=gptq"], "nothing is rounded meanwhile"),
-        (["transform.attn_in=identity", "learn.sites=[attn_in]"], "attn_in, which takes diagonal maps.*unit_scale"),
-        (["transform.R4=massdiff", "learn.sites=[R4]"], "R4, which takes permutation maps.*unit_scale"),
+        (["learn.objective=weights", "learn.gradient=scaled_ste"], "gradient: scaled_ste applies to rounding"),
+        (["weights.solver=gptq"], "nothing is rounded during it"),
+        (["transform.attn_in=identity", "learn.sites=[attn_in]"], "attn_in, which accepts diagonal maps.*unit_scale"),
+        (["transform.R4=massdiff", "learn.sites=[R4]"], "R4, which accepts permutation maps.*unit_scale"),
         (["learn=true"], "learn holds settings such as sites"),
     ],
 )
@@ -369,7 +375,7 @@ def test_what_cannot_be_learned_is_refused_before_any_work(
         run(folders["gpt2"], tmp_path / "out", "rtn", corpus, *BASE, "learn.steps=2")
     with pytest.raises(gq.UnsupportedModelError, match="single expert"):
         run(folders["qwen3_moe"], tmp_path / "out", "rtn", corpus, *BASE, *SCALES, "learn.steps=2")
-    assert "LayerNorms" in inspect_model(tiny.build("gpt2"), changes=["weights.group_size=16"]).fits["optrot"]
+    assert "LayerNorms" in inspect_model(tiny_models.build("gpt2"), changes=["weights.group_size=16"]).fits["optrot"]
 
 
 def test_a_whole_run_learns_proves_and_rounds(folders: dict[str, Path], corpus: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What can be learned at a site: a rotation, the angles of a butterfly, or scales; each a tensor with its own steps."""
+"""The parameters that can be learned at a site: a rotation, the angles of a butterfly, or scales, each as a tensor."""
 
 from __future__ import annotations
 
@@ -10,54 +10,57 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gyroquant.learning.settings import Learn
-from gyroquant.learning.stiefel import CayleySGD, drift, mended, scheduled
+from gyroquant.finetuning.settings import Learn
+from gyroquant.finetuning.stiefel import CayleySGD, drift, orthogonalized, scheduled
 from gyroquant.maps import BlockDiagonal, Butterfly, Dense, Diagonal, Map
 
 
 class Parameter(ABC):
-    """A way to write maps as tensors, so that gradients reach them. `fits` are the sites that take such maps."""
+    """Converts maps to tensors and back, so that gradients reach them.
+
+    `fits` are the values of `Site.admits` of sites that accept such maps.
+    """
 
     fits: ClassVar[tuple[str, ...]] = ("any", "orthogonal")
 
     @abstractmethod
     def start(self, m: Map) -> Tensor:
-        """The tensor of a map, fp64."""
+        """The tensor for a map, fp64."""
 
     @abstractmethod
     def map(self, value: Tensor) -> Map:
-        """The map of a tensor, differentiable in it."""
+        """The map for a tensor. It is differentiable in the tensor."""
 
 
 @dataclass(frozen=True, eq=False)
 class FreeMatrix(Dense):
-    """A matrix that learning may make anything of: nothing is concluded from its being diagonal now."""
+    """A matrix that learning changes. It never counts as diagonal, even if it is diagonal at the start."""
 
     diagonal = False
 
 
 class Rotation(Parameter):
-    """Orthogonal blocks, shape (blocks, n, n): the map's own blocks, or one that is all of it."""
+    """Orthogonal blocks, shape (blocks, n, n): the blocks of the map, or the whole map as one block."""
 
     def start(self, m: Map) -> Tensor:
-        return mended(torch.stack([part.dense() for part in equal_blocks(m)]))
+        return orthogonalized(torch.stack([part.dense() for part in equal_blocks(m)]))
 
     def map(self, value: Tensor) -> Map:
-        return _side_by_side([FreeMatrix(block) for block in value])
+        return _block_diagonal([FreeMatrix(block) for block in value])
 
 
 class Angles(Parameter):
-    """The angles of butterflies, shape (blocks, stages, n / 2), as ButterflyQuant (arXiv 2509.09679) has them."""
+    """The angles of butterflies, shape (blocks, stages, n / 2), as in ButterflyQuant (arXiv 2509.09679)."""
 
     def start(self, m: Map) -> Tensor:
         return torch.stack([part.angles.double() for part in equal_blocks(m) if isinstance(part, Butterfly)])
 
     def map(self, value: Tensor) -> Map:
-        return _side_by_side([Butterfly(angles) for angles in value])
+        return _block_diagonal([Butterfly(angles) for angles in value])
 
 
 class Scales(Parameter):
-    """Logarithms of positive factors, shape (n,), as OSTQuant (arXiv 2501.13987) learns beside rotations."""
+    """Logarithms of positive factors, shape (n,). OSTQuant (arXiv 2501.13987) learns them together with rotations."""
 
     fits = ("any", "diagonal")
 
@@ -69,7 +72,7 @@ class Scales(Parameter):
 
 
 def parameter_of(m: Map) -> Parameter:
-    """How a map that learning starts from is written as a tensor."""
+    """The parameter for a map from which learning starts."""
     if m.diagonal and not m.orthogonal:
         return Scales()
     if all(isinstance(part, Butterfly) and not part.transposed for part in equal_blocks(m)):
@@ -78,19 +81,19 @@ def parameter_of(m: Map) -> Parameter:
 
 
 def equal_blocks(m: Map) -> list[Map]:
-    """The blocks of a block-diagonal map, if they are of one size; else the map alone."""
+    """The blocks of a block-diagonal map if all have the same size. Otherwise the map alone."""
     if isinstance(m, BlockDiagonal) and len({part.n for part in m.parts}) == 1:
         return list(m.parts) * m.repeat
     return [m]
 
 
-def _side_by_side(parts: list[Map]) -> Map:
+def _block_diagonal(parts: list[Map]) -> Map:
     return parts[0] if len(parts) == 1 else BlockDiagonal(tuple(parts))
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a learned map is: its place in ``FoldPlan.folded``, and how it is written as a tensor."""
+    """A learned map: its index in ``FoldPlan.folded``, and the parameter that converts it to a tensor."""
 
     index: int
     parameter: Parameter
@@ -98,15 +101,15 @@ class Place:
 
 @dataclass
 class Adam:
-    """Adam (arXiv 1412.6980) with its usual constants, for tensors without constraints."""
+    """Adam (arXiv 1412.6980) with its default constants, for tensors without constraints."""
 
     moments: dict[str, Tensor] = field(default_factory=dict)
 
     @torch.no_grad()
     def step(self, name: str, value: Tensor, gradient: Tensor, lr: float, number: int) -> Tensor:
         """The tensor after step `number`, counted from 0."""
-        before = self.moments.get(name)
-        first, second = torch.zeros_like(value).expand(2, *value.shape) if before is None else before
+        previous = self.moments.get(name)
+        first, second = torch.zeros_like(value).expand(2, *value.shape) if previous is None else previous
         first = 0.9 * first + 0.1 * gradient
         second = 0.999 * second + 0.001 * gradient.square()
         self.moments[name] = torch.stack([first, second])
@@ -116,7 +119,7 @@ class Adam:
 
 @dataclass
 class Steps:
-    """Takes steps: Cayley SGD for rotations, Adam for scales and angles. Both keep something between steps."""
+    """Takes steps: Cayley SGD for rotations, Adam for scales and angles. Both keep a state between steps."""
 
     settings: Learn
     cayley: CayleySGD = field(init=False)
@@ -137,11 +140,14 @@ class Steps:
         return self.adam.step(name, value, gradient, length(settings.adam_lr), number)
 
     def kept(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """What is kept between steps, under names, to be saved and filled again."""
+        """The states that are kept between steps, by name. A checkpoint saves them and fills them again."""
         yield "velocity", self.cayley.velocity
         yield "moments", self.adam.moments
 
 
 def largest_drift(places: dict[str, Place], values: dict[str, Tensor]) -> float:
-    """How far the learned rotations are from orthogonal."""
-    return max((drift(values[name]) for name, at in places.items() if isinstance(at.parameter, Rotation)), default=0.0)
+    """The largest `drift` of the learned rotations. 0 if there are none."""
+    return max(
+        (drift(values[name]) for name, place in places.items() if isinstance(place.parameter, Rotation)),
+        default=0.0,
+    )

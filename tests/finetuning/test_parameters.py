@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gyroquant import maps
-from gyroquant.learning.parameters import Adam, Angles, Parameter, Rotation, Scales, parameter_of
+from gyroquant.finetuning.parameters import Adam, Angles, Parameter, Rotation, Scales, parameter_of
 
 GENERATOR = torch.Generator().manual_seed(4)
 CASES: dict[str, tuple[maps.Map, type[Parameter]]] = {

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-_ITERATIONS = 5  # of the fixed point that replaces the inverse in Cayley's transform
+_ITERATIONS = 5  # of the fixed-point iteration that replaces the inverse in Cayley's transform
 
 
 def scheduled(lr: float, step: int, steps: int, schedule: str) -> float:
@@ -31,7 +31,7 @@ class CayleySGD:
 
     @torch.no_grad()
     def step(self, name: str, matrix: Tensor, gradient: Tensor, lr: float) -> Tensor:
-        """The matrix after one step, fp64: the step is made in fp32, and what it lost of orthogonality mended after."""
+        """The matrix after one step, fp64. The step is computed in fp32, then orthogonality is restored."""
         matrix, gradient = matrix.float(), gradient.float()
         x = matrix.transpose(-1, -2)
         v = -gradient.transpose(-1, -2)
@@ -46,11 +46,11 @@ class CayleySGD:
             y = x + length * (a @ (0.5 * (x + y)))
         if self.momentum:
             self.velocity[name] = a @ x
-        return mended(y.transpose(-1, -2))
+        return orthogonalized(y.transpose(-1, -2))
 
 
-def mended(matrix: Tensor) -> Tensor:
-    """Blocks that are nearly orthogonal made so to fp64, by two of Newton's steps towards the nearest such matrix."""
+def orthogonalized(matrix: Tensor) -> Tensor:
+    """Makes nearly orthogonal blocks orthogonal to fp64: two Newton steps towards the nearest orthogonal matrix."""
     r = matrix.double()
     for _ in range(2):
         r = 1.5 * r - 0.5 * r @ (r.transpose(-1, -2) @ r)
@@ -58,6 +58,6 @@ def mended(matrix: Tensor) -> Tensor:
 
 
 def drift(matrix: Tensor) -> float:
-    """How far blocks are from orthogonal: the largest entry of ``R R^T - I``."""
+    """The deviation of blocks from orthogonal: the largest entry of ``|R R^T - I|``."""
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     return float((matrix @ matrix.transpose(-1, -2) - eye).abs().max())

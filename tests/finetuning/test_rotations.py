@@ -7,14 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
+import tiny_models
 import torch
 from safetensors.torch import save_file
-from test_pipeline import run
+from tiny_runs import run
 
 import gyroquant as gq
 from gyroquant.cli import main
-from gyroquant.learning.rotations import compose, invert, load_rotations, write_rotations
+from gyroquant.finetuning.rotations_file import compose, invert, load_rotations, write_rotations
 
 LEARN = ["transform.R1={method: hadamard, random_signs: true}", "transform.R2=hadamard", "learn.steps=2"]
 LEARN += ["learn.batch_size=1", "learn.lr=0.5", "weights.bits=4"]
@@ -38,7 +38,7 @@ def test_what_was_learned_is_applied_in_another_run(folders: dict[str, Path], co
     stored = f"{{method: stored, file: {tmp_path / 'r.safetensors'}}}"
     changes = [f"transform.R1={stored}", f"transform.R2={stored}", "weights.bits=4"]
     run(folders["llama"], tmp_path / "two", "rtn", corpus, *changes)
-    ids = tiny.tokens(tiny.build("llama"))
+    ids = tiny_models.tokens(tiny_models.build("llama"))
     with torch.no_grad():
         one, two = (gq.load(tmp_path / out, dtype=torch.float32)(ids).logits for out in ("one", "two"))
     assert torch.equal(one, two)
@@ -82,5 +82,5 @@ def test_files_that_do_not_fit_are_refused(
         save_file(content, path)
     with pytest.raises(gq.GyroquantError, match=message):
         run(folders["llama"], tmp_path / "out", "rtn", corpus, f"transform.R1={{method: stored, file: {path}}}")
-    with pytest.raises(gq.InputError, match="no learned rotations"):
+    with pytest.raises(gq.InputError, match="does not contain learned rotations"):
         load_rotations(tmp_path)

@@ -1,0 +1,394 @@
+"""The models of recipes. They are read from YAML or made in Python.
+
+Classes of methods, solvers and grids are looked up in their registries when a recipe is read (`fields`). All error
+messages for recipes are made in `errors`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_serializer,
+    model_validator,
+)
+
+from gyroquant.finetuning import Finetune, Learn
+from gyroquant.grids import Grid, IntegerGrid
+from gyroquant.methods import Method
+from gyroquant.models.graph.sites import SITE_NAMES
+from gyroquant.recipes.compat import current
+from gyroquant.recipes.errors import check_keys, refusal, refusal_at, translated
+from gyroquant.recipes.fields import AnyGrid, AnyMethod, AnySolver, BesideGrid, Section, build
+from gyroquant.recipes.overrides import set_values
+from gyroquant.recipes.presets import find_recipe, with_effort
+from gyroquant.recipes.yaml_reader import plain
+from gyroquant.rounding import (
+    Activations,
+    Allocate,
+    Ignore,
+    KvCache,
+    Refine,
+    SignRound,
+    Target,
+    WeightBasis,
+)
+from gyroquant.rounding.base import When
+from gyroquant.rounding.layers import is_ignored
+from gyroquant.rounding.solvers.rtn import RoundToNearest
+from gyroquant.rounding.steps.base import LayerStep, StepOptions
+
+_STRICT = ConfigDict(extra="forbid", frozen=True)
+_Seed = Annotated[int, Field(ge=0, lt=1 << 32)]
+
+
+class Step(BaseModel):
+    """One map at one site.
+
+    - `method`: chooses the map.
+    - `online` (None): true: the map must run with the model. false: it must be folded into weights. None: whichever
+      the site allows.
+    """
+
+    model_config = _STRICT
+    method: AnyMethod
+    online: bool | None = None
+
+
+class Override(BaseModel):
+    """Another grid for some layers.
+
+    - `layers`: names as in `Weights.ignore`.
+    - `grid`: their grid.
+    """
+
+    model_config = _STRICT
+    layers: Ignore
+    grid: AnyGrid
+
+
+_OVERRIDE = BesideGrid("needs layers and settings of a grid, such as {layers: [down_proj], bits: 4}")
+
+
+def _list_of_overrides(value: Any) -> Any:
+    if not isinstance(value, (list, tuple)):
+        raise refusal("is a list such as [{layers: [down_proj], bits: 4}]")
+    return value
+
+
+class Weights(StepOptions):
+    """How weights are rounded. Steps on a layer run in this order: target, solver, refine, tune, correct_bias.
+
+    - `grid` (integer): the numbers to round to.
+    - `solver` (rtn): rounds a layer, or the whole model.
+    - `ignore` (lm_head): layers that are not rounded: module names, whole or the part after a dot, and regular
+      expressions that begin with ``re:``.
+    - `basis` (None): a basis in which weights are rounded. None: their own.
+    - `refine` (None): improves codes and scales after the solver.
+    - `tune` (None): tunes the rounded layers of a block together.
+    - `target` (None): changes the weights that the solver rounds, to correct the input error.
+    - `overrides` (none): other grids for some layers. If several name a layer, the last one counts.
+    - `allocate` (None): chooses the bits of every layer.
+    - `true_sequential` (None): true: the layers of a block are observed one after another, each after the layers before
+      it are rounded (the term is GPTQ's). None: true if the input error is corrected, because layers that are observed
+      at once would all correct the same error.
+    - `correct_bias` (false): subtracts the mean output error of a block from its last bias.
+    - `measure` (false): measures output errors and rate-distortion bounds even if nothing else needs statistics.
+    """
+
+    grid: AnyGrid = Field(default_factory=IntegerGrid)
+    solver: AnySolver = Field(default_factory=RoundToNearest)
+    ignore: Ignore = ("lm_head",)
+    basis: Section[WeightBasis] | None = None
+    refine: Section[Refine] | None = None
+    tune: Section[SignRound] | None = None
+    target: Section[Target] | None = None
+    overrides: Annotated[tuple[Annotated[Override, _OVERRIDE], ...], BeforeValidator(_list_of_overrides)] = ()
+    allocate: Section[Allocate] | None = None
+    true_sequential: bool | None = None
+    correct_bias: bool = False
+    measure: bool = False
+
+    @model_validator(mode="after")
+    def _steps_do_not_contradict(self) -> Weights:
+        codes = [step.key for step in self.steps if step.when < When.CORRECT_BLOCK and step.key != self.solver.key]
+        sections = [*codes, *(name for name in ("basis", "allocate") if getattr(self, name))]
+        conflicts = [self.solver.conflicts(sections, (self.grid, *(override.grid for override in self.overrides)))]
+        conflicts += [step.conflicts(self.solver) for step in self.steps if isinstance(step, LayerStep)]
+        for conflict in filter(None, conflicts):
+            raise ValueError(conflict)
+        return self
+
+    @model_validator(mode="after")
+    def _options_do_not_contradict(self) -> Weights:
+        if self.allocate is not None and self.overrides:
+            raise ValueError("allocate chooses the bits of every layer: leave overrides out, or allocate")
+        if self.allocate is not None and not self.grid.has_bit_widths:
+            raise ValueError(
+                f"allocate chooses bits, and the grid {self.grid.grid} has only one number of bits: leave allocate out"
+            )
+        return self
+
+    def grid_of(self, name: str) -> Grid:
+        """The grid of a layer of this name."""
+        return next((other.grid for other in reversed(self.overrides) if is_ignored(name, other.layers)), self.grid)
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether rounding needs the model to run on calibration text."""
+        if any(step.needs_statistics for step in self.steps) or self.needs_original or self.measure:
+            return True
+        return self.allocate is not None or (self.basis is not None and self.basis.needs_statistics)
+
+    @property
+    def observes_in_turn(self) -> bool:
+        """Whether the layers of a block are observed one after another, as they are rounded."""
+        return self.needs_input_error if self.true_sequential is None else self.true_sequential
+
+
+class Calibration(BaseModel):
+    """The calibration text.
+
+    - `text` (None): a file or a dataset, used if the caller gives no text.
+    - `nsamples` (128): windows of text.
+    - `seqlen` (512): tokens in a window.
+    - `seed` (0): the seed of the choice of windows.
+    - `add_bos` (true): every window begins with the tokenizer's BOS tokens. false: only the first one does.
+    - `dtype` (auto): of the computation. auto: bfloat16 if the processor multiplies it natively, else float32.
+    - `inputs` (rounded): the inputs of a block. rounded: outputs of the rounded blocks before it, as in GPTQ.
+      original: outputs of the original blocks, as in the parallel form of AdaQuant (arXiv 2006.10518). Then blocks do
+      not depend on each other's errors and can be rounded in parallel.
+    """
+
+    model_config = _STRICT
+    text: str | None = None
+    nsamples: Annotated[int, Field(gt=0)] = 128
+    seqlen: Annotated[int, Field(gt=1)] = 512
+    seed: _Seed = 0
+    add_bos: bool = True
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    inputs: Literal["rounded", "original"] = "rounded"
+
+
+class ProofSettings(BaseModel):
+    """Settings of the proof.
+
+    - `threshold` (1e-4): the largest relative logit error that is accepted.
+    - `nsamples` (2): at most this many windows of the calibration text.
+    - `seqlen` (256): at most this many tokens of each.
+    """
+
+    model_config = _STRICT
+    threshold: Annotated[float, Field(gt=0)] = 1e-4
+    nsamples: Annotated[int, Field(gt=0)] = 2
+    seqlen: Annotated[int, Field(gt=1)] = 256
+
+
+def _read_step(value: Any) -> Any:
+    """A step from a method's name, from its options with `online` beside them, or from a method."""
+    if isinstance(value, Step):
+        return value
+    if isinstance(value, Method):
+        return Step(method=value)
+    options = {"method": value} if isinstance(value, str) else dict(value) if isinstance(value, Mapping) else {}
+    online = options.pop("online", None)
+    if online is not None and not isinstance(online, bool):
+        raise refusal_at("online", f"is true, false or left out, not {online!r}", online)
+    method = options.get("method")
+    if isinstance(method, Method) and len(options) == 1:
+        return Step(method=method, online=online)
+    return Step(method=build(Method.registry, "method", options), online=online)
+
+
+def _read_steps(value: Any) -> Any:
+    return value if isinstance(value, (list, tuple)) else (_read_step(value),)
+
+
+_Steps = Annotated[tuple[Annotated[Step, BeforeValidator(_read_step)], ...], BeforeValidator(_read_steps)]
+
+
+def _read_transform(value: Any) -> Any:
+    """The sites that have a method; a site set to null has none."""
+    if not value:
+        return {}
+    if not isinstance(value, Mapping):
+        raise refusal("maps sites to methods, for example {R1: {method: hadamard}}")
+    check_keys(value, SITE_NAMES)
+    return {site: steps for site, steps in value.items() if steps is not None}
+
+
+class _FlatWeights(BesideGrid):
+    """Marks the section of weights. An override only needs options that differ from the grid of the other layers."""
+
+    def read(self, kind: type[BaseModel], value: Any) -> Any:
+        """The section's own options, its grid, and overrides with all their options."""
+        data = dict(super().read(kind, value or {}))
+        overrides, base = data.get("overrides") or (), data["grid"] if "grid" in data else IntegerGrid()
+        if isinstance(overrides, (list, tuple)) and isinstance(base, Grid):
+            overrides = [_completed(override, base) for override in overrides]
+        return data | {"overrides": overrides}
+
+
+def _completed(override: Any, base: Grid) -> Any:
+    """An override whose missing options are those of the grid for all layers, if it has the same kind of grid."""
+    if not isinstance(override, Mapping) or override.get("grid", base.grid) != base.grid:
+        return override
+    return base.model_dump() | dict(override)
+
+
+_DYNAMIC = BesideGrid(group_size=-1, scale="minmax")  # one scale a token (and head), from the range of its numbers
+
+
+class Recipe(BaseModel):
+    """A whole run as data.
+
+    - `name` (custom) and `description` (empty): for people; they do not change the result.
+    - `seed` (0): the seed of all random choices except that of calibration windows.
+    - `transform` (none): the maps at each site, first to last.
+    - `learn` (None): learns rotations and scales before anything is rounded.
+    - `weights`: how weights are rounded.
+    - `activations` (None): how inputs of layers are rounded while the model runs.
+    - `kv_cache` (None): how keys and values are rounded while the model runs.
+    - `finetune` (None): tunes the rounded model end to end.
+    - `calibration`: the calibration text.
+    - `proof`: settings of the proof.
+    """
+
+    model_config = _STRICT
+    name: str = "custom"
+    description: str = ""
+    seed: _Seed = 0
+    transform: Annotated[dict[str, _Steps], BeforeValidator(_read_transform)] = Field(default_factory=dict)
+    learn: Section[Learn] | None = None
+    weights: Annotated[Weights, _FlatWeights("holds bits, group_size, symmetric, solver and so on")] = Field(
+        default_factory=Weights
+    )
+    activations: Annotated[Activations, _DYNAMIC] | None = None
+    kv_cache: Annotated[KvCache, _DYNAMIC] | None = None
+    finetune: Section[Finetune] | None = None
+    calibration: Section[Calibration] = Field(default_factory=Calibration)
+    proof: Section[ProofSettings] = Field(default_factory=ProofSettings)
+
+    if TYPE_CHECKING:  # `transform` accepts more types than it holds, which its annotation cannot express
+
+        def __init__(
+            self,
+            *,
+            name: str = ...,
+            description: str = ...,
+            seed: int = ...,
+            transform: Mapping[str, Method | Step | Sequence[Method | Step]] = ...,
+            learn: Learn | None = ...,
+            weights: Weights = ...,
+            activations: Activations | None = ...,
+            kv_cache: KvCache | None = ...,
+            finetune: Finetune | None = ...,
+            calibration: Calibration = ...,
+            proof: ProofSettings = ...,
+        ) -> None: ...
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, data: Any) -> Any:
+        if isinstance(data, Recipe):
+            return data
+        data = current(data)
+        if not isinstance(data, Mapping):
+            raise refusal("is a mapping with keys such as transform and weights")
+        check_keys(data, tuple(cls.model_fields))
+        return data
+
+    @model_validator(mode="after")
+    def _learned_as_rounded(self) -> Recipe:
+        if self.learn is not None and self.learn.round_weights and self.weights.basis is not None:
+            raise ValueError("learn.round_weights rounds weights as they are, not in weights.basis: set it to false")
+        return self
+
+    @model_validator(mode="after")
+    def _input_error_exists(self) -> Recipe:
+        if self.calibration.inputs == "original" and self.weights.needs_input_error:
+            step = next(step for step in self.weights.steps if step.needs_original)
+            raise ValueError(
+                f"with calibration.inputs=original there is no input error for "
+                f"weights.{step.key} to correct. Set calibration.inputs=rounded, "
+                "or take the solver gptq without a target"
+            )
+        return self
+
+    @field_serializer("transform")
+    def _flat(self, value: dict[str, tuple[Step, ...]]) -> dict[str, Any]:
+        flat = {}
+        for name, steps in value.items():
+            dumped = [
+                step.method.model_dump() | ({} if step.online is None else {"online": step.online}) for step in steps
+            ]
+            flat[name] = dumped[0] if len(dumped) == 1 else dumped
+        return flat
+
+    @property
+    def rotates(self) -> bool:
+        """Whether weights are rounded in another basis than their own. Scales alone do not change the basis."""
+        turned = any(step.method.structure != "diagonal" for steps in self.transform.values() for step in steps)
+        return turned or self.weights.basis is not None
+
+    @property
+    def measures(self) -> bool:
+        """Whether a method needs statistics of the model, or its weights."""
+        return any(step.method.looks for steps in self.transform.values() for step in steps)
+
+    @property
+    def centers_keys(self) -> bool:
+        """Whether the mean of the keys is measured."""
+        return self.kv_cache is not None and self.kv_cache.center_keys
+
+    @property
+    def varies(self) -> bool:
+        """Whether the result depends on a seed: that of the recipe, or that of the choice of calibration windows."""
+        calibrates = self.weights.needs_statistics or self.measures or self.centers_keys
+        draws = any(step.method.random for steps in self.transform.values() for step in steps)
+        rounds_randomly = any(step.random for step in self.weights.steps)
+        return bool(calibrates or draws or self.learn or self.finetune or rounds_randomly)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as it would be written in YAML; `parse` reads it back."""
+        data = self.model_dump(mode="json")
+        for section in ("weights", "activations", "kv_cache"):
+            if data[section] is not None:
+                data[section] = data[section].pop("grid") | data[section]
+        if overrides := data["weights"].pop("overrides"):
+            data["weights"]["overrides"] = [override.pop("grid") | override for override in overrides]
+        return data
+
+
+def parse(data: Any) -> Recipe:
+    """A recipe from plain data, as YAML gives it. Raises RecipeError naming the key and the nearest valid one."""
+    try:
+        return Recipe.model_validate(plain(data))
+    except ValidationError as error:
+        raise translated(error) from error
+
+
+def load_recipe(
+    recipe: str | Path | Mapping[str, Any] | Recipe, changes: Iterable[str] = (), effort: str | None = None
+) -> Recipe:
+    """A recipe from a preset's name, a YAML file, plain data or a recipe, with ``KEY=VALUE`` changes.
+
+    `effort` is the name of an effort in the recipe's `efforts`; its changes are made before `changes`. Raises
+    RecipeError for unknown, impossible or contradictory options, naming the key and the nearest valid one.
+    """
+    implied: list[str] = []
+    if isinstance(recipe, Recipe):
+        data: Mapping[str, Any] = recipe.to_dict()
+    elif isinstance(recipe, Mapping):
+        data = recipe
+    else:
+        data, implied = find_recipe(str(recipe))
+    data, more = with_effort(data, effort)
+    return parse(set_values(data, [*more, *implied, *changes]))

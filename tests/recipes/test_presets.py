@@ -1,0 +1,27 @@
+"""Presets: every recipe and effort says what it said in the last release."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from gyroquant.recipes.compat import current
+from gyroquant.recipes.presets import find_recipe, preset_names
+from gyroquant.recipes.schema import load_recipe
+
+# Recipe.to_dict() of every preset and effort in release 0.1, under the names of then.
+RECORDED = json.loads((Path(__file__).parent / "data" / "presets.json").read_text())
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_presets_are_those_of_the_last_release_except_for_descriptions(name: str) -> None:
+    preset, effort = name.split()
+    expected, found = current(RECORDED[name], warn=False), load_recipe(preset, effort=effort).to_dict()
+    for recipe in (expected, found):
+        assert recipe.pop("description")  # for people: it does not change the result
+    assert json.dumps(found) == json.dumps(expected)
+
+
+def test_every_preset_and_effort_is_recorded() -> None:
+    efforts = {name: ["default", *(find_recipe(name)[0].get("efforts") or {})] for name in preset_names()}
+    assert set(RECORDED) == {f"{name} {effort}" for name, names in efforts.items() for effort in names}

@@ -6,59 +6,30 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny
+import tiny_models
 import torch
 import transformers
 from safetensors.torch import load_file
+from tiny_runs import SMALL, run, streamed_logits
 
 import gyroquant as gq
-from gyroquant import blocks, blockwise, pipeline
-from gyroquant.calibration.stream import Stream
 from gyroquant.grids import Grid
-from gyroquant.job import prepare
-from gyroquant.models.packed import from_matrix
-from gyroquant.models.runner import BlockRunner
-from gyroquant.models.source import open_model
-
-BRIEF = ["calibration.nsamples=8", "calibration.seqlen=32", "calibration.dtype=float32"]
-SMALL = ["weights.group_size=16", *BRIEF]
+from gyroquant.models.stores.source import open_model
+from gyroquant.pipeline import quantize_model as blocks
 
 
-def run(
-    model: object, out: Path, recipe: str, corpus: Path | None, *changes: str, **options: object
-) -> dict[str, object]:
-    small = BRIEF if any(change.startswith("weights.grid=") for change in changes) else SMALL
-    loaded = gq.load_recipe(recipe, [*small, *changes])
-    options.setdefault("tokenizer", tiny.tokenizer())
-    return pipeline.run(prepare(model, out, loaded, corpus, **options))  # type: ignore[arg-type]
-
-
-def streamed_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
-    """The logits of a saved model, run block by block."""
-    store = open_model(folder)
-    outer = store.read(store.graph.outer_params())
-    stream = Stream(BlockRunner(store.skeleton(), store.graph), ids, outer)
-    from gyroquant.models.online import attached
-
-    for i in range(len(store.graph.blocks)):
-        prefix = f"{store.graph.architecture.blocks}.{i}."
-        with attached(store.skeleton(), [o for o in store.online if o.module.startswith(prefix)]):
-            stream.run(i, store.read(store.graph.block_params(i)))
-    return torch.stack([logits for _, _, logits in stream.logits(outer)])
-
-
-@pytest.mark.parametrize("name", tiny.CONFIGS)
+@pytest.mark.parametrize("name", tiny_models.CONFIGS)
 def test_every_architecture_is_rounded_saved_and_loaded(
     name: str, folders: dict[str, Path], corpus: Path, tmp_path: Path
 ) -> None:
-    changes = ["transform.R1.online=true"] if name in tiny.POST_NORM else []
+    changes = ["transform.R1.online=true"] if name in tiny_models.POST_NORM else []
     out = tmp_path / "out"
     manifest = run(folders[name], out, "quarot", corpus, "weights.bits=8", *changes)
     assert manifest["proof"]["relative_logit_error"] < 5e-6
-    ids = tiny.tokens(tiny.build(name))
+    ids = tiny_models.tokens(tiny_models.build(name))
     loaded = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     with torch.no_grad():
-        original, rounded = tiny.build(name)(ids).logits, loaded(ids).logits
+        original, rounded = tiny_models.build(name)(ids).logits, loaded(ids).logits
         assert float((rounded - original).norm() / original.norm()) < 0.05
         assert torch.equal(rounded, streamed_logits(out, ids))
     assert loaded.generate(ids[:1, :5], min_new_tokens=4, max_new_tokens=4, do_sample=False).shape == (1, 9)
@@ -71,14 +42,14 @@ def test_what_is_loaded_is_what_was_rounded(
 ) -> None:
     """The weights in memory during the run and the ones read back from the files are equal bit for bit."""
     deployed: dict[str, torch.Tensor] = {}
-    original = blocks.round_block
+    original = blocks.quantize_block
 
     def keep(*args: object, **kwargs: object) -> object:
         result = original(*args, **kwargs)  # type: ignore[arg-type]
-        deployed.update(result[2])
+        deployed.update(result[0].deployed)
         return result
 
-    monkeypatch.setattr(blocks, "round_block", keep)
+    monkeypatch.setattr(blocks, "quantize_block", keep)
     without = ["transform.R4=null", "transform.qk=null"] if name == "gpt2" else []  # it has neither gate nor RoPE
     run(folders[name], tmp_path / "out", recipe, corpus, "weights.bits=3", *without)
     loaded = gq.load(tmp_path / "out", dtype=torch.float32)
@@ -96,18 +67,18 @@ def test_floating_point_models_come_back_bit_for_bit(
     grid: str, name: str, folders: dict[str, Path], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rounded: dict[str, torch.Tensor] = {}
-    decoded = blockwise.decoded
+    original = blocks.quantize_block
 
-    def keep(*args: object) -> dict[str, torch.Tensor]:
-        result = decoded(*args)  # type: ignore[arg-type]
-        rounded.update(result)
+    def keep(*args: object, **kwargs: object) -> object:
+        result = original(*args, **kwargs)  # type: ignore[arg-type]
+        rounded.update({name: layer.param for name, layer in result[0].layers.items()})
         return result
 
-    monkeypatch.setattr(blockwise, "decoded", keep)
+    monkeypatch.setattr(blocks, "quantize_block", keep)
     out = tmp_path / "out"
     manifest = run(folders[name], out, "gptq", corpus, f"weights.grid={grid}", *FLOATS[grid])
     loaded = gq.load(out, dtype=torch.float32)
-    ids = tiny.tokens(loaded)
+    ids = tiny_models.tokens(loaded)
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, streamed_logits(out, ids))
     halved = gq.load(out, dtype=torch.bfloat16)  # scales stay what they are, whatever the dtype of the model
@@ -118,13 +89,13 @@ def test_floating_point_models_come_back_bit_for_bit(
     store = open_model(out)
     assert store.bits_per_weight() == manifest["bits"]["per_weight"]
     description = json.loads((out / "config.json").read_text())["quantization_config"]
-    for key, entry in description["tensors"].items():
-        matrix = from_matrix(store.quantized(key).dequantize(), store.shapes[key], entry.get("transposed", False))
+    for key in description["tensors"]:
+        matrix = store.graph.op(key).to_param(store.quantized(key).dequantize())
         assert torch.equal(matrix, rounded[key]), key
     with pytest.raises(KeyError):
         store.quantized("model.norm.weight")
     assert [one["grid"] for one in description["grids"]] == [grid]
-    assert description["grids"][0].keys() == set(Grid.kinds[grid].model_fields)
+    assert description["grids"][0].keys() == set(Grid.registry[grid].model_fields)
 
 
 @pytest.mark.parametrize("solver", ["rtn", "gptq", "qronos"])
@@ -142,7 +113,7 @@ def test_identity_rotations_give_the_unrotated_codes(
 
 def test_lh_and_gsr_are_the_same_under_rtn(folders: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
     """The order of the columns inside a group changes neither its range nor its error."""
-    ids = tiny.tokens(tiny.build("llama_tied"))
+    ids = tiny_models.tokens(tiny_models.build("llama_tied"))
     results = {}
     for recipe in ("lh", "gsr"):
         changes = ["weights.solver=rtn", "weights.scale=minmax", "weights.bits=2"]
@@ -242,7 +213,7 @@ def test_dense_output_opens_anywhere(name: str, folders: dict[str, Path], corpus
         == set(load_file(folders[name] / "model.safetensors")) - untied
     )
     run(folders[name], tmp_path / "packed", "gsr", corpus, "weights.bits=4", save_dtype="float32")
-    ids = tiny.tokens(tiny.build(name))
+    ids = tiny_models.tokens(tiny_models.build(name))
     with torch.no_grad():
         dense, packed = (gq.load(place, dtype=torch.float32)(ids).logits for place in (out, tmp_path / "packed"))
     assert torch.equal(dense, packed)
@@ -257,7 +228,7 @@ def test_a_loaded_model_without_online_maps_can_be_saved_plainly(
     loaded.save_pretrained(tmp_path / "plain")
     assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
-    ids = tiny.tokens(loaded)
+    ids = tiny_models.tokens(loaded)
     with torch.no_grad():
         assert torch.equal(again(ids).logits, loaded(ids).logits)
     run(folders["qwen3_moe"], tmp_path / "online", "quarot", corpus, "weights.bits=3")
@@ -286,11 +257,15 @@ def test_the_head_can_be_rounded_too(recipe: str, folders: dict[str, Path], corp
 
 
 def test_python_quantize_returns_the_loaded_model(corpus: Path, tokenizer: object) -> None:
-    model = tiny.build("llama")
+    model = tiny_models.build("llama")
     result = gq.quantize(
-        model, gq.load_recipe("gsr", [*SMALL, "weights.bits=8"]), corpus, tokenizer=tokenizer, save_dtype="float32"
+        model,
+        gq.load_recipe("gsr", [*SMALL, "weights.bits=8"]),
+        corpus,
+        tokenizer=tokenizer,
+        options=gq.OutputOptions(save_dtype="float32"),
     )
-    ids = tiny.tokens(model)
+    ids = tiny_models.tokens(model)
     with torch.no_grad():
         assert float((result(ids).logits - model(ids).logits).norm() / model(ids).logits.norm()) < 0.05
     assert result.gyroquant_manifest["bits"]["per_weight"] == 8 + (16 + 8) / 16
@@ -323,7 +298,7 @@ def test_an_expert_without_tokens_is_rounded_to_nearest_with_a_warning(
         ("gsr", ["calibration.seqlen=500"], {}, "longer than the 128 positions"),
         ("gsr", ["calibration.nsamples=100000"], {}, "not for 100000"),
         ("gsr", ["transform.R1.block=7"], {}, "nearest size that does is 8"),
-        ("gsr", [], {"save_dtype": "int3"}, "the dtype to save in"),
+        ("gsr", [], {"save_dtype": "int3"}, "dtype 'int3' is not supported for saving"),
     ],
 )
 def test_impossible_requests_are_refused_before_any_work(
@@ -355,7 +330,7 @@ def test_results_are_not_quantized_again(folders: dict[str, Path], tmp_path: Pat
 
 
 def test_weights_that_fp16_cannot_hold_name_the_remedy(tmp_path: Path, corpus: Path, tokenizer: object) -> None:
-    model = tiny.build("llama")
+    model = tiny_models.build("llama")
     with torch.no_grad():
         model.model.embed_tokens.weight[3, 3] = 1e6
     with pytest.raises(gq.InputError, match="--save-dtype bfloat16"):

@@ -7,19 +7,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import faulty
+import fault_injection
 import pytest
 import torch
 import yaml
-from faulty import Fault
+from fault_injection import Fault
 from safetensors.torch import save_file
 
 import gyroquant as gq
 from gyroquant.errors import InputError
-from gyroquant.inspection import inspect_model
-from gyroquant.job import prepare
-from gyroquant.journal import Journal
-from gyroquant.refusals import only_journal_left
+from gyroquant.inspection.model import inspect_model
+from gyroquant.pipeline.job import prepare
+from gyroquant.pipeline.validation import only_journal_left
+from gyroquant.system.journal import Journal
 
 RTN = {"weights": {"bits": 4, "group_size": 16}}
 
@@ -68,8 +68,8 @@ def test_a_folder_for_activations_has_to_be_one_and_not_the_destination(
         (tmp_path / "file", "file cannot be written: .* is not a writable folder"),
         (tmp_path / "file" / "x", "x cannot be written: .*file is not a writable folder"),
         (tmp_path / ("x" * 300), "cannot be written: File name too long"),
-        (tmp_path / "out", "lies in .*out, which holds the result alone"),
-        (tmp_path / "out" / "x", "lies in .*out, which holds the result alone"),
+        (tmp_path / "out", "lies in .*out, which may hold only the result"),
+        (tmp_path / "out" / "x", "lies in .*out, which may hold only the result"),
     ):
         refused(message, tmp_path / "out", folders["llama"], RTN, offload=offload)
 
@@ -79,27 +79,29 @@ def test_a_folder_for_activations_serves_many_runs(folders: dict[str, Path], cor
     hidden.mkdir()
     (hidden / "hidden_states.bin").write_bytes(b"of another program")
     before = everything(hidden)
-    work = partial(faulty.quantize, folders["llama"], out, corpus, "gptq", offload=hidden)
-    code, _ = faulty.disturbed(Fault("kill", "block-00000.json", before=False), work)
+    work = partial(fault_injection.quantize, folders["llama"], out, corpus, "gptq", offload=hidden)
+    code, _ = fault_injection.disturbed(Fault("kill", "block-00000.json", before=False), work)
     assert code == -signal.SIGKILL
     assert everything(hidden) == before
     assert not out.exists()
-    first = prepare(folders["llama"], tmp_path / "one", gq.load_recipe("gptq", faulty.SMALL), corpus, offload=hidden)
+    first = prepare(
+        folders["llama"], tmp_path / "one", gq.load_recipe("gptq", fault_injection.SMALL), corpus, offload=hidden
+    )
     stream = first.stream(*started(first), hidden)  # as that of a run at the same time
     assert stream.hidden is not None
     states = stream.hidden.clone()
     work()
     assert torch.equal(stream.hidden, states)
     assert everything(hidden) == before
-    faulty.quantize(folders["llama"], tmp_path / "one", corpus, "gptq")
-    assert faulty.content(out) == faulty.content(tmp_path / "one")
+    fault_injection.quantize(folders["llama"], tmp_path / "one", corpus, "gptq")
+    assert fault_injection.content(out) == fault_injection.content(tmp_path / "one")
 
 
 def test_a_dry_run_looks_at_the_folder_for_activations_too(
     folders: dict[str, Path], corpus: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "hidden_states.bin").write_bytes(b"of another program")
-    asked = partial(inspect_model, folders["llama"], "gptq", faulty.SMALL, corpus, dry_run=True)
+    asked = partial(inspect_model, folders["llama"], "gptq", fault_injection.SMALL, corpus, dry_run=True)
     assert asked(offload=tmp_path).prediction is not None
     with pytest.raises(InputError, match="is not a writable folder"):
         asked(offload=tmp_path / "hidden_states.bin")
@@ -107,8 +109,8 @@ def test_a_dry_run_looks_at_the_folder_for_activations_too(
 
 def started(job: Any) -> tuple[Any, torch.Tensor, dict[str, torch.Tensor]]:
     """What a job's stream begins with."""
-    from gyroquant.models.prove import folded_outer
-    from gyroquant.models.runner import BlockRunner
+    from gyroquant.models.execution.runner import BlockRunner
+    from gyroquant.models.folding.fold import folded_outer
 
     outer = folded_outer(job.plan, job.store.read(job.graph.outer_params()))
     return BlockRunner(job.store.skeleton(), job.graph), job.tokens, outer
@@ -118,7 +120,7 @@ def test_a_folder_whose_run_only_left_its_journal_is_done(
     folders: dict[str, Path], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    work = partial(faulty.quantize, folders["llama"], out, corpus, "rtn")
+    work = partial(fault_injection.quantize, folders["llama"], out, corpus, "rtn")
 
     def stop(journal: Journal) -> None:
         raise KeyboardInterrupt

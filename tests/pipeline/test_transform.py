@@ -6,12 +6,12 @@ import copy
 from pathlib import Path
 
 import pytest
-import tiny
+import tiny_models
 import torch
 import transformers
 
 import gyroquant as gq
-from gyroquant.models.fold import FoldPlan
+from gyroquant.models.folding.fold import FoldPlan
 
 PROOF = {"nsamples": 2, "seqlen": 24}
 FULL = {
@@ -34,18 +34,18 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 def recipe_for(name: str, recipe: dict[str, object]) -> dict[str, object]:
     """The recipe, with R1 online where the architecture cannot fuse it."""
     changed = copy.deepcopy(recipe)
-    if name in tiny.POST_NORM:
+    if name in tiny_models.POST_NORM:
         changed["transform"]["R1"]["online"] = True  # type: ignore[index]
     return changed
 
 
-@pytest.mark.parametrize("name", tiny.CONFIGS)
+@pytest.mark.parametrize("name", tiny_models.CONFIGS)
 def test_the_transformed_model_is_the_same_function(name: str) -> None:
-    model = tiny.build(name)
-    ids = tiny.tokens(model)
+    model = tiny_models.build(name)
+    ids = tiny_models.tokens(model)
     before = logits(model, ids)
     weights = {n: p.detach().clone() for n, p in model.named_parameters()}
-    proof = gq.transform(model, recipe_for(name, ONLINE), calibration=ids)
+    proof = gq.transform(model, recipe_for(name, ONLINE), text=ids)
     assert proof.relative_logit_error < 5e-6
     assert relative(logits(model, ids), before) < 5e-6
     changed = [n for n, p in model.named_parameters() if n not in weights or not torch.equal(p, weights[n])]
@@ -53,10 +53,10 @@ def test_the_transformed_model_is_the_same_function(name: str) -> None:
     assert not any(p.is_meta for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", tiny.CONFIGS)
+@pytest.mark.parametrize("name", tiny_models.CONFIGS)
 def test_it_still_generates_with_a_cache(name: str) -> None:
-    model = tiny.build(name)
-    ids = tiny.tokens(model, batch=1, length=6)
+    model = tiny_models.build(name)
+    ids = tiny_models.tokens(model, batch=1, length=6)
     options = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(ids)}
     before = model.generate(ids, **options)
     gq.transform(model, recipe_for(name, ONLINE))
@@ -65,8 +65,8 @@ def test_it_still_generates_with_a_cache(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama_tied", "qwen2", "qwen3_moe", "gpt2", "opt", "cohere2"])
 def test_a_fused_model_saves_and_loads_like_any_other(name: str, tmp_path: Path) -> None:
-    model = tiny.build(name)
-    ids = tiny.tokens(model)
+    model = tiny_models.build(name)
+    ids = tiny_models.tokens(model)
     before = logits(model, ids)
     gq.transform(model, FULL)
     model.save_pretrained(tmp_path)
@@ -75,7 +75,7 @@ def test_a_fused_model_saves_and_loads_like_any_other(name: str, tmp_path: Path)
 
 
 def test_a_model_with_online_maps_refuses_to_be_saved_plainly(tmp_path: Path) -> None:
-    model = tiny.build("llama")
+    model = tiny_models.build("llama")
     gq.transform(model, ONLINE)
     with pytest.raises(gq.GyroquantError, match="online"):
         model.save_pretrained(tmp_path)
@@ -83,16 +83,16 @@ def test_a_model_with_online_maps_refuses_to_be_saved_plainly(tmp_path: Path) ->
 
 
 def test_tied_embeddings_are_untied_only_when_needed() -> None:
-    model = tiny.build("llama_tied")
+    model = tiny_models.build("llama_tied")
     gq.transform(model, {"transform": {"R2": "hadamard"}, "weights": {"bits": 4}, "proof": PROOF})
     assert model.lm_head.weight is model.model.embed_tokens.weight
     gq.transform(model, FULL)
     assert model.lm_head.weight is not model.model.embed_tokens.weight
     assert model.config.tie_word_embeddings is False
-    unit = tiny.build("llama_tied")
+    unit = tiny_models.build("llama_tied")
     with torch.no_grad():
         unit.model.norm.weight.fill_(1.0)  # nothing to fold into the head: both get the same rotation
-    ids = tiny.tokens(unit)
+    ids = tiny_models.tokens(unit)
     before = logits(unit, ids)
     gq.transform(unit, FULL)
     assert unit.lm_head.weight is unit.model.embed_tokens.weight
@@ -111,9 +111,9 @@ def untouched(model: torch.nn.Module, recipe: dict[str, object], match: str) -> 
     assert model.config._attn_implementation == config._attn_implementation
 
 
-@pytest.mark.parametrize("name", tiny.POST_NORM)
+@pytest.mark.parametrize("name", tiny_models.POST_NORM)
 def test_post_norms_refuse_a_fused_r1_with_the_reason_and_the_remedy(name: str) -> None:
-    untouched(tiny.build(name), FULL, r"by a gain.*set transform.R1.online=true")
+    untouched(tiny_models.build(name), FULL, r"cannot pass it.*set transform.R1.online=true")
 
 
 def test_a_failed_proof_leaves_the_model_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,7 +123,7 @@ def test_a_failed_proof_leaves_the_model_untouched(monkeypatch: pytest.MonkeyPat
         original(self, tuple(p for p in ports if "layers.1.mlp.down" not in p.param), m)  # type: ignore[attr-defined]
 
     monkeypatch.setattr(FoldPlan, "_apply", forget_down)
-    untouched(tiny.build("llama"), ONLINE, "worst block 1")
+    untouched(tiny_models.build("llama"), ONLINE, "worst block 1")
 
 
 def test_an_unknown_architecture_is_untouched() -> None:
@@ -133,18 +133,18 @@ def test_an_unknown_architecture_is_untouched() -> None:
 
 
 def test_dtype_and_training_mode_are_kept() -> None:
-    model = tiny.build("llama").bfloat16().train()
+    model = tiny_models.build("llama").bfloat16().train()
     gq.transform(model, ONLINE)
     assert model.training
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
 def test_calibration_text_needs_a_tokenizer(corpus: Path, tokenizer: object) -> None:
-    model = tiny.build("llama")
+    model = tiny_models.build("llama")
     with pytest.raises(gq.InputError, match="needs its tokenizer"):
-        gq.transform(model, FULL, calibration=corpus)
+        gq.transform(model, FULL, text=corpus)
     recipe = FULL | {"proof": {"nsamples": 3, "seqlen": 20}}
-    assert gq.transform(model, recipe, calibration=corpus, tokenizer=tokenizer).tokens == 60
+    assert gq.transform(model, recipe, text=corpus, tokenizer=tokenizer).tokens == 60
 
 
 MEASURED = FULL | {"transform": {"R4": {"method": "massdiff", "block": 16}}}
@@ -182,36 +182,36 @@ MEASURED = FULL | {"transform": {"R4": {"method": "massdiff", "block": 16}}}
 def test_fewer_tokens_than_asked_for_are_refused(
     changes: dict[str, object], shape: tuple[int, ...] | None, match: str
 ) -> None:
-    model = tiny.build("llama")
+    model = tiny_models.build("llama")
     state = {n: t.clone() for n, t in model.state_dict().items()}
     ids = None if shape is None else torch.randint(0, 96, shape)
     recipe = (MEASURED if "calibration" in changes else FULL) | changes
     with pytest.raises(gq.InputError, match=match):
-        gq.transform(model, recipe, calibration=ids)
+        gq.transform(model, recipe, text=ids)
     assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
 
 
 def test_ids_of_another_model_are_refused() -> None:
-    with pytest.raises(gq.InputError, match="token 96, but the model knows only 96"):
-        gq.transform(tiny.build("llama"), FULL, calibration=torch.full((2, 24), 96))
+    with pytest.raises(gq.InputError, match="token 96, but the model has only 96"):
+        gq.transform(tiny_models.build("llama"), FULL, text=torch.full((2, 24), 96))
 
 
 def test_ids_are_taken_as_they_are_and_the_proof_says_how_many() -> None:
-    ids = tiny.tokens(tiny.build("llama"), 5, 40)
-    assert gq.transform(tiny.build("llama"), FULL, calibration=ids).tokens == 48
+    ids = tiny_models.tokens(tiny_models.build("llama"), 5, 40)
+    assert gq.transform(tiny_models.build("llama"), FULL, text=ids).tokens == 48
     recipe = MEASURED | {"calibration": {"nsamples": 5, "seqlen": 40}, "proof": {"nsamples": 5, "seqlen": 40}}
-    assert gq.transform(tiny.build("llama"), recipe, calibration=ids).tokens == 200
+    assert gq.transform(tiny_models.build("llama"), recipe, text=ids).tokens == 200
 
 
 def test_a_text_that_is_too_short_for_the_proof_is_refused(tokenizer: object) -> None:
     with pytest.raises(gq.InputError, match="enough for 4 samples of 24, not for 5"):
         recipe = FULL | {"proof": {"nsamples": 5, "seqlen": 24}}
-        gq.transform(tiny.build("llama"), recipe, calibration=[tiny.prose(100)], tokenizer=tokenizer)
+        gq.transform(tiny_models.build("llama"), recipe, text=[tiny_models.prose(100)], tokenizer=tokenizer)
 
 
 def test_twice_is_still_exact() -> None:
-    model = tiny.build("qwen2")
-    ids = tiny.tokens(model)
+    model = tiny_models.build("qwen2")
+    ids = tiny_models.tokens(model)
     before = logits(model, ids)
     gq.transform(model, FULL)
     gq.transform(model, FULL | {"seed": 5})

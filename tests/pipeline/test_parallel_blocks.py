@@ -13,17 +13,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import faulty
+import fault_injection
 import pytest
 
 import gyroquant as gq
-from gyroquant import apart, pipeline
-from gyroquant.export.folder import OutputFolder
-from gyroquant.job import prepare
-from gyroquant.pool import Workers
-from gyroquant.processes import DiedError
+from gyroquant.formats.output_folder import OutputFolder
+from gyroquant.pipeline import parallel_blocks as apart
+from gyroquant.pipeline import run as pipeline
+from gyroquant.pipeline.job import prepare
+from gyroquant.system.subprocesses import DiedError
+from gyroquant.system.worker_pool import Workers
 
-SMALL = [*faulty.SMALL, "calibration.inputs=original"]
+SMALL = [*fault_injection.SMALL, "calibration.inputs=original"]
 HARD = [
     "transform.R4.method=massdiff",
     "weights.ignore=[]",
@@ -47,18 +48,18 @@ def inside(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     def work(module: str, spec: Any, *rest: Any) -> dict[str, Any]:
         assert module == apart.__name__
         order.append(spec["index"])
-        return apart.round_one(json.loads(json.dumps(spec)))
+        return apart.quantize_one_block(json.loads(json.dumps(spec)))
 
-    monkeypatch.setattr(apart, "run_apart", work)
+    monkeypatch.setattr(apart, "run_in_subprocess", work)
     return order
 
 
 @contextmanager
 def workers_given(patch: pytest.MonkeyPatch, trouble: Callable[[dict[str, Any]], dict[str, Any]]) -> Iterator[None]:
     """Has workers work on what `trouble` makes of what they are asked for."""
-    usual = apart.run_apart
+    usual = apart.run_in_subprocess
     with patch.context() as inner:
-        inner.setattr(apart, "run_apart", lambda module, spec, *rest: usual(module, trouble(dict(spec)), *rest))
+        inner.setattr(apart, "run_in_subprocess", lambda module, spec, *rest: usual(module, trouble(dict(spec)), *rest))
         yield
 
 
@@ -71,7 +72,7 @@ def test_they_are_the_same_bytes(
     assert not inside
     run(folders[name], tmp_path / "many", corpus, *changes, workers=ALONE)
     assert inside == [0, 1]
-    assert faulty.content(tmp_path / "one") == faulty.content(tmp_path / "many")
+    assert fault_injection.content(tmp_path / "one") == fault_injection.content(tmp_path / "many")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["many", "one"]
 
 
@@ -99,7 +100,7 @@ def test_a_worker_that_fails_is_told_and_what_is_done_is_kept(
     run(folders["llama"], tmp_path / "out", corpus, workers=ALONE)
     assert inside == [0, 1]
     run(folders["llama"], tmp_path / "one", corpus)
-    assert faulty.content(tmp_path / "one") == faulty.content(tmp_path / "out")
+    assert fault_injection.content(tmp_path / "one") == fault_injection.content(tmp_path / "out")
 
 
 def test_holes_are_filled_one_after_the_other(
@@ -115,7 +116,7 @@ def test_holes_are_filled_one_after_the_other(
         (tmp_path / ".out.journal" / name).unlink()
     run(folders["llama"], out, corpus, *HARD)
     run(folders["llama"], tmp_path / "one", corpus, *HARD)
-    assert faulty.content(tmp_path / "one") == faulty.content(out)
+    assert fault_injection.content(tmp_path / "one") == fault_injection.content(out)
 
 
 def test_damage_that_a_worker_finds_is_no_reason_to_throw_blocks_away(
@@ -138,8 +139,8 @@ def test_damage_that_a_worker_finds_is_no_reason_to_throw_blocks_away(
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"versions": {"torch": "1.0"}}, r"its machine has torch .*, the one that gives out the blocks 1\.0"),
-        ({"head": "another"}, "is another run's by now"),
+        ({"versions": {"torch": "1.0"}}, r"its machine has torch .*, and the run needs 1\.0"),
+        ({"head": "another"}, "now belongs to another run"),
     ],
 )
 def test_a_worker_of_another_machine_or_run_keeps_nothing(
@@ -162,8 +163,8 @@ def test_a_worker_of_another_machine_or_run_keeps_nothing(
     ("changes", "message"),
     [
         (["calibration.inputs=rounded"], "need --set calibration.inputs=original"),
-        (["weights.solver=gptaq"], "leaves weights.solver nothing to answer"),
-        (["weights.target.share=0.5"], "leaves weights.target nothing to answer"),
+        (["weights.solver=gptaq"], "no input error for weights.solver to correct"),
+        (["weights.target.share=0.5"], "no input error for weights.target to correct"),
     ],
 )
 def test_what_cannot_be_side_by_side_is_refused(
@@ -180,7 +181,7 @@ def test_what_cannot_be_side_by_side_is_refused(
 def test_real_processes_give_the_same_bytes(folders: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
     run(folders["llama"], tmp_path / "one", corpus)
     run(folders["llama"], tmp_path / "many", corpus, workers=Workers(2, 2))
-    assert faulty.content(tmp_path / "one") == faulty.content(tmp_path / "many")
+    assert fault_injection.content(tmp_path / "one") == fault_injection.content(tmp_path / "many")
 
 
 @pytest.mark.slow
@@ -200,4 +201,4 @@ def test_a_ray_worker_that_is_killed_is_no_loss(folders: dict[str, Path], corpus
     run(folders["llama"], tmp_path / "ray", corpus, workers=Workers(2, 2, "local"))
     assert killed
     run(folders["llama"], tmp_path / "one", corpus)
-    assert faulty.content(tmp_path / "one") == faulty.content(tmp_path / "ray")
+    assert fault_injection.content(tmp_path / "one") == fault_injection.content(tmp_path / "ray")

@@ -1,18 +1,20 @@
-"""What a job takes is reckoned before any work, and refused where there is not as much."""
+"""What a job takes is estimated before any work, and refused where there is not as much."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-import tiny
+import tiny_models
+from tiny_runs import with_text_repeated
 
 import gyroquant as gq
-from gyroquant import estimate as module
-from gyroquant.environment import resident_memory_bytes
-from gyroquant.estimate import check_fits, disk, estimate, hidden_bytes, reckoning
-from gyroquant.job import Job, prepare
-from gyroquant.pool import Workers
+from gyroquant.pipeline import resources as module
+from gyroquant.pipeline.job import Job, prepare
+from gyroquant.pipeline.resources import check_fits, disk, estimate, hidden_bytes
+from gyroquant.pipeline.stages import quantize
+from gyroquant.system.environment import resident_memory_bytes
+from gyroquant.system.worker_pool import Workers
 
 BRIEF = ["weights.group_size=16", "calibration.nsamples=8", "calibration.seqlen=32"]
 ROTATED = {"R1": "hadamard", "R4": "hadamard"}
@@ -20,7 +22,7 @@ ROTATED = {"R1": "hadamard", "R4": "hadamard"}
 
 def job(folder: Path, corpus: Path, tmp_path: Path, recipe: str, *changes: str, **options: object) -> Job:
     loaded = gq.load_recipe(recipe, [*BRIEF, *changes])
-    return prepare(folder, tmp_path / "out", loaded, corpus, tokenizer=tiny.tokenizer(), **options)  # type: ignore[arg-type]
+    return prepare(folder, tmp_path / "out", loaded, corpus, tokenizer=tiny_models.tokenizer(), **options)  # type: ignore[arg-type]
 
 
 def stages(made: Job) -> dict[str, int]:
@@ -30,11 +32,11 @@ def stages(made: Job) -> dict[str, int]:
 @pytest.mark.parametrize(
     ("recipe", "changes", "names"),
     [
-        ("rtn", [], ["round", "save"]),
-        ("gsr", [], ["prove", "round", "save"]),
-        ("smoothquant", ["activations=null"], ["measure", "prove", "round", "save"]),
-        ("spinquant", [], ["learn", "prove", "round", "save"]),
-        ("gyro-w2", ["weights.allocate.budget=4"], ["prove", "allocate", "round", "save", "finish"]),
+        ("rtn", [], ["quantize", "save"]),
+        ("gsr", [], ["prove", "quantize", "save"]),
+        ("smoothquant", ["activations=null"], ["measure", "prove", "quantize", "save"]),
+        ("spinquant", [], ["learn", "prove", "quantize", "save"]),
+        ("gyro-w2", ["weights.allocate.budget=4"], ["prove", "allocate", "quantize", "save", "finetune"]),
     ],
 )
 def test_the_stages_are_those_of_the_recipe(
@@ -46,7 +48,9 @@ def test_the_stages_are_those_of_the_recipe(
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt2", "cohere2", "llama_tied"])
-def test_every_kind_of_model_can_be_reckoned(name: str, folders: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+def test_every_kind_of_model_can_be_estimated(
+    name: str, folders: dict[str, Path], corpus: Path, tmp_path: Path
+) -> None:
     for recipe in ("rtn", "gptq", "gsr"):
         assert estimate(job(folders[name], corpus, tmp_path, recipe)).peak_memory_bytes > 0
 
@@ -60,24 +64,22 @@ def test_hidden_states_are_counted_where_they_lie(folders: dict[str, Path], corp
     result, scratch = disk(few)
     assert scratch == result + 3 * size  # of two blocks, and what is being written
     many = job(folders["llama"], corpus, tmp_path, "gptq", "calibration.dtype=float32")
-    assert many.tokens is not None
-    many.tokens = many.tokens.repeat(1000, 1)
-    assert stages(many)["round"] - stages(few)["round"] == pytest.approx(999 * size, rel=0.4)
+    many = with_text_repeated(many, 1000)
+    assert stages(many)["quantize"] - stages(few)["quantize"] == pytest.approx(999 * size, rel=0.4)
     off = job(folders["llama"], corpus, tmp_path, "gptq", "calibration.dtype=float32", offload=tmp_path / "hidden")
-    assert off.tokens is not None
-    off.tokens = off.tokens.repeat(1000, 1)
-    assert stages(many)["round"] - stages(off)["round"] == pytest.approx(1000 * size, rel=0.1)
+    off = with_text_repeated(off, 1000)
+    assert stages(many)["quantize"] - stages(off)["quantize"] == pytest.approx(1000 * size, rel=0.1)
 
 
 def test_what_does_not_fit_is_refused_with_a_remedy(
     folders: dict[str, Path], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = job(folders["llama"], corpus, tmp_path, "gptq", "calibration.dtype=float32")
-    assert made.tokens is not None
-    made.tokens = made.tokens.repeat(3000, 1)
+    made = with_text_repeated(made, 3000)
     check_fits(made)
     monkeypatch.setattr(module, "available_memory", lambda: 100 << 20)
-    with pytest.raises(gq.InputError, match=r"MB of memory .*stage 'round'.*105 MB are available.*--offload DIR") as e:
+    expected = r"MB of memory .*stage 'quantize'.*105 MB are available.*--offload DIR"
+    with pytest.raises(gq.InputError, match=expected) as e:
         check_fits(made)
     assert "--nsamples" in str(e.value)
     learned = job(folders["llama"], corpus, tmp_path, "spinquant")
@@ -111,7 +113,7 @@ APART = ["calibration.dtype=float32", "calibration.inputs=original"]
 
 def with_memory(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     """Has the machine say that it has so many bytes of memory left."""
-    for where in (module, reckoning):
+    for where in (module, quantize):
         monkeypatch.setattr(where, "available_memory", lambda: count)
 
 
@@ -120,23 +122,23 @@ def test_workers_count_with_all_that_they_hold(
 ) -> None:
     def many(*changes: str, **options: object) -> Job:
         found = job(folders["llama"], corpus, tmp_path, "gptq", *APART, *changes, **options)
-        assert found.tokens is not None
-        found.tokens = found.tokens.repeat(3000, 1)
-        return found
+        return with_text_repeated(found, 3000)
 
     with_memory(monkeypatch, 1 << 45)
     alone, size = many(), hidden_bytes(many())
-    base, around = resident_memory_bytes(), stages(alone)["round"]
+    base, around = resident_memory_bytes(), stages(alone)["quantize"]
     for count in (1, 3):
         apart = many(workers=Workers(count, 1))
-        assert stages(apart)["round"] == pytest.approx(around + count * around, rel=0.1)
+        assert stages(apart)["quantize"] == pytest.approx(around + count * around, rel=0.1)
         assert stages(apart)["save"] == pytest.approx(stages(alone)["save"], rel=0.05)
         assert disk(apart) == (disk(alone)[0], disk(alone)[0] + count * size)
     off = many(workers=Workers(3, 1), offload=tmp_path / "hidden")
-    assert stages(apart)["round"] - stages(off)["round"] == pytest.approx(4 * size, rel=0.05)
-    assert stages(off)["round"] > 3 * base
-    assert stages(many(workers=Workers(3, 1, "local")))["round"] == pytest.approx(stages(apart)["round"], rel=0.05)
-    elsewhere = stages(many(workers=Workers(3, 1, "auto")))["round"]
+    assert stages(apart)["quantize"] - stages(off)["quantize"] == pytest.approx(4 * size, rel=0.05)
+    assert stages(off)["quantize"] > 3 * base
+    assert stages(many(workers=Workers(3, 1, "local")))["quantize"] == pytest.approx(
+        stages(apart)["quantize"], rel=0.05
+    )
+    elsewhere = stages(many(workers=Workers(3, 1, "auto")))["quantize"]
     assert elsewhere == pytest.approx(base + size, rel=0.2)
     asked: list[tuple[Path, int]] = []
     monkeypatch.setattr(module, "check_rooms", asked.extend)
@@ -144,23 +146,23 @@ def test_workers_count_with_all_that_they_hold(
     assert asked[1] == (tmp_path / "hidden", 4 * size)
 
 
-def test_no_more_workers_are_reckoned_with_than_there_is_room_for(
+def test_no_more_workers_are_counted_than_there_is_room_for(
     folders: dict[str, Path], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_memory(monkeypatch, 1 << 45)
     peaks = [
-        stages(job(folders["llama"], corpus, tmp_path, "gptq", *APART, workers=Workers(count, 1)))["round"]
+        stages(job(folders["llama"], corpus, tmp_path, "gptq", *APART, workers=Workers(count, 1)))["quantize"]
         for count in (1, 2)
     ]
     each = peaks[1] - peaks[0]
     made = job(folders["llama"], corpus, tmp_path, "gptq", *APART, workers=Workers(8, 1))
     with_memory(monkeypatch, int(3 * 1.25 * each))
-    assert 2 * each < stages(made)["round"] < 4.2 * each
+    assert 2 * each < stages(made)["quantize"] < 4.2 * each
     check_fits(made)
     with_memory(monkeypatch, int(0.9 * each))
-    with pytest.raises(gq.InputError, match=r"stage 'round'.*without --workers and --ray"):
+    with pytest.raises(gq.InputError, match=r"stage 'quantize'.*without --workers and --ray"):
         check_fits(made)
     by_ray = job(folders["llama"], corpus, tmp_path, "gptq", *APART, workers=Workers(8, 1, "local"))
     with_memory(monkeypatch, int(3 * 1.25 * each))
-    with pytest.raises(gq.InputError, match="stage 'round'"):  # Ray looks at no memory
+    with pytest.raises(gq.InputError, match="stage 'quantize'"):  # Ray looks at no memory
         check_fits(by_ray)

@@ -3,24 +3,26 @@
 from pathlib import Path
 
 import pytest
-import tiny
+import tiny_models
 import torch
 from safetensors.torch import load_file
 
 import gyroquant as gq
-from gyroquant import pipeline, predict
 from gyroquant.grids import QuantizedWeight
-from gyroquant.job import Job, prepare
+from gyroquant.inspection import dry_run
+from gyroquant.pipeline import cost_probe
+from gyroquant.pipeline import run as pipeline
+from gyroquant.pipeline.job import Job, prepare
 from gyroquant.rounding import InputStatistics
-from gyroquant.rounding.gptq import Gptq
-from gyroquant.rounding.qronos import Qronos
+from gyroquant.rounding.solvers.gptq import Gptq
+from gyroquant.rounding.solvers.qronos import Qronos
 
 SMALL = ["weights.group_size=16", "calibration.nsamples=32", "calibration.seqlen=32", "calibration.dtype=float32"]
 
 
 def job(model: object, out: Path, corpus: Path, *changes: str, **options: object) -> Job:
     loaded = gq.load_recipe("qronos", [*SMALL, *changes])
-    return prepare(model, out, loaded, corpus, tokenizer=tiny.tokenizer(), **options)  # type: ignore[arg-type]
+    return prepare(model, out, loaded, corpus, tokenizer=tiny_models.tokenizer(), **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["llama_tied", "qwen2_moe"])
@@ -61,7 +63,9 @@ def test_what_one_layer_has_corrected_the_next_does_not_correct_again(
     for in_turn in (True, False):
         changes = ["weights.bits=3", "activations.bits=3", f"weights.true_sequential={in_turn}"]
         pipeline.run(job(folders["llama"], tmp_path / str(in_turn), corpus, *changes))
-        found = gq.evaluate(tmp_path / str(in_turn), corpus, folders["llama"], window=32, tokenizer=tiny.tokenizer())
+        found = gq.evaluate(
+            tmp_path / str(in_turn), corpus, folders["llama"], window=32, tokenizer=tiny_models.tokenizer()
+        )
         kl[in_turn] = found["kl"]
     assert kl[True] < 0.95 * kl[False]
 
@@ -77,12 +81,17 @@ def test_layers_come_nearer_to_what_they_gave_before(
         def error(rounded: QuantizedWeight) -> float:
             """Without what no choice of Q changes."""
             change = (rounded.dequantize() - weight).double()
-            return float((change * (change @ seen.gram.double() - 2 * weight.double() @ seen.drift.double())).sum())
+            return float(
+                (
+                    change
+                    * (change @ seen.second_moments.double() - 2 * weight.double() @ seen.input_error_cross.double())
+                ).sum()
+            )
 
         result = solve(self, weight, grid, seen, *args)
-        if seen.drift.any():
-            gptq = Gptq(damp_percent=self.damping(seen.gram)).solve(weight, grid, seen)
-            gains.append((error(gptq) - error(result)) / float(((weight @ seen.gram) * weight).sum()))
+        if seen.input_error_cross.any():
+            gptq = Gptq(damp_percent=self.damping(seen.second_moments)).solve(weight, grid, seen)
+            gains.append((error(gptq) - error(result)) / float(((weight @ seen.second_moments) * weight).sum()))
         return result
 
     monkeypatch.setattr(Qronos, "solve", compared)
@@ -92,11 +101,11 @@ def test_layers_come_nearer_to_what_they_gave_before(
 
 
 def test_both_streams_are_predicted(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(predict, "peak_memory_bytes", lambda: 0)
-    monkeypatch.setattr(predict, "_BATCHES", 1)  # of 128 samples
+    monkeypatch.setattr(cost_probe, "peak_memory_bytes", lambda: 0)
+    monkeypatch.setattr(cost_probe, "_BATCHES", 1)  # of 128 samples
     bytes_of = {}
     for solver in ("gptq", "qronos"):
         changes = [f"weights.solver={solver}", "calibration.nsamples=180"]
-        made = job(tiny.build("llama"), tmp_path / "out", corpus, *changes)
-        bytes_of[solver] = predict.predict(made).peak_memory_bytes
+        made = job(tiny_models.build("llama"), tmp_path / "out", corpus, *changes)
+        bytes_of[solver] = dry_run.dry_run_job(made).peak_memory_bytes
     assert bytes_of["qronos"] == 2 * bytes_of["gptq"] > 0

@@ -1,0 +1,371 @@
+"""The job of a quantization: everything that it will do, checked as a whole before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gyroquant.calibration.observers import PairedForward
+from gyroquant.calibration.stream import Stream
+from gyroquant.calibration.text import Text, TokenBatch, calibration_windows, load_text
+from gyroquant.errors import InputError
+from gyroquant.formats.native.writer import saved_dtype
+from gyroquant.formats.output_folder import check_room, left_behind
+from gyroquant.grids import Grid, QuantizedWeight
+from gyroquant.models.execution.online import OnlineOp
+from gyroquant.models.execution.runner import BlockRunner
+from gyroquant.models.folding.fold import FoldPlan
+from gyroquant.models.graph.model_graph import LinearOp, ModelGraph
+from gyroquant.models.stores.base import WeightStore
+from gyroquant.models.stores.source import open_original
+from gyroquant.pipeline.options import OutputOptions
+from gyroquant.pipeline.planning import grids_of, plan_all
+from gyroquant.pipeline.state import RunState
+from gyroquant.pipeline.validation import (
+    check_budget,
+    check_forms,
+    check_held_out,
+    check_places,
+    check_seqlen,
+    check_settings,
+    check_steps,
+    check_workers,
+    named_in,
+)
+from gyroquant.recipes.schema import Recipe, load_recipe
+from gyroquant.rounding.base import Warn
+from gyroquant.rounding.layers import RoundingConfig
+from gyroquant.system.environment import native_bfloat16, usable_device
+from gyroquant.system.worker_pool import Workers
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where the result goes, and how the run makes it.
+
+    - ``folder``: the destination.
+    - ``dtype``: the dtype of parameters that are not rounded.
+    - ``dense``: write rounded weights as plain numbers.
+    - ``overwrite``: replace what the destination holds.
+    - ``device``: where blocks compute.
+    - ``offload``: a folder for hidden states while the run lasts.
+    - ``fresh``: discard the journal of an interrupted run.
+    - ``workers``: processes that round blocks in parallel.
+    """
+
+    folder: Path
+    dtype: torch.dtype = torch.float16
+    dense: bool = False
+    overwrite: bool = False
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    offload: Path | None = None
+    fresh: bool = False
+    workers: Workers | None = None
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """The fixed description of a job. The results of the run are in `RunState`.
+
+    - ``store``: the stored model.
+    - ``recipe``: the recipe.
+    - ``planned``: the maps to fold, with placeholders for those that are measured or learned.
+    - ``targets``: the layers to round, by the name of their weight.
+    - ``output``: the destination and its options.
+    - ``tokenizer``: the tokenizer; None if the model has none and no text needs it.
+    - ``quantizers``: the quantizers that run with the model, as planned.
+    - ``text``: the calibration text, if any.
+    - ``tokens``: the calibration windows, shape (samples, length).
+    - ``bos``: the tokens at the start of each window.
+    """
+
+    store: WeightStore
+    recipe: Recipe
+    planned: FoldPlan
+    targets: dict[str, LinearOp]
+    output: Output
+    tokenizer: Any = None
+    quantizers: tuple[OnlineOp, ...] = ()
+    text: Text | TokenBatch | None = None
+    tokens: Tensor | None = None
+    bos: tuple[int, ...] = ()
+
+    @property
+    def graph(self) -> ModelGraph:
+        """The resolved description of the model."""
+        return self.planned.graph
+
+    @cached_property
+    def grids(self) -> dict[str, Grid]:
+        """The grid of each target according to the recipe, before bits are allocated."""
+        return grids_of(self.recipe, self.targets)
+
+    @property
+    def has_external_solver(self) -> bool:
+        """Whether the solver takes the whole model."""
+        return self.recipe.weights.solver.needs_model
+
+    @property
+    def measures(self) -> bool:
+        """Whether some maps are chosen from measurements."""
+        return self.recipe.measures
+
+    @property
+    def centers_keys(self) -> bool:
+        """Whether the mean of the keys is measured."""
+        return self.recipe.centers_keys
+
+    @property
+    def needs_stream(self) -> bool:
+        """Whether rounding needs the calibration text to run through the model."""
+        return self.recipe.weights.needs_statistics or self.centers_keys
+
+    @property
+    def rounds_head(self) -> bool:
+        """Whether a layer outside the blocks is rounded too."""
+        inside = {op.weight for group in self.graph.blocks for op in group.linears}
+        return any(name not in inside for name in self.targets)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of the computation of blocks during calibration."""
+        dtype = self.recipe.calibration.dtype
+        if dtype == "auto":
+            dtype = "bfloat16" if native_bfloat16(self.output.device) else "float32"
+        return torch.bfloat16 if dtype == "bfloat16" else torch.float32
+
+    @property
+    def proof_tokens(self) -> Tensor:
+        """The tokens of the proof, shape (samples, length)."""
+        settings = self.recipe.proof
+        if self.tokens is None:
+            return torch.zeros(1, 1, dtype=torch.long)
+        return self.tokens[: settings.nsamples, : settings.seqlen]
+
+    def stream(
+        self, runner: BlockRunner, tokens: Tensor, outer: Mapping[str, Tensor], offload: Path | None = None
+    ) -> Stream:
+        """A stream that carries tokens, shape (samples, length), through the model while it is rounded."""
+        weights = self.recipe.weights
+        sums = (weights.needs_input_error, weights.needs_input_error_second_moments)
+        pairing = PairedForward(*sums) if weights.needs_original else None
+        stream = Stream(runner, tokens, outer, self.compute_dtype, offload, self.output.device, pairing)
+        stream.free_outer()
+        return stream
+
+
+@dataclass(frozen=True)
+class Job:
+    """A spec together with the state of its run. The properties are read-only; stages write to `state`."""
+
+    spec: JobSpec
+    state: RunState
+
+    @classmethod
+    def begin(cls, spec: JobSpec) -> Job:
+        """A job before its first stage."""
+        return cls(spec, RunState(spec.planned, dict(spec.grids), list(spec.quantizers)))
+
+    @property
+    def store(self) -> WeightStore:
+        return self.spec.store
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.spec.recipe
+
+    @property
+    def targets(self) -> dict[str, LinearOp]:
+        return self.spec.targets
+
+    @property
+    def output(self) -> Output:
+        return self.spec.output
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.spec.tokenizer
+
+    @property
+    def text(self) -> Text | TokenBatch | None:
+        return self.spec.text
+
+    @property
+    def tokens(self) -> Tensor | None:
+        return self.spec.tokens
+
+    @property
+    def bos(self) -> tuple[int, ...]:
+        return self.spec.bos
+
+    @property
+    def graph(self) -> ModelGraph:
+        return self.spec.graph
+
+    @property
+    def has_external_solver(self) -> bool:
+        return self.spec.has_external_solver
+
+    @property
+    def measures(self) -> bool:
+        return self.spec.measures
+
+    @property
+    def centers_keys(self) -> bool:
+        return self.spec.centers_keys
+
+    @property
+    def needs_stream(self) -> bool:
+        return self.spec.needs_stream
+
+    @property
+    def rounds_head(self) -> bool:
+        return self.spec.rounds_head
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return self.spec.compute_dtype
+
+    @property
+    def proof_tokens(self) -> Tensor:
+        return self.spec.proof_tokens
+
+    @property
+    def plan(self) -> FoldPlan:
+        return self.state.plan
+
+    @property
+    def grids(self) -> dict[str, Grid]:
+        return self.state.grids
+
+    @property
+    def quantizers(self) -> list[OnlineOp]:
+        return self.state.quantizers
+
+    @property
+    def rounded(self) -> dict[str, QuantizedWeight]:
+        """The layers that an external solver has rounded."""
+        return self.state.external_codes
+
+    def stream(
+        self, runner: BlockRunner, tokens: Tensor, outer: Mapping[str, Tensor], offload: Path | None = None
+    ) -> Stream:
+        """As `JobSpec.stream`."""
+        return self.spec.stream(runner, tokens, outer, offload)
+
+    def rounding(self, warn: Warn, grid: Grid | None = None) -> RoundingConfig:
+        """The rounding of the layers: each to its own grid, or all to `grid`."""
+        weights, grids = self.recipe.weights, {} if grid else self.grids
+        return RoundingConfig(weights.layer_steps, grid or weights.grid, weights.basis, warn, grids)
+
+    def _calibration_quantizers(self) -> list[OnlineOp]:
+        excluded = self.recipe.activations is not None and not self.recipe.activations.calibrate
+        return [] if excluded else self.quantizers
+
+    def running_in(self, block: int) -> list[OnlineOp]:
+        """The online operations of one block during calibration."""
+        return [*self.plan.online_in(block), *self.graph.in_block(block, self._calibration_quantizers())]
+
+    def running_around(self) -> list[OnlineOp]:
+        """The online operations of the head during calibration."""
+        return self.graph.around_blocks(self._calibration_quantizers())
+
+
+def prepare(
+    model: str | Path | PreTrainedModel,
+    out: str | Path,
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    text: str | Path | Sequence[str | Mapping[str, Any]] | Text | TokenBatch | None = None,
+    *,
+    tokenizer: Any = None,
+    options: OutputOptions | None = None,
+    reads: Sequence[str | Path] = (),
+    **changes: Any,
+) -> Job:
+    """Checks a quantization before any work: recipe, model, sites, group sizes, text, destination, room on the disk.
+
+    - `text`: the calibration text. Default: the recipe's `calibration.text`.
+    - `options`: the options of the output. `changes` are changes of its fields, by name.
+    - `reads`: further input files that the output must not replace, such as the file of the recipe.
+
+    Raises a GyroquantError that names the culprit and the remedy, before anything is written.
+    """
+    options = (options or OutputOptions()).changed("prepare", changes)
+    read, recipe, out = (recipe, text, *reads), load_recipe(recipe), Path(out)
+    offload = Path(options.offload) if options.offload else None
+    check_places(out, options.overwrite, model, (*read, *named_in(recipe)), offload)
+    store = open_original(model)
+    plan, targets, quantizers = plan_all(store.graph, recipe)
+    check_forms(store, plan, targets, quantizers, options.dense, recipe.finetune)
+    check_settings(store)
+    source = text if text is not None else recipe.calibration.text
+    loaded = source if source is None or isinstance(source, (Text, TokenBatch)) else load_text(source)
+    output = Output(
+        folder=out,
+        dtype=saved_dtype(options.save_dtype, store.dtype),
+        dense=options.dense,
+        overwrite=options.overwrite,
+        device=usable_device(options.device),
+        offload=offload,
+        fresh=options.fresh,
+        workers=options.workers,
+    )
+    words = loaded is not None and not isinstance(loaded, TokenBatch)
+    tokenizer = tokenizer or _tokenizer(store, words)
+    spec = _with_windows(JobSpec(store, recipe, plan, targets, output, tokenizer, tuple(quantizers), loaded))
+    check_budget(store.graph, targets, recipe)
+    check_held_out(recipe, spec.tokens)
+    check_steps(store.graph, targets, recipe)
+    check_workers(options.workers, recipe, store)
+    job = Job.begin(spec)
+    check_room(out, expected_bytes(job) * 2 - left_behind(out))  # the pieces, and the files that they are merged into
+    return job
+
+
+def _tokenizer(store: WeightStore, required: bool) -> Any:
+    try:
+        return store.tokenizer()
+    except InputError:
+        if required:
+            raise
+        return None
+
+
+def _with_windows(spec: JobSpec) -> JobSpec:
+    """The spec with its calibration windows, if it has a text. Raises InputError if the recipe needs one."""
+    settings, recipe = spec.recipe.calibration, spec.recipe
+    if spec.text is None:
+        calibrates = spec.needs_stream or spec.measures or recipe.learn or recipe.finetune
+        if calibrates or spec.planned.edits or spec.planned.online:
+            need = "calibrates" if calibrates else "is proved"
+            raise InputError(f"this recipe {need} on text: give --text FILE (or a dataset's name)")
+        return spec
+    check_seqlen(spec.store.text_config, settings.seqlen)
+    amount = (settings.nsamples, settings.seqlen, settings.seed, settings.add_bos)
+    windows = calibration_windows(spec.text, spec.tokenizer, spec.store.text_config.vocab_size, *amount)
+    return replace(spec, tokens=windows.ids, bos=windows.bos)
+
+
+def expected_bytes(job: Job) -> int:
+    """The size of the result in bytes: codes and scales of the targets, and all else in the output's dtype."""
+    basis, chosen = job.recipe.weights.basis, job.recipe.weights.allocate
+    rounded, bits = 0, 0.0
+    for name, op in job.targets.items():
+        count, grid = op.numel, job.grids[name]
+        order = op.in_features if basis is None else basis.order(op.in_features)
+        each = max(chosen.bits) if chosen is not None else grid.bits
+        each_group = 0.0 if grid.group_size == -1 else grid.group_bits / grid.group_size
+        rounded, bits = rounded + count, bits + count * order / op.in_features * (each + each_group)
+        bits += 16 * order if basis is not None and basis.needs_statistics else 0
+    everything = sum(prod(shape) for shape in job.store.shapes.values())
+    everything += sum(prod(job.store.shapes[name]) for name in job.graph.tied.values())  # if untied
+    bits = rounded * 8 * job.output.dtype.itemsize if job.output.dense else bits
+    return int(bits / 8) + (everything - rounded) * job.output.dtype.itemsize

@@ -1,0 +1,78 @@
+"""Plans a recipe for a model from sizes alone: maps, layers to round, grids, quantizers of activations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from gyroquant.errors import RecipeError
+from gyroquant.finetuning.differentiable_fold import learnable
+from gyroquant.finetuning.rotations import Setting
+from gyroquant.grids import Grid
+from gyroquant.models.execution.online import OnlineOp
+from gyroquant.models.folding.fold import FoldPlan
+from gyroquant.models.graph.model_graph import LinearOp, ModelGraph
+from gyroquant.pipeline.folds import plan_folds
+from gyroquant.recipes.schema import Recipe
+from gyroquant.rounding.layers import find_targets
+
+
+def plan_all(graph: ModelGraph, recipe: Recipe) -> tuple[FoldPlan, dict[str, LinearOp], list[OnlineOp]]:
+    """The plan of a recipe for a model: the folds, the layers to round, and the quantizers that run with the model.
+
+    Maps that are measured or learned later have placeholders in the plan. Raises UnsupportedModelError or RecipeError,
+    with the reason, if the recipe does not fit the model. The model does not change.
+    """
+    plan = plan_folds(graph, recipe)
+    weights = recipe.weights
+    for step in weights.steps:
+        step.check()
+    overridden = [override.layers for override in weights.overrides]
+    targets = find_targets(graph, weights.grid_of, weights.ignore, overridden, weights.basis)
+    quantizers = plan_quantizers(graph, recipe)
+    if recipe.learn is not None:
+        learnable(plan, recipe.learn.sites)
+        if recipe.learn.rounds and not (quantizers or rounds_while_learning(recipe)):
+            raise RecipeError(
+                f"learn.objective={recipe.learn.objective} has nothing to learn from: nothing is rounded during it. "
+                "Round activations or the KV cache, set learn.round_weights=true, or learn.objective=weights"
+            )
+    return plan, targets, quantizers
+
+
+def plan_quantizers(graph: ModelGraph, recipe: Recipe) -> list[OnlineOp]:
+    """The quantizers that run with the model. Raises RecipeError if a group size does not fit."""
+    sections = [section for section in (recipe.activations, recipe.kv_cache) if section is not None]
+    return [quantizer for section in sections for quantizer in section.quantizers(graph)]
+
+
+def grids_of(recipe: Recipe, targets: Mapping[str, LinearOp]) -> dict[str, Grid]:
+    """The grid of every layer that is rounded, by the name of its weight."""
+    return {name: recipe.weights.grid_of(op.name) for name, op in targets.items()}
+
+
+def rounds_while_learning(recipe: Recipe) -> bool:
+    """Whether maps are learned on a model with rounded weights."""
+    if recipe.learn is None or recipe.learn.round_weights is not None:
+        return recipe.learn is not None and bool(recipe.learn.round_weights)
+    return not recipe.weights.needs_statistics and recipe.weights.basis is None
+
+
+def learning_setting(
+    recipe: Recipe,
+    tokens: Tensor | None,
+    targets: Mapping[str, LinearOp],
+    quantizers: Sequence[OnlineOp],
+    dtype: torch.dtype,
+) -> Setting:
+    """The setting in which the rotations of a recipe are learned."""
+    return Setting(
+        tokens=tokens,
+        targets=targets,
+        grids=grids_of(recipe, targets) if rounds_while_learning(recipe) else {},
+        attachments=quantizers,
+        dtype=dtype,
+        seed=recipe.seed,
+    )

@@ -1,0 +1,109 @@
+"""Rounds one block: observes, rounds and reports its layers, and applies the steps on whole blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from gyroquant.calibration.observers import Key, SecondMoments, observing
+from gyroquant.calibration.stream import Stream
+from gyroquant.models.execution.online import CacheQuantizer, attached, observing_keys
+from gyroquant.models.graph.model_graph import LinearOp
+from gyroquant.models.graph.rounded_layer import RoundedLayer
+from gyroquant.models.graph.sites import attention_module
+from gyroquant.pipeline.job import Job
+from gyroquant.rounding.activations import KeyMean
+from gyroquant.rounding.base import When
+from gyroquant.rounding.layer_report import LayerReport, layer_reports
+from gyroquant.rounding.layers import LayerGroup, by_shared_input, round_layers
+from gyroquant.rounding.steps.base import BlockStep, RoundedBlock
+from gyroquant.system.progress import Advance
+
+
+def quantize_block(
+    job: Job,
+    index: int,
+    tensors: dict[str, Tensor],
+    stream: Stream | None,
+    advance: Advance,
+    warnings: list[str],
+    steps: Sequence[BlockStep],
+    checkpoint: Path | None = None,
+) -> tuple[RoundedBlock, list[LayerReport]]:
+    """Observes and rounds a block, and applies `steps` to it. Returns the final block, and the reports of its layers.
+
+    - `tensors`: the folded parameters of the block.
+    - `stream`: the calibration text at its input.
+    - `checkpoint`: the file for the state of tuning.
+    """
+    group = job.graph.blocks[index]
+    if stream and job.centers_keys:
+        _center_keys(job, index, tensors, stream, advance)
+    layers, observed = _round_in_turn(job, index, tensors, stream, advance, warnings)
+    plain = {name: tensor.to(job.output.dtype) for name, tensor in tensors.items() if name not in layers}
+    seed, multiplier = job.recipe.seed + index, job.graph.residual_multiplier
+    block = RoundedBlock(index, group, tensors, layers, plain, stream, seed, multiplier, advance, checkpoint)
+    block = apply_steps(job, block, [step for step in steps if step.when < When.CORRECT_BLOCK])
+    reports = layer_reports(LayerGroup(group, job.targets, tensors, observed, job.running_in(index)), block.layers)
+    return apply_steps(job, block, [step for step in steps if step.when >= When.CORRECT_BLOCK]), reports
+
+
+def apply_steps(job: Job, block: RoundedBlock, steps: Sequence[BlockStep]) -> RoundedBlock:
+    """A block after some steps, which run with the online operations of the block attached."""
+    with attached(job.store.skeleton(), job.running_in(block.index)):
+        for step in steps:
+            block = step.apply_block(block)
+    return block
+
+
+def observed_in_turn(job: Job, index: int) -> list[dict[str, LinearOp]]:
+    """The layers of a block to round, in parts. The parts are observed and rounded one after another."""
+    readers = by_shared_input(job.graph.blocks[index], job.targets, job.running_in(index))
+    parts = [{op.weight: op for op in ops} for ops in readers.values()]
+    if job.recipe.weights.observes_in_turn and parts:
+        return parts
+    return [{name: op for part in parts for name, op in part.items()}]
+
+
+def _round_in_turn(
+    job: Job,
+    index: int,
+    tensors: Mapping[str, Tensor],
+    stream: Stream | None,
+    advance: Advance,
+    warnings: list[str],
+) -> tuple[dict[str, RoundedLayer], dict[Key, SecondMoments]]:
+    """The rounded layers of a block, and the second moments of their inputs."""
+    group, online, config = job.graph.blocks[index], job.running_in(index), job.rounding(warnings.append)
+    layers, observed = dict[str, RoundedLayer](), dict[Key, SecondMoments]()
+    turns = observed_in_turn(job, index)
+    for number, targets in enumerate(turns):
+        if stream:
+            current = {**tensors, **{name: layer.param for name, layer in layers.items()}}
+            last, keys = number == len(turns) - 1, by_shared_input(group, targets, online).keys()
+            model = job.store.skeleton()
+            with attached(model, online), observing(model, group, online, stream.observer, keys, stop=not last) as new:
+                stream.observe(index, current, advance, tensors, move=last)
+            observed |= new
+        if job.rounded:
+            layers |= {name: RoundedLayer(op, job.rounded[name]) for name, op in targets.items()}
+        else:
+            layers |= round_layers(LayerGroup(group, targets, tensors, observed, online), config)
+    return layers, observed
+
+
+def _center_keys(job: Job, index: int, tensors: Mapping[str, Tensor], stream: Stream, advance: Advance) -> None:
+    """Measures the mean of a block's keys, and adds it to the block's cache quantizer, which subtracts it."""
+    model, module = job.store.skeleton(), attention_module(job.graph.blocks[index])
+    mean = KeyMean()
+    with attached(model, job.plan.online_in(index)), observing_keys(model, module, mean):
+        stream.run(index, tensors, keep=False, progress=advance)
+    for place, quantizer in enumerate(job.quantizers):
+        if isinstance(quantizer, CacheQuantizer) and quantizer.module == module:
+            job.quantizers[place] = replace(quantizer, key_mean=mean.result())
+
+
+__all__ = ["apply_steps", "observed_in_turn", "quantize_block"]

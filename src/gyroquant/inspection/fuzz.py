@@ -1,7 +1,7 @@
-"""Architectural fuzzing (arXiv 2605.25203, section on Laguna): a tiny random model of any architecture, every site and
-every method, and the error of the proof for each. It finds what a description forgets before a real model does.
+"""Architectural fuzzing (arXiv 2605.25203, section on Laguna): proves every method at every site of a tiny random model
+of an architecture. It finds errors in the description of the architecture without a real model.
 
-It also works on architectures that nobody has described: then every description that claims all parameters is tried.
+It also works on architectures without a description. Then it takes the first description that claims all parameters.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from gyroquant.calibration.measure import Want, measure
+from gyroquant.calibration.measure import SiteMeasurement, measure
 from gyroquant.errors import GyroquantError, InputError, ProofError, UnsupportedModelError
 from gyroquant.methods import Method
-from gyroquant.models.fold import FoldPlan
-from gyroquant.models.graph import build_graph
-from gyroquant.models.prove import prove
-from gyroquant.models.runner import BlockRunner, evaluating
-from gyroquant.models.sites import SITE_NAMES
-from gyroquant.models.spec import architectures, model_types
-from gyroquant.models.store import ModuleStore
-from gyroquant.planning import plan_folds
-from gyroquant.progress import Stages
-from gyroquant.recipe import load_recipe
+from gyroquant.models.execution.runner import BlockRunner, evaluating
+from gyroquant.models.folding.fold import FoldPlan
+from gyroquant.models.folding.prove import prove
+from gyroquant.models.graph.model_graph import build_graph
+from gyroquant.models.graph.sites import SITE_NAMES
+from gyroquant.models.graph.spec import architectures, model_types
+from gyroquant.models.stores.base import ModuleStore
+from gyroquant.pipeline.folds import plan_folds
+from gyroquant.recipes.schema import load_recipe
+from gyroquant.system.progress import Progress
 
 THRESHOLD = 5e-6
 _SMALL: dict[str, int] = dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "word_embed_proj_dim"), 64)
@@ -49,7 +49,7 @@ _SMALL |= {"bos_token_id": 1, "eos_token_id": 2}
 
 @dataclass(frozen=True)
 class Finding:
-    """What came of one method at one site: `error` of the proof, or `refused` with the reason, or a `fault`."""
+    """The result of one method at one site: the `error` of the proof, the reason why it was `refused`, or a `fault`."""
 
     site: str
     method: str
@@ -64,7 +64,7 @@ class Finding:
 
 @dataclass
 class Report:
-    """All findings on one architecture; `described_by` is empty when no description claims its parameters."""
+    """All findings on one architecture. `described_by` is empty if no description claims all its parameters."""
 
     model_type: str
     described_by: str = ""
@@ -91,9 +91,9 @@ def causal_model_types() -> list[str]:
 
 
 def tiny_config(target: str | Path) -> Any:
-    """A small configuration of a model type, a class name, or a configuration file or folder.
+    """A small configuration for a model type, the name of a class, or a configuration file or folder.
 
-    Raises InputError when transformers has no such causal language model, or it cannot be made small.
+    Raises InputError if transformers has no such causal language model, or if its configuration cannot be made small.
     """
     path, given = Path(target), dict[str, Any]()
     path = path / "config.json" if path.is_dir() else path
@@ -103,7 +103,7 @@ def tiny_config(target: str | Path) -> Any:
             given = json.loads(path.read_text(encoding="utf-8"))
             name = given["model_type"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path} is no configuration with a model_type: {error}") from error
+            raise InputError(f"{path} is not a configuration with a model_type: {error}") from error
     classes = {cls: kind for kind, cls in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if isinstance(cls, str)}
     name = classes.get(name, name)
     for kind in causal_model_types():
@@ -113,9 +113,9 @@ def tiny_config(target: str | Path) -> Any:
         raise InputError(f"transformers has no causal language model {target}: give a model type, such as qwen3")
     kind = CONFIG_MAPPING[name]
     try:
-        known = kind().to_dict()
-        kept = {key: value for key, value in given.items() if isinstance(value, bool | str) and key in known}
-        small = {key: value for key, value in _SMALL.items() if key in known}
+        defaults = kind().to_dict()
+        kept = {key: value for key, value in given.items() if isinstance(value, bool | str) and key in defaults}
+        small = {key: value for key, value in _SMALL.items() if key in defaults}
         return kind(**kept | small)
     except Exception as error:
         raise InputError(f"a small {name} cannot be configured: {type(error).__name__}: {error}") from error
@@ -128,7 +128,7 @@ def type_name(model_type: str) -> str:
 
 @torch.no_grad()
 def random_model(config: Any, seed: int = 0) -> nn.Module:
-    """A model with random weights, gains and biases: with ones and zeros, a fold that forgets them would pass."""
+    """A model with random weights, gains and biases. With ones and zeros, the proof would not notice a missing gain."""
     torch.manual_seed(seed)
     try:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
@@ -145,9 +145,9 @@ def random_model(config: Any, seed: int = 0) -> nn.Module:
 
 
 def described(model: Any) -> tuple[ModuleStore, bool]:
-    """A store of the model with the description that claims all of it; whether that is its own.
+    """A store of the model with a description that claims all its parameters, and whether it is the model's own.
 
-    Raises UnsupportedModelError when there is none.
+    Raises UnsupportedModelError if there is no such description.
     """
     store = ModuleStore(model)
     if model.config.model_type in model_types():
@@ -161,13 +161,13 @@ def described(model: Any) -> tuple[ModuleStore, bool]:
         store.__dict__["graph"] = graph
         return store, False
     raise UnsupportedModelError(
-        f"{model.config.model_type} is not described, and no description of another family claims all its parameters; "
-        "see docs/add-an-architecture.md"
+        f"{model.config.model_type} has no description, and no description of another family claims all parameters: "
+        "write one, see docs/extend.md"
     )
 
 
-def fuzz(target: str | Path, methods: Iterable[str] | None = None, progress: Stages | None = None) -> Report:
-    """Tries every site with every method (or those named) on a tiny random model of an architecture."""
+def fuzz(target: str | Path, methods: Iterable[str] | None = None, progress: Progress | None = None) -> Report:
+    """Tries every method, or those in `methods`, at every site of a tiny random model of an architecture."""
     config = tiny_config(target)
     report = Report(config.model_type)
     model = random_model(config)
@@ -178,9 +178,9 @@ def fuzz(target: str | Path, methods: Iterable[str] | None = None, progress: Sta
         return report
     report.described_by = store.graph.architecture.name
     ids = torch.randint(3, 96, (2, 24), generator=torch.Generator().manual_seed(1))
-    chosen = [name for name in sorted(Method.kinds) if methods is None or name in set(methods)]
-    cases = [(site, name, online) for site in SITE_NAMES for name in chosen for online in (None, True)]
-    with evaluating(model), (progress or Stages()).stage(config.model_type, len(cases)) as advance:
+    names = [name for name in Method.registry if methods is None or name in set(methods)]
+    cases = [(site, name, online) for site in SITE_NAMES for name in names for online in (None, True)]
+    with evaluating(model), (progress or Progress()).stage(config.model_type, len(cases)) as advance:
         for site, name, online in cases:
             finding = _try(store, site, name, online, ids)
             if finding is not None:
@@ -191,9 +191,9 @@ def fuzz(target: str | Path, methods: Iterable[str] | None = None, progress: Sta
 
 def _try(store: ModuleStore, site: str, name: str, online: bool | None, ids: Tensor) -> Finding | None:
     try:
-        Method.kinds[name](method=name)
+        Method.registry[name](method=name)
     except ValidationError:
-        return None  # needs an option of its own, such as a file
+        return None  # the method has a required option, such as a file
     label = f"{site} online" if online else site
     step: Mapping[str, Any] = {"method": name} | ({"online": True} if online else {})
     recipe = load_recipe({"transform": {site: step}, "weights": {"bits": 8, "group_size": 16}})
@@ -201,7 +201,7 @@ def _try(store: ModuleStore, site: str, name: str, online: bool | None, ids: Ten
         plan = plan_folds(store.graph, recipe, _measurer(store, ids))
         if online and not plan.online:
             return None
-        proof = prove(store, plan, BlockRunner(store.skeleton(), store.graph), ids, THRESHOLD)
+        proof = prove(store, plan, BlockRunner.of(store), ids, THRESHOLD)
         return Finding(label, name, max(proof.relative_logit_error, proof.worst_block_error))
     except ProofError as error:
         return Finding(label, name, fault=str(error))
@@ -211,8 +211,8 @@ def _try(store: ModuleStore, site: str, name: str, online: bool | None, ids: Ten
         return Finding(label, name, fault=f"{type(error).__name__}: {error}")
 
 
-def _measurer(store: ModuleStore, ids: Tensor) -> Callable[[FoldPlan, list[Want]], None]:
-    def look(plan: FoldPlan, wants: list[Want]) -> None:
-        measure(store, plan, wants, ids)
+def _measurer(store: ModuleStore, ids: Tensor) -> Callable[[FoldPlan, list[SiteMeasurement]], None]:
+    def measure_sites(plan: FoldPlan, sites: list[SiteMeasurement]) -> None:
+        measure(store, plan, sites, ids)
 
-    return look
+    return measure_sites

@@ -6,11 +6,11 @@ import json
 import sys
 
 import pytest
-import tiny
+import tiny_models
 
 import gyroquant as gq
 from gyroquant.cli import main
-from gyroquant.fuzz import THRESHOLD, causal_model_types, fuzz, tiny_config
+from gyroquant.inspection.fuzz import THRESHOLD, causal_model_types, fuzz, tiny_config
 
 METHODS = ("hadamard", "massdiff")
 
@@ -36,7 +36,7 @@ def test_a_description_that_does_not_fit_is_found_out() -> None:
 
 def test_an_architecture_that_nothing_describes_says_so() -> None:
     report = fuzz("mamba", METHODS)
-    assert "not described" in report.problem
+    assert "has no description" in report.problem
     assert report.worst is None
 
 
@@ -50,7 +50,7 @@ def test_names_of_all_kinds_are_understood(name: str) -> None:
 def test_a_folder_is_made_small(folders: dict, tmp_path: object) -> None:
     config = tiny_config(folders["llama_tied"])
     assert config.tie_word_embeddings is True
-    assert config.hidden_size == tiny.COMMON["hidden_size"]
+    assert config.hidden_size == tiny_models.COMMON["hidden_size"]
 
 
 @pytest.mark.parametrize("name", ["no_such_model", "bert-base", "/nowhere/config.json"])

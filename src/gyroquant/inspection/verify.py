@@ -1,4 +1,4 @@
-"""What a folder that gyroquant wrote still is: its files, its arrays, the command that makes it again, its proof."""
+"""Verifies a folder that gyroquant wrote: its files, its arrays and its proof. Returns the command that made it."""
 
 from __future__ import annotations
 
@@ -13,31 +13,32 @@ import torch
 import yaml
 from safetensors import SafetensorError
 
-from gyroquant.calibration.measure import Want, measure
+from gyroquant.calibration.measure import SiteMeasurement, measure
 from gyroquant.calibration.text import load_text
-from gyroquant.deploy import MANIFEST as EXPORT_MANIFEST
-from gyroquant.environment import versions
 from gyroquant.errors import GyroquantError, InputError, ProofError, RecipeError
-from gyroquant.integrity import FILE, Integrity, check, unchecked
-from gyroquant.job import Job, learning_setting, prepare
-from gyroquant.learning import learn
-from gyroquant.learning.live import learnable
-from gyroquant.learning.rotations import FILE_NAME, load_rotations
+from gyroquant.finetuning import learn
+from gyroquant.finetuning.differentiable_fold import learnable
+from gyroquant.finetuning.rotations_file import FILE_NAME, load_rotations
+from gyroquant.formats.export import MANIFEST as EXPORT_MANIFEST
 from gyroquant.maps import Dense
-from gyroquant.models.fold import FoldPlan
-from gyroquant.models.prove import folded_outer, prove
-from gyroquant.models.runner import BlockRunner, evaluating
-from gyroquant.models.sites import site_key
-from gyroquant.models.source import open_model
-from gyroquant.pipeline import proof_sample
-from gyroquant.planning import plan_folds
-from gyroquant.progress import Stages
-from gyroquant.recipe import load_recipe
+from gyroquant.models.execution.runner import BlockRunner, evaluating
+from gyroquant.models.folding.fold import FoldPlan
+from gyroquant.models.folding.prove import prove
+from gyroquant.models.graph.sites import site_key
+from gyroquant.models.stores.source import open_model
+from gyroquant.pipeline.folds import plan_folds
+from gyroquant.pipeline.job import Job, prepare
+from gyroquant.pipeline.planning import learning_setting
+from gyroquant.recipes.compat import current_manifest
+from gyroquant.recipes.schema import load_recipe
+from gyroquant.system.checksums import CHECKSUM_FILE, Integrity, check, unchecked
+from gyroquant.system.environment import versions
+from gyroquant.system.progress import Progress
 
 MANIFEST = "gyroquant.json"
-_NOISE = 1e-6  # relative logit errors below this are the rounding of fp32
-_ROUNDING = 1e-2  # how far, relatively, a parameter may be from itself made on another machine and stored in 16 bits
-_ALIKE = 5.0  # by which factor errors of the same proof differ between machines
+_NOISE = 1e-6  # relative logit errors below this are fp32 rounding
+_ROUNDING = 1e-2  # largest relative difference of a parameter folded on another machine and stored in 16 bits
+_ALIKE = 5.0  # largest factor between errors of the same proof on different machines
 
 
 def verify(
@@ -47,25 +48,30 @@ def verify(
     against: str | Path | None = None,
     text: str | Path | None = None,
     recipe_file: str | Path | None = None,
-    progress: Stages | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Checks a folder that gyroquant wrote, an export included: the sha256 of every file, every stored array, and says
-    which command makes it again. `problems` says what is wrong and what to do; it is empty when nothing is.
+    """Checks a folder that gyroquant wrote, which may be an export: the sha256 of every file, and every stored array.
 
-    With `proof`, the equivalence proof is made again on the original, `against` (by default where it was), and the
-    calibration text. `recipe_file` is written with the recipe as YAML, for the command. Raises InputError for a folder
-    that gyroquant did not write, and for a model or text that is not there.
+    The result also holds the `command` that makes the folder again. `problems` lists what is wrong and what to do; it
+    is empty if nothing is wrong.
+
+    - `proof`: also makes the proof again, on the original model and the calibration text.
+    - `against`: the original model. Default: the path in the manifest.
+    - `text`: the calibration text. Default: the text in the manifest.
+    - `recipe_file`: a file to write the recipe to, as YAML; the command then uses it.
+
+    Raises InputError if gyroquant did not write the folder, or if the model or the text does not exist.
     """
-    out, progress = Path(out), progress or Stages()
+    out, progress = Path(out), progress or Progress()
     manifest, exported = _manifest(out)
     problems: list[str] = []
     result: dict[str, Any] = {"folder": str(out), "files": None, "extra": [], "tensors": None, "proof": None}
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     with progress.stage("sha256", max(1, size >> 20)) as advance:
-        found = check(out, advance)
-    problems += _damage(out, found)
-    if found is not None:
-        result |= {"files": found.files, "bytes": found.bytes, "extra": list(found.extra)}
+        integrity = check(out, advance)
+    problems += _damage(out, integrity)
+    if integrity is not None:
+        result |= {"files": integrity.files, "bytes": integrity.bytes, "extra": list(integrity.extra)}
     if exported:
         arguments = ["gyroquant", "export", str(manifest["source"]), str(out), "--format", str(manifest["format"])]
         again = manifest.get("facts", {}).get("requantized")
@@ -80,7 +86,7 @@ def verify(
             f"{out} is an export: `gyroquant verify-export` runs it, and --proof is for {manifest['source']}"
         )
     if proof:
-        result["proof"] = _proved_again(out, manifest, against, text, progress)
+        result["proof"] = _repeat_proof(out, manifest, against, text, progress)
         problems += result["proof"].pop("problems")
     now = versions()
     result["versions"] = {
@@ -90,40 +96,46 @@ def verify(
 
 
 def _manifest(out: Path) -> tuple[dict[str, Any], bool]:
-    """What a folder's manifest says, and whether it is that of an export."""
+    """The manifest of a folder, and whether the folder is an export."""
     for name in (MANIFEST, EXPORT_MANIFEST):
         path = out / name
         if path.is_file():
             try:
-                found = json.loads(path.read_text(encoding="utf-8"))
+                manifest = json.loads(path.read_text(encoding="utf-8"))
                 needed = ("source", "format") if name == EXPORT_MANIFEST else ("model", "recipe", "proof")
-                if all(key in found for key in needed):
-                    return _as_it_ran(found), name == EXPORT_MANIFEST
+                if all(key in manifest for key in needed):
+                    return _with_old_defaults(manifest), name == EXPORT_MANIFEST
             except (OSError, ValueError, TypeError) as error:
                 raise InputError(f"{path} is damaged: {error}. Copy or make the folder again") from error
-            raise InputError(f"{path} is no manifest that gyroquant wrote, or is damaged")
+            raise InputError(f"{path} is not a manifest of gyroquant, or it is damaged. Copy or make the folder again")
     raise InputError(f"{out} is not a folder that gyroquant wrote: it has neither {MANIFEST} nor {EXPORT_MANIFEST}")
 
 
-def _as_it_ran(manifest: dict[str, Any]) -> dict[str, Any]:
-    """A manifest that says of its recipe what went without saying when it was written: windows began without BOS."""
+def _with_old_defaults(manifest: dict[str, Any]) -> dict[str, Any]:
+    """A manifest under today's names. If its recipe lacks `add_bos`, it is set to false, the old default."""
+    manifest = current_manifest(manifest)
     calibration = manifest.get("recipe", {}).get("calibration")
     if isinstance(calibration, dict):
         calibration.setdefault("add_bos", False)
     return manifest
 
 
-def _damage(out: Path, found: Integrity | None) -> list[str]:
-    if found is None:
-        return [f"{out} has no {FILE}, so nothing is known of its files: it is older than checksums, or lost them"]
+def _damage(out: Path, integrity: Integrity | None) -> list[str]:
+    if integrity is None:
+        return [
+            f"{out} has no {CHECKSUM_FILE}, so its files cannot be checked: it was made before checksums, or lost them"
+        ]
     remedy = "copy it again, or make the folder again"
-    lines = [f"{name} is missing: {remedy}" for name in found.missing]
-    lines += [f"{name}, or its line in {FILE}, is damaged (its sha256 is another): {remedy}" for name in found.changed]
-    return lines + [f"{name} is not in {FILE}: take it out, or {remedy}" for name in found.unlisted]
+    lines = [f"{name} is missing: {remedy}" for name in integrity.missing]
+    lines += [
+        f"{name}, or its line in {CHECKSUM_FILE}, is damaged (its sha256 differs): {remedy}"
+        for name in integrity.changed
+    ]
+    return lines + [f"{name} is not in {CHECKSUM_FILE}: remove it, or {remedy}" for name in integrity.unlisted]
 
 
-def _arrays(out: Path, progress: Stages) -> tuple[int, list[str]]:
-    """How many parameters could be decoded, one at a time in memory, and what is wrong with the others."""
+def _arrays(out: Path, progress: Progress) -> tuple[int, list[str]]:
+    """The number of parameters that could be decoded, and problems of the others. Memory holds one at a time."""
     failures = (GyroquantError, SafetensorError, OSError, RuntimeError, ValueError, KeyError, TypeError)
     try:
         store = open_model(out)
@@ -141,12 +153,12 @@ def _arrays(out: Path, progress: Stages) -> tuple[int, list[str]]:
     try:
         _ = store.online
     except failures as error:
-        problems.append(f"what runs with the model cannot be read: {error}")
+        problems.append(f"the online operations of the model cannot be read: {error}")
     return good, problems
 
 
 def _command(out: Path, manifest: Mapping[str, Any], recipe_file: str | Path | None) -> str:
-    """The command that makes a folder again, from its manifest; the text is named as its file was."""
+    """The command that makes a folder again, from its manifest. The text has the name of its file."""
     if recipe_file is not None:
         Path(recipe_file).write_text(yaml.safe_dump(manifest["recipe"], sort_keys=False), encoding="utf-8")
     arguments = ["gyroquant", "quantize", str(manifest["model"]), str(out)]
@@ -164,33 +176,33 @@ def _command(out: Path, manifest: Mapping[str, Any], recipe_file: str | Path | N
 
 
 def _changes(recipe: Mapping[str, Any]) -> list[str] | None:
-    """The ``KEY=VALUE`` that make a recipe from the preset of its name; None where they do not."""
+    """The ``KEY=VALUE`` changes that make a recipe from the preset of its name; None if there are no such changes."""
     name = str(recipe.get("name", ""))
     try:
         start = load_recipe(name.partition(" (")[0])
         changes = [] if start.name == name else [f"name={json.dumps(name)}"]
         changes += [change for change in _differences(start.to_dict(), recipe) if not change.startswith("name=")]
-        made = load_recipe(name.partition(" (")[0], changes)
+        rebuilt = load_recipe(name.partition(" (")[0], changes)
     except RecipeError:
         return None
-    return changes if made.to_dict() == recipe else None
+    return changes if rebuilt.to_dict() == recipe else None
 
 
 def _differences(before: Mapping[str, Any], after: Mapping[str, Any], place: str = "") -> list[str]:
-    found: list[str] = []
+    changes: list[str] = []
     for key in [*before, *(key for key in after if key not in before)]:
         old, new = before.get(key), after.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found += _differences(old, new, f"{place}{key}.")
+            changes += _differences(old, new, f"{place}{key}.")
         elif old != new:
-            found.append(f"{place}{key}={json.dumps(new)}")
-    return found
+            changes.append(f"{place}{key}={json.dumps(new)}")
+    return changes
 
 
-def _proved_again(
-    out: Path, manifest: Mapping[str, Any], against: str | Path | None, text: str | Path | None, progress: Stages
+def _repeat_proof(
+    out: Path, manifest: Mapping[str, Any], against: str | Path | None, text: str | Path | None, progress: Progress
 ) -> dict[str, Any]:
-    """The proof of the recipe on the original and the text, beside the one that is recorded."""
+    """Makes the proof again on the original and the text. Returns it with the recorded proof."""
     recorded = dict(manifest["proof"])
     if recorded["tokens"] == 0:
         return {"recorded": 0.0, "again": 0.0, "note": "nothing was folded: there is nothing to prove", "problems": []}
@@ -199,17 +211,17 @@ def _proved_again(
     if dtype is not None:
         recipe = load_recipe(recipe, [f"calibration.dtype={dtype}"])
     with TemporaryDirectory() as scratch:
-        old = "bos" not in (manifest["text"] or {})  # of a run that read every file as prose
-        words = load_text(_text(manifest, text), prose=old)
-        job = prepare(_original(manifest, against), Path(scratch) / "out", recipe, words)
+        old = "bos" not in (manifest["text"] or {})  # such a run read every file as prose
+        source = load_text(_text(manifest, text), prose=old)
+        job = prepare(_original(manifest, against), Path(scratch) / "out", recipe, source)
         problems = _other_text(job, manifest)
         with evaluating(job.store.skeleton()):
-            plan, source = _planned_again(job, out, progress)
-            found, wrong = _proved(job, plan, progress)
+            plan, origin = _plan_again(job, out, progress)
+            error, wrong = _prove(job, plan, progress)
             problems += _other_weights(out, job, plan)
-    return {"recorded": recorded["relative_logit_error"], "again": found, "maps": source, "model": job.store.label} | {
+    return {"recorded": recorded["relative_logit_error"], "again": error, "maps": origin, "model": job.store.label} | {
         "threshold": recorded["threshold"],
-        "problems": [*problems, *(wrong or _disagreement(recorded["relative_logit_error"], found))],
+        "problems": [*problems, *(wrong or _disagreement(recorded["relative_logit_error"], error))],
     }
 
 
@@ -223,7 +235,7 @@ def _original(manifest: Mapping[str, Any], against: str | Path | None) -> str | 
 
 
 def _text(manifest: Mapping[str, Any], text: str | Path | None) -> str | Path:
-    """The calibration text: as given, else as the recipe names it."""
+    """The calibration text: `text`, or the one that the recipe names."""
     if text is not None:
         return text
     named = manifest["recipe"]["calibration"]["text"]
@@ -245,34 +257,34 @@ def _other_text(job: Job, manifest: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _planned_again(job: Job, out: Path, progress: Stages) -> tuple[FoldPlan, str]:
-    """The recipe's maps on the original, and where they come from: chosen anew, or those learned in the run."""
+def _plan_again(job: Job, out: Path, progress: Progress) -> tuple[FoldPlan, str]:
+    """The recipe's maps on the original, and their origin: chosen again, or learned in the run."""
     recipe, dtype = job.recipe, job.compute_dtype
-    plan, source = job.plan, "chosen from the recipe again"
+    plan, origin = job.plan, "chosen from the recipe again"
     if job.measures:
         assert job.tokens is not None
-        tokens, source = job.tokens, "measured again"
+        tokens, origin = job.tokens, "measured again"
 
-        def look(so_far: FoldPlan, wants: list[Want]) -> None:
-            measure(job.store, so_far, wants, tokens, progress, dtype, job.output.device)
+        def measure_sites(so_far: FoldPlan, sites: list[SiteMeasurement]) -> None:
+            measure(job.store, so_far, sites, tokens, progress, dtype, job.output.device)
 
-        plan = plan_folds(job.graph, recipe, look)
+        plan = plan_folds(job.graph, recipe, measure_sites)
     if recipe.learn is None:
-        return plan, source
+        return plan, origin
     labels = learnable(plan, recipe.learn.sites)
     rotations = load_rotations(out) if (out / FILE_NAME).exists() else {}
     keys = {site_key(plan.folded[place.index][0]) for place in labels.values()}
     if keys <= rotations.keys():
-        return _with_rotations(plan, rotations), f"{source}, learned ones from {FILE_NAME}"
+        return _with_rotations(plan, rotations), f"{origin}, learned ones from {FILE_NAME}"
     setting = learning_setting(recipe, job.tokens, job.targets, job.quantizers, dtype)
     return learn(job.store, plan, recipe.learn, setting, progress).plan, "learned again"
 
 
 def _with_rotations(plan: FoldPlan, rotations: Mapping[str, torch.Tensor]) -> FoldPlan:
-    """A plan with the rotation of a file in the place of everything that is fused at its site."""
+    """A plan in which the rotations of a file replace all fused maps at their sites."""
     changed, done = FoldPlan(plan.graph), set[str]()
     for site, m, online in plan.folded:
-        key = site_key(site) if site.name in ("R1", "R2") and not online else ""
+        key = site_key(site) if site.kind.stored_rotation and not online else ""
         if key not in rotations:
             changed.add(site, m, online)
         elif key not in done:
@@ -281,41 +293,44 @@ def _with_rotations(plan: FoldPlan, rotations: Mapping[str, torch.Tensor]) -> Fo
     return changed
 
 
-def _proved(job: Job, plan: FoldPlan, progress: Stages) -> tuple[float | None, list[str]]:
-    runner, blocks = BlockRunner(job.store.skeleton(), plan.graph), len(plan.graph.blocks)
+def _prove(job: Job, plan: FoldPlan, progress: Progress) -> tuple[float | None, list[str]]:
+    runner, blocks = BlockRunner.of(job.store), len(plan.graph.blocks)
     try:
         with progress.stage("prove", blocks) as advance:
             threshold = job.recipe.proof.threshold
-            found = prove(job.store, plan, runner, proof_sample(job), threshold, lambda done, total: advance())
+            proof = prove(job.store, plan, runner, job.proof_tokens, threshold, lambda done, total: advance())
     except ProofError as error:
         return None, [f"the proof does not hold: {error}"]
-    return found.relative_logit_error, []
+    return proof.relative_logit_error, []
 
 
 def _other_weights(out: Path, job: Job, plan: FoldPlan) -> list[str]:
-    """The tables of vectors around the blocks that are not what these maps make of the original: they are stored
-    unrounded, and nothing tunes them.
+    """Problems: matrices around the blocks that differ from the folded ones of the original.
+
+    These matrices are stored unrounded and are not tuned.
     """
     with unchecked():
         store = open_model(out)
     wrong = []
-    for name, folded in folded_outer(plan, job.store.read(plan.graph.outer_params())).items():
+    for name, folded in plan.read_outer(job.store).items():
         if name in store.shapes and folded.dim() == 2 and name not in job.targets:
-            found = store.read([name])[name]
-            away = float((found.float() - folded.to(found.dtype).float()).norm() / folded.norm())
-            if not away <= _ROUNDING:
-                wrong.append(f"{name} is not what the recipe makes of {job.store.label}: {away:.1e} away from it")
+            stored = store.read([name])[name]
+            difference = float((stored.float() - folded.to(stored.dtype).float()).norm() / folded.norm())
+            if not difference <= _ROUNDING:
+                wrong.append(
+                    f"{name} is not what the recipe makes of {job.store.label}: relative difference {difference:.1e}"
+                )
     return wrong
 
 
-def _disagreement(recorded: float, found: float | None) -> list[str]:
-    """Why two errors cannot be of the same proof: noise of the machine is left out."""
-    assert found is not None
-    low, high = sorted((max(recorded, _NOISE), max(found, _NOISE)))
+def _disagreement(recorded: float, error: float | None) -> list[str]:
+    """The problem, if two errors cannot belong to the same proof. Rounding noise does not count."""
+    assert error is not None
+    low, high = sorted((max(recorded, _NOISE), max(error, _NOISE)))
     if high <= _ALIKE * low:
         return []
     return [
-        f"the proof gives a relative logit error of {found:.1e}, and {recorded:.1e} is recorded: this is another "
+        f"the proof gives a relative logit error of {error:.1e}, and {recorded:.1e} is recorded: this is another "
         "model, text or version than that of the run"
     ]
 

@@ -4,35 +4,36 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny
+import tiny_models
+from tiny_runs import with_text_repeated
 from typer.testing import CliRunner
 
 import gyroquant as gq
 from gyroquant.cli import app
-from gyroquant.estimate import disk, estimate
-from gyroquant.inspection import inspect_model
-from gyroquant.job import Job, prepare
-from gyroquant.planning import measuring_passes
-from gyroquant.predict import predict
+from gyroquant.inspection.dry_run import dry_run_job
+from gyroquant.inspection.model import inspect_model
+from gyroquant.pipeline.folds import measuring_passes
+from gyroquant.pipeline.job import Job, prepare
+from gyroquant.pipeline.resources import disk, estimate
 
 BRIEF = ["weights.group_size=16", "calibration.nsamples=8", "calibration.seqlen=32"]
 
 
 def job(folder: Path, corpus: Path, tmp_path: Path, recipe: str, *changes: str) -> Job:
     loaded = gq.load_recipe(recipe, [*BRIEF, *changes])
-    return prepare(folder, tmp_path / "out", loaded, corpus, tokenizer=tiny.tokenizer())
+    return prepare(folder, tmp_path / "out", loaded, corpus, tokenizer=tiny_models.tokenizer())
 
 
 def test_every_stage_is_told(folders: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
     for recipe, names in (
-        ("rtn", ["round", "save"]),
-        ("gyro-w2", ["prove", "allocate", "round", "save", "finish"]),
-        ("smoothquant", ["measure", "prove", "round", "save"]),
-        ("spinquant", ["learn", "prove", "round", "save"]),
+        ("rtn", ["quantize", "save"]),
+        ("gyro-w2", ["prove", "allocate", "quantize", "save", "finetune"]),
+        ("smoothquant", ["measure", "prove", "quantize", "save"]),
+        ("spinquant", ["learn", "prove", "quantize", "save"]),
     ):
         changes = ["weights.allocate.budget=4"] if recipe == "gyro-w2" else []
         made = job(folders["llama"], corpus, tmp_path, recipe, *changes)
-        found = predict(made)
+        found = dry_run_job(made)
         assert [stage.name for stage in found.stages] == [stage.name for stage in estimate(made).stages] == names
         assert all(stage.seconds is not None and stage.seconds >= 0 for stage in found.stages)
         assert found.peak_memory_bytes == max(stage.peak_memory_bytes for stage in found.stages)
@@ -44,11 +45,10 @@ def test_hidden_states_that_were_not_measured_are_added(folders: dict[str, Path]
     peaks = {}
     for rows in (1, 10_000):
         made = job(folders["llama"], corpus, tmp_path, "gptq", "calibration.dtype=float32")
-        assert made.tokens is not None
-        made.tokens = made.tokens.repeat(rows, 1)
-        peaks[rows] = {stage.name: stage.peak_memory_bytes for stage in predict(made).stages}
+        made = with_text_repeated(made, rows)
+        peaks[rows] = {stage.name: stage.peak_memory_bytes for stage in dry_run_job(made).stages}
     size = 10_000 * 8 * 32 * 64 * 4
-    for name in ("round", "save"):
+    for name in ("quantize", "save"):
         assert peaks[10_000][name] - peaks[1][name] == pytest.approx(size, rel=0.15)
 
 
@@ -57,13 +57,13 @@ def test_a_dry_run_says_what_quantizing_takes(folders: dict[str, Path], corpus: 
     asked += ["--text", str(corpus), "--nsamples", "8", "--seqlen", "32"]
     done = CliRunner().invoke(app, asked, catch_exceptions=False)
     assert done.exit_code == 0
-    for word in ("prove", "round", "save", "all of it", "size of the result", "beside it while it runs"):
+    for word in ("prove", "quantize", "save", "all of it", "size of the result", "beside it while it runs"):
         assert word in done.stdout
     assert "sites" not in done.stdout
     found = json.loads(CliRunner().invoke(app, [*asked, "--json"], catch_exceptions=False).stdout)
     assert (found["outliers"], found["recipes"]) == ([], {})
     assert found["prediction"]["peak_memory_bytes"] > 10**8
-    assert [stage["name"] for stage in found["prediction"]["stages"]] == ["prove", "round", "save"]
+    assert [stage["name"] for stage in found["prediction"]["stages"]] == ["prove", "quantize", "save"]
     with pytest.raises(gq.InputError, match="--recipe"):
         inspect_model(folders["llama"], dry_run=True)
 
@@ -80,7 +80,7 @@ def test_measured_maps_behind_each_other_take_several_passes() -> None:
 def test_learning_is_counted_step_by_step(folders: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
     for recipe in ("spinquant", "optrot"):
         few, many = (
-            predict(job(folders["llama"], corpus, tmp_path, recipe, f"learn.steps={steps}")).seconds
+            dry_run_job(job(folders["llama"], corpus, tmp_path, recipe, f"learn.steps={steps}")).seconds
             for steps in (1, 2000)
         )
         assert many > 10 * few
@@ -91,7 +91,7 @@ def test_a_pass_that_measures_is_counted(folders: dict[str, Path], corpus: Path,
     for recipe in ("rtn", "smoothquant"):
         made = job(folders["llama"], corpus, tmp_path, recipe, "activations=null")
         if made.tokens is not None:
-            made.tokens = made.tokens.repeat(20_000, 1)
-        seconds[recipe] = predict(made).seconds
+            made = with_text_repeated(made, 20_000)
+        seconds[recipe] = dry_run_job(made).seconds
     assert seconds["smoothquant"] > 5 * seconds["rtn"]
     assert not (tmp_path / "out").exists()

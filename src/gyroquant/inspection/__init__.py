@@ -1,0 +1,1 @@
+"""Inspects models, recipes and results without quantizing: sites, outliers, cost, damage, proof."""

@@ -1,34 +1,48 @@
-"""What commands print."""
+"""What people read after a run, from the manifest of a folder on the disk."""
 
 from __future__ import annotations
 
-import copy
+import io
+import json
+from pathlib import Path
+from typing import Any
 
-from comparison_example import example
-from rich.table import Table
+import pytest
+from rich.console import Console
 
-from gyroquant.report import summaries
+from gyroquant.report import console, summaries
 
-
-def test_cells_without_a_result_are_told_once_for_each_reason() -> None:
-    comparison = copy.deepcopy(example())
-    done = [cell for cell in comparison["cells"] if cell["status"] == "done"]
-    for cell in done[:3]:
-        cell |= {"status": "missing", "reason": "there was no time"}
-    shown = summaries.compared({**comparison, "verdict": []}, "OUT")
-    (table,) = [part for part in shown if isinstance(part, Table)]
-    labels, states, why = ([str(cell) for cell in column.cells] for column in table.columns)
-    at = why.index("there was no time")
-    assert labels[at] == ", ".join(cell["label"] for cell in done[:3])
-    assert states[at] == "missing"
-    assert len(set(zip(states, why, strict=True))) == len(why)
+FOLDER = Path(__file__).parent.parent / "data" / "folders_of_0.1.0" / "packed-gsr"
 
 
-def test_results_over_the_budget_are_marked() -> None:
-    comparison = example()
-    judged = comparison["verdict"][0]
-    over = judged["rows"][-1]["key"]
-    first = summaries.compared({**comparison, "verdict": [{**judged, "over": [over]}]}, "OUT")
-    names = [str(cell) for part in first if isinstance(part, Table) for cell in part.columns[0].cells]
-    assert [name.endswith("(over the budget)") for name in names[: len(judged["rows"])]].count(True) == 1
-    assert names[len(judged["rows"]) - 1].endswith("(over the budget)")
+def shown(parts: Any) -> str:
+    """The texts and tables of a summary as a wide terminal shows them."""
+    stream = io.StringIO()
+    terminal = Console(file=stream, width=200)
+    for part in parts:
+        terminal.print(part, highlight=False)
+    return stream.getvalue()
+
+
+def test_a_quantization_tells_its_proof_and_its_bits() -> None:
+    manifest = json.loads((FOLDER / "gyroquant.json").read_text())
+    text = shown(summaries.quantized(manifest, str(FOLDER)))
+    assert f"{manifest['bits']['per_weight']:.2f}"[:4] in text
+    assert f"{manifest['proof']['relative_logit_error']:.1e}" in text
+    assert str(FOLDER) in text.replace("\n", "")
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(3.2, "3 s"), (119.6, "120 s"), (150.0, "2.5 min")])
+def test_durations_are_for_people(seconds: float, expected: str) -> None:
+    assert console.duration(seconds) == expected
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter([0.0, 10.0, 40.0, 50.0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
+    with console.ConsoleProgress().stage("quantize", 3) as advance:
+        for _ in range(3):
+            advance()
+    assert capsys.readouterr().err.splitlines() == ["quantize: 2/3, 20 s left", "quantize: 3/3, 0 s left"]

@@ -9,15 +9,16 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
 from rich.table import Table
 
-from gyroquant.progress import Advance, Stages
+from gyroquant.system.progress import Advance, Progress
 
 _EVERY = 30.0  # seconds between lines where there is no terminal to draw a bar on
 
 
-class ConsoleStages(Stages):
+class ConsoleProgress(Progress):
     """Bars on stderr; where that is no terminal, a line now and then."""
 
     def __init__(self) -> None:
@@ -35,7 +36,7 @@ class ConsoleStages(Stages):
                 TextColumn("left"),
                 TimeRemainingColumn(),
             )
-            with Progress(*columns, console=self.console) as progress:
+            with Bars(*columns, console=self.console) as progress:
                 task = progress.add_task(name, total=steps)
                 yield lambda: progress.advance(task)
         else:

@@ -9,13 +9,13 @@ from typing import Any
 
 from rich.table import Table
 
-from gyroquant.environment import size
 from gyroquant.evaluation.outliers import Outliers
-from gyroquant.fuzz import Finding, Report
-from gyroquant.inspection import Inspection
+from gyroquant.inspection.fuzz import Finding, Report
+from gyroquant.inspection.model import Inspection
 from gyroquant.maps import factors
-from gyroquant.models.prequantized.base import told
+from gyroquant.models.stores.prequantized.base import told
 from gyroquant.report.console import duration, table
+from gyroquant.system.environment import size
 
 
 def _mean(values: Iterable[float]) -> float:
@@ -43,7 +43,7 @@ def quantized(manifest: Mapping[str, Any], out: str) -> list[Table]:
     proof, bits = manifest["proof"], manifest["bits"]
     weights = [layer["weight_error"] for layer in manifest["layers"]]
     outputs = [layer["output_error"] for layer in manifest["layers"] if layer["output_error"] is not None]
-    limits = [layer["limit"] for layer in manifest["layers"] if layer.get("limit")]
+    limits = [layer["rate_distortion"] for layer in manifest["layers"] if layer.get("rate_distortion")]
     folded = proof["tokens"] > 0
     rows = [
         ("written to", out),
@@ -241,14 +241,18 @@ def rounded_layers(layers: Iterable[Mapping[str, Any]]) -> Table:
     """What rounding did to the layers of each kind, and how far they are above the limit: the mean, and the worst."""
     kinds: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for layer in layers:
-        if layer.get("limit"):
+        if layer.get("rate_distortion"):
             kinds[re.sub(r"\d+", "*", layer["name"])].append(layer)
     rows = []
     for kind, found in kinds.items():
-        bits, above, spare = (_mean(one["limit"][key] for one in found) for key in ("bits", "decibels", "excess_bits"))
+        bits, above, spare = (
+            _mean(one["rate_distortion"][key] for one in found) for key in ("bits", "decibels", "excess_bits")
+        )
         error = _mean(one["output_error"] for one in found)
-        worst = max(found, key=lambda one: one["limit"]["decibels"])
-        last = f"{'.'.join(re.findall(r'[0-9]+', worst['name'])) or '-'} ({worst['limit']['decibels']:.1f} dB)"
+        worst = max(found, key=lambda one: one["rate_distortion"]["decibels"])
+        last = (
+            f"{'.'.join(re.findall(r'[0-9]+', worst['name'])) or '-'} ({worst['rate_distortion']['decibels']:.1f} dB)"
+        )
         rows.append((kind.rpartition("*.")[2], f"{bits:.3f}", f"{error:.4f}", f"{above:.1f} dB", f"{spare:.2f}", last))
     title = "rounded layers, and how far above the limit of any code they are"
     return table(title, ("layers", "bits", "error", "above", "in bits", "worst block"), rows, right=(1, 2, 3, 4))
@@ -340,42 +344,3 @@ def _fuzz_cell(finding: Finding | None) -> str:
     if finding.fault:
         return "WRONG"
     return "refused" if finding.error is None else f"{finding.error:.0e}"
-
-
-def compared(comparison: Mapping[str, Any], out: str) -> list[Any]:
-    """What `compare` found: a table and a verdict for every number of bits and text, and what was not run."""
-    by_key = {cell["key"]: cell for cell in comparison["cells"]}
-    shown: list[Any] = [f"note: {note}" for note in comparison["notes"]]
-    header = ("", "true bits", "perplexity", "95 %", "KL", "p against best", "proof", "minutes")
-    for judged in comparison["verdict"]:
-        rows = [_compared(by_key[row["key"]], row, judged) for row in judged["rows"]]
-        base = comparison["original"]["tests"][judged["test"]]["perplexity"]
-        title = f"{judged['bits']} bits on {judged['test']}; the original has {base:.2f}"
-        shown += [table(title, header, rows, right=range(1, len(header))), judged["text"], ""]
-    rest: dict[tuple[str, str], list[str]] = {}
-    for cell in comparison["cells"]:
-        if cell["status"] != "done":
-            rest.setdefault((cell["status"], cell["reason"]), []).append(cell["label"])
-    if rest:
-        rows = [(", ".join(labels), *why) for why, labels in rest.items()]
-        shown.append(table("without a result", ("", "", "why"), rows))
-    return [*shown, f"{out}/index.html has it all"]
-
-
-def _compared(cell: Mapping[str, Any], row: Mapping[str, Any], judged: Mapping[str, Any]) -> tuple[str, ...]:
-    score = cell["tests"][judged["test"]]
-    low, high = score["perplexity_interval"]
-    proof = "" if cell["proof_error"] is None else f"{cell['proof_error']:.0e}"
-    against = "best" if row["key"] == judged["best"] else f"{row['against_best']['p']:.4f}"
-    kl = "" if score["kl"] is None else f"{score['kl']:.3f}"
-    name = cell["label"] + (" *" if row["key"] in judged["front"] else "")
-    return (
-        name + (" (over the budget)" if row["key"] in judged["over"] else ""),
-        f"{cell['true_bits']:.3f}",
-        f"{score['perplexity']:.4g}",
-        f"{low:.4g} to {high:.4g}",
-        kl,
-        against,
-        proof,
-        f"{cell['measured']['seconds'] / 60:.1f}",
-    )

@@ -23,9 +23,9 @@ from assets import AssetError, cache, model, texts
 from rich.console import Console
 
 import gyroquant as gq
-from gyroquant import pipeline
-from gyroquant.job import prepare
-from gyroquant.report.console import ConsoleStages, duration, show, table
+from gyroquant.pipeline import run as pipeline
+from gyroquant.pipeline.job import prepare
+from gyroquant.report.console import ConsoleProgress, duration, show, table
 
 RECIPES = {"RTN": "rtn-w2g64", "GPTQ": "gptq-w2g64", "GSR + GPTQ": "gsr-w2g64"}
 CALIBRATION = ("calibration.nsamples=64", "calibration.seqlen=512")
@@ -48,7 +48,7 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     started = time.perf_counter()
     original, (calibration, validation) = model(), texts()
-    out, stages = cache() / "demo", ConsoleStages()
+    out, stages = cache() / "demo", ConsoleProgress()
     LOG.print(f"model {original}\ntext  {calibration}\n", highlight=False)
     rows: list[dict[str, Any]] = []
     for name, recipe in RECIPES.items():

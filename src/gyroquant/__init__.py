@@ -1,44 +1,174 @@
-"""gyroquant: rotation-based post-training quantization that is proved, CPU-first and exact about bits."""
+"""gyroquant: rotation-based post-training quantization that is proved, CPU-first and exact about bits.
 
-from gyroquant import maps
-from gyroquant.api import evaluate, load, quantize
-from gyroquant.comparison import compare
-from gyroquant.deploy import export, verify_export
-from gyroquant.environment import gyroquant_version
-from gyroquant.errors import (
-    GyroquantError,
-    InputError,
-    MapError,
-    ProofError,
-    RecipeError,
-    UnsupportedModelError,
-)
-from gyroquant.models.kv_cache import PackedKVCache
-from gyroquant.models.prove import Proof
-from gyroquant.pipeline import transform
-from gyroquant.recipe import Recipe, load_recipe
-from gyroquant.verification import verify
+The public names are imported when they are first used (PEP 562), so that `import gyroquant` takes no time and needs
+neither torch nor transformers. It still lets transformers open the folders that gyroquant packed.
+"""
 
-__version__ = gyroquant_version()
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from gyroquant.formats.transformers_hook import announce
+
+if TYPE_CHECKING:
+    from gyroquant import grids, maps, methods
+    from gyroquant.api import evaluate, load, quantize
+    from gyroquant.benchmark import compare
+    from gyroquant.errors import (
+        GyroquantError,
+        InputError,
+        MapError,
+        ProofError,
+        RecipeError,
+        RenamedWarning,
+        UnsupportedModelError,
+    )
+    from gyroquant.finetuning.scales import Finetune
+    from gyroquant.finetuning.settings import Learn
+    from gyroquant.formats.export import export
+    from gyroquant.grids.floating import Fp4Grid, Fp8Grid
+    from gyroquant.grids.integer import IntegerGrid
+    from gyroquant.grids.microscaling import Mxfp4Grid, Nvfp4Grid
+    from gyroquant.inspection.verify import verify
+    from gyroquant.inspection.verify_export import verify_export
+    from gyroquant.models.execution.kv_cache import PackedKVCache
+    from gyroquant.models.folding.prove import Proof
+    from gyroquant.pipeline.options import OutputOptions
+    from gyroquant.pipeline.transform import transform
+    from gyroquant.recipes.schema import Calibration, Override, ProofSettings, Recipe, Step, Weights, load_recipe
+    from gyroquant.rounding.activations import Activations, KvCache
+    from gyroquant.rounding.bit_allocation import Allocate
+    from gyroquant.rounding.solvers.auto_round import AutoRound
+    from gyroquant.rounding.solvers.gptaq import Gptaq
+    from gyroquant.rounding.solvers.gptq import Gptq
+    from gyroquant.rounding.solvers.qronos import Qronos
+    from gyroquant.rounding.solvers.rtn import RoundToNearest
+    from gyroquant.rounding.steps.refine import Refine
+    from gyroquant.rounding.steps.signround import SignRound
+    from gyroquant.rounding.steps.target import Target
+    from gyroquant.rounding.weight_basis import WeightBasis
+    from gyroquant.system.worker_pool import Workers
+
+    __version__: str
 
 __all__ = [
+    "Activations",
+    "Allocate",
+    "AutoRound",
+    "Calibration",
+    "Finetune",
+    "Fp4Grid",
+    "Fp8Grid",
+    "Gptaq",
+    "Gptq",
     "GyroquantError",
     "InputError",
+    "IntegerGrid",
+    "KvCache",
+    "Learn",
     "MapError",
+    "Mxfp4Grid",
+    "Nvfp4Grid",
+    "OutputOptions",
+    "Override",
     "PackedKVCache",
     "Proof",
     "ProofError",
+    "ProofSettings",
+    "Qronos",
     "Recipe",
     "RecipeError",
+    "Refine",
+    "RenamedWarning",
+    "RoundToNearest",
+    "SignRound",
+    "Step",
+    "Target",
     "UnsupportedModelError",
+    "WeightBasis",
+    "Weights",
+    "Workers",
     "compare",
     "evaluate",
     "export",
+    "grids",
     "load",
     "load_recipe",
     "maps",
+    "methods",
     "quantize",
     "transform",
     "verify",
     "verify_export",
 ]
+
+_ROOMS = ("grids", "maps", "methods")
+_MODULES = {
+    "Activations": "rounding.activations",
+    "Allocate": "rounding.bit_allocation",
+    "AutoRound": "rounding.solvers.auto_round",
+    "Calibration": "recipes.schema",
+    "Finetune": "finetuning.scales",
+    "Fp4Grid": "grids.floating",
+    "Fp8Grid": "grids.floating",
+    "Gptaq": "rounding.solvers.gptaq",
+    "Gptq": "rounding.solvers.gptq",
+    "GyroquantError": "errors",
+    "InputError": "errors",
+    "IntegerGrid": "grids.integer",
+    "KvCache": "rounding.activations",
+    "Learn": "finetuning.settings",
+    "MapError": "errors",
+    "Mxfp4Grid": "grids.microscaling",
+    "Nvfp4Grid": "grids.microscaling",
+    "OutputOptions": "pipeline.options",
+    "Override": "recipes.schema",
+    "PackedKVCache": "models.execution.kv_cache",
+    "Proof": "models.folding.prove",
+    "ProofError": "errors",
+    "ProofSettings": "recipes.schema",
+    "Qronos": "rounding.solvers.qronos",
+    "Recipe": "recipes.schema",
+    "RecipeError": "errors",
+    "Refine": "rounding.steps.refine",
+    "RenamedWarning": "errors",
+    "RoundToNearest": "rounding.solvers.rtn",
+    "SignRound": "rounding.steps.signround",
+    "Step": "recipes.schema",
+    "Target": "rounding.steps.target",
+    "UnsupportedModelError": "errors",
+    "WeightBasis": "rounding.weight_basis",
+    "Weights": "recipes.schema",
+    "Workers": "system.worker_pool",
+    "compare": "benchmark",
+    "evaluate": "api",
+    "export": "formats.export",
+    "load": "api",
+    "load_recipe": "recipes.schema",
+    "quantize": "api",
+    "transform": "pipeline.transform",
+    "verify": "inspection.verify",
+    "verify_export": "inspection.verify_export",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, imported on its first use."""
+    if name in _ROOMS:
+        return import_module(f"gyroquant.{name}")
+    if name == "__version__":
+        value: Any = import_module("gyroquant.system.version").gyroquant_version()
+    elif name in _MODULES:
+        value = getattr(import_module(f"gyroquant.{_MODULES[name]}"), name)
+    else:
+        raise AttributeError(f"module 'gyroquant' has no attribute {name!r}", name=name, obj=None)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})
+
+
+announce()

@@ -6,74 +6,77 @@ import contextlib
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
 
-from gyroquant import pipeline
 from gyroquant.calibration.text import bos_text, load_text
-from gyroquant.environment import versions
 from gyroquant.errors import GyroquantError, InputError
 from gyroquant.evaluation.perplexity import DTYPES, cut, score_windows, summary, text_windows
-from gyroquant.integrity import check_files, unchecked
-from gyroquant.job import prepare
-from gyroquant.models.outside import load_config
-from gyroquant.models.packed import METHOD
-from gyroquant.models.runner import auto_class
-from gyroquant.models.safetensors_files import safetensors_index
-from gyroquant.models.source import open_model
-from gyroquant.pool import Workers
-from gyroquant.progress import Stages
-from gyroquant.recipe import Recipe, load_recipe
+from gyroquant.models.execution.runner import auto_class
+from gyroquant.models.stores.config_loading import load_config
+from gyroquant.models.stores.packed_description import METHOD
+from gyroquant.models.stores.safetensors_files import safetensors_index
+from gyroquant.models.stores.source import open_model
+from gyroquant.pipeline import run as pipeline
+from gyroquant.pipeline.job import prepare
+from gyroquant.pipeline.options import OutputOptions
+from gyroquant.pipeline.stages.compare import compare_store
+from gyroquant.recipes.schema import Recipe, load_recipe
+from gyroquant.system.checksums import check_files, unchecked
+from gyroquant.system.deprecation import renamed, warn_renamed
+from gyroquant.system.environment import versions
+from gyroquant.system.progress import Progress
 
 
+@renamed(calibration="text")
 def quantize(
     model: str | Path | PreTrainedModel,
     recipe: str | Path | dict[str, Any] | Recipe,
-    calibration: str | Path | Sequence[str | Mapping[str, Any]] | None = None,
+    text: str | Path | Sequence[str | Mapping[str, Any]] | None = None,
     out: str | Path | None = None,
     *,
     tokenizer: Any = None,
     add_bos: bool | None = None,
-    dense: bool = False,
-    overwrite: bool = False,
-    device: str = "cpu",
-    save_dtype: str = "auto",
-    offload: str | Path | None = None,
-    fresh: bool = False,
-    workers: Workers | None = None,
-    progress: Stages | None = None,
+    options: OutputOptions | None = None,
+    progress: Progress | None = None,
+    **old_options: Any,
 ) -> PreTrainedModel:
     """Transforms, proves, rounds and saves a model, and returns it loaded back from what was saved.
 
-    `model` is a name on the hub, a folder, a GGUF file or a transformers model; `calibration` a text file, a list of
-    strings or a dataset (see `calibration.text.load_text`), `add_bos` the recipe's `calibration.add_bos` if it is to be
-    another; `out` a folder that does not exist yet (left out: nothing is kept on disk). The manifest is
-    the attribute `gyroquant_manifest` of the result. A run into `out` that was stopped is gone on with, unless it is to
-    be `fresh`. With `workers`, blocks are rounded side by side. Raises a GyroquantError before any work for whatever
-    cannot be done.
+    model: a name on the hub, a folder, a GGUF file or a transformers model.
+    recipe: a name, a YAML file, its content as data, or a Recipe.
+    text: the calibration text: a file, a list of strings or a dataset (see `calibration.text.load_text`). By default
+        the recipe's `calibration.text`.
+    out: a folder that does not exist yet. By default nothing is kept on disk.
+    tokenizer: by default the model's own.
+    add_bos: whether calibration windows begin with BOS. By default as the recipe says (`calibration.add_bos`).
+    options: how the run goes and what it writes, see `OutputOptions`. Its fields are also accepted as keywords of this
+        function, for one release and with a FutureWarning.
+
+    The manifest is the attribute `gyroquant_manifest` of the result. A run into `out` that was interrupted is
+    continued, unless `options.fresh`. Raises a GyroquantError before any work for whatever cannot be done.
     """
+    for name in old_options:
+        if name in {field.name for field in fields(OutputOptions)}:
+            warn_renamed(f"{name}= of quantize()", f"options=gyroquant.OutputOptions({name}=...)", stacklevel=3)
+    options = (options or OutputOptions()).changed("quantize", old_options)
     with tempfile.TemporaryDirectory() as scratch:
-        place = Path(out) if out is not None else Path(scratch) / "model"
+        folder = Path(out) if out is not None else Path(scratch) / "model"
         job = prepare(
             model,
-            place,
+            folder,
             recipe if add_bos is None else load_recipe(recipe, [f"calibration.add_bos={str(add_bos).lower()}"]),
-            calibration,
+            text,
             tokenizer=tokenizer,
-            dense=dense,
-            overwrite=overwrite,
-            device=device,
-            save_dtype=save_dtype,
-            offload=offload,
-            fresh=fresh,
-            workers=workers,
+            options=options,
             reads=[recipe] if isinstance(recipe, (str, Path)) else (),
         )
         manifest = pipeline.run(job, progress)
-        loaded = load(place, device=device)
+        loaded = load(folder, device=options.device)
         loaded.gyroquant_manifest = manifest
         return loaded
 
@@ -111,6 +114,7 @@ def _load(folder: Path, dtype: str | torch.dtype, device: str) -> PreTrainedMode
         raise InputError(f"transformers does not open {folder}: {error}") from error
 
 
+@renamed(max_windows="windows")
 def evaluate(
     model: str | Path | PreTrainedModel,
     text: str | Path | Sequence[str | Mapping[str, Any]] = "wikitext2",
@@ -118,31 +122,39 @@ def evaluate(
     *,
     preset: Literal["standard", "bbt"] = "standard",
     window: int | None = None,
-    max_windows: int | None = None,
+    windows: int | None = None,
     tokenizer: Any = None,
     add_bos: bool = True,
     dtype: str = "float32",
     device: str = "cpu",
-    progress: Stages | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Perplexity of a model on a text and, with `against`, its KL divergence from and agreement with another.
 
-    Windows do not overlap and each is predicted from its second token on. With `add_bos` each begins with what the
-    tokenizer puts in front of a text, if anything, which no prediction is counted of; `bos` of the result says what.
-    `window` and `max_windows` override the preset; where the text has fewer windows than asked for, `windows` and
-    `windows_asked` of the result differ. Raises InputError for texts and tokenizers that do not fit.
+    model: a name on the hub, a folder, a GGUF file or a transformers model.
+    text: the text to measure on: a file, a list of strings or a dataset. Default "wikitext2".
+    against: the original, for divergence and agreement. Default None: perplexity alone.
+    preset: "standard" (default; all windows of 2048 tokens) or "bbt" (8 windows of 1024).
+    window: tokens in a window. By default the preset's.
+    windows: at most this many windows. By default the preset's number.
+    add_bos: begin each window as the tokenizer begins a text. Default True. No prediction of these tokens counts; `bos`
+        of the result names them.
+    dtype: "float32" (default), "bfloat16" or "float16".
+
+    Windows do not overlap, and each is predicted from its second token on. When the text has fewer windows than asked
+    for, `windows` and `windows_asked` of the result differ. Raises InputError for texts and tokenizers that do not fit.
     """
     started = time.perf_counter()
     if dtype not in DTYPES:
         raise InputError(f"there is no dtype {dtype!r} to evaluate in; there are {', '.join(DTYPES)}")
-    length, count = cut(preset, window, max_windows)
+    length, count = cut(preset, window, windows)
     store = open_model(model)
     other = None if against is None else open_model(against)
-    progress = progress or Stages()
-    for one in (store, other):
-        if one is not None:
-            pipeline.compare(one, progress)
-            for note in one.notes:
+    progress = progress or Progress()
+    for opened in (store, other):
+        if opened is not None:
+            compare_store(opened, progress)
+            for note in opened.notes:
                 progress.warn(note)
     source = load_text(text, split="test")
     tokenizer = tokenizer or store.tokenizer()

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from gyroquant.cli.chat_session import Chat
 from gyroquant.cli.common import Debug
 
 
@@ -19,8 +20,6 @@ def chat(
     debug: Debug = False,
 ) -> None:
     """Talk to a model, through whichever program runs its folder. An empty line or Ctrl-D ends it."""
-    from gyroquant.chat import Chat
-
     talk = Chat(folder, temperature, seed)
     while True:
         asked = prompt

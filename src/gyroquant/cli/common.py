@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any
 
+import transformers
 import typer
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -42,6 +43,12 @@ def changes(
     if no_bos:
         result.append("calibration.add_bos=false")
     return result
+
+
+def quiet_transformers() -> None:
+    """Has transformers print errors alone, and no bars."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
 
 
 def print_json(data: Any) -> None:

@@ -1,4 +1,4 @@
-"""`gyroquant compare`: methods and other programs head to head."""
+"""`gyroquant compare`: methods and external tools head to head."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
+from gyroquant.benchmark import Limits
+from gyroquant.benchmark import compare as run_comparison
+from gyroquant.benchmark.console import compared
 from gyroquant.cli.common import AsJson, Debug, NoBos, print_json
+from gyroquant.errors import InputError
+from gyroquant.report import console
+from gyroquant.system.deprecation import warn_renamed
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a GGUF file, or a name on the hub.")]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder of results; what is there is not run again.")]
@@ -18,18 +24,21 @@ Tests = Annotated[list[str] | None, typer.Option(help="A text to measure on; may
 Presets = Annotated[list[str] | None, typer.Option(help="bbt (8 windows of 1024), standard (all, of 2048).")]
 Window = Annotated[int | None, typer.Option(help="Tokens in a window to measure on, instead of a preset.")]
 Windows = Annotated[int | None, typer.Option(help="At most this many windows of that length.")]
-Opponents = Annotated[str | None, typer.Option(help="Other programs, such as auto-round,nncf,llama.cpp:Q2_K.")]
+ExternalTools = Annotated[
+    str | None, typer.Option(help="External tools, with commas, such as auto-round,nncf,llama.cpp:Q2_K.")
+]
+Opponents = Annotated[str | None, typer.Option(hidden=True)]
 Tasks = Annotated[str | None, typer.Option(help="Zero-shot tasks of lm-evaluation-harness, with commas.")]
 Changes = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change every recipe, not its bits or seeds.")
 ]
 Keep = Annotated[bool, typer.Option("--keep-activations", help="Round activations and KV cache where a recipe does.")]
 Budget = Annotated[
-    str | None, typer.Option(help="Time for all of it, such as 2h: begin nothing that would not be done by then.")
+    str | None, typer.Option(help="Time for all runs, such as 2h: start none that would not end by then.")
 ]
 Ray = Annotated[str | None, typer.Option(metavar="ADDRESS", help="Run on a Ray cluster; local starts one.")]
-Places = Annotated[Path | None, typer.Option(help="The folder of other programs' environments.")]
-Make = Annotated[bool, typer.Option("--make-environments", help="Install other programs that are missing there.")]
+Places = Annotated[Path | None, typer.Option(help="The folder of the external tools' environments.")]
+Make = Annotated[bool, typer.Option("--make-environments", help="Install external tools that are missing there.")]
 Merge = Annotated[list[Path] | None, typer.Option(help="Take over the results of another OUT.")]
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "": 1}
@@ -40,8 +49,6 @@ def _names(text: str | None) -> list[str]:
 
 
 def _numbers(text: str, option: str) -> list[int]:
-    from gyroquant.errors import InputError
-
     try:
         return [int(word) for word in _names(text)]
     except ValueError as error:
@@ -50,8 +57,6 @@ def _numbers(text: str, option: str) -> list[int]:
 
 def _seconds(text: str | None) -> float | None:
     """Seconds of a text such as 90s, 45m, 2h or 1.5d."""
-    from gyroquant.errors import InputError
-
     if text is None:
         return None
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd]?)", text.strip())
@@ -69,6 +74,7 @@ def compare(
     preset: Presets = None,
     window: Window = None,
     windows: Windows = None,
+    external_tools: ExternalTools = None,
     opponents: Opponents = None,
     bits: Annotated[str, typer.Option(help="Numbers of bits.")] = "2,3,4",
     group_size: Annotated[str, typer.Option(help="Group sizes; -1 is a whole row.")] = "64",
@@ -84,7 +90,7 @@ def compare(
     no_bos: NoBos = False,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16, of what is measured.")] = "float32",
     budget: Budget = None,
-    workers: Annotated[int | None, typer.Option(help="Cells at once, as far as memory has room.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Runs at once, as far as memory has room.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of each.")] = None,
     ray: Ray = None,
     environments: Places = None,
@@ -94,12 +100,10 @@ def compare(
     debug: Debug = False,
 ) -> None:
     """Run methods head to head on one model and say which to use; the page is OUT/index.html."""
-    import gyroquant as gq
-    from gyroquant.comparison import Limits
-    from gyroquant.report import console, summaries
-
+    if opponents is not None:
+        warn_renamed("--opponents", "--external-tools")
     grid = {
-        "opponents": _names(opponents),
+        "external_tools": _names(external_tools) + _names(opponents),
         "bits": _numbers(bits, "--bits"),
         "group_sizes": _numbers(group_size, "--group-size"),
         "symmetric": symmetric,
@@ -114,8 +118,8 @@ def compare(
         "add_bos": not no_bos,
     }
     where = {"environments": environments, "make_environments": make_environments, "merge": merge or ()}
-    how: dict[str, Any] = {"presets": preset or ["bbt"], "window": window, "max_windows": windows, "dtype": dtype}
-    limits, stages = Limits(_seconds(budget), workers, threads, ray), console.ConsoleStages()
+    how: dict[str, Any] = {"presets": preset or ["bbt"], "window": window, "windows": windows, "dtype": dtype}
+    limits, stages = Limits(_seconds(budget), workers, threads, ray), console.ConsoleProgress()
     how |= where | grid | {"limits": limits, "progress": stages}
-    found = gq.compare(model, _names(recipes), out, text, test or ["wikitext2"], **how)
-    console.show(*summaries.compared(found, str(out))) if not as_json else print_json(found)
+    comparison = run_comparison(model, _names(recipes), out, text, test or ["wikitext2"], **how)
+    print_json(comparison) if as_json else console.show(*compared(comparison, str(out)))

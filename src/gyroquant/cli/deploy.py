@@ -8,6 +8,9 @@ from typing import Annotated
 import typer
 
 from gyroquant.cli.common import AsJson, Debug, print_json
+from gyroquant.formats import export as deploy
+from gyroquant.inspection.verify_export import verify_export as verify
+from gyroquant.report import console, summaries
 
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="A folder that gyroquant wrote.")]
 Destination = Annotated[Path, typer.Argument(metavar="DEST", help="The folder of the export.")]
@@ -28,10 +31,7 @@ def export(
     debug: Debug = False,
 ) -> None:
     """Write OUT in a format that another program opens without gyroquant."""
-    from gyroquant import deploy
-    from gyroquant.report import console, summaries
-
-    shown = console.ConsoleStages()
+    shown = console.ConsoleProgress()
     manifest = deploy.export(
         out, format, destination, requantize=requantize, overwrite=overwrite, check=check, progress=shown
     )
@@ -52,12 +52,9 @@ def verify_export(
     """Run an export by its own program and compare logits, perplexity and greedy tokens with OUT; exit 1 beyond the
     tolerance.
     """
-    from gyroquant import deploy
-    from gyroquant.report import console, summaries
-
-    settings = {"tokens": tokens, "window": window, "max_windows": windows}
-    shown = console.ConsoleStages()
-    result = deploy.verify_export(destination, against, text, **settings, devices=devices, progress=shown)
+    settings = {"tokens": tokens, "window": window, "windows": windows}
+    shown = console.ConsoleProgress()
+    result = verify(destination, against, text, **settings, devices=devices, progress=shown)
     print_json(result) if as_json else console.show(*summaries.verified(result))
     if not result["passed"]:
         raise typer.Exit(1)
@@ -69,8 +66,5 @@ def formats(
     debug: Debug = False,
 ) -> None:
     """List the formats of other programs and what each can hold, or whether each holds a folder, and why not."""
-    from gyroquant import deploy
-    from gyroquant.report import console, summaries
-
     found = deploy.formats(out)
     print_json(found) if as_json else console.show(*summaries.formats(found))

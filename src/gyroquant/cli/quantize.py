@@ -9,6 +9,18 @@ from typing import Annotated, Any
 import typer
 
 from gyroquant.cli.common import AsJson, Changes, Debug, Device, Effort, Model, NoBos, TextSource, changes, print_json
+from gyroquant.errors import InputError
+from gyroquant.formats import export as deploy
+from gyroquant.formats.base import format_named
+from gyroquant.pipeline import run as pipeline
+from gyroquant.pipeline.export_requirements import check_job
+from gyroquant.pipeline.job import prepare
+from gyroquant.pipeline.options import OutputOptions
+from gyroquant.pipeline.validation import only_journal_left
+from gyroquant.recipes.schema import load_recipe
+from gyroquant.report import console, summaries
+from gyroquant.system.checksums import CHECKSUM_FILE
+from gyroquant.system.worker_pool import Workers
 
 RecipeName = Annotated[
     str, typer.Option("--recipe", "-r", help="A recipe's name or a YAML file; see `gyroquant recipes`.")
@@ -50,20 +62,10 @@ def quantize(
     debug: Debug = False,
 ) -> None:
     """Transform, prove, round and save a model."""
-    from gyroquant import deploy, pipeline
-    from gyroquant.job import prepare
-    from gyroquant.pool import Workers
-    from gyroquant.recipe import load_recipe
-    from gyroquant.report.console import ConsoleStages
-
     if format is not None and not overwrite:
         _check_unexported(out, format)
     loaded = load_recipe(recipe, changes(change, nsamples, seqlen, seed, no_bos), effort)
-    job = prepare(
-        model,
-        out,
-        loaded,
-        text,
+    options = OutputOptions(
         dense=dense,
         overwrite=overwrite,
         device=device,
@@ -71,19 +73,17 @@ def quantize(
         offload=offload,
         fresh=fresh,
         workers=None if (workers, threads, ray) == (None, None, None) else Workers(workers, threads, ray),
-        reads=[recipe],
     )
+    job = prepare(model, out, loaded, text, options=options, reads=[recipe])
     if format is not None:
-        deploy.check_job(format, job)
-    manifest = pipeline.run(job, ConsoleStages())
+        check_job(format, job)
+    manifest = pipeline.run(job, console.ConsoleProgress())
     if format is not None:
         manifest["export"] = _export(out, format)
     print_json(manifest) if as_json else _show(manifest, out)
 
 
 def _show(manifest: dict[str, Any], out: Path) -> None:
-    from gyroquant.report import console, summaries
-
     console.show(*summaries.quantized(manifest, str(out)))
     if "export" in manifest:
         exported = manifest["export"]
@@ -91,11 +91,8 @@ def _show(manifest: dict[str, Any], out: Path) -> None:
 
 
 def _export(out: Path, format: str) -> dict[str, Any]:
-    from gyroquant import deploy
-    from gyroquant.report import console
-
     try:
-        return deploy.export(out, format, out / format, progress=console.ConsoleStages())
+        return deploy.export(out, format, out / format, progress=console.ConsoleProgress())
     except BaseException as error:
         error.left = f"{out} is complete, and `{_export_command(out, format)}` goes on from there"  # type: ignore[attr-defined]
         raise
@@ -107,14 +104,8 @@ def _export_command(out: Path, format: str) -> str:
 
 def _check_unexported(out: Path, format: str) -> None:
     """Refuses to make a folder again that only wants its export."""
-    from gyroquant import deploy
-    from gyroquant.errors import InputError
-    from gyroquant.export.formats import format_named
-    from gyroquant.integrity import FILE
-    from gyroquant.refusals import only_journal_left
-
     format_named(format)
-    complete = (out / "gyroquant.json").is_file() and (out / FILE).is_file()
+    complete = (out / "gyroquant.json").is_file() and (out / CHECKSUM_FILE).is_file()
     if complete and not (out / format / deploy.MANIFEST).exists() and not only_journal_left(out):
         raise InputError(
             f"{out} is complete, but for its export: `{_export_command(out, format)}` makes that. To make all of it "

@@ -8,8 +8,15 @@ from typing import Annotated
 import typer
 
 from gyroquant.cli.common import AsJson, print_json
+from gyroquant.finetuning.rotations_file import compose, describe, invert, load_rotations, write_rotations
+from gyroquant.report import console, summaries
 
-rotations = typer.Typer(no_args_is_help=True, help="Rotations as files: take them out of a run, change, use again.")
+rotations = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Rotations as files: take them out of a run, change, use again.",
+)
 Rotations = Annotated[Path, typer.Argument(help="A file of rotations, or a folder written with learned ones.")]
 RotationsOut = Annotated[Path, typer.Argument(metavar="FILE", help="The file to write.")]
 
@@ -17,9 +24,6 @@ RotationsOut = Annotated[Path, typer.Argument(metavar="FILE", help="The file to 
 @rotations.command("show")
 def show_rotations(place: Rotations, as_json: AsJson = False) -> None:
     """List the sites of a file and how far its matrices are from orthogonal and from the identity."""
-    from gyroquant.learning.rotations import describe, load_rotations
-    from gyroquant.report import console, summaries
-
     rows = describe(load_rotations(place))
     print_json(rows) if as_json else console.show(summaries.rotations(rows))
 
@@ -27,22 +31,16 @@ def show_rotations(place: Rotations, as_json: AsJson = False) -> None:
 @rotations.command("save")
 def save_rotations(place: Rotations, file: RotationsOut) -> None:
     """Take the learned rotations of a run out into a file; use it with transform.R1={method: stored, file: FILE}."""
-    from gyroquant.learning.rotations import load_rotations, write_rotations
-
     write_rotations(file, load_rotations(place))
 
 
 @rotations.command("compose")
 def compose_rotations(first: Rotations, second: Rotations, file: RotationsOut) -> None:
     """Write what it is to apply one file of rotations and then another."""
-    from gyroquant.learning.rotations import compose, load_rotations, write_rotations
-
     write_rotations(file, compose(load_rotations(first), load_rotations(second)))
 
 
 @rotations.command("invert")
 def invert_rotations(place: Rotations, file: RotationsOut) -> None:
     """Write the rotations that undo those of a file."""
-    from gyroquant.learning.rotations import invert, load_rotations, write_rotations
-
     write_rotations(file, invert(load_rotations(place)))

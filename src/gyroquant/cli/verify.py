@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from gyroquant.cli.common import AsJson, Debug, print_json
+from gyroquant.inspection import verify as verification
+from gyroquant.report import console, summaries
 
 
 def verify(
@@ -26,10 +28,7 @@ def verify(
     """Check the sha256 of every file of OUT and every array in it, print the command that makes it again; exit 1 when
     anything is wrong.
     """
-    from gyroquant import verification
-    from gyroquant.report import console, summaries
-
-    shown = console.ConsoleStages()
+    shown = console.ConsoleProgress()
     result = verification.verify(out, proof=proof, against=against, text=text, recipe_file=recipe_file, progress=shown)
     print_json(result) if as_json else console.show(*summaries.checked(result))
     if not result["passed"]:

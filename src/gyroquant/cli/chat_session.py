@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import gyroquant.export.hf  # noqa: F401  (lets transformers open what gyroquant saves)
 from gyroquant.errors import InputError
-from gyroquant.models.outside import read_json
-from gyroquant.runtimes import Runtime, TransformersRuntime, open_runtime
+from gyroquant.formats.native.runtime import TransformersRuntime
+from gyroquant.formats.runtime import Runtime, open_runtime
+from gyroquant.models.stores.config_loading import read_json
 
 _UNFINISHED = "\ufffd"  # what a decoder gives for a character of which bytes are still to come
 

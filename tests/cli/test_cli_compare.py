@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 import gyroquant as gq
 from gyroquant.cli import app
+from gyroquant.cli import compare as command
 from gyroquant.cli.compare import _seconds
 
 GIVEN = ["compare", "MODEL", "OUT", "--text", "t.txt", "--recipes", "gsr, gyro"]
@@ -22,7 +23,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, *more: str) -> tuple[tuple[Any, ...],
         seen.extend([given, options])
         return FOUND
 
-    monkeypatch.setattr(gq, "compare", compare)
+    monkeypatch.setattr(command, "run_comparison", compare)
     done = CliRunner().invoke(app, [*GIVEN, *more])
     assert done.exit_code == 0, done.exception
     return seen[0], seen[1], done.output
@@ -36,7 +37,7 @@ def test_lists_numbers_and_times_are_read(monkeypatch: pytest.MonkeyPatch) -> No
         "64,-1",
         "--budget",
         "1.5h",
-        "--opponents",
+        "--external-tools",
         "nncf,llama.cpp:Q2_K",
         "--seeds",
         "3",
@@ -46,10 +47,29 @@ def test_lists_numbers_and_times_are_read(monkeypatch: pytest.MonkeyPatch) -> No
     assert options["bits"] == [2, 3]
     assert options["group_sizes"] == [64, -1]
     assert options["limits"].budget == 5400
-    assert options["opponents"] == ["nncf", "llama.cpp:Q2_K"]
+    assert options["external_tools"] == ["nncf", "llama.cpp:Q2_K"]
     assert options["seeds"] == 3
     assert "note: a grid" in printed
     assert "OUT/index.html" in printed
+
+
+def test_the_old_name_of_external_tools_works_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.warns(FutureWarning, match="--opponents is now --external-tools; the next release drops the old name"):
+        options = asked(monkeypatch, "--opponents", "nncf")[1]
+    assert options["external_tools"] == ["nncf"]
+
+
+def test_old_words_of_python_work_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr("gyroquant.benchmark.run_comparison", lambda *given, **rest: seen.append(given))
+    with pytest.warns(FutureWarning) as caught:
+        gq.compare("m", ["rtn"], "o", calibration="t", test="x", max_windows=3, window=8, opponents=["nncf"])  # type: ignore[call-arg]
+    assert [str(one.message).partition("=")[0] for one in caught] == ["calibration", "max_windows", "opponents"]
+    ((_, spec, _, text, tests),) = seen
+    assert (spec.external_tools, text) == (["nncf"], "t")
+    assert [(one.window, one.windows) for one in tests.values()] == [(8, 3)]
+    with pytest.raises(TypeError, match=r"compare\(\) got an unexpected keyword .*'group_size'; .*'group_sizes'"):
+        gq.compare("m", ["rtn"], "o", "t", "x", group_size=[64])
 
 
 def test_json_is_what_was_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,18 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
+import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import gyroquant as gq
-from gyroquant import pipeline, verification
 from gyroquant.calibration.text import load_text
 from gyroquant.cli import app
-from gyroquant.integrity import seal
-from gyroquant.job import prepare
-from gyroquant.learning.rotations import FILE_NAME
+from gyroquant.finetuning.rotations_file import FILE_NAME
+from gyroquant.inspection import verify as verification
+from gyroquant.pipeline import run as pipeline
+from gyroquant.pipeline.job import prepare
+from gyroquant.system.checksums import write_checksums
 
 BRIEF = ["weights.group_size=16", "calibration.nsamples=8", "calibration.seqlen=32", "calibration.dtype=float32"]
 LEARNED = {
@@ -36,8 +37,8 @@ LEARNED = {
 def made(folder: Path, out: Path, recipe: Any, corpus: Path, *changes: str, **options: Any) -> Path:
     """A folder written and sealed."""
     loaded = gq.load_recipe(recipe, [*(BRIEF if isinstance(recipe, str) else ()), *changes])
-    pipeline.run(prepare(folder, out, loaded, corpus, tokenizer=tiny.tokenizer(), **options))
-    seal(out)
+    pipeline.run(prepare(folder, out, loaded, corpus, tokenizer=tiny_models.tokenizer(), **options))
+    write_checksums(out)
     return out
 
 
@@ -84,7 +85,7 @@ def test_every_kind_of_damage_is_named(out: Path, tmp_path: Path) -> None:
     status, result = run(copy)
     assert status == 1
     assert [problem.partition(":")[0] for problem in result["problems"]] == [
-        f"{copy} has no SHA256SUMS, so nothing is known of its files",
+        f"{copy} has no SHA256SUMS, so its files cannot be checked",
         "the weights cannot be opened",
     ]
 
@@ -134,8 +135,8 @@ def test_the_proof_of_a_folder_from_before_windows_began_with_bos_is_made_on_its
     """Its manifest has neither the key nor what windows begin with: they were cut from the text as it stands."""
     model, text = tmp_path / "model", tmp_path / f"text{suffix}"
     shutil.copytree(folders["llama"], model)
-    tiny.beginning(template=tiny.CHAT).save_pretrained(model)
-    rows = [{"messages": [{"role": "user", "content": tiny.prose(40, i)}]} for i in range(30)]
+    tiny_models.beginning(template=tiny_models.CHAT).save_pretrained(model)
+    rows = [{"messages": [{"role": "user", "content": tiny_models.prose(40, i)}]} for i in range(30)]
     text.write_text("\n".join(map(json.dumps, rows)))
     job = prepare(
         model,
@@ -149,7 +150,7 @@ def test_the_proof_of_a_folder_from_before_windows_began_with_bos_is_made_on_its
     assert manifest["text"].pop("bos") is None
     assert manifest["recipe"]["calibration"].pop("add_bos") is False
     path.write_text(json.dumps(manifest))
-    seal(tmp_path / "out")
+    write_checksums(tmp_path / "out")
     seen, original = list[torch.Tensor](), verification.prove
 
     def prove(store: Any, plan: Any, runner: Any, tokens: torch.Tensor, *rest: Any) -> Any:
@@ -159,7 +160,7 @@ def test_the_proof_of_a_folder_from_before_windows_began_with_bos_is_made_on_its
     monkeypatch.setattr(verification, "prove", prove)
     status, result = run(tmp_path / "out", "--proof", "--text", text)
     assert status == 0, result["problems"]
-    assert torch.equal(seen[0], pipeline.proof_sample(job))
+    assert torch.equal(seen[0], job.proof_tokens)
     assert "calibration.add_bos=false" in result["command"]
 
 
@@ -168,7 +169,7 @@ def test_the_proof_is_made_again(out: Path, folders: dict[str, Path], corpus: Pa
     assert status == 0, result["problems"]
     assert result["proof"]["again"] == pytest.approx(result["proof"]["recorded"], rel=0.5)
     other = tmp_path / "other.txt"
-    other.write_text(tiny.prose(6000, seed=3))
+    other.write_text(tiny_models.prose(6000, seed=3))
     status, result = run(out, "--proof", "--text", other, "--against", folders["llama"])
     assert status == 1
     assert "is not the one of the run" in result["problems"][0]
@@ -183,7 +184,7 @@ def test_a_proof_that_does_not_hold_or_is_another_fails(
     manifest = json.loads((copy / "gyroquant.json").read_text())
     manifest["proof"]["relative_logit_error"] = 5e-5
     (copy / "gyroquant.json").write_text(json.dumps(manifest))
-    seal(copy)
+    write_checksums(copy)
     status, result = run(copy, "--proof", "--text", corpus)
     assert status == 1
     assert "5.0e-05 is recorded" in result["problems"][0]
@@ -201,7 +202,7 @@ def test_weights_of_another_model_are_found(out: Path, corpus: Path, tmp_path: P
     tensors = load_file(copy / "model.safetensors")
     tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].flip(0).contiguous()
     save_file(tensors, copy / "model.safetensors", {"format": "pt"})
-    seal(copy)
+    write_checksums(copy)
     assert run(copy)[0] == 0
     status, result = run(copy, "--proof", "--text", corpus)
     assert status == 1
@@ -221,7 +222,7 @@ def test_learned_and_measured_maps(kind: str, folders: dict[str, Path], corpus: 
         return
     assert result["proof"]["maps"].endswith(FILE_NAME)
     (place / FILE_NAME).unlink()
-    seal(place)
+    write_checksums(place)
     assert verification.verify(place, proof=True, text=corpus)["proof"]["maps"] == "learned again"
 
 

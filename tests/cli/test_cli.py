@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import gyroquant as gq
-from gyroquant import deploy
 from gyroquant.cli import main
+from gyroquant.formats import export as deploy
 
 SMALL = ("--set", "weights.group_size=16", "--nsamples", "8", "--seqlen", "32")
 
@@ -141,7 +141,7 @@ def test_every_kind_of_failure_is_told_in_plain_words(
     def fail(*args: object, **kwargs: object) -> None:
         raise error
 
-    monkeypatch.setattr("gyroquant.recipe.load_recipe", fail)
+    monkeypatch.setattr("gyroquant.cli.recipes.load_recipe", fail)
     assert inside(monkeypatch, "recipes", "gsr") == status
     assert message in capfd.readouterr().err
 
@@ -169,7 +169,7 @@ def test_an_export_that_fails_leaves_what_it_was_made_from(
     def fail(folder: Path) -> None:
         raise error
 
-    monkeypatch.setattr(deploy, "seal", fail)
+    monkeypatch.setattr(deploy, "write_checksums", fail)
     assert inside(monkeypatch, *with_format(folders["llama"], out)) == status
     shown = capfd.readouterr().err
     command = shlex.join(["gyroquant", "export", str(out), str(out / "dense"), "--format", "dense"])
@@ -283,10 +283,10 @@ def test_inspect_shows_how_far_rounded_layers_are_from_the_limit(
     assert inside(monkeypatch, "inspect", out, "--json") == 0
     layers = json.loads(capfd.readouterr().out)["layers"]
     assert layers == json.loads((out / "gyroquant.json").read_text())["layers"]
-    assert layers[0]["limit"]["decibels"] > 0
+    assert layers[0]["rate_distortion"]["decibels"] > 0
     (out / "gyroquant.json").write_text("{}")
     assert inside(monkeypatch, "inspect", out) == 1
-    assert "is no manifest" in capfd.readouterr().err
+    assert "is not a manifest" in capfd.readouterr().err
 
 
 def test_inspect_and_recipes(

@@ -5,27 +5,27 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import saving
-import tiny
+import saved_models
+import tiny_models
 import torch
 from typer.testing import CliRunner
 
 import gyroquant as gq
-from gyroquant.chat import Chat
 from gyroquant.cli import app
+from gyroquant.cli.chat_session import Chat
 from gyroquant.errors import InputError
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model, rounded."""
-    return saving.rounded(tiny.build("llama"), tmp_path_factory.mktemp("saved") / "out", bits=8).folder
+    return saved_models.rounded(tiny_models.build("llama"), tmp_path_factory.mktemp("saved") / "out", bits=8).folder
 
 
 def greedy(folder: Path, text: str, count: int) -> list[int]:
     """The likeliest tokens, by running everything again for each."""
     model = gq.load(folder)
-    ids = tiny.tokenizer()(text, return_tensors="pt")["input_ids"]
+    ids = tiny_models.tokenizer()(text, return_tensors="pt")["input_ids"]
     start = ids.shape[1]
     with torch.no_grad():
         for _ in range(count):
@@ -38,7 +38,7 @@ def test_the_likeliest_tokens_in_pieces(out: Path) -> None:
     stop = wanted.index(2) if 2 in wanted else 12
     talk = Chat(out)
     pieces = list(talk.ask("w5 w9", 12))
-    assert "".join(pieces) == tiny.tokenizer().decode(wanted[:stop], skip_special_tokens=True)
+    assert "".join(pieces) == tiny_models.tokenizer().decode(wanted[:stop], skip_special_tokens=True)
     assert len(pieces) == stop
     assert [one["role"] for one in talk.messages] == ["user", "assistant"]
 

@@ -1,21 +1,28 @@
-"""The contracts of extensions as checks that anybody runs on classes of their own."""
+"""The contract of methods."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gyroquant.errors import RecipeError
+import gyroquant as gq
+from gyroquant.errors import GyroquantError, ProofError, UnsupportedModelError
 from gyroquant.grids import IntegerGrid
 from gyroquant.maps import Map
 from gyroquant.methods import Context, Method
-from gyroquant.models.sites import Site
+from gyroquant.models.graph.sites import Site, Structure, find_sites
+from gyroquant.models.stores.source import open_model
+from gyroquant.testing.contract import Contract, require
+from gyroquant.testing.models import amount, tiny_model, tokens
 
 CONTEXT = Context(seed=7, group_size=32, grid=IntegerGrid(group_size=32))
+SITES = ("R1", "R2", "attn_out", "qk", "R3", "R4", "attn_in", "mlp_in")
+METHOD: Contract[Method] = Contract("method", Method, str)
 
 
 def choose_on_random(method: Method, site: Site, context: Context = CONTEXT) -> Map:
@@ -38,29 +45,124 @@ def choose_on_random(method: Method, site: Site, context: Context = CONTEXT) -> 
     return method.choose(site, replace(context, statistics=seen))
 
 
-def check_method(method: Method, site: Site, context: Context = CONTEXT) -> None:
-    """Checks what a method says of itself on a site that it is meant for: an orthogonal map that is what `structure`
-    says, the same for the same seed, another one for another seed where it is `random` and only there, weights read
-    only where it says so, observers that know their size. Raises AssertionError with what is wrong.
-    """
-    name = method.method
+@cache
+def _sites(name: str, structure: Structure) -> tuple[Site, ...]:
+    """The sites of that name in a tiny Llama, for maps of a structure."""
+    return tuple(find_sites(open_model(tiny_model()).graph, name, structure=structure))
+
+
+def _cases(method: Method) -> Iterator[Site]:
+    """Every site that a method is for."""
+    for name in method.sites or SITES:
+        yield from _sites(name, method.structure)
+
+
+def _first(method: Method) -> Site:
+    return next(_cases(method))
+
+
+@METHOD.check()
+def check_its_observers_say_how_large_they_are(method: Method) -> None:
+    """Runs are checked to fit into memory before they start."""
     for observer in method.statistics:
         size = getattr(observer, "size_in_bytes", None)
-        assert size is not None, f"{name}: an observer does not say how much memory it takes (size_in_bytes)"
-        assert size(site.n) > 0, f"{name}: an observer takes no memory"
-    try:
-        chosen = choose_on_random(method, site, context)
-    except RecipeError as error:
-        raise AssertionError(f"{name}: {error}") from error
-    assert chosen.n == site.n, f"{name}: the map has order {chosen.n}, the site {site.n}"
-    assert chosen.orthogonal or method.structure in ("any", "diagonal"), f"{name}: the map is not orthogonal"
-    assert chosen.permuting or method.structure != "permutation", f"{name}: the map is no permutation"
-    assert chosen.diagonal or method.structure != "diagonal", f"{name}: the map is not diagonal"
+        require(size is not None, f"{observer} does not say how much memory it takes. Define size_in_bytes")
+        require(size(64) > 0, f"{observer} says that it takes no memory. Mend size_in_bytes")  # type: ignore[misc]
+
+
+@METHOD.check()
+def check_maps_fit_their_sites_and_are_what_they_say(method: Method) -> None:
+    """Maps have the order of their site and what `structure` says."""
+    for site in _cases(method):
+        _check_map(method, site, CONTEXT)
+
+
+def _check_map(method: Method, site: Site, context: Context) -> None:
+    chosen, structure = choose_on_random(method, site, context), method.structure
+    require(chosen.n == site.n, f"at {site.label} its map has order {chosen.n}, the site has {site.n}")
+    for said, is_so in (
+        ("orthogonal", chosen.orthogonal or structure in ("any", "diagonal")),
+        ("permutation", chosen.is_permutation or structure != "permutation"),
+        ("diagonal", chosen.diagonal or structure != "diagonal"),
+    ):
+        require(is_so, f"at {site.label} its map is not {said}. Choose such a map, or declare another structure")
     eye = torch.eye(site.n, dtype=torch.float64)
-    assert torch.allclose(chosen.dense() @ chosen.inverse().dense(), eye, atol=1e-9), f"{name}: inverse() is none"
-    again = choose_on_random(method, site, context).dense()
-    assert torch.equal(chosen.dense(), again), f"{name}: the same seed gives another map"
+    close = torch.allclose(chosen.dense() @ chosen.inverse().dense(), eye, atol=1e-9)
+    require(close, f"at {site.label} inverse() of its map is not the inverse")
+
+
+@METHOD.check(when=lambda method: bool(method.sites))
+def check_other_sites_are_refused(method: Method) -> None:
+    """A method that declares `sites` refuses all others, before anything is measured."""
+    for name in set(SITES) - set(method.sites):
+        site = _sites(name, method.structure)[0]
+        try:
+            choose_on_random(method, site)
+        except GyroquantError:
+            continue
+        raise AssertionError(f"it is for {', '.join(method.sites)} and takes {name}. Refuse it in check, or declare it")
+
+
+@METHOD.check()
+def check_the_seed_decides_where_it_is_random(method: Method) -> None:
+    """The same seed gives the same map; another seed another map exactly where `random` says so."""
+    _check_seed(method, _first(method), CONTEXT)
+
+
+def _check_seed(method: Method, site: Site, context: Context) -> None:
+    chosen, again = (choose_on_random(method, site, context).dense() for _ in range(2))
+    require(torch.equal(chosen, again), "the same seed gives another map. Draw from context.generator(site) alone")
     other = choose_on_random(method, site, replace(context, seed=context.seed + 1)).dense()
-    same = torch.equal(chosen.dense(), other)
-    assert same or method.random, f"{name}: another seed gives another map, so it is random and has to say so"
-    assert not (same and method.random), f"{name} says that it is random, and another seed gives the same map"
+    same = torch.equal(chosen, other)
+    require(same or method.random, "another seed gives another map. A method that is random has to say so: set random")
+    require(not (same and method.random), "it says that it is random, but another seed gives the same map")
+
+
+@METHOD.check()
+def check_folding_it_is_exact(method: Method) -> None:
+    """Models with and without a norm's bias, with experts and without RoPE stay the same function.
+
+    What is measured is measured on the model itself. A site that a model cannot change so is refused.
+    """
+    used = set()
+    for name in ("llama", "qwen2_moe", "gpt2"):
+        for site in method.sites or SITES:
+            changes = [f"transform.{site}={method.model_dump_json()}", "weights.group_size=16", *amount()]
+            model = tiny_model(name)
+            try:
+                proof = gq.transform(model, gq.load_recipe("rtn", changes), tokens(model))
+            except ProofError as error:
+                raise AssertionError(f"folded into {site} of a tiny {name} it changes the model: {error}") from error
+            except UnsupportedModelError:
+                continue
+            used.add(site)
+            worst = max(proof.relative_logit_error, proof.worst_block_error)
+            require(worst < 1e-5, f"folded into {site} of a tiny {name} it changes the model by {worst:.1g}")
+    missing = set(method.sites) - used
+    require(not missing, f"no model takes it at {', '.join(missing)}. Declare the sites that it is for")
+    require(bool(used), "no model takes it anywhere. Declare its structure")
+
+
+def check_method(
+    method: Method | type[Method], site: Site | None = None, context: Context = CONTEXT, *, fold: bool = True
+) -> None:
+    """Checks all that a method, or every example of a class of methods, must satisfy.
+
+    Maps fit their sites and are what `structure` says, the seed decides where the method is `random`, weights are read
+    only where `needs_weights` says so, observers know their size, folding is exact. With `site` the map is looked at
+    there alone; without `fold` nothing is folded into a model. Raises AssertionError, naming the class, what is wrong
+    and what to do.
+    """
+    if site is None:
+        for instance in METHOD.instances(method):
+            for check in METHOD.checks_of(instance):
+                if fold or check is not check_folding_it_is_exact:
+                    check(instance)
+        return
+    for instance in METHOD.instances(method):
+        check_its_observers_say_how_large_they_are(instance)
+        try:
+            _check_map(instance, site, context)
+            _check_seed(instance, site, context)
+        except (AssertionError, GyroquantError) as error:
+            raise AssertionError(f"{METHOD.label(instance)}: {error}") from error

@@ -1,0 +1,229 @@
+"""The contract of grids."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gyroquant.errors import InputError
+from gyroquant.grids import Grid, GroupParams, QuantizedWeight, grid_from, stored_bits
+from gyroquant.models.stores.packed_description import PARTS
+from gyroquant.testing.contract import Contract, refuses, require
+
+COLUMNS = 192
+GRID: Contract[Grid] = Contract("grid", Grid)
+
+
+def weights(rows: int = 12, columns: int = COLUMNS, seed: int = 0) -> Tensor:
+    """Random weights of ordinary size, shape (rows, columns)."""
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 0.1
+
+
+def rounded(grid: Grid, weight: Tensor) -> QuantizedWeight:
+    """A weight, shape (rows, columns), rounded to nearest."""
+    rows, columns = weight.shape
+    grid = grid.with_tensor_scale(weight)
+    groups = weight.view(rows, -1, grid.group_of(columns))
+    params = grid.fit(groups)
+    return QuantizedWeight(grid, grid.encode(groups, params).view(rows, columns), params)
+
+
+def _same(params: GroupParams, others: GroupParams) -> bool:
+    return torch.equal(params.scale, others.scale) and torch.equal(params.zero, others.zero)
+
+
+def _every_code(grid: Grid) -> Tensor:
+    return torch.arange(2**grid.bits, dtype=torch.uint8)
+
+
+@GRID.check()
+def check_codes_fit_in_their_bits(grid: Grid) -> None:
+    """Codes are uint8 below ``2^bits``."""
+    codes = rounded(grid, weights()).codes
+    require(codes.dtype == torch.uint8, f"codes are {codes.dtype}. Return uint8 from encode")
+    require(int(codes.max()) < 2**grid.bits, f"there is a code {int(codes.max())}, beyond {grid.bits} bits")
+
+
+@GRID.check()
+def check_packing_loses_nothing(grid: Grid) -> None:
+    """`unpack` gives back what `pack` was given, also where groups are of another size than rows."""
+    weight = rounded(grid, weights(7))
+    arrays = weight.pack()
+    unknown = sorted(set(arrays) - set(PARTS))
+    require(not unknown, f"pack gives {', '.join(unknown)}; files hold the parts {', '.join(PARTS)}")
+    codes, params = grid.unpack(arrays, (7, COLUMNS))
+    require(torch.equal(codes, weight.codes), "unpack gives other codes than pack was given")
+    require(_same(params, weight.params), "unpack gives other scales or zero points than pack was given")
+    bound = grid.with_stored_scale(arrays)
+    again = QuantizedWeight(bound, codes, params)
+    require(torch.equal(again.dequantize(), weight.dequantize()), "an unpacked weight decodes to other numbers")
+    require(
+        all(torch.equal(array, again.pack()[part]) for part, array in arrays.items()),
+        "packing an unpacked weight gives other arrays",
+    )
+
+
+@GRID.check()
+def check_decoded_weights_keep_their_codes(grid: Grid) -> None:
+    """Numbers of the grid are rounded to themselves."""
+    weight = rounded(grid, weights())
+    again = weight.dequantize().view(12, -1, grid.group_of(COLUMNS))
+    same = torch.equal(grid.encode(again, weight.params).view(12, COLUMNS), weight.codes)
+    require(same, "encode gives numbers of the grid other codes than they were decoded from")
+
+
+@GRID.check()
+def check_encoding_takes_the_nearest_number(grid: Grid) -> None:
+    """`encode` and `nearest` take the nearest of all numbers that `decode` gives."""
+    values = weights(3, grid.group_of(COLUMNS)).view(3, 1, -1)
+    bound = grid.with_tensor_scale(values)
+    params = bound.fit(values)
+    every = bound.decode(_every_code(grid).view(1, 1, -1), params)
+    best = (values[..., None] - every[..., None, :]).abs().nan_to_num(torch.inf).amin(-1)
+    numbers = bound.decode(bound.encode(values, params), params)
+    require(torch.allclose((values - numbers).abs(), best, atol=1e-6), "encode does not take the nearest number")
+    require(torch.equal(bound.nearest(values, params), numbers), "nearest differs from decode of encode")
+
+
+@GRID.check()
+def check_step_below_is_the_distance_to_the_next_number(grid: Grid) -> None:
+    """`step_below` is the distance from a number to the next one towards zero, in units of the scale."""
+    one = GroupParams(torch.ones(1, 1), rounded(grid, weights()).params.zero[0, :1])
+    numbers = grid.decode(_every_code(grid)[None], one)
+    numbers = numbers[numbers.isfinite()].unique()  # sorted; some codes of fp8 are not numbers
+    below = torch.where(numbers > 0, numbers - numbers.roll(1), numbers.roll(-1) - numbers)
+    inside = (numbers != 0) & (below > 0)
+    same = torch.allclose(grid.step_below(numbers)[inside], below[inside], rtol=1e-6)
+    require(same, "step_below is not the distance to the next number towards zero")
+
+
+@GRID.check()
+def check_range_is_that_of_the_numbers(grid: Grid) -> None:
+    """`range` gives the smallest and the largest number, in units of the scale."""
+    zero = rounded(grid, weights()).params.zero[:, :1].contiguous()
+    numbers = grid.decode(_every_code(grid).expand(12, 1, -1), GroupParams(torch.ones_like(zero), zero))
+    finite = numbers.where(numbers.isfinite(), 0)
+    low, high = grid.range(zero)
+    require(torch.equal(finite.amin(-1, keepdim=True), low), "range: the first is not the smallest number")
+    require(torch.equal(finite.amax(-1, keepdim=True), high), "range: the second is not the largest number")
+
+
+@GRID.check()
+def check_scales_are_what_can_be_stored(grid: Grid) -> None:
+    """`fit` and `round_params` give scales that survive packing; the latter the nearest ones, as `scale_step` says."""
+    weight = rounded(grid, weights())
+    require(
+        _same(weight.grid.round_params(weight.params.scale, weight.params.zero), weight.params),
+        "round_params changes scales that fit gave: one of the two gives scales that cannot be stored",
+    )
+    asked = weight.params.scale * 0.79
+    moved = weight.grid.round_params(asked, weight.params.zero + 0.3)
+    _, params = grid.unpack(QuantizedWeight(weight.grid, weight.codes, moved).pack(), (12, COLUMNS))
+    require(_same(params, moved), "round_params gives scales or zero points that packing changes")
+    away = ((moved.scale - asked).abs() - 2.0**-25).clamp(min=0)  # half a step of fp16's smallest numbers
+    off = float((away / asked.abs()).max())
+    limit = grid.scale_step / 2
+    require(
+        off <= limit * (1 + 1e-3),
+        f"round_params moves a scale by {off:.2g} of it, but half of scale_step is {limit:.2g}. Take the nearest "
+        "scale, or declare the step by which stored scales differ",
+    )
+
+
+@GRID.check()
+def check_a_saved_description_gives_the_same_grid(grid: Grid) -> None:
+    """The settings, as JSON, make the same grid."""
+    require(grid_from(grid.model_dump(mode="json")) == grid, "its settings, saved and read, make another grid")
+
+
+@GRID.check()
+def check_true_bits_are_those_of_the_arrays(grid: Grid) -> None:
+    """`bits`, `group_bits` and `tensor_bits` add up to what is stored."""
+    weight = rounded(grid, weights(64))
+    stored, said = stored_bits(weight.pack()), weight.bits
+    require(stored == said, f"pack stores {stored} bits, but bits, group_bits and tensor_bits add up to {said}")
+
+
+@GRID.check()
+def check_a_bound_grid_stays_as_it_is(grid: Grid) -> None:
+    """`with_tensor_scale` binds once, and changes no setting."""
+    bound = grid.with_tensor_scale(weights())
+    require(bound.with_tensor_scale(100 * weights()) is bound, "with_tensor_scale changes a grid that was bound before")
+    require(bound.model_dump() == grid.model_dump(), "with_tensor_scale changes a setting")
+    same = torch.equal(bound.fake(weights()), rounded(grid, weights()).dequantize())
+    require(same, "fake of a bound grid differs from rounding the weight that it was bound to")
+
+
+@GRID.check()
+def check_fake_rounds_every_row_by_itself(grid: Grid) -> None:
+    """`fake` is fit, encode and decode, row by row, in the dtype of its input, which it leaves alone."""
+    for dtype in (torch.float32, torch.bfloat16):
+        x = (30 * weights(10)).to(dtype).view(2, 5, COLUMNS)
+        before = x.clone()
+        alone = [rounded(grid, row[None].float()).dequantize()[0].to(dtype) for row in x.view(10, COLUMNS)]
+        found = grid.fake(x)
+        require(torch.equal(x, before), "fake changes its input")
+        require(found.dtype == dtype, f"fake gives {found.dtype} for {dtype}")
+        require(torch.equal(found, torch.stack(alone).view(x.shape)), f"fake in {dtype} depends on other rows")
+        turned = grid.fake(x.transpose(0, 1))
+        require(torch.equal(turned, found.transpose(0, 1)), "fake depends on how its input lies in memory")
+
+
+@GRID.check(when=lambda grid: grid.holds_zero)
+def check_zeros_stay_zero(grid: Grid) -> None:
+    """A grid that says `holds_zero` rounds groups of zeros to zero."""
+    some = torch.cat([weights(2), torch.zeros(2, COLUMNS)])
+    require(not rounded(grid, torch.zeros(2, COLUMNS)).dequantize().any(), "zeros do not stay zero: set holds_zero")
+    require(not rounded(grid, some).dequantize()[2:].any(), "rows of zeros beside others do not stay zero")
+
+
+@GRID.check(when=lambda grid: not grid.holds_zero)
+def check_zeros_become_next_to_nothing(grid: Grid) -> None:
+    """A grid that does not hold zero rounds groups of zeros to its smallest numbers, as fp16 scales allow."""
+    largest = rounded(grid, torch.zeros(2, COLUMNS)).dequantize().abs().max()
+    require(float(largest) <= 2.0**-24 * 2**grid.bits, f"zeros become as large as {float(largest):.2g}")
+
+
+@GRID.check(when=lambda grid: bool(grid.fits))
+def check_its_fits_are_settings(grid: Grid) -> None:
+    """Every fit that it declares is a setting, and the search is not worse than the range."""
+    errors = {}
+    for fit in grid.fits:
+        chosen = grid.fitted_by(fit) if getattr(grid, "clip", 1) == 1 else grid
+        again = grid_from(chosen.model_dump(mode="json"))
+        require(
+            again == chosen, f"the grid fitted by {fit} cannot be saved. Give it a setting scale that takes {fit!r}"
+        )
+        errors[fit] = float((rounded(chosen, weights()).dequantize() - weights()).square().sum())
+    require(
+        errors.get("mse", 0.0) <= errors.get("minmax", torch.inf) * 1.0001,
+        "scales fitted by mse have a larger squared error than those fitted by minmax",
+    )
+
+
+@GRID.check()
+def check_numbers_that_are_not_finite_are_refused(grid: Grid) -> None:
+    """NaN and infinity raise InputError."""
+    for value in (torch.nan, torch.inf, -torch.inf):
+        weight = weights()
+        weight[3, 7] = value
+        for name, call in (("fit", lambda w=weight: rounded(grid, w)), ("fake", lambda w=weight: grid.fake(w))):
+            refuses(call, InputError, f"{name} takes a weight of {value}.", "not finite")
+
+
+@GRID.check()
+def check_arrays_that_do_not_fit_are_refused(grid: Grid) -> None:
+    """`unpack` raises InputError for arrays that are missing or of another size."""
+    arrays = rounded(grid, weights(2)).pack()
+    short = arrays | {"codes": arrays["codes"][:-1]}
+    refuses(lambda: grid.unpack(short, (2, COLUMNS)), InputError, "unpack takes codes that are too few.", "cannot hold")
+    refuses(lambda: grid.unpack(arrays, (3, COLUMNS)), InputError, "unpack takes scales of another shape.")
+    missing = {"codes": arrays["codes"]}
+    refuses(lambda: grid.unpack(missing, (2, COLUMNS)), InputError, "unpack takes a weight without scales.", "missing")
+
+
+def check_grid(grid: Grid | type[Grid]) -> None:
+    """Checks all that a grid, or every example of a class of grids, must satisfy. Raises AssertionError, naming the
+    class, what is wrong and what to do.
+    """
+    GRID.run(grid)

@@ -1,0 +1,172 @@
+"""The contract of rounding solvers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from gyroquant.errors import InputError
+from gyroquant.grids import Grid, QuantizedWeight
+from gyroquant.grids.error import weight_error
+from gyroquant.rounding import InputStatistics, Solver, output_error
+from gyroquant.rounding.solvers.rtn import RoundToNearest
+from gyroquant.testing.contract import Contract, refuses, require
+
+ROWS, COLUMNS = 48, 192
+SOLVER: Contract[Solver] = Contract("solver", Solver)
+
+
+def grids() -> list[Grid]:
+    """The first example of every registered grid, and two more of those whose `bits` can be chosen."""
+    return [grid for kind in Grid.registry.values() for grid in kind.examples()[: 3 if kind.has_bit_widths else 1]]
+
+
+def problem(rows: int = ROWS, columns: int = COLUMNS, tokens: int = 2000) -> tuple[Tensor, InputStatistics]:
+    """A weight matrix and the statistics of strongly correlated inputs."""
+    generator = torch.Generator().manual_seed(3)
+    mix = torch.randn(columns, columns, generator=generator) / columns**0.5 * torch.logspace(0.5, -0.5, columns)
+    x = torch.randn(tokens, columns, generator=generator) @ mix
+    weight = 0.1 * torch.randn(rows, columns, generator=generator)
+    return weight, InputStatistics(x.T @ x, tokens)
+
+
+def _by_layer(solver: Solver) -> bool:
+    return not solver.needs_model
+
+
+def _calibrated(solver: Solver) -> bool:
+    return _by_layer(solver) and solver.needs_statistics
+
+
+def _cases() -> Iterator[tuple[Grid, Tensor, InputStatistics]]:
+    """A problem on every kind of grid, which is bound to the weight."""
+    for grid in grids():
+        weight, statistics = problem()
+        yield grid.with_tensor_scale(weight), weight, statistics
+
+
+@SOLVER.check(when=_by_layer)
+def check_the_result_is_a_whole_matrix_on_the_grid(solver: Solver) -> None:
+    """There is a code for every weight and a scale for every group, packing keeps both, and the input stays."""
+    for grid, weight, statistics in _cases():
+        before = weight.clone()
+        solved = solver.solve(weight, grid, statistics)
+        require(torch.equal(weight, before), f"solve changes the weight that it is given (grid {grid.grid})")
+        require(solved.codes.shape == weight.shape, f"codes have shape {tuple(solved.codes.shape)}")
+        groups = (ROWS, COLUMNS // grid.group_of(COLUMNS), 1)
+        require(
+            solved.params.scale.shape == groups, f"scales have shape {tuple(solved.params.scale.shape)}, not {groups}"
+        )
+        require(int(solved.codes.max()) < 2**grid.bits, f"there are codes beyond {grid.bits} bits")
+        codes, params = grid.unpack(solved.pack(), (ROWS, COLUMNS))
+        again = QuantizedWeight(grid, codes, params).dequantize()
+        require(
+            torch.equal(again, solved.dequantize()),
+            f"packing changes the result on the grid {grid.grid}: take scales that fit or round_params gave",
+        )
+
+
+@SOLVER.check(when=_by_layer)
+def check_it_is_deterministic(solver: Solver) -> None:
+    """The same problem has the same result."""
+    for grid, weight, statistics in _cases():
+        first, second = (solver.solve(weight, grid, statistics).codes for _ in range(2))
+        require(torch.equal(first, second), f"the same problem has another result the second time (grid {grid.grid})")
+
+
+@SOLVER.check(when=_by_layer)
+def check_rows_are_independent(solver: Solver) -> None:
+    """Rows do not know of each other, so layers that read the same input may be solved together."""
+    for grid, weight, statistics in _cases():
+        whole, part = solver.solve(weight, grid, statistics), solver.solve(weight[:20], grid, statistics)
+        same = float((whole.codes[:20] == part.codes).float().mean())  # products of other sizes round differently
+        require(same > 0.999, f"{1 - same:.1%} of the codes of a row change with the other rows (grid {grid.grid})")
+
+
+@SOLVER.check(when=_by_layer)
+def check_weights_on_the_grid_stay(solver: Solver) -> None:
+    """Weights that lie on the grid come back, where rounding to nearest gives them back."""
+    for grid, weight, statistics in _cases():
+        plain = type(grid)(**grid.model_dump()).fitted_by("minmax")
+        on_grid = RoundToNearest().solve(weight, plain.with_tensor_scale(weight)).dequantize()
+        bound = plain.with_tensor_scale(on_grid)
+        again, nearest = (by.solve(on_grid, bound, statistics).dequantize() for by in (solver, RoundToNearest()))
+        error, limit = weight_error(on_grid, again), weight_error(on_grid, nearest) + 1e-6
+        require(error < limit, f"weights on the grid {grid.grid} are moved by {error:.2g} of their size")
+
+
+@SOLVER.check(when=_by_layer)
+def check_inputs_never_seen_do_no_harm(solver: Solver) -> None:
+    """A column whose input is always zero is rounded about as to nearest."""
+    for grid, weight, statistics in _cases():
+        dead = statistics.second_moments.clone()
+        dead[:, 5] = dead[5, :] = 0
+        solved = solver.solve(weight, grid, InputStatistics(dead, statistics.count)).dequantize()
+        require(
+            bool(solved.isfinite().all()), f"an input that is always zero makes weights infinite (grid {grid.grid})"
+        )
+        nearest = RoundToNearest().solve(weight, grid).dequantize()
+        limit = 3 * (nearest[:, 5] - weight[:, 5]).norm() + 1e-3
+        close = bool((solved[:, 5] - weight[:, 5]).norm() < limit)
+        require(close, f"an input that is always zero ruins its column (grid {grid.grid})")
+
+
+@SOLVER.check(when=_by_layer)
+def check_no_input_at_all_rounds_to_nearest(solver: Solver) -> None:
+    """Statistics of no token give what rounding to nearest gives."""
+    for grid, weight, _ in _cases():
+        solved = solver.solve(weight, grid, InputStatistics(torch.zeros(COLUMNS, COLUMNS), 0))
+        same = torch.equal(solved.codes, RoundToNearest().solve(weight, grid).codes)
+        require(same, f"without a single token it does not round to nearest (grid {grid.grid})")
+
+
+@SOLVER.check(when=_calibrated)
+def check_statistics_make_it_better_than_rounding_to_nearest(solver: Solver) -> None:
+    """A solver that says `needs_statistics` has a smaller output error than rounding to nearest."""
+    for grid, weight, statistics in _cases():
+        solved = output_error(weight, solver.solve(weight, grid, statistics).dequantize(), statistics)
+        nearest = output_error(weight, RoundToNearest().solve(weight, grid).dequantize(), statistics)
+        require(
+            solved < nearest,
+            f"its output error on the grid {grid.grid} is {solved:.3g}, rounding to nearest has {nearest:.3g}",
+        )
+
+
+@SOLVER.check(when=_calibrated)
+def check_without_statistics_it_refuses(solver: Solver) -> None:
+    """A solver that says `needs_statistics` raises InputError without them."""
+    weight, grid = problem()[0], grids()[0]
+    refuses(
+        lambda: solver.solve(weight, grid.with_tensor_scale(weight), None),
+        InputError,
+        "it needs statistics and solves without them.",
+        "needs calibration text",
+    )
+
+
+@SOLVER.check(when=lambda solver: _by_layer(solver) and not solver.needs_statistics)
+def check_it_solves_without_statistics(solver: Solver) -> None:
+    """A solver that does not say `needs_statistics` rounds without them."""
+    weight, grid = problem()[0], grids()[0]
+    try:
+        solver.solve(weight, grid.with_tensor_scale(weight), None)
+    except InputError as error:
+        raise AssertionError(
+            f"it refuses to solve without statistics ({error}). Set needs_statistics = True"
+        ) from error
+
+
+@SOLVER.check(when=lambda solver: not _by_layer(solver))
+def check_it_is_whole_model_and_says_so(solver: Solver) -> None:
+    """A solver of whole models refuses to round a single layer."""
+    weight, grid = problem()[0], grids()[0]
+    refuses(lambda: solver.solve(weight, grid, None), TypeError, "it rounds a single layer.", "whole models")
+
+
+def check_solver(solver: Solver | type[Solver]) -> None:
+    """Checks all that a solver, or every example of a class of solvers, must satisfy, on every kind of grid. Raises
+    AssertionError, naming the class, what is wrong and what to do.
+    """
+    SOLVER.run(solver)

@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all check lint bench clean
 
 # PyTorch goes first: the CPU build where pip knows one, and nothing later replaces it.
 $(READY): pyproject.toml constraints.txt
@@ -17,11 +17,19 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/python demo/run.py
 
+# Fast tests, one process a core. JOBS=0 runs them in one process.
+JOBS ?= auto
 test: $(READY)
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" -n $(JOBS) --dist worksteal
 
 test-all: $(READY)
 	$(BIN)/pytest
+
+# Before a commit: lint, types, and the fast tests of what changed since SINCE, for as long as 90 seconds.
+SINCE ?= main
+check: lint
+	timeout --foreground 90 $(BIN)/pytest -x -m "not slow" $$($(BIN)/python tests/changed.py $(SINCE)) \
+	    || { [ $$? = 124 ] && echo "No failure in 90 seconds; make test runs the rest."; }
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -25,7 +25,7 @@ TARGET = ["weights.target={share: auto}"]
 REFINE = ["weights.refine={passes: 2}"]
 STATIC = ["weights.solver.static_groups=true"]
 TUNE = ["weights.tune={iters: 50, batch_size: 4}"]
-FINISH = ["finish={steps: 40, batch_size: 4}"]
+FINETUNE = ["finetune={steps: 40, batch_size: 4}"]
 BEST = [*ROTATE, *TARGET, *REFINE]
 MIDRISE = ["weights.symmetric=true", "weights.midrise=true"]
 ROWWISE = [*BEST, *MIDRISE, "weights.group_size=-1"]
@@ -40,7 +40,7 @@ ROWS: dict[str, list[str]] = {
     "GPTQ + target": TARGET,
     "GPTQ + refine": REFINE,
     "GPTQ + tune": TUNE,
-    "GPTQ + finish": FINISH,
+    "GPTQ + finetune": FINETUNE,
     "rotate + target": [*ROTATE, *TARGET],
     "rotate + refine": [*ROTATE, *REFINE],
     "rotate + target + refine": BEST,
@@ -52,9 +52,9 @@ ROWS: dict[str, list[str]] = {
     "the same, midrise, a scale a row": ROWWISE,
     "the same, midrise, a scale a row, 2 and 3 bits": [*ROWWISE, *ALLOCATE],
     "rotate + target + refine + tune": [*BEST, *TUNE],
-    "rotate + target + refine + finish": [*BEST, *FINISH],
-    "rotate + target + refine + tune + finish": [*BEST, *TUNE, *FINISH],
-    "rotate + target + refine + finish, 160 steps": [*BEST, "finish={steps: 160, batch_size: 4}"],
+    "rotate + target + refine + finetune": [*BEST, *FINETUNE],
+    "rotate + target + refine + tune + finetune": [*BEST, *TUNE, *FINETUNE],
+    "rotate + target + refine + finetune, 160 steps": [*BEST, "finetune={steps: 160, batch_size: 4}"],
 }
 
 
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=2)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW")
     given = parser.parse_args()
-    measure = {"window": 1024, "max_windows": 8, "dtype": "bfloat16", "against": given.model}
+    measure = {"window": 1024, "windows": 8, "dtype": "bfloat16", "against": given.model}
     table = Table(given, {"validation": measure})
     base = table.original()["evaluations"]["validation"]["perplexity"]
     size = [f"weights.bits={given.bits}", "weights.group_size=64", "calibration.nsamples=32", "calibration.seqlen=512"]
@@ -75,7 +75,7 @@ def main() -> None:
             scores, manifest = cell["evaluations"]["validation"], cell["manifest"]
             value, bits, seconds = scores["perplexity"], manifest["bits"]["per_weight"], manifest["seconds"]
             low, high = scores["perplexity_interval"]
-            limits = [layer["limit"]["decibels"] for layer in manifest["layers"]]
+            limits = [layer["rate_distortion"]["decibels"] for layer in manifest["layers"]]
             above = f"{sum(limits) / len(limits):.1f} dB"
             gap, minutes = f"{math.log(value / base):.3f}", f"{seconds / 60:.1f}"
             line = (name, short(value), f"{short(low)} to {short(high)}", gap, f"{scores['kl']:.3f}", above)
@@ -83,7 +83,7 @@ def main() -> None:
             data.append({"cell": name, "perplexity": value, "perplexity_interval": [low, high], "kl": scores["kl"]})
             data[-1] |= {"kl_interval": scores["kl_interval"], "bits": bits, "seconds": seconds}
             data[-1]["decibels_above_limit"] = {
-                layer["name"]: layer["limit"]["decibels"] for layer in manifest["layers"]
+                layer["name"]: layer["rate_distortion"]["decibels"] for layer in manifest["layers"]
             }
     header = (f"W{given.bits} g64", "perplexity", "95 %", "ln gap", "KL", "above the limit", "true bits", "minutes")
     write(given.out, header, rows, base, data)

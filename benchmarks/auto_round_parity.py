@@ -21,8 +21,8 @@ from typing import Any
 from safetensors.torch import save_file
 
 import gyroquant as gq
-from gyroquant import pipeline
-from gyroquant.job import Job, prepare
+from gyroquant.pipeline import run as pipeline
+from gyroquant.pipeline.job import Job, prepare
 
 SIDE = Path(__file__).with_name("auto_round_side.py")
 
@@ -90,7 +90,7 @@ def main() -> None:
         found = {"gyroquant SignRound": ours, "auto-round": theirs | {"bits": ours["bits"]}}
         for folder, one in zip(("ours", "theirs"), found.values(), strict=True):
             for text in given.evaluate:
-                scores = gq.evaluate(here / folder, text, against=model, window=1024, max_windows=given.windows)
+                scores = gq.evaluate(here / folder, text, against=model, window=1024, windows=given.windows)
                 one[text.name] = {
                     key: scores[key] for key in ("perplexity", "perplexity_interval", "kl", "kl_interval")
                 }

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 import gyroquant as gq
-from gyroquant import pipeline
-from gyroquant.footprint import footprint
-from gyroquant.job import prepare
+from gyroquant.evaluation.speed import footprint
+from gyroquant.pipeline import run as pipeline
+from gyroquant.pipeline.job import prepare
 
 WIDE = ["weights.bits=8", "weights.group_size=64", "weights.symmetric=true"]
 W4 = ["weights.bits=4", "weights.group_size=64", "weights.symmetric=true"]

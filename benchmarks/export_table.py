@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import gyroquant as gq
-from gyroquant import pipeline
-from gyroquant.deploy import formats
 from gyroquant.errors import GyroquantError
-from gyroquant.footprint import footprint
-from gyroquant.job import prepare
+from gyroquant.evaluation.speed import footprint
+from gyroquant.formats.export import formats
+from gyroquant.pipeline import run as pipeline
+from gyroquant.pipeline.job import prepare
 
 FUSED = ["transform.R1={method: hadamard, random_signs: true}", "transform.R2={method: hadamard, random_signs: true}"]
 ONLINE = [*FUSED, "transform.R4={method: hadamard, block: 128, random_signs: true}"]
@@ -70,7 +70,7 @@ def cell(given: argparse.Namespace, recipe: str, name: str) -> dict[str, Any]:
         return {"refused": "; ".join(problems)}
     try:
         written = gq.export(out, name, place, overwrite=True, check=False)
-        result = gq.verify_export(place, out, given.test, window=256, max_windows=2)
+        result = gq.verify_export(place, out, given.test, window=256, windows=2)
     except GyroquantError as error:
         return {"not_run": str(error)}
     bits = json.loads((out / "gyroquant.json").read_text())["bits"]["per_weight"]

@@ -22,11 +22,11 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "helpers"))
 
-import faulty
-import tiny
-from faulty import Fault
+import fault_injection
+import tiny_models
+from fault_injection import Fault
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -57,12 +57,12 @@ class Trial:
 
     def __init__(self, name: str, model: Path, corpus: Path, place: Path):
         self.name, self.model, self.corpus, self.place, self.count = name, model, corpus, place, 0
-        code, self.steps = faulty.disturbed(None, self._work(place / "undisturbed" / "out"))
+        code, self.steps = fault_injection.disturbed(None, self._work(place / "undisturbed" / "out"))
         assert code == 0
-        self.wanted = faulty.content(place / "undisturbed" / "out")
+        self.wanted = fault_injection.content(place / "undisturbed" / "out")
 
     def _work(self, out: Path) -> Callable[[], object]:
-        return partial(faulty.quantize, self.model, out, self.corpus, self.name)
+        return partial(fault_injection.quantize, self.model, out, self.corpus, self.name)
 
     def _out(self) -> Path:
         self.count += 1
@@ -71,15 +71,15 @@ class Trial:
     def after(self, fault: Fault) -> str:
         """What comes of a fault and the same command again."""
         out = self._out()
-        code, _ = faulty.disturbed(fault, self._work(out))
+        code, _ = fault_injection.disturbed(fault, self._work(out))
         if code == 0:
             return "no fault"  # a step that writes nothing, so no disk was too full for it
-        if faulty.disturbed(None, self._work(out))[0] and out.with_name(".out.journal").exists():
+        if fault_injection.disturbed(None, self._work(out))[0] and out.with_name(".out.journal").exists():
             return "lost"  # without a journal it was done, and is only not done twice
         return self._compared(out)
 
     def _compared(self, out: Path) -> str:
-        return "same" if out.exists() and faulty.content(out) == self.wanted else "lost"
+        return "same" if out.exists() and fault_injection.content(out) == self.wanted else "lost"
 
     def damaged_result(self, damage: Callable[[Path], None]) -> Counter[str]:
         """What `gyroquant verify` says when the files of the finished folder are damaged, one after the other."""
@@ -100,14 +100,14 @@ class Trial:
         fault, tried = Fault("kill", _FIRST_BLOCK, before=False), set[str]()
         while True:
             out = self._out()
-            faulty.disturbed(fault, self._work(out))
+            fault_injection.disturbed(fault, self._work(out))
             journal = out.with_name(".out.journal")
             left = sorted({path.name for path in journal.iterdir() if path.is_file()} - tried)
             if not left:
                 return outcomes
             tried.add(left[0])
             damage(journal / left[0])
-            code, said = faulty.told(self._work(out))
+            code, said = fault_injection.told(self._work(out))
             outcomes[
                 self._compared(out) if code == 0 else "refused" if f"{left[0]} is damaged" in said else "lost"
             ] += 1
@@ -116,9 +116,9 @@ class Trial:
 def trials(place: Path, every: int) -> list[dict[str, object]]:
     """The rows of the table."""
     corpus, rows = place / "corpus.txt", []
-    corpus.write_text(tiny.prose(6000), encoding="utf-8")
-    model = tiny.Folders(place / "models")["llama"]
-    for name in faulty.RECIPES:
+    corpus.write_text(tiny_models.prose(6000), encoding="utf-8")
+    model = tiny_models.Folders(place / "models")["llama"]
+    for name in fault_injection.RECIPES:
         trial = Trial(name, model, corpus, place / name[:5])
         faults = {
             "killed before a step": [Fault("kill", at) for at in range(0, trial.steps, every)],

@@ -18,9 +18,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import gyroquant as gq
-from gyroquant import pipeline
-from gyroquant.environment import versions
-from gyroquant.job import Job, prepare
+from gyroquant.pipeline import run as pipeline
+from gyroquant.pipeline.job import Job, prepare
+from gyroquant.system.environment import versions
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "demo"))
 BATCH_TOKENS = 4096

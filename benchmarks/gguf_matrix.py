@@ -26,10 +26,10 @@ import torch
 import transformers
 from gguf import GGMLQuantizationType as Type
 
-from gyroquant.environment import versions
 from gyroquant.errors import InputError
+from gyroquant.system.environment import versions
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "helpers"))
 import gguf_models
 
 THETA = 10000.0

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from gyroquant.environment import versions
 from gyroquant.maps import hadamard
+from gyroquant.system.environment import versions
 
 ORDERS = (512, 576, 768, 1536, 2048, 4096, 8960, 11008, 14336)
 ROWS = (1, 4, 16, 64, 256, 1024, 4096)

@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from gyroquant.environment import forget_peak, peak_memory_bytes, resident_memory_bytes
 from gyroquant.rounding.factor import inverse_factor
+from gyroquant.system.environment import forget_peak, peak_memory_bytes, resident_memory_bytes
 
 DAMP = 0.01
 

@@ -19,8 +19,8 @@ import torch
 from transformers import AutoTokenizer, DynamicCache
 
 import gyroquant as gq
-from gyroquant import pipeline
-from gyroquant.job import prepare
+from gyroquant.pipeline import run as pipeline
+from gyroquant.pipeline.job import prepare
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "demo"))
 PROMPT = "The history of the city begins with"
@@ -43,7 +43,7 @@ def measure(model: Path, text: Path, validation: Path, recipe: str, bits: int, t
         packed, full = gq.PackedKVCache(loaded), DynamicCache()
         ours = loaded.generate(**ids, past_key_values=packed, **settings)
         theirs = loaded.generate(**ids, past_key_values=full, **settings)
-        scores = gq.evaluate(out, validation, window=1024, max_windows=16)
+        scores = gq.evaluate(out, validation, window=1024, windows=16)
     row = {"recipe": recipe, "bits": bits, "packed": packed.nbytes, "bfloat16": full_bytes(full)}
     return row | {"same_tokens": bool(torch.equal(ours, theirs)), "perplexity": scores["perplexity"]}
 

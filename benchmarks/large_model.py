@@ -23,11 +23,11 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 import gyroquant as gq
-from gyroquant import pipeline
 from gyroquant.calibration.text import TokenBatch
-from gyroquant.estimate import estimate
-from gyroquant.job import prepare
-from gyroquant.report.console import ConsoleStages
+from gyroquant.pipeline import run as pipeline
+from gyroquant.pipeline.job import prepare
+from gyroquant.pipeline.resources import estimate
+from gyroquant.report.console import ConsoleProgress
 
 SHAPES = {"7b": (4096, 11008, 32, 32, 32, 32000), "70b": (8192, 28672, 80, 64, 8, 32000)}
 CHANGES = ["transform.R1.method=hadamard", "transform.R2.method=hadamard", "weights.bits=4", "weights.group_size=128"]
@@ -106,7 +106,7 @@ def run(place: Path, config: LlamaConfig, samples: int, length: int) -> dict[str
     tokens = torch.randint(config.vocab_size, (samples, length), generator=generator)
     batch = TokenBatch("random tokens", "0", tokens)
     job = prepare(place / "model", place / "out", recipe, batch, offload=place / "offload", overwrite=True)
-    return {"estimated": estimate(job).peak_memory_bytes, **pipeline.run(job, ConsoleStages())}
+    return {"estimated": estimate(job).peak_memory_bytes, **pipeline.run(job, ConsoleProgress())}
 
 
 def main() -> None:

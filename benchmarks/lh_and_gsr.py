@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 
 import gyroquant as gq
-from gyroquant import pipeline
-from gyroquant.job import prepare
 from gyroquant.maps import sequency_order
-from gyroquant.models.source import open_model
+from gyroquant.models.stores.source import open_model
+from gyroquant.pipeline import run as pipeline
+from gyroquant.pipeline.job import prepare
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "demo"))
 BLOCK = 64

@@ -27,12 +27,12 @@ QUANTIZE = """
 import sys, json, torch
 sys.path.insert(0, {tests!r})
 import gyroquant as gq
-from gyroquant import pipeline
-from gyroquant.job import prepare
-import tiny
+from gyroquant.pipeline import run as pipeline
+from gyroquant.pipeline.job import prepare
+import tiny_models
 folder, out, recipe = sys.argv[1:]
 loaded = gq.load_recipe(recipe, ["weights.bits=2", "calibration.nsamples=16", "calibration.seqlen=256"])
-job = prepare(folder, out, loaded, [tiny.prose(20000)], tokenizer=tiny.tokenizer())
+job = prepare(folder, out, loaded, [tiny_models.prose(20000)], tokenizer=tiny_models.tokenizer())
 print(json.dumps(pipeline.run(job)))
 """
 
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", default=["rtn", "gsr", "quarot"])
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    tests = str(Path(__file__).parent.parent / "tests")
+    tests = str(Path(__file__).parent.parent / "tests" / "helpers")
     rows: list[dict[str, object]] = []
     print("| blocks | weights (bf16) | " + " | ".join(given.recipes) + " |\n|--:|--:|" + "--:|" * len(given.recipes))
     for depth in given.depths:

@@ -6,7 +6,7 @@ Random Llamas of one layer whose rows have 576, 960, 2560 or 3072 weights are ro
 size that divides the rows, symmetric and asymmetric (what reads the stream: q, k, v, gate and up), exported, and run
 by OpenVINO: a prompt in one call, then single tokens through the cache. A cell has the greedy tokens alike "exact /
 default": in fp32 throughout and as OpenVINO runs the file by default, with a "+" the near ties among the others
-(`gyroquant.runtimes.in_use`). The check of an export wants 32 and at least 30, near ties included. What fails it is
+(`gyroquant.formats.usage_check`). The check of an export wants 32 and at least 30, near ties included. What fails it is
 bold, and the command ends with 1. With `--as-they-are` groups are not written as smaller ones: what that is for.
 """
 
@@ -23,10 +23,12 @@ import torch
 import transformers
 
 import gyroquant as gq
-from gyroquant.deploy import TOLERANCE
 from gyroquant.errors import InputError
-from gyroquant.export import openvino
-from gyroquant.runtimes import TransformersRuntime, in_use, open_runtime
+from gyroquant.formats import usage_check as in_use
+from gyroquant.formats.export import TOLERANCE
+from gyroquant.formats.native.runtime import TransformersRuntime
+from gyroquant.formats.openvino import writer as openvino
+from gyroquant.formats.runtime import open_runtime
 
 WORDS, HEAD = 64, 64
 LIMITS = {True: TOLERANCE, False: in_use.DEFAULT_ERROR}
@@ -67,7 +69,7 @@ def cell(model: Any, place: Path, bits: int, group: int, symmetric: bool) -> tup
         "weights": weights | {"ignore": ["o_proj", "down_proj", "lm_head"]},
         "proof": {"seqlen": 32},
     }
-    gq.quantize(model, recipe, None, out=place / "out", save_dtype="float32")
+    gq.quantize(model, recipe, None, out=place / "out", options=gq.OutputOptions(save_dtype="float32"))
     try:
         gq.export(place / "out", "openvino", place / "x", check=False)
     except InputError:
@@ -94,7 +96,7 @@ def main() -> None:
     parser.add_argument("--as-they-are", action="store_true", help="write every group as it is")
     given = parser.parse_args()
     held_as = (lambda group, columns: group) if given.as_they_are else openvino.held_group
-    vars(import_module("gyroquant.export.openvino_ops"))["held_group"] = held_as
+    vars(import_module("gyroquant.formats.openvino.operations"))["held_group"] = held_as
     names = ("openvino", "torch", "transformers")
     print(", ".join(f"{name} {version(name)}" for name in names), end="\n\n")
     kinds = [(bits, symmetric) for bits in given.bits for symmetric in (True, False)]

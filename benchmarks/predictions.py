@@ -23,27 +23,27 @@ import json, sys, tempfile
 from dataclasses import asdict
 from pathlib import Path
 model, text, recipe, changes = sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4:]
-from gyroquant.estimate import estimate
-from gyroquant.job import prepare
-from gyroquant.predict import predict
-from gyroquant.recipe import load_recipe
+from gyroquant.inspection.dry_run import dry_run_job
+from gyroquant.pipeline.job import prepare
+from gyroquant.pipeline.resources import estimate
+from gyroquant.recipes.schema import load_recipe
 with tempfile.TemporaryDirectory() as scratch:
     job = prepare(model, Path(scratch) / "out", load_recipe(recipe, changes), text)
     estimated = estimate(job)
-    print(json.dumps({"estimated": estimated.to_dict(), "predicted": predict(job).to_dict()}))
+    print(json.dumps({"estimated": estimated.to_dict(), "predicted": dry_run_job(job).to_dict()}))
 """
 MEASURE = """
 import json, sys, tempfile, time
 from contextlib import contextmanager
 from pathlib import Path
 model, text, recipe, changes = sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4:]
-from gyroquant import pipeline
-from gyroquant.environment import forget_peak, peak_memory_bytes
-from gyroquant.job import prepare
-from gyroquant.progress import Stages
-from gyroquant.recipe import load_recipe
+from gyroquant.pipeline import run as pipeline
+from gyroquant.system.environment import forget_peak, peak_memory_bytes
+from gyroquant.pipeline.job import prepare
+from gyroquant.system.progress import Progress
+from gyroquant.recipes.schema import load_recipe
 
-class Peaks(Stages):
+class Peaks(Progress):
     '''Notes the peak of every stage and of what lies between them, and how long they take.'''
     def __init__(self):
         self.found, self.seconds, self.since = {}, {}, time.perf_counter()

@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gyroquant as gq
-from gyroquant.presets import preset_names
+from gyroquant.recipes.presets import preset_names
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "demo"))
 

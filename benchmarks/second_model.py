@@ -21,8 +21,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
 
 import gyroquant as gq
-from gyroquant import pipeline
-from gyroquant.job import prepare
+from gyroquant.pipeline import run as pipeline
+from gyroquant.pipeline.job import prepare
 
 LENGTH, BATCH, RATE = 256, 8, 2e-3
 CONFIG = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "head_dim": 64, "vocab_size": 4096}
@@ -76,10 +76,10 @@ def measured(out: Path, text: Path, validation: Path, recipe: str | None) -> dic
     """Perplexity, true bits and minutes of a recipe on the model in the folder; None is the model as it is."""
     model = out / "model"
     if recipe is None:
-        return {"perplexity": gq.evaluate(model, validation, window=LENGTH, max_windows=32)["perplexity"], "bits": 32}
+        return {"perplexity": gq.evaluate(model, validation, window=LENGTH, windows=32)["perplexity"], "bits": 32}
     folder = out / recipe
     manifest = pipeline.run(prepare(model, folder, gq.load_recipe(recipe), text, overwrite=True))
-    scores = gq.evaluate(folder, validation, against=model, window=LENGTH, max_windows=32)
+    scores = gq.evaluate(folder, validation, against=model, window=LENGTH, windows=32)
     found = {key: scores[key] for key in ("perplexity", "perplexity_interval", "kl")}
     return found | {
         "bits": manifest["bits"]["per_weight"],

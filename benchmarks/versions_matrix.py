@@ -137,7 +137,7 @@ def write(place: Path) -> None:
     import torch
 
     import gyroquant as gq
-    from gyroquant.models.source import open_model
+    from gyroquant.models.stores.source import open_model
 
     formats = {(kind, name) for kind, names, _ in COLUMNS.values() for name in names if kind != "packed"}
     for model_name in MODELS:
@@ -149,7 +149,9 @@ def write(place: Path) -> None:
             weights = {"bits": bits, "group_size": 32, "symmetric": symmetric, "scale": "minmax", "solver": "rtn"}
             recipe = {"name": name, "weights": weights, "proof": {"seqlen": 16}}
             packed = folder / f"packed-{name}"
-            gq.quantize(model, recipe, None, packed, tokenizer=tokenizer, save_dtype="float32")
+            gq.quantize(
+                model, recipe, None, packed, tokenizer=tokenizer, options=gq.OutputOptions(save_dtype="float32")
+            )
             store = open_model(packed)  # which reads without transformers' way to load a model
             plain = deepcopy(model)
             plain.load_state_dict(store.read(store.shapes), strict=False)
@@ -222,7 +224,7 @@ def _through_us(kind: str) -> Callable[[Path, list[int]], Any]:
     def opened(folder: Path, ids: list[int]) -> Any:
         import torch
 
-        from gyroquant.runtimes import open_runtime
+        from gyroquant.formats.runtime import open_runtime
 
         return open_runtime(kind, folder, True).logits(torch.tensor(ids))
 

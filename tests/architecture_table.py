@@ -5,17 +5,17 @@ python tests/architecture_table.py > docs/architectures.md
 
 from __future__ import annotations
 
-import tiny
+import tiny_models
 import torch
 import transformers
 
 from gyroquant import maps
 from gyroquant.errors import UnsupportedModelError
-from gyroquant.models.fold import FoldPlan
-from gyroquant.models.prove import prove
-from gyroquant.models.runner import BlockRunner
-from gyroquant.models.sites import Site, find_sites
-from gyroquant.models.source import open_model
+from gyroquant.models.execution.runner import BlockRunner
+from gyroquant.models.folding.fold import FoldPlan
+from gyroquant.models.folding.prove import prove
+from gyroquant.models.graph.sites import Site, find_sites
+from gyroquant.models.stores.source import open_model
 
 COLUMNS = (
     "R1 fused",
@@ -74,24 +74,25 @@ TITLES = {
 }
 HEAD = """# Architectures
 
-Made by `python tests/architecture_table.py > docs/architectures.md`; a test makes it again and compares.
+`python tests/architecture_table.py > docs/architectures.md` makes this page. A test makes it again and compares.
 
 Each cell is the proof on a tiny random model of the family, built from its own transformers configuration, with random
 norm gains and biases: the larger of the relative logit error and the worst block's error, in fp32, after folding random
 Hadamards (R1 to R4, qk online), random rotations of the pairs that RoPE turns (qk fused) or random scalings (attn_in,
-mlp_in). Where a cell says why not, the fold is refused before anything is touched:
+mlp_in). A cell with a reason means that the fold is refused, before anything is changed:
 
-- *post-norm*: a norm behind attention or feed-forward multiplies what is added to the residual stream by a gain, which
-  a rotation of the stream cannot pass. `transform.R1.online=true` rotates the inputs of the linear layers instead.
-- *q/k norms*: norms stand between the projections and RoPE, and a map cannot pass their gains.
-  `transform.qk.online=true` turns queries and keys back in front of the norms.
-- *none*: the architecture has no norm in front of those layers, so there is no such site.
+- *post-norm*: a norm after attention or feed-forward multiplies what is added to the residual stream by a gain, and a
+  rotation of the stream cannot pass that gain. `transform.R1.online=true` rotates the inputs of the linear layers
+  instead.
+- *q/k norms*: norms lie between the projections and RoPE, and a map cannot pass their gains.
+  `transform.qk.online=true` turns queries and keys back before the norms.
+- *none*: the architecture has no norm before those layers, so there is no such site.
 
-The last rows are decoders inside models that also take images. The decoder is folded and rounded where it stands. What
-writes images into its residual stream is folded with R1; everything else is carried unchanged, and the result opens
-under the class of the original.
+The last rows are decoders inside models that also take images. Only the decoder is folded and rounded. What writes
+images into its residual stream is folded with R1. Everything else is copied unchanged, and the result opens under the
+class of the original.
 
-R3 and R4 run online. OPT and GPT-2 have no RoPE, so that qk takes any map. LayerNorm models (Cohere, StarCoder2,
+R3 and R4 run online. OPT and GPT-2 have no RoPE, so qk takes any map. LayerNorm models (Cohere, StarCoder2,
 Nemotron, OPT, GPT-NeoX, GPT-2) get rotations that keep the mean, see [sites](sites.md).
 
 """
@@ -107,14 +108,14 @@ def _map(site: Site, column: str, generator: torch.Generator) -> maps.Map:
 
 def _tokens(name: str, model: transformers.PreTrainedModel) -> torch.Tensor:
     """Random tokens, of which those for images have no place in a text."""
-    ids = tiny.tokens(model)
-    return ids if name in tiny.CONFIGS else ids % 80 + 3
+    ids = tiny_models.tokens(model)
+    return ids if name in tiny_models.CONFIGS else ids % 80 + 3
 
 
 def cell(name: str, column: str) -> str:
     """The error of one architecture and column, or the short reason why it is refused."""
     generator = torch.Generator().manual_seed(0)
-    model = tiny.build(name)
+    model = tiny_models.build(name)
     store = open_model(model)
     plan = FoldPlan(store.graph)
     post_norm = cell(name, "R1 fused") == "post-norm" if column == "R1 to R4" else False
@@ -132,7 +133,7 @@ def cell(name: str, column: str) -> str:
 
 def rows() -> list[list[str]]:
     """Every row of the table: the family's name and its cells."""
-    return [[TITLES[name], *(cell(name, column) for column in COLUMNS)] for name in (*tiny.CONFIGS, *tiny.WRAPPERS)]
+    return [[TITLES[name], *(cell(name, column) for column in COLUMNS)] for name in TITLES]
 
 
 def page() -> str:

@@ -10,11 +10,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from pathlib import Path
 
 import pytest
-import tiny
+import tiny_models
 import torch
 import transformers
 
-from gyroquant import deploy
+from gyroquant.inspection import verify_export
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -23,24 +23,24 @@ torch.set_num_threads(2)
 
 @pytest.fixture(scope="session")
 def tokenizer() -> transformers.PreTrainedTokenizerFast:
-    return tiny.tokenizer()
+    return tiny_models.tokenizer()
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text file of some thousand tokens of the tiny tokenizer."""
     path = tmp_path_factory.mktemp("text") / "corpus.txt"
-    path.write_text(tiny.prose(6000), encoding="utf-8")
+    path.write_text(tiny_models.prose(6000), encoding="utf-8")
     return path
 
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of tiny models, made when first asked for."""
-    return tiny.Folders(tmp_path_factory.mktemp("models"))
+    return tiny_models.Folders(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture
 def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has `verify_export` start no process to measure speed in."""
-    monkeypatch.setattr(deploy, "footprint", lambda *asked, exact: {})
+    monkeypatch.setattr(verify_export, "footprint", lambda *asked, exact: {})

@@ -26,13 +26,14 @@ else:
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "licences.md"
-HEAD = """# Licences of what gyroquant needs
+HEAD = """# Licences of the packages that gyroquant needs
 
-gyroquant itself is under Apache-2.0 ([LICENSE](../LICENSE)). What follows is what each package says of itself in its
-metadata, made by `python tests/licence_table.py`; versions are those of `constraints.txt` where it pins them.
-"needed by" names the extra that installs a package; packages of *core* are always installed, those behind other
-packages included. None is part of gyroquant's source or wheel. PyTorch is the CPU build; PyPI's build for Linux
-installs NVIDIA's libraries besides, under NVIDIA's own licences.
+gyroquant itself is under Apache-2.0 ([LICENSE](../LICENSE)). The table states what each package declares in its
+metadata. `python tests/licence_table.py` makes it. Versions are those of `constraints.txt` where it pins them.
+"needed by" names the extra that installs a package. Packages of *core* are always installed, with the packages that
+they need in turn.
+No package is part of gyroquant's source or wheel. PyTorch is the CPU build. PyPI's build for Linux also installs
+NVIDIA's libraries, under NVIDIA's own licences.
 
 | package | version | licence | needed by |
 |---|---|---|---|

@@ -8,11 +8,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-import tiny
+import tiny_models
 import torch
 
 import gyroquant as gq
-from gyroquant.models.source import open_model
+from gyroquant.models.stores.source import open_model
 
 CODE = """
 from pathlib import Path
@@ -45,6 +45,6 @@ def test_code_beside_a_model_is_not_run(folders: dict[str, Path], tmp_path: Path
 def test_pickles_are_not_opened(folders: dict[str, Path], tmp_path: Path) -> None:
     copy = shutil.copytree(folders["llama"], tmp_path / "pickled")
     (copy / "model.safetensors").unlink()
-    torch.save(tiny.build("llama").state_dict(), copy / "pytorch_model.bin")
+    torch.save(tiny_models.build("llama").state_dict(), copy / "pytorch_model.bin")
     with pytest.raises(gq.InputError, match="only safetensors and GGUF"):
         open_model(copy)

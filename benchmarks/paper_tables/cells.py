@@ -17,9 +17,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from forward_equivalents import forward_seconds
 
 import gyroquant as gq
-from gyroquant import pipeline
-from gyroquant.job import prepare
-from gyroquant.learning.rotations import FILE_NAME
+from gyroquant.finetuning.rotations_file import FILE_NAME
+from gyroquant.pipeline import run as pipeline
+from gyroquant.pipeline.job import prepare
 
 
 class MissingCellError(Exception):

@@ -16,15 +16,15 @@ from statistics import fmean
 
 import torch
 
-from gyroquant.calibration.measure import Want, measure
+from gyroquant.calibration.measure import SiteMeasurement, measure
 from gyroquant.calibration.observers import AbsMax, MeanAbs
 from gyroquant.calibration.text import load_text, sample, tokenize
 from gyroquant.evaluation.outliers import Spread
 from gyroquant.maps import Identity, Permutation
 from gyroquant.methods.permutations import massdiff, zigzag
-from gyroquant.models.fold import FoldPlan
-from gyroquant.models.sites import find_sites
-from gyroquant.models.source import open_model
+from gyroquant.models.folding.fold import FoldPlan
+from gyroquant.models.graph.sites import find_sites
+from gyroquant.models.stores.source import open_model
 
 SIZES = (16, 32, 64, 128, 256, 512)
 
@@ -36,8 +36,8 @@ class Orders:
         self.seen = {key: (m, Spread(n, (key[0],))) for key, m in maps.items()}
 
     def __call__(self, x):
-        for m, spread in self.seen.values():
-            spread(m.apply(x))
+        for m, input_error_second_moments in self.seen.values():
+            input_error_second_moments(m.apply(x))
 
     def mass(self, size, name):
         return self.seen[size, name][1].mass[size]
@@ -58,7 +58,7 @@ def main() -> None:
     store = open_model(given.model)
     ids = sample(tokenize(load_text(given.text), store.tokenizer(), store.config.vocab_size), 8, 512, 0, given.text)
     sites = find_sites(store.graph, "R4")
-    first = [Want(site, (MeanAbs, AbsMax)) for site in sites]
+    first = [SiteMeasurement(site, (MeanAbs, AbsMax)) for site in sites]
     measured(store, ids, first)
     second = []
     for want in first:
@@ -73,7 +73,7 @@ def main() -> None:
                 "MassDiff": Permutation(massdiff(mass, size)),
             }
             maps |= {(size, name): m for name, m in orders.items()}
-        second.append(Want(want.site, (partial(Orders, maps=maps),)))
+        second.append(SiteMeasurement(want.site, (partial(Orders, maps=maps),)))
     measured(store, ids, second)
     rows = []
     for size in SIZES:

@@ -92,9 +92,20 @@ def main() -> None:
                 if not values:
                     continue
                 middle = statistics.median(values)
-                spread = f"{short(min(values))} to {short(max(values))}" if len(values) > 1 else "-"
+                input_error_second_moments = f"{short(min(values))} to {short(max(values))}" if len(values) > 1 else "-"
                 gap = f"{math.log(middle / base):.3f}"
-                rows.append((setting, solver.upper(), name, short(middle), spread, gap, took, f"{true_bits:.3f}"))
+                rows.append(
+                    (
+                        setting,
+                        solver.upper(),
+                        name,
+                        short(middle),
+                        input_error_second_moments,
+                        gap,
+                        took,
+                        f"{true_bits:.3f}",
+                    )
+                )
     header = ("setting", "solver", "rotation", "ppl bbt (median)", "over seeds", "ln gap", "learning", "true bits")
     write(given.out, header, rows, base, data)
 

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reader_targets import HOSTILE, Target, make, mutated
 
-from gyroquant.recipe import Recipe
+from gyroquant.recipes.schema import Recipe
 
 FAST = settings(
     max_examples=120, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]

@@ -10,11 +10,11 @@ import torch
 import transformers
 
 import gyroquant as gq
-from gyroquant import pipeline
-from gyroquant.job import prepare
 from gyroquant.maps import sequency_order
-from gyroquant.models.source import open_model
-from gyroquant.presets import preset_names
+from gyroquant.models.stores.source import open_model
+from gyroquant.pipeline import run as pipeline
+from gyroquant.pipeline.job import prepare
+from gyroquant.recipes.presets import preset_names
 
 pytestmark = pytest.mark.slow
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "demo"))
@@ -78,7 +78,7 @@ def test_two_bits(assets: tuple[Path, Path, Path], tmp_path: Path) -> None:
         recipe = gq.load_recipe(f"{name}-w2g64", ["calibration.nsamples=16"])
         manifest = pipeline.run(prepare(model, tmp_path / name, recipe, calibration))
         assert manifest["bits"]["per_weight"] == 2.28125
-        measured = gq.evaluate(tmp_path / name, validation, window=512, max_windows=8)
+        measured = gq.evaluate(tmp_path / name, validation, window=512, windows=8)
         perplexities[name] = measured["perplexity"]
     assert perplexities["gptq"] < perplexities["rtn"] / 20
     rounded = manifest["bits"]["rounded_weights"] * 2.28125 / 8
@@ -88,7 +88,7 @@ def test_two_bits(assets: tuple[Path, Path, Path], tmp_path: Path) -> None:
 
 
 def test_memory_stays_near_the_prediction(assets: tuple[Path, Path, Path]) -> None:
-    from gyroquant.inspection import inspect_model
+    from gyroquant.inspection.model import inspect_model
 
     changes = ["calibration.nsamples=16", "weights.bits=2"]
     result = inspect_model(assets[0], "gsr", changes, assets[1])
@@ -104,7 +104,7 @@ def test_transform_in_memory(assets: tuple[Path, Path, Path]) -> None:
     ids = torch.randint(0, 49152, (2, 256), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         before = model(ids).logits
-        proof = gq.transform(model, "quarot", calibration=ids)
+        proof = gq.transform(model, "quarot", text=ids)
         after = model(ids).logits
     assert proof.relative_logit_error < 1e-5
     assert float((after - before).norm() / before.norm()) < 1e-5

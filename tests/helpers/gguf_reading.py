@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import saving
-import tiny
+import saved_models
+import tiny_models
 import torch
 
-from gyroquant.models.packed import PackedStore
+from gyroquant.models.stores.packed import PackedStore
 
 
 def write_gguf(path: Path, kind: str = "F32") -> torch.nn.Module:
     """A tiny Llama as a GGUF file, with llama.cpp's names and its order of query and key rows."""
     import gguf
 
-    model = tiny.build("llama")
+    model = tiny_models.build("llama")
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("tiny")
@@ -58,7 +58,7 @@ def write_gguf(path: Path, kind: str = "F32") -> torch.nn.Module:
 
 def written(store: PackedStore, out: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Writes a model; returns the facts, the file's metadata and its tensors as (type id, values)."""
-    facts = saving.written("gguf", store, out)
+    facts = saved_models.written("gguf", store, out)
     assert [path.name for path in out.iterdir()] == [facts["file"]] == ["model.gguf"]
     return facts, *read_back(out / "model.gguf")
 

@@ -11,27 +11,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import saving
-import tiny
+import saved_models
+import tiny_models
 import torch
 import yaml
-from gguf_file import write_gguf
+from gguf_reading import write_gguf
 from safetensors.torch import load_file, save_file
 from transformers.integrations.gguf.reader import GgufHeader
 
-from gyroquant import pipeline
-from gyroquant.deploy import MANIFEST, read_manifest
 from gyroquant.errors import GyroquantError
-from gyroquant.inspection import read_layers
-from gyroquant.job import prepare
-from gyroquant.learning.rotations import describe, load_rotations, write_rotations
-from gyroquant.models.gguf_check import check_gguf
-from gyroquant.models.outside import load_config, read_json
-from gyroquant.models.packed import attachments, check_version
-from gyroquant.models.safetensors_files import safetensors_index
-from gyroquant.models.store import checked_skeleton, load_tokenizer
-from gyroquant.presets import preset_names
-from gyroquant.recipe import load_recipe
+from gyroquant.finetuning.rotations_file import describe, load_rotations, write_rotations
+from gyroquant.formats.export import MANIFEST, read_manifest
+from gyroquant.inspection.model import read_layers
+from gyroquant.models.stores.base import checked_skeleton, load_tokenizer
+from gyroquant.models.stores.config_loading import load_config, read_json
+from gyroquant.models.stores.gguf.check import check_gguf
+from gyroquant.models.stores.packed import attachments
+from gyroquant.models.stores.packed_description import check_version
+from gyroquant.models.stores.safetensors_files import safetensors_index
+from gyroquant.pipeline import run as pipeline
+from gyroquant.pipeline.job import prepare
+from gyroquant.recipes.presets import preset_names
+from gyroquant.recipes.schema import load_recipe
 from gyroquant.report.summaries import rounded_layers
 
 Kind = str  # of the bytes: `binary`, `json` or `yaml`
@@ -99,10 +100,10 @@ def _description(folder: Path, path: Path) -> None:
 
 def make(place: Path) -> dict[str, Target]:
     """All targets, each with a folder of its own in `place`, made from a tiny model."""
-    model, text = tiny.build("llama"), [tiny.prose(3000)]
+    model, text = tiny_models.build("llama"), [tiny_models.prose(3000)]
     plain, saved = place / "plain", place / "saved"
     model.save_pretrained(plain)
-    tiny.tokenizer().save_pretrained(plain)
+    tiny_models.tokenizer().save_pretrained(plain)
     changes = ["calibration.nsamples=4", "calibration.seqlen=32", "proof.seqlen=32", "weights.group_size=16"]
     pipeline.run(prepare(plain, saved, load_recipe("quarot-w4a4kv4", changes), text))
     write_gguf(place / "whole.gguf", "Q8_0")
@@ -113,7 +114,7 @@ def make(place: Path) -> dict[str, Target]:
     layers = (saved / "gyroquant.json").read_bytes()
     export = json.dumps({"format": "gguf", "facts": {"file": "model.gguf"}, "bytes": 5, "check": None}).encode()
     recipes = [yaml.safe_dump(load_recipe(name).to_dict()).encode() for name in preset_names()[::4]]
-    recipes.append(yaml.safe_dump(saving.recipe()).encode())
+    recipes.append(yaml.safe_dump(saved_models.recipe()).encode())
     plain_config = (plain / "config.json").read_bytes()
     start = GgufHeader.from_file(str(place / "whole.gguf")).data_start
     targets = [
@@ -132,7 +133,7 @@ def make(place: Path) -> dict[str, Target]:
 
 
 def _words(folder: Path) -> bytes:
-    tiny.tokenizer().save_pretrained(folder)
+    tiny_models.tokenizer().save_pretrained(folder)
     return (folder / "tokenizer.json").read_bytes()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tiny
+import tiny_models
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -33,7 +33,7 @@ class _Experts(nn.ModuleList):
 
 def build(name: str = "qwen3_moe") -> PreTrainedModel:
     """The tiny model of that name with its experts listed."""
-    model = tiny.build(name)
+    model = tiny_models.build(name)
     for layer in model.model.layers:
         old = layer.mlp.experts
         layer.mlp.experts = _Experts(

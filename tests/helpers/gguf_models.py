@@ -15,13 +15,13 @@ from typing import Any
 
 import gguf
 import numpy as np
-import tiny
+import tiny_models
 import torch
 import transformers
 from gguf import GGMLQuantizationType as Type
 
-from gyroquant.models.gguf import GgufStore
-from gyroquant.models.gguf_file import GgufFile
+from gyroquant.models.stores.gguf.file import GgufFile
+from gyroquant.models.stores.gguf.store import GgufStore
 
 NAMES = {
     "llama": "llama", "llama_bias": "llama", "llama_tied": "llama", "mistral": "llama", "mixtral": "llama",
@@ -260,7 +260,7 @@ def build(name: str, **changes: Any) -> Any:
     """A tiny model wide enough for the blocks of all types; gains and biases are random. Some layers of those with a
     window see all tokens.
     """
-    config = transformers.GemmaConfig(**tiny.COMMON) if name == "gemma" else tiny.CONFIGS[name]()
+    config = transformers.GemmaConfig(**tiny_models.COMMON) if name == "gemma" else tiny_models.CONFIGS[name]()
     heads = {"n_embd": 256, "n_inner": 512, "n_positions": 1024} if name == "gpt2" else {"head_dim": 64}
     wide = {"hidden_size": 256, "intermediate_size": 512, "max_position_embeddings": 1024} if name != "gpt2" else {}
     if name in ("gemma2", "gemma3"):
@@ -268,7 +268,7 @@ def build(name: str, **changes: Any) -> Any:
     kept = {key: value for key, value in config.to_dict().items() if key not in _DERIVED}
     made = type(config)(**(kept | wide | heads | changes))
     model = transformers.AutoModelForCausalLM.from_config(made, dtype=torch.float32)
-    return tiny.randomise(model).eval()
+    return tiny_models.randomise(model).eval()
 
 
 @torch.no_grad()
@@ -327,7 +327,7 @@ def difference(path: Path, length: int = 100) -> float:
     """The largest difference between the logits of gyroquant's reader and of llama.cpp, over the largest of these, in
     fp32. llama.cpp runs a file of other types than fp32 by its own decoding of it.
     """
-    from gyroquant.runtimes.llama_cpp import LlamaModel, open_exactly
+    from gyroquant.formats.gguf.llama_cpp_runtime import LlamaModel, open_exactly
 
     store = GgufStore(path)
     ids = torch.randint(3, store.config.vocab_size, (length,), generator=torch.Generator().manual_seed(1))

@@ -9,17 +9,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import tiny
+import tiny_models
 import torch
 import transformers
 
 import gyroquant as gq
-from gyroquant import pipeline
-from gyroquant.export.folder import OutputFolder
-from gyroquant.export.formats import check_fit, format_named, needs_of
-from gyroquant.job import prepare
-from gyroquant.models.packed import PackedStore
-from gyroquant.models.source import open_model
+from gyroquant.formats.base import check_fit, format_named, requirements_of
+from gyroquant.formats.output_folder import OutputFolder
+from gyroquant.models.stores.packed import PackedStore
+from gyroquant.models.stores.source import open_model
+from gyroquant.pipeline import run as pipeline
+from gyroquant.pipeline.job import prepare
 
 _ALONE = """
 import json, sys
@@ -47,9 +47,9 @@ def rounded(
     source: Any, out: Path, transform: dict[str, Any] | None = None, *, save_dtype: str = "auto", **weights: Any
 ) -> PackedStore:
     """A folder as gyroquant writes it, opened: a tiny model, or the folder of one, by `recipe`."""
-    tokenizer = None if isinstance(source, Path) else tiny.tokenizer()
+    tokenizer = None if isinstance(source, Path) else tiny_models.tokenizer()
     chosen = recipe(transform, **weights)
-    text = [tiny.prose(3000)] if transform or "basis" in weights else None
+    text = [tiny_models.prose(3000)] if transform or "basis" in weights else None
     pipeline.run(prepare(source, out, chosen, text, tokenizer=tokenizer, save_dtype=save_dtype))
     store = open_model(out)
     assert isinstance(store, PackedStore)
@@ -59,7 +59,7 @@ def rounded(
 def written(name: str, store: PackedStore, out: Path) -> dict[str, Any]:
     """Writes a model in a format; returns the facts."""
     format_ = format_named(name)
-    check_fit(format_, needs_of(store))
+    check_fit(format_, requirements_of(store))
     with OutputFolder(out) as folder:
         facts = format_.write(store, folder)
         folder.commit()
@@ -70,7 +70,7 @@ def written(name: str, store: PackedStore, out: Path) -> dict[str, Any]:
 def logits(folder: Path, **options: Any) -> torch.Tensor:
     """What transformers makes of a folder, in fp32 if `options` do not say otherwise; (2, 24, words)."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, **{"dtype": torch.float32} | options).eval()
-    return model(tiny.tokens(model)).logits
+    return model(tiny_models.tokens(model)).logits
 
 
 def logits_without_us(folder: Path, ids: list[int], **options: str) -> torch.Tensor:

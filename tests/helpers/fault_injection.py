@@ -27,8 +27,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import gyroquant as gq
-from gyroquant import files, journal, pipeline
-from gyroquant.job import prepare
+from gyroquant.pipeline import run as pipeline
+from gyroquant.pipeline.job import prepare
+from gyroquant.system import files, journal
 
 SMALL = ["weights.group_size=16", "calibration.nsamples=8", "calibration.seqlen=32", "calibration.dtype=float32"]
 RECIPES = {
@@ -46,8 +47,8 @@ RECIPES = {
             "learn.sites=[R1]",
             "weights.tune.iters=4",
             "weights.tune.batch_size=2",
-            "finish.steps=4",
-            "finish.batch_size=2",
+            "finetune.steps=4",
+            "finetune.batch_size=2",
         ],
     ),
 }
@@ -55,7 +56,7 @@ _NAMING, _SAVE = (Path.replace, Path.rename), save_file
 _CONTEXT = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
 if hasattr(os, "fork"):
     # what takes seconds to import; this module itself, which lies beside tests, the server does not find
-    _CONTEXT.set_forkserver_preload(["gyroquant.pipeline", "transformers.models.llama.modeling_llama"])
+    _CONTEXT.set_forkserver_preload(["gyroquant.pipeline.run", "transformers.models.llama.modeling_llama"])
 MEASURED = ("seconds", "peak_memory_bytes")
 
 
@@ -142,7 +143,7 @@ class _Steps:
             (shutil, "rmtree"),
         ):
             setattr(owner, name, self._counted(getattr(owner, name), name in ("save_file", "_copy", "write_text")))
-        for module, steps in (("gyroquant.rounding.signround", 2), ("gyroquant.learning.finish", 1)):
+        for module, steps in (("gyroquant.rounding.steps.signround", 2), ("gyroquant.finetuning.scales", 1)):
             stage = importlib.import_module(module)
             assert hasattr(stage, "_CHECKPOINT")
             stage._CHECKPOINT = steps  # type: ignore[attr-defined]
@@ -172,7 +173,7 @@ def content(out: Path) -> dict[str, Any]:
     found: dict[str, Any] = {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
     manifest = json.loads(found.pop("gyroquant.json"))
     found.pop("SHA256SUMS", None)  # of the manifest, too
-    for place in (manifest, manifest.get("learned") or {}, manifest.get("finished") or {}):
+    for place in (manifest, manifest.get("learned") or {}, manifest.get("finetuned") or {}):
         for key in MEASURED:
             place.pop(key, None)
     return found | {"gyroquant.json": manifest}

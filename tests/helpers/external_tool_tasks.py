@@ -1,4 +1,4 @@
-"""What tests of opponents share: a task on a tiny model, and the interpreters of environments that are there."""
+"""What tests of external tools share: a task on a tiny model, and the interpreters of environments that are there."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ import os
 from pathlib import Path
 
 import pytest
-import tiny
+import tiny_models
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from gyroquant.opponents import Opponent, Size, Task
-from gyroquant.opponents.base import Outcome
+from gyroquant.benchmark.external_tools import ExternalTool, Size, Task
+from gyroquant.benchmark.external_tools.base import ToolResult
 
 LARGEST = 0.5  # error of logits: a tiny random model has 0.3 at 4 bits by any program, an unrelated one has 1.4
 _VARIABLE = "GYROQUANT_ENVIRONMENTS"
 
 
-def interpreter(opponent: type[Opponent]) -> Path:
-    """The interpreter of an opponent's environment below $GYROQUANT_ENVIRONMENTS; skips the test where it is not."""
+def interpreter(tool: type[ExternalTool]) -> Path:
+    """The interpreter of a tool's environment below $GYROQUANT_ENVIRONMENTS; skips the test where there is none."""
     place = os.environ.get(_VARIABLE)
     if not place:
-        pytest.skip(f"{_VARIABLE} names no folder with an environment of {opponent.name}")
-    python = Path(place) / opponent.name / "bin" / "python"
+        pytest.skip(f"{_VARIABLE} names no folder with an environment of {tool.name}")
+    python = Path(place) / tool.name / "bin" / "python"
     if not python.exists():
-        pytest.skip(f"there is no environment of {opponent.name} in {place}")
+        pytest.skip(f"there is no environment of {tool.name} in {place}")
     return python
 
 
@@ -38,9 +38,9 @@ def task(model: Path, out: Path, size: Size) -> Task:
     return Task(model, tokens, out, size)
 
 
-def error(outcome: Outcome, original: Path) -> float:
+def error(outcome: ToolResult, original: Path) -> float:
     """The relative error of the logits of what was deployed, against the original model."""
-    ids = tiny.tokens(opened(original))
+    ids = tiny_models.tokens(opened(original))
     with torch.no_grad():
         found, expected = (opened(path)(ids).logits for path in (outcome.dense, original))
     return float((found - expected).norm() / expected.norm())

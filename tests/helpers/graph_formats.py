@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import saving
+import saved_models
 import torch
 
 Build = Callable[[Any, Any], Any]
@@ -16,7 +16,7 @@ Build = Callable[[Any, Any], Any]
 
 def saved(model: Any, folder: Path, transform: dict[str, Any] | None = None, **weights: Any) -> Path:
     """The folder of a tiny model rounded to nearest, asymmetric."""
-    return saving.rounded(model, folder, transform, **{"symmetric": False} | weights).folder
+    return saved_models.rounded(model, folder, transform, **{"symmetric": False} | weights).folder
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -55,8 +55,8 @@ class OpenVinoGraphs(GraphFormat):
     def compute(self, build: Build, x: torch.Tensor) -> torch.Tensor:
         import openvino as ov
 
-        from gyroquant.export.openvino_ops import OpenVinoOperations
-        from gyroquant.runtimes.openvino import exact_settings
+        from gyroquant.formats.openvino.operations import OpenVinoOperations
+        from gyroquant.formats.openvino.runtime import exact_settings
 
         given = ov.opset13.parameter([*[-1] * (x.dim() - 1), x.shape[-1]], np.float32)
         made = ov.opset13.multiply(build(OpenVinoOperations(), given), np.float32(1))
@@ -67,7 +67,7 @@ class OpenVinoGraphs(GraphFormat):
     def padded(self, folder: Path, ids: torch.Tensor, mask: np.ndarray, positions: np.ndarray) -> torch.Tensor:
         import openvino as ov
 
-        from gyroquant.runtimes.openvino import exact_settings
+        from gyroquant.formats.openvino.runtime import exact_settings
 
         feed = {"input_ids": ids.numpy(), "attention_mask": mask, "position_ids": positions}
         feed["beam_idx"] = np.arange(len(ids), dtype=np.int32)
@@ -75,7 +75,7 @@ class OpenVinoGraphs(GraphFormat):
         return torch.from_numpy(request.create_infer_request().infer(feed)[0])
 
     def script(self, folder: Path, ids: torch.Tensor) -> str:
-        from gyroquant.runtimes.openvino import exact_settings
+        from gyroquant.formats.openvino.runtime import exact_settings
 
         return f"""
 import numpy as np, openvino as ov
@@ -103,9 +103,9 @@ class OnnxGraphs(GraphFormat):
         import onnxruntime as ort
         from onnx import TensorProto, helper
 
-        from gyroquant.export.onnx_decoder import OPSETS
-        from gyroquant.export.onnx_ops import OnnxOperations, Value
-        from gyroquant.runtimes.onnx import in_fp32
+        from gyroquant.formats.onnx.decoder import OPSETS
+        from gyroquant.formats.onnx.operations import OnnxOperations, Value
+        from gyroquant.formats.onnx.runtime import in_fp32
 
         ops = OnnxOperations()
         made = ops.add(build(ops, Value("x", x.dim())), ops.scalar(0.0))
@@ -120,7 +120,7 @@ class OnnxGraphs(GraphFormat):
         return torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
 
     def padded(self, folder: Path, ids: torch.Tensor, mask: np.ndarray, positions: np.ndarray) -> torch.Tensor:
-        from gyroquant.runtimes import OnnxRuntime
+        from gyroquant.formats.onnx.runtime import OnnxRuntime
 
         session = OnnxRuntime(folder, exact=True)._session
         feed = {"input_ids": ids.numpy(), "attention_mask": mask, "position_ids": positions}

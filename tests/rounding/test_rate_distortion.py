@@ -8,7 +8,6 @@ import tiny_models
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_solvers import problem
 
 import gyroquant as gq
 from gyroquant.grids import IntegerGrid
@@ -19,6 +18,7 @@ from gyroquant.rounding.base import output_energy
 from gyroquant.rounding.rate_distortion import least_bits, least_error, rate_distortion, spectrum
 from gyroquant.rounding.solvers.gptq import Gptq
 from gyroquant.rounding.solvers.rtn import RoundToNearest
+from gyroquant.testing.solvers import problem
 
 
 def falling(*values: float) -> torch.Tensor:

@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from test_solvers import GRIDS, problem
 
 import gyroquant as gq
 from gyroquant.errors import RecipeError
@@ -21,7 +20,9 @@ from gyroquant.rounding import SignRound, WeightBasis
 from gyroquant.rounding.solvers.gptq import Gptq
 from gyroquant.rounding.solvers.rtn import RoundToNearest
 from gyroquant.rounding.steps.tunable import TunableWeight
+from gyroquant.testing.solvers import grids, problem
 
+GRIDS = grids()
 SMALL = ["weights.group_size=16", "calibration.nsamples=16", "calibration.seqlen=32", "calibration.dtype=float32"]
 TUNE = "weights.tune={iters: 20, batch_size: 4}"
 

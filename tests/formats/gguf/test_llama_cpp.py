@@ -9,7 +9,7 @@ import pytest
 import saved_models
 import tiny_models
 import torch
-from test_gguf_tokenizer import ROWS, TEXTS, byte_level, pieces
+from tiny_tokenizers import ROWS, TEXTS, byte_level, pieces
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 

@@ -4,8 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_qronos import Problem
-from test_solvers import GRIDS, problem
+from paired_problem import Problem
 
 from gyroquant.errors import RecipeError
 from gyroquant.grids import Grid, QuantizedWeight
@@ -13,6 +12,9 @@ from gyroquant.recipes.schema import load_recipe
 from gyroquant.rounding import InputStatistics, Refine, output_error
 from gyroquant.rounding.solvers.gptq import Gptq
 from gyroquant.rounding.solvers.rtn import RoundToNearest
+from gyroquant.testing.solvers import grids, problem
+
+GRIDS = grids()
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)

@@ -250,7 +250,7 @@ TYPES = sorted(gguf_reading._DECODERS)
 def test_every_type_is_decoded(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gguf_reading, "_CHUNK", 600)  # two rows at once
     if number == 42:
-        pytest.skip("the package cannot write it: tests/export reads what was exported")
+        pytest.skip("the package cannot write it: the tests of the export read such a file")
     kind = Type(number)
     values = np.random.default_rng(0).normal(size=(3, 5, 256)).astype(np.float32)
     data = values if kind == Type.F32 else gguf_models.blocks(values, kind)

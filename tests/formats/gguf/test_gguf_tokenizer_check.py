@@ -10,7 +10,7 @@ import pytest
 import saved_models
 import tiny_models
 from gguf_reading import written
-from test_gguf_tokenizer import ROWS, byte_level, pieces
+from tiny_tokenizers import ROWS, byte_level, pieces
 from tokenizers import AddedToken
 
 from gyroquant.models.stores.packed import PackedStore

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_qronos import Problem
+from paired_problem import Problem
 
 from gyroquant.grids import IntegerGrid
 from gyroquant.rounding import InputStatistics

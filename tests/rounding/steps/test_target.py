@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
-from test_qronos import Problem
+from paired_problem import Problem
 
 import gyroquant as gq
 from gyroquant.errors import RecipeError

@@ -142,8 +142,8 @@ def evaluate(
     dtype: "float32" (default), "bfloat16" or "float16".
 
     Windows do not overlap, and each is predicted from its second token on. If the text has fewer windows than
-    requested, `windows` and `windows_asked` of the result differ. Raises InputError for texts and tokenizers that do not
-    fit.
+    requested, `windows` and `windows_asked` of the result differ. Raises InputError if the text or the tokenizer does
+    not fit.
     """
     started = time.perf_counter()
     if dtype not in DTYPES:

@@ -94,9 +94,7 @@ def _articles() -> Iterator[str]:
         raise AssetError("the text needs gensim: pip install 'gyroquant[demo]'") from error
     dump = Path(gensim.__file__).parent / "test" / "test_data" / DUMP
     if not dump.exists():
-        raise AssetError(
-            f"this gensim has no test data ({dump.name}); install gensim==4.4.0 from its wheel"
-        )
+        raise AssetError(f"this gensim has no test data ({dump.name}); install gensim==4.4.0 from its wheel")
     with bz2.open(_require(dump, DUMP_SHA256)) as file:
         for title, markup, _ in extract_pages(file, ("0",)):
             plain = filter_wiki(markup).replace("'''", "").replace("''", "")

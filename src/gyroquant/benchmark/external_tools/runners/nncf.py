@@ -173,9 +173,7 @@ def main() -> None:
     }
     if set(weights) != set(linears):
         different = sorted(set(weights) ^ set(linears))
-        raise SystemExit(
-            f"NNCF rounded {len(weights)} layers, the blocks have {len(linears)}; {different[0]} differs"
-        )
+        raise SystemExit(f"NNCF rounded {len(weights)} layers, the blocks have {len(linears)}; {different[0]} differs")
     for name, (weight, _) in weights.items():
         linears[name].weight.data = torch.from_numpy(weight).view_as(linears[name].weight).float().contiguous()
     model.save_pretrained(given.dense)

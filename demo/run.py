@@ -1,9 +1,9 @@
-"""The main job on a real model: SmolLM2-135M-Instruct at 2 bits by RTN, by GPTQ, and by GSR with GPTQ.
+"""Quantizes a real model, SmolLM2-135M-Instruct, to 2 bits with RTN, with GPTQ, and with GSR and GPTQ.
 
     make demo
 
-Each result is proved, rounded, saved, loaded back, measured on Wikipedia articles that it was not calibrated on, and
-asked to write a sentence.
+Each result is proved, rounded, saved, loaded and measured on Wikipedia articles that are not in the calibration text.
+Then it writes a sentence.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ LOG = Console(stderr=True)
 
 
 def write(folder: str | Path, **options: Any) -> str:
-    """What a model writes after the prompt, greedily."""
+    """The text that a model writes after the prompt, with greedy decoding."""
     loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
     ids = tokenizer(PROMPT, return_tensors="pt")
@@ -43,24 +43,24 @@ def write(folder: str | Path, **options: Any) -> str:
 
 
 def main() -> None:
-    """Runs the demo and prints its table; the same as JSON in the folder with the results."""
+    """Runs the demo, prints its table, and writes the same as JSON to the folder of the results."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     started = time.perf_counter()
     original, (calibration, validation) = model(), texts()
-    out, stages = cache() / "demo", ConsoleProgress()
+    out, progress = cache() / "demo", ConsoleProgress()
     LOG.print(f"model {original}\ntext  {calibration}\n", highlight=False)
     rows: list[dict[str, Any]] = []
     for name, recipe in RECIPES.items():
-        place = out / name.replace(" + ", "-").lower()
+        folder = out / name.replace(" + ", "-").lower()
         LOG.print(
-            f"gyroquant quantize {original.name} {place} --recipe {recipe} --nsamples 64 --text {calibration.name}"
+            f"gyroquant quantize {original.name} {folder} --recipe {recipe} --nsamples 64 --text {calibration.name}"
         )
         loaded = gq.load_recipe(recipe, CALIBRATION)
-        manifest = pipeline.run(prepare(original, place, loaded, calibration, overwrite=True), stages)
-        measured = gq.evaluate(place, validation, original, preset="bbt", progress=stages)
-        rows.append({"name": name, "manifest": manifest, "measured": measured, "writes": write(place)})
-    reference = gq.evaluate(original, validation, preset="bbt", progress=stages)
+        manifest = pipeline.run(prepare(original, folder, loaded, calibration, overwrite=True), progress)
+        measured = gq.evaluate(folder, validation, original, preset="bbt", progress=progress)
+        rows.append({"name": name, "manifest": manifest, "measured": measured, "writes": write(folder)})
+    reference = gq.evaluate(original, validation, preset="bbt", progress=progress)
     cells = [("original", "", "16", f"{reference['perplexity']:.2f}", "", "", "")]
     cells += [_cells(row) for row in rows]
     header = ("W2 g64", "proof", "true bits", "perplexity", "95 %", "KL", "time")
@@ -70,8 +70,8 @@ def main() -> None:
     for name, sentence in sentences.items():
         show(f"{name:>10}: {PROMPT} {sentence}")
     show(
-        "proof: relative logit error of the folded model before rounding (fp32). true bits: everything stored for a "
-        "rounded weight. At 2 bits a model of this size is far from its original, whatever the method (docs/results)."
+        "proof: relative logit error of the folded model before rounding (fp32). true bits: all stored bits "
+        "per rounded weight. At 2 bits, a model of this size is far from its original with every method (docs/results)."
     )
     (out / "demo.json").write_text(json.dumps({"original": reference, "rows": rows}, indent=1))
     LOG.print(f"{duration(time.perf_counter() - started)}; the models are in {out}", highlight=False)

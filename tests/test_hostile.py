@@ -413,7 +413,7 @@ def test_devices_and_dtypes_and_folders_that_are_not_there(copy: Path, tmp_path:
     refused(copy, tmp_path / "out", "the device 'cuda:99' cannot be used", device="cuda:99")
     refused(copy, tmp_path / "out", "not a writable folder", offload=copy / CONFIG / "x")
     refused(copy, tmp_path / "out", "dtype 'int3' is not supported for saving", save_dtype="int3")
-    with pytest.raises(InputError, match="no dtype 'int3'"):
+    with pytest.raises(InputError, match="dtype 'int3' is not supported for evaluation; use float32, "):
         gq.evaluate(copy, ["w1"], dtype="int3")
     with pytest.raises(InputError, match="a window of -5 tokens"):
         gq.evaluate(copy, ["w1"], window=-5)

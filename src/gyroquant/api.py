@@ -1,4 +1,4 @@
-"""What Python users call; the command line calls the same functions."""
+"""The functions for Python users. The command line calls the same functions."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ def quantize(
         the recipe's `calibration.text`.
     out: a folder that does not exist yet. By default nothing is kept on disk.
     tokenizer: by default the model's own.
-    add_bos: whether calibration windows begin with BOS. By default as the recipe says (`calibration.add_bos`).
-    options: how the run goes and what it writes, see `OutputOptions`. Its fields are also accepted as keywords of this
-        function, for one release and with a FutureWarning.
+    add_bos: whether calibration windows begin with BOS. By default the recipe's `calibration.add_bos`.
+    options: settings of the run and of its output, see `OutputOptions`. Its fields are also accepted as keywords of
+        this function, for one release and with a FutureWarning.
 
-    The manifest is the attribute `gyroquant_manifest` of the result. A run into `out` that was interrupted is
-    continued, unless `options.fresh`. Raises a GyroquantError before any work for whatever cannot be done.
+    The attribute `gyroquant_manifest` of the result is the manifest. If an earlier run into `out` was interrupted, this
+    one continues it, unless `options.fresh`. Raises a GyroquantError before any work if the job cannot be done.
     """
     for name in old_options:
         if name in {field.name for field in fields(OutputOptions)}:
@@ -86,12 +86,12 @@ def load(
 ) -> PreTrainedModel:
     """Loads a saved model for transformers, online maps included, ready to generate.
 
-    The weights are compared with the folder's checksums, if it has any, unless `check` is False. Raises InputError when
-    the folder holds no model, or a damaged one.
+    If the folder has checksums, the weights are compared with them, unless `check` is False. Raises InputError if the
+    folder has no model, or a damaged one.
     """
     folder = Path(folder)
     if not (folder / "config.json").exists():
-        raise InputError(f"{folder} holds no saved model (it has no config.json)")
+        raise InputError(f"{folder} is not a saved model: it has no config.json")
     with contextlib.nullcontext() if check else unchecked():
         check_files(folder, sorted(path.name for path in folder.glob("*.safetensors")))
         return _load(folder, dtype, device)
@@ -99,19 +99,19 @@ def load(
 
 def _load(folder: Path, dtype: str | torch.dtype, device: str) -> PreTrainedModel:
     config = load_config(folder, [tensor.shape for tensor in safetensors_index(folder).values()])
-    described = getattr(config, "quantization_config", None) or {}
-    ours = open_model(folder) if described.get("quant_method") == METHOD else None
+    quantization = getattr(config, "quantization_config", None) or {}
+    ours = open_model(folder) if quantization.get("quant_method") == METHOD else None
     safe: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
     try:
-        _ = None if ours is None else ours.online  # checked from the headers, before anything is decoded
+        _ = None if ours is None else ours.online  # checks the online maps from the headers, before anything is decoded
         return auto_class(config).from_pretrained(folder, dtype=dtype, **safe).to(device).eval()
     except GyroquantError:
         raise
     except (OSError, RuntimeError, TypeError, ValueError) as error:
         if ours is not None:
             for name in ours.shapes:
-                ours.read([name])  # names the one that cannot be decoded
-        raise InputError(f"transformers does not open {folder}: {error}") from error
+                ours.read([name])  # raises an error with the name of a weight that cannot be decoded
+        raise InputError(f"transformers cannot open {folder}: {error}") from error
 
 
 @renamed(max_windows="windows")
@@ -129,32 +129,35 @@ def evaluate(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Perplexity of a model on a text and, with `against`, its KL divergence from and agreement with another.
+    """Measures a model on a text: perplexity and, with `against`, KL divergence and agreement with the original.
 
     model: a name on the hub, a folder, a GGUF file or a transformers model.
     text: the text to measure on: a file, a list of strings or a dataset. Default "wikitext2".
-    against: the original, for divergence and agreement. Default None: perplexity alone.
+    against: the original, for divergence and agreement. Default None: only perplexity is measured.
     preset: "standard" (default; all windows of 2048 tokens) or "bbt" (8 windows of 1024).
     window: tokens in a window. By default the preset's.
     windows: at most this many windows. By default the preset's number.
-    add_bos: begin each window as the tokenizer begins a text. Default True. No prediction of these tokens counts; `bos`
-        of the result names them.
+    add_bos: whether every window begins with the tokenizer's BOS tokens. Default True. Predictions of these tokens do
+        not count. `bos` of the result names them.
     dtype: "float32" (default), "bfloat16" or "float16".
 
-    Windows do not overlap, and each is predicted from its second token on. When the text has fewer windows than asked
-    for, `windows` and `windows_asked` of the result differ. Raises InputError for texts and tokenizers that do not fit.
+    Windows do not overlap, and each is predicted from its second token on. If the text has fewer windows than
+    requested, `windows` and `windows_asked` of the result differ. Raises InputError if the text or the tokenizer does
+    not fit.
     """
     started = time.perf_counter()
     if dtype not in DTYPES:
-        raise InputError(f"there is no dtype {dtype!r} to evaluate in; there are {', '.join(DTYPES)}")
+        names = list(DTYPES)
+        usable = f"{', '.join(names[:-1])} or {names[-1]}"
+        raise InputError(f"dtype {dtype!r} is not supported for evaluation; use {usable}")
     length, count = cut(preset, window, windows)
     store = open_model(model)
     other = None if against is None else open_model(against)
     progress = progress or Progress()
-    for opened in (store, other):
-        if opened is not None:
-            compare_store(opened, progress)
-            for note in opened.notes:
+    for model_store in (store, other):
+        if model_store is not None:
+            compare_store(model_store, progress)
+            for note in model_store.notes:
                 progress.warn(note)
     source = load_text(text, split="test")
     tokenizer = tokenizer or store.tokenizer()

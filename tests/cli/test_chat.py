@@ -67,5 +67,5 @@ def test_the_command(out: Path, tmp_path: Path) -> None:
     assert once.exit_code == typed.exit_code == 0
     assert once.stdout.strip() in typed.stdout
     assert len(once.stdout.split()) >= 1
-    with pytest.raises(InputError, match="holds no model"):
+    with pytest.raises(InputError, match=r"is not a model: it has no config\.json"):
         Chat(tmp_path)

@@ -126,11 +126,11 @@ def kept(error: Exception) -> Exception:
     ("error", "message", "status"),
     [
         (MemoryError(), "use fewer or shorter samples", 1),
-        (OSError(28, "No space left on device", "/x/y"), "No space left on device: /x/y; nothing was left behind", 1),
-        (ZeroDivisionError("oops"), "This is a bug; run again with --debug to see where; nothing was left behind", 1),
-        (kept(ZeroDivisionError("oops")), "see where; the same command goes on from there (what is done is kept in", 1),
+        (OSError(28, "No space left on device", "/x/y"), "No space left on device: /x/y; no files were left", 1),
+        (ZeroDivisionError("oops"), "This is a bug; run again with --debug to see where; no files were left", 1),
+        (kept(ZeroDivisionError("oops")), "see where; run the same command again to continue (finished work is in", 1),
         (lacking(), "gyroquant: out of memory; use fewer or shorter samples", 1),
-        (kept(lacking()), "--offload DIR; the same command goes on from there", 1),
+        (kept(lacking()), "--offload DIR; run the same command again to continue", 1),
         (RuntimeError("shapes differ"), "This is a bug", 1),
         (KeyboardInterrupt(), "interrupted", 130),
     ],
@@ -149,10 +149,10 @@ def test_every_kind_of_failure_is_told_in_plain_words(
 @pytest.mark.parametrize(
     ("error", "message", "status"),
     [
-        (OSError(28, "No space left on device"), "No space left on device; {out} is complete, and `{command}` goes", 1),
-        (gq.InputError("no such program"), "no such program; {out} is complete, and `{command}` goes on from there", 1),
-        (ZeroDivisionError(), "to see where; {out} is complete, and `{command}` goes on from there", 1),
-        (KeyboardInterrupt(), "interrupted; {out} is complete, and `{command}` goes on from there", 130),
+        (OSError(28, "No space left on device"), "No space left on device; {out} is complete; run `{command}` to", 1),
+        (gq.InputError("no such program"), "no such program; {out} is complete; run `{command}` to export it", 1),
+        (ZeroDivisionError(), "to see where; {out} is complete; run `{command}` to export it", 1),
+        (KeyboardInterrupt(), "interrupted; {out} is complete; run `{command}` to export it", 130),
     ],
 )
 def test_an_export_that_fails_leaves_what_it_was_made_from(
@@ -174,7 +174,7 @@ def test_an_export_that_fails_leaves_what_it_was_made_from(
     shown = capfd.readouterr().err
     command = shlex.join(["gyroquant", "export", str(out), str(out / "dense"), "--format", "dense"])
     assert message.format(out=out, command=command) in shown
-    assert "nothing was left" not in shown
+    assert "no files were left" not in shown
     assert (out / "gyroquant.json").exists()
     assert not (out / "dense").exists()
 
@@ -193,7 +193,7 @@ def test_a_folder_that_wants_its_export_alone_is_not_made_again(
     assert inside(monkeypatch, *command) == 1
     shown = capfd.readouterr().err
     told = shlex.join(["gyroquant", *map(str, again)])
-    assert f"is complete, but for its export: `{told}` makes that" in shown
+    assert f"is complete, except for its export; run `{told}` to export it" in shown
     assert "--overwrite" in shown
     assert inside(monkeypatch, *command[:-2]) == 1  # which wants no export
     assert "is not empty; choose another name" in capfd.readouterr().err
@@ -264,7 +264,7 @@ def test_interrupting_leaves_what_the_same_command_goes_on_from(
         assert process.returncode == 130, messages
         assert "interrupted" in messages
         assert [path.name for path in tmp_path.iterdir()] == [".out.journal"]
-        assert "the same command goes on" in messages
+        assert "run the same command again to continue" in messages
         assert subprocess.run(command, stderr=subprocess.DEVNULL, env=environment).returncode == 0
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -278,7 +278,7 @@ def test_inspect_shows_how_far_rounded_layers_are_from_the_limit(
     capfd.readouterr()
     assert inside(monkeypatch, "inspect", out) == 0
     shown = capfd.readouterr().out
-    for text in ("above the limit", "in bits", "dB"):
+    for text in ("above the rate-distortion bound", "in bits", "dB"):
         assert text in shown
     assert inside(monkeypatch, "inspect", out, "--json") == 0
     layers = json.loads(capfd.readouterr().out)["layers"]
@@ -294,7 +294,7 @@ def test_inspect_and_recipes(
 ) -> None:
     assert inside(monkeypatch, "inspect", folders["gemma2"], "--text", corpus, "--recipe", "rtn", *SMALL) == 0
     shown = capfd.readouterr().out
-    for text in ("gemma2", "kurtosis", "rtn will take about", "peak memory"):
+    for text in ("gemma2", "kurtosis", "estimate for rtn", "peak memory"):
         assert text in shown
     assert inside(monkeypatch, "inspect", folders["gemma2"], "--json") == 0
     assert "cannot pass it" in json.loads(capfd.readouterr().out)["recipes"]["gsr"]

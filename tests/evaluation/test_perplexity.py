@@ -108,7 +108,7 @@ def test_fewer_windows_than_asked_for_are_told(corpus: Path, folders: dict[str, 
     assert (found["windows"], found["windows_asked"], found["tokens"], found["text"]["tokens"]) == (3, 9, 96, 100)
     console = Console(record=True, width=160)
     console.print(*evaluated(found))
-    assert "96 of 100 in 3 windows of 32 (of 9 asked for: the text has no more)" in console.export_text()
+    assert "96 of 100 in 3 windows of 32 (9 requested; the text has no more)" in console.export_text()
 
 
 def test_presets_and_overrides(corpus: Path, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

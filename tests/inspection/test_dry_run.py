@@ -57,7 +57,7 @@ def test_a_dry_run_says_what_quantizing_takes(folders: dict[str, Path], corpus: 
     asked += ["--text", str(corpus), "--nsamples", "8", "--seqlen", "32"]
     done = CliRunner().invoke(app, asked, catch_exceptions=False)
     assert done.exit_code == 0
-    for word in ("prove", "quantize", "save", "all of it", "size of the result", "beside it while it runs"):
+    for word in ("prove", "quantize", "save", "whole run", "size of the result", "more during the run"):
         assert word in done.stdout
     assert "sites" not in done.stdout
     found = json.loads(CliRunner().invoke(app, [*asked, "--json"], catch_exceptions=False).stdout)

@@ -301,5 +301,5 @@ def test_an_interrupted_command_says_that_it_goes_on(folders: dict[str, Path], c
     process.send_signal(signal.SIGINT)
     _, messages = process.communicate(timeout=60)
     assert process.returncode == 130, messages
-    assert "interrupted; the same command goes on from there" in messages
+    assert "interrupted; run the same command again to continue" in messages
     assert [path.name for path in tmp_path.iterdir()] == [".out.journal"]

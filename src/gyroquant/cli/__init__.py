@@ -1,6 +1,6 @@
-"""The command line. Each command is one call of a public function; results on stdout, bars and messages on stderr.
+"""The command line. Each command calls one public function. Results go to stdout, progress and messages to stderr.
 
-This module imports neither torch nor transformers; the modules of the commands do (see `lazy`).
+This module does not import torch or transformers. The modules of the commands do (see `lazy`).
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ def _common(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """What comes before a command."""
+    """The options before a command."""
 
 
 _INTERRUPTED = 130
-_WANT_OF_MEMORY = re.compile(r"DefaultCPUAllocator|[Cc]annot allocate memory|out of memory")  # as torch tells of it
+_OUT_OF_MEMORY = re.compile(r"DefaultCPUAllocator|[Cc]annot allocate memory|out of memory")  # messages of torch
 
 
 def _fail(text: str, status: int) -> None:
@@ -58,7 +58,7 @@ def _fail(text: str, status: int) -> None:
 
 @contextmanager
 def shown_warnings() -> Iterator[None]:
-    """Shows each RenamedWarning as one line on stderr, `warning: ...`; other warnings as Python does."""
+    """Shows each RenamedWarning as one line on stderr, `warning: ...`. Python shows all other warnings as usual."""
     with warnings.catch_warnings():
         usual = warnings.showwarning
 
@@ -73,7 +73,7 @@ def shown_warnings() -> Iterator[None]:
 
 
 def main() -> None:
-    """Runs the command line; exit status 0 only on success, errors on stderr without a traceback unless --debug."""
+    """Runs the command line. The exit status is 0 only on success. Errors go to stderr, with a traceback if --debug."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     debug = "--debug" in sys.argv
     stopped = False
@@ -88,43 +88,44 @@ def main() -> None:
     try:
         with shown_warnings():
             app(prog_name="gyroquant")
-    except SystemExit as done:
-        if done.code == _INTERRUPTED:  # typer turns Ctrl-C into this status
-            print(f"gyroquant: interrupted; {_left(done)}", file=sys.stderr)
+    except SystemExit as exit_:
+        if exit_.code == _INTERRUPTED:  # typer turns Ctrl-C into this status
+            print(f"gyroquant: interrupted; {_what_remains(exit_)}", file=sys.stderr)
         raise
     except Exception as error:
         if debug:
             traceback.print_exc()
-        if stopped:  # compiled code may put an error of its own in place of the interruption
-            _fail(f"interrupted; {_left(error)}", _INTERRUPTED)
+        if stopped:  # compiled code may raise an error of its own instead of KeyboardInterrupt
+            _fail(f"interrupted; {_what_remains(error)}", _INTERRUPTED)
         _fail(_message(error), 1)
 
 
-def _left(error: BaseException | None) -> str:
-    """What an error has left on the disk: what it says itself, the journal of a run that can go on, or nothing."""
+def _what_remains(error: BaseException | None) -> str:
+    """States what is on the disk after an error: `left` of the error, or the journal `kept` by a run, or no files."""
     while error is not None:
         left = getattr(error, "left", None)
         if left is not None:
             return str(left)
         kept = getattr(error, "kept", None)
         if kept is not None:
-            return f"the same command goes on from there (what is done is kept in {kept})"
+            return f"run the same command again to continue (finished work is in {kept})"
         error = error.__cause__ or error.__context__
-    return "nothing was left behind"
+    return "no files were left"
 
 
 def _message(error: Exception) -> str:
-    """What to tell the user about an error, in a line."""
+    """The message about an error, for the user."""
     if isinstance(error, GyroquantError):
-        return f"{error}; {_left(error)}" if hasattr(error, "left") else str(error)
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _WANT_OF_MEMORY.search(str(error))):
-        return f"out of memory; use fewer or shorter samples (--nsamples, --seqlen) or --offload DIR; {_left(error)}"
+        return f"{error}; {_what_remains(error)}" if hasattr(error, "left") else str(error)
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error))):
+        remedy = "use fewer or shorter samples (--nsamples, --seqlen) or --offload DIR"
+        return f"out of memory; {remedy}; {_what_remains(error)}"
     if isinstance(error, OSError):
         place = f": {error.filename}" if error.filename else ""
-        return f"{error.strerror or error}{place}; {_left(error)}"
+        return f"{error.strerror or error}{place}; {_what_remains(error)}"
     return (
         f"unexpected {type(error).__name__}: {error}\n"
-        f"This is a bug; run again with --debug to see where; {_left(error)}"
+        f"This is a bug; run again with --debug to see where; {_what_remains(error)}"
     )
 
 

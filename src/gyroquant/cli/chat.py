@@ -1,4 +1,4 @@
-"""The command for a first look."""
+"""`gyroquant chat`: a conversation with a model."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from gyroquant.cli.common import Debug
 
 def chat(
     folder: Annotated[Path, typer.Argument(metavar="OUT|DEST", help="A folder that gyroquant wrote, or an export.")],
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Ask this and leave.")] = None,
-    tokens: Annotated[int, typer.Option(help="At most this many tokens an answer.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of what is drawn where the temperature is not 0.")] = 0,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Answer this prompt, then exit.")] = None,
+    tokens: Annotated[int, typer.Option(help="Maximal number of tokens per answer.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 always takes the most likely token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
     debug: Debug = False,
 ) -> None:
-    """Talk to a model, through whichever program runs its folder. An empty line or Ctrl-D ends it."""
-    talk = Chat(folder, temperature, seed)
+    """Chat with a model, in the program that runs its folder. An empty line or Ctrl-D ends the chat."""
+    conversation = Chat(folder, temperature, seed)
     while True:
-        asked = prompt
-        if asked is None:
+        text = prompt
+        if text is None:
             try:
-                asked = input("> ").strip()
+                text = input("> ").strip()
             except EOFError:
-                asked = ""
-        if not asked:
+                text = ""
+        if not text:
             return
-        for piece in talk.ask(asked, tokens):
+        for piece in conversation.ask(text, tokens):
             print(piece, end="", flush=True)
         print()
         if prompt is not None:

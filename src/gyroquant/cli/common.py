@@ -1,4 +1,4 @@
-"""What the commands share."""
+"""Options and functions of several commands."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ Changes = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe, e.g. weights.bits=2.")
 ]
 Effort = Annotated[
-    str | None, typer.Option("--effort", help="light, default or best, of recipes that have them (gyro-w2 and so on).")
+    str | None,
+    typer.Option("--effort", help="light, default or best, for recipes with efforts (gyro-w2, ...)."),
 ]
 TextSource = Annotated[
     str | None,
     typer.Option(
-        "--text", help="A text, .jsonl, .json or .parquet file, wikitext2, c4, pile-10k or name:split:column."
+        "--text", help="A text, .jsonl, .json or .parquet file, wikitext2, c4, pile-10k, or name:split:column."
     ),
 ]
 NoBos = Annotated[
-    bool, typer.Option("--no-bos", help="Do not begin every window of text as the tokenizer begins a text (BOS).")
+    bool, typer.Option("--no-bos", help="Do not begin every window of text with the tokenizer's BOS tokens.")
 ]
-Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, ...")]
+Device = Annotated[str, typer.Option(help="The device to compute on: cpu, cuda, ...")]
 
 
 def changes(
     given: list[str] | None, nsamples: int | None, seqlen: int | None, seed: int | None, no_bos: bool = False
 ) -> list[str]:
-    """The changes of a recipe that --set asks for, and then --nsamples, --seqlen, --seed and --no-bos."""
+    """The changes of a recipe by --set, followed by those of --nsamples, --seqlen, --seed and --no-bos."""
     result = list(given or ())
     if nsamples is not None:
         result.append(f"calibration.nsamples={nsamples}")
@@ -46,11 +47,11 @@ def changes(
 
 
 def quiet_transformers() -> None:
-    """Has transformers print errors alone, and no bars."""
+    """Makes transformers print errors only, and no progress bars."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
 
 def print_json(data: Any) -> None:
-    """A result as JSON on stdout."""
+    """Prints a result as JSON to stdout."""
     print(json.dumps(data, indent=2, ensure_ascii=False))

@@ -1,4 +1,4 @@
-"""`gyroquant compare`: methods and external tools head to head."""
+"""`gyroquant compare`: compares recipes and external tools on one model."""
 
 from __future__ import annotations
 
@@ -17,29 +17,31 @@ from gyroquant.report import console
 from gyroquant.system.deprecation import warn_renamed
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a GGUF file, or a name on the hub.")]
-Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder of results; what is there is not run again.")]
-Recipes = Annotated[str, typer.Option(help="Recipes, with commas; rtn, gptq and gptq-act-order are always there.")]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder of results; runs in it are not repeated.")]
+Recipes = Annotated[str, typer.Option(help="Recipes, with commas; rtn, gptq and gptq-act-order are always added.")]
 Calibration = Annotated[str, typer.Option("--text", help="The text to calibrate on.")]
-Tests = Annotated[list[str] | None, typer.Option(help="A text to measure on; may be given more than once.")]
+Tests = Annotated[list[str] | None, typer.Option(help="A text to measure on; repeat for several.")]
 Presets = Annotated[list[str] | None, typer.Option(help="bbt (8 windows of 1024), standard (all, of 2048).")]
-Window = Annotated[int | None, typer.Option(help="Tokens in a window to measure on, instead of a preset.")]
+Window = Annotated[int | None, typer.Option(help="Tokens in an evaluation window, instead of a preset.")]
 Windows = Annotated[int | None, typer.Option(help="At most this many windows of that length.")]
 ExternalTools = Annotated[
-    str | None, typer.Option(help="External tools, with commas, such as auto-round,nncf,llama.cpp:Q2_K.")
+    str | None, typer.Option(help="External tools, separated by commas, such as auto-round,nncf,llama.cpp:Q2_K.")
 ]
 Opponents = Annotated[str | None, typer.Option(hidden=True)]
-Tasks = Annotated[str | None, typer.Option(help="Zero-shot tasks of lm-evaluation-harness, with commas.")]
+Tasks = Annotated[str | None, typer.Option(help="Zero-shot tasks of lm-evaluation-harness, separated by commas.")]
 Changes = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change every recipe, not its bits or seeds.")
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change every recipe, except for bits and seeds.")
 ]
-Keep = Annotated[bool, typer.Option("--keep-activations", help="Round activations and KV cache where a recipe does.")]
+Keep = Annotated[bool, typer.Option("--keep-activations", help="Round activations and KV cache if the recipe does.")]
 Budget = Annotated[
-    str | None, typer.Option(help="Time for all runs, such as 2h: start none that would not end by then.")
+    str | None, typer.Option(help="Time for all runs, such as 2h. Runs that would take longer are not started.")
 ]
-Ray = Annotated[str | None, typer.Option(metavar="ADDRESS", help="Run on a Ray cluster; local starts one.")]
-Places = Annotated[Path | None, typer.Option(help="The folder of the external tools' environments.")]
-Make = Annotated[bool, typer.Option("--make-environments", help="Install external tools that are missing there.")]
-Merge = Annotated[list[Path] | None, typer.Option(help="Take over the results of another OUT.")]
+Ray = Annotated[str | None, typer.Option(metavar="ADDRESS", help="Run on a Ray cluster; `local` starts one.")]
+Environments = Annotated[Path | None, typer.Option(help="The folder of the external tools' environments.")]
+MakeEnvironments = Annotated[
+    bool, typer.Option("--make-environments", help="Install external tools that are missing there.")
+]
+Merge = Annotated[list[Path] | None, typer.Option(help="Add the results of another OUT; repeat for several.")]
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "": 1}
 
@@ -52,17 +54,17 @@ def _numbers(text: str, option: str) -> list[int]:
     try:
         return [int(word) for word in _names(text)]
     except ValueError as error:
-        raise InputError(f"{option} takes numbers with commas between them, such as 2,3,4, not {text!r}") from error
+        raise InputError(f"{option} takes numbers, separated by commas, such as 2,3,4, not {text!r}") from error
 
 
 def _seconds(text: str | None) -> float | None:
-    """Seconds of a text such as 90s, 45m, 2h or 1.5d."""
+    """The seconds of a time such as 90s, 45m, 2h or 1.5d."""
     if text is None:
         return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd]?)", text.strip())
-    if not found:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd]?)", text.strip())
+    if not match:
         raise InputError(f"--budget takes a time such as 45m or 2h, not {text!r}")
-    return float(found[1]) * _UNITS[found[2]]
+    return float(match[1]) * _UNITS[match[2]]
 
 
 def compare(
@@ -76,30 +78,30 @@ def compare(
     windows: Windows = None,
     external_tools: ExternalTools = None,
     opponents: Opponents = None,
-    bits: Annotated[str, typer.Option(help="Numbers of bits.")] = "2,3,4",
-    group_size: Annotated[str, typer.Option(help="Group sizes; -1 is a whole row.")] = "64",
+    bits: Annotated[str, typer.Option(help="Numbers of bits, separated by commas.")] = "2,3,4",
+    group_size: Annotated[str, typer.Option(help="Group sizes, separated by commas; -1 is a whole row.")] = "64",
     symmetric: Annotated[bool, typer.Option("--symmetric", help="Grids without zero points.")] = False,
-    seeds: Annotated[int, typer.Option(help="Seeds of random rotations and calibration windows.")] = 1,
-    nsamples: Annotated[int, typer.Option(help="Windows of text to calibrate on.")] = 64,
+    seeds: Annotated[int, typer.Option(help="Number of seeds, for random rotations and calibration windows.")] = 1,
+    nsamples: Annotated[int, typer.Option(help="Number of calibration windows.")] = 64,
     seqlen: Annotated[int, typer.Option(help="Tokens in each window.")] = 512,
     tasks: Tasks = None,
-    task_limit: Annotated[int | None, typer.Option(help="At most this many questions of each.")] = None,
-    effort: Annotated[str | None, typer.Option(help="light or best, of recipes that have them.")] = None,
+    task_limit: Annotated[int | None, typer.Option(help="At most this many questions per task.")] = None,
+    effort: Annotated[str | None, typer.Option(help="light or best, for recipes that have efforts.")] = None,
     change: Changes = None,
     keep_activations: Keep = False,
     no_bos: NoBos = False,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16, of what is measured.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="dtype of evaluation: float32, bfloat16 or float16.")] = "float32",
     budget: Budget = None,
-    workers: Annotated[int | None, typer.Option(help="Runs at once, as far as memory has room.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads of each.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Number of runs in parallel; fewer if memory is short.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads per run.")] = None,
     ray: Ray = None,
-    environments: Places = None,
-    make_environments: Make = False,
+    environments: Environments = None,
+    make_environments: MakeEnvironments = False,
     merge: Merge = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Run methods head to head on one model and say which to use; the page is OUT/index.html."""
+    """Compare methods on one model and state which one to use; the page is OUT/index.html."""
     if opponents is not None:
         warn_renamed("--opponents", "--external-tools")
     grid = {
@@ -117,9 +119,9 @@ def compare(
         "keep_activations": keep_activations,
         "add_bos": not no_bos,
     }
-    where = {"environments": environments, "make_environments": make_environments, "merge": merge or ()}
-    how: dict[str, Any] = {"presets": preset or ["bbt"], "window": window, "windows": windows, "dtype": dtype}
-    limits, stages = Limits(_seconds(budget), workers, threads, ray), console.ConsoleProgress()
-    how |= where | grid | {"limits": limits, "progress": stages}
-    comparison = run_comparison(model, _names(recipes), out, text, test or ["wikitext2"], **how)
+    folders = {"environments": environments, "make_environments": make_environments, "merge": merge or ()}
+    options: dict[str, Any] = {"presets": preset or ["bbt"], "window": window, "windows": windows, "dtype": dtype}
+    limits, progress = Limits(_seconds(budget), workers, threads, ray), console.ConsoleProgress()
+    options |= folders | grid | {"limits": limits, "progress": progress}
+    comparison = run_comparison(model, _names(recipes), out, text, test or ["wikitext2"], **options)
     print_json(comparison) if as_json else console.show(*compared(comparison, str(out)))

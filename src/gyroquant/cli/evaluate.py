@@ -1,4 +1,4 @@
-"""`gyroquant evaluate`: how good a model is on a text."""
+"""`gyroquant evaluate`: measures a model on a text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`gyroquant fuzz`: every method at every site of a tiny model of an architecture."""
+"""`gyroquant fuzz`: proves every method at every site of a tiny model."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ def fuzz(
     target: Annotated[
         str | None, typer.Argument(metavar="MODEL", help="A model type, a class name, or a folder with a config.json.")
     ] = None,
-    every: Annotated[bool, typer.Option("--all", help="Every causal language model that transformers has.")] = False,
-    methods: Annotated[list[str] | None, typer.Option("--method", help="Only these methods.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Every causal language model of transformers.")] = False,
+    methods: Annotated[list[str] | None, typer.Option("--method", help="Only this method; repeat for several.")] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Build a tiny random model of an architecture and prove every site with every method."""
     if every == (target is not None):
-        raise InputError("give one MODEL, such as qwen3, or --all")
+        raise InputError("give either one MODEL, such as qwen3, or --all")
     reports = []
     for name in causal_model_types() if every else [target]:
         try:

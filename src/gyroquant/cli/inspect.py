@@ -1,4 +1,4 @@
-"""`gyroquant inspect`: what a model is, and what a recipe will take."""
+"""`gyroquant inspect`: the structure of a model, and the time and memory that a recipe needs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gyroquant.report import console, summaries
 def inspect(
     model: Model,
     recipe: Annotated[
-        str | None, typer.Option("--recipe", "-r", help="Predict memory and time of this recipe.")
+        str | None, typer.Option("--recipe", "-r", help="Estimate memory and time of this recipe.")
     ] = None,
     effort: Effort = None,
     change: Changes = None,
@@ -24,14 +24,15 @@ def inspect(
     seqlen: Annotated[int | None, typer.Option(help="Tokens in each window.")] = None,
     no_bos: NoBos = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only what the recipe takes: memory of every stage, disk and time.")
+        bool,
+        typer.Option("--dry-run", help="Show only the memory and time of every stage, and disk space."),
     ] = False,
     offload: Annotated[Path | None, typer.Option(help="As for quantize.")] = None,
     device: Device = "cpu",
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Show a model's sites, which recipes fit it, where its outliers are, and what a recipe will take."""
+    """Show the sites of a model, its outliers, the recipes that fit it, and the time and memory of a recipe."""
     result = inspect_model(
         model,
         recipe,

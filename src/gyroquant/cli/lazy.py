@@ -1,4 +1,4 @@
-"""The commands by name. The module of a command, and with it torch and transformers, is imported when it runs."""
+"""The commands by name. The module of a command, which imports torch and transformers, is loaded when it runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typer.core import TyperCommand, TyperGroup
 
 @dataclass(frozen=True)
 class LazyCommand:
-    """A command: the function or Typer group `name` of `gyroquant.cli.module`, and its help text."""
+    """A command: the function or Typer group `name` in `gyroquant.cli.<module>`, and its help text."""
 
     module: str
     name: str
@@ -29,7 +29,7 @@ COMMANDS = {
     "inspect": LazyCommand(
         "inspect",
         "inspect",
-        "Show a model's sites, which recipes fit it, where its outliers are, and what a recipe will take.",
+        "Show the sites of a model, its outliers, the recipes that fit it, and the time and memory of a recipe.",
     ),
     "recipes": LazyCommand("recipes", "recipes", "List the recipes, or show one as YAML with every setting."),
     "fuzz": LazyCommand(
@@ -39,38 +39,38 @@ COMMANDS = {
     "verify-export": LazyCommand(
         "deploy",
         "verify_export",
-        "Run an export by its own program and compare logits, perplexity and greedy tokens with OUT; exit 1 beyond the "
+        "Run an export in its own program and compare logits, perplexity and greedy tokens with OUT; exit 1 beyond the "
         "tolerance.",
     ),
     "verify": LazyCommand(
         "verify",
         "verify",
-        "Check the sha256 of every file of OUT and every array in it, print the command that makes it again; exit 1 "
-        "when anything is wrong.",
+        "Check the sha256 of every file of OUT and every array in it, and print the command that makes it again; exit "
+        "1 if there is a problem.",
     ),
     "formats": LazyCommand(
         "deploy",
         "formats",
-        "List the formats of other programs and what each can hold, or whether each holds a folder, and why not.",
+        "List the formats of other programs and what each can hold. With OUT: whether each can hold OUT, and why not.",
     ),
     "chat": LazyCommand(
         "chat",
         "chat",
-        "Talk to a model, through whichever program runs its folder. An empty line or Ctrl-D ends it.",
+        "Chat with a model, in the program that runs its folder. An empty line or Ctrl-D ends the chat.",
     ),
     "compare": LazyCommand(
         "compare",
         "compare",
-        "Run methods head to head on one model and say which to use; the page is OUT/index.html.",
+        "Compare methods on one model and state which one to use; the page is OUT/index.html.",
     ),
     "rotations": LazyCommand(
-        "rotations", "rotations", "Rotations as files: take them out of a run, change, use again."
+        "rotations", "rotations", "Save the rotations of a run to a file, change them and use them again."
     ),
 }
 
 
 class LazyGroup(TyperGroup):
-    """A group of the commands in COMMANDS: its help lists them from that table, and one is loaded when it is called."""
+    """The group of the commands in COMMANDS. Its help comes from that table; a command is loaded when it is called."""
 
     def __init__(self, **settings: Any):
         super().__init__(**settings)
@@ -89,20 +89,23 @@ class LazyGroup(TyperGroup):
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         limit = formatter.width - 6 - max(map(len, COMMANDS))
-        rows = [(name, TyperCommand(name, help=one.help).get_short_help_str(limit)) for name, one in COMMANDS.items()]
+        rows = [
+            (name, TyperCommand(name, help=command.help).get_short_help_str(limit))
+            for name, command in COMMANDS.items()
+        ]
         with formatter.section("Commands"):
             formatter.write_dl(rows)
 
 
 def load_command(name: str) -> Any:
-    """The command of that name, ready to run, with transformers told to print errors alone."""
+    """Loads a command by its name. Makes transformers print errors only."""
     loaded = COMMANDS[name].load()
     import_module("gyroquant.cli.common").quiet_transformers()
     if isinstance(loaded, typer.Typer):
         return typer.main.get_command(loaded)
-    alone = typer.Typer(add_completion=False, rich_markup_mode=None)
-    alone.command(name)(loaded)
-    return typer.main.get_command(alone)
+    single = typer.Typer(add_completion=False, rich_markup_mode=None)
+    single.command(name)(loaded)
+    return typer.main.get_command(single)
 
 
 __all__ = ["COMMANDS", "LazyCommand", "LazyGroup", "load_command"]

@@ -1,4 +1,4 @@
-"""The command that quantizes a model."""
+"""`gyroquant quantize`: quantizes a model and, if requested, exports it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from gyroquant.system.worker_pool import Workers
 RecipeName = Annotated[
     str, typer.Option("--recipe", "-r", help="A recipe's name or a YAML file; see `gyroquant recipes`.")
 ]
-Ray = Annotated[str | None, typer.Option(metavar="ADDRESS", help="Blocks on a Ray cluster; local starts one.")]
+Ray = Annotated[str | None, typer.Option(metavar="ADDRESS", help="Round blocks on a Ray cluster; `local` starts one.")]
 Format = Annotated[
     str | None, typer.Option("--format", help="Export OUT as well, into OUT/FORMAT; see `gyroquant formats`.")
 ]
@@ -38,23 +38,23 @@ def quantize(
     effort: Effort = None,
     change: Changes = None,
     text: TextSource = None,
-    nsamples: Annotated[int | None, typer.Option(help="Windows of text to calibrate on.")] = None,
+    nsamples: Annotated[int | None, typer.Option(help="Number of calibration windows.")] = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens in each window.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the rotations and of the choice of windows.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of random rotations and of the choice of windows.")] = None,
     no_bos: NoBos = False,
     dense: Annotated[
         bool, typer.Option("--dense", help="Write plain 16- or 32-bit weights that any loader opens.")
     ] = False,
     save_dtype: Annotated[
-        str, typer.Option(help="dtype of what is not rounded: auto, float16, bfloat16, float32.")
+        str, typer.Option(help="dtype of parameters that are not rounded: auto, float16, bfloat16, float32.")
     ] = "auto",
-    offload: Annotated[Path | None, typer.Option(help="Keep activations in a file in this folder.")] = None,
+    offload: Annotated[Path | None, typer.Option(help="Keep hidden states in files in this folder.")] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace OUT, once the new result is complete.")
+        bool, typer.Option("--overwrite", help="Replace OUT when the new result is complete.")
     ] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Do not go on from where a run before was stopped.")] = False,
-    workers: Annotated[int | None, typer.Option(help="Blocks at once; needs calibration.inputs=original.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads of each worker.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Discard the journal of an earlier run.")] = False,
+    workers: Annotated[int | None, typer.Option(help="Blocks in parallel; needs calibration.inputs=original.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads per worker.")] = None,
     ray: Ray = None,
     format: Format = None,
     device: Device = "cpu",
@@ -94,7 +94,7 @@ def _export(out: Path, format: str) -> dict[str, Any]:
     try:
         return deploy.export(out, format, out / format, progress=console.ConsoleProgress())
     except BaseException as error:
-        error.left = f"{out} is complete, and `{_export_command(out, format)}` goes on from there"  # type: ignore[attr-defined]
+        error.left = f"{out} is complete; run `{_export_command(out, format)}` to export it"  # type: ignore[attr-defined]
         raise
 
 
@@ -103,11 +103,11 @@ def _export_command(out: Path, format: str) -> str:
 
 
 def _check_unexported(out: Path, format: str) -> None:
-    """Refuses to make a folder again that only wants its export."""
+    """Raises InputError if the folder is complete and only its export is missing."""
     format_named(format)
     complete = (out / "gyroquant.json").is_file() and (out / CHECKSUM_FILE).is_file()
     if complete and not (out / format / deploy.MANIFEST).exists() and not only_journal_left(out):
         raise InputError(
-            f"{out} is complete, but for its export: `{_export_command(out, format)}` makes that. To make all of it "
-            "again, replace it with --overwrite"
+            f"{out} is complete, except for its export; run `{_export_command(out, format)}` to export it, or use "
+            "--overwrite to quantize again"
         )

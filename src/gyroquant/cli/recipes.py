@@ -1,4 +1,4 @@
-"""`gyroquant recipes`: the recipes, and one with every setting."""
+"""`gyroquant recipes`: lists the recipes, or shows one with every setting."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gyroquant.report import console
 
 
 def recipes(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show this recipe whole.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show every setting of this recipe.")] = None,
     effort: Effort = None,
     change: Changes = None,
     as_json: AsJson = False,

@@ -1,4 +1,4 @@
-"""The command that checks what a folder still is."""
+"""`gyroquant verify`: checks the files of a folder."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from gyroquant.report import console, summaries
 
 def verify(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that gyroquant wrote, or an export.")],
-    proof: Annotated[bool, typer.Option("--proof", help="Make the equivalence proof again, on the original.")] = False,
+    proof: Annotated[bool, typer.Option("--proof", help="Repeat the proof on the original.")] = False,
     against: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="The original, for --proof; by default where it was.")
+        str | None, typer.Option(metavar="MODEL", help="The original, for --proof. Default: as recorded in OUT.")
     ] = None,
     text: Annotated[str | None, typer.Option("--text", help="The calibration text of the run, for --proof.")] = None,
     recipe_file: Annotated[
@@ -25,11 +25,13 @@ def verify(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Check the sha256 of every file of OUT and every array in it, print the command that makes it again; exit 1 when
-    anything is wrong.
+    """Check the sha256 of every file of OUT and every array in it, and print the command that makes it again; exit 1
+    if there is a problem.
     """
-    shown = console.ConsoleProgress()
-    result = verification.verify(out, proof=proof, against=against, text=text, recipe_file=recipe_file, progress=shown)
+    progress = console.ConsoleProgress()
+    result = verification.verify(
+        out, proof=proof, against=against, text=text, recipe_file=recipe_file, progress=progress
+    )
     print_json(result) if as_json else console.show(*summaries.checked(result))
     if not result["passed"]:
         raise typer.Exit(1)

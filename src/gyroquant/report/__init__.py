@@ -1,1 +1,1 @@
-"""What people and programs get to see of a run."""
+"""Progress bars and tables for the terminal."""

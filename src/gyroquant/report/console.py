@@ -1,4 +1,4 @@
-"""What people see in a terminal: progress bars with time left on stderr, tables on stdout."""
+"""Output for a terminal: progress bars with the time left on stderr, tables on stdout."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from rich.table import Table
 
 from gyroquant.system.progress import Advance, Progress
 
-_EVERY = 30.0  # seconds between lines where there is no terminal to draw a bar on
+_EVERY = 30.0  # seconds between progress lines when stderr is not a terminal
 
 
 class ConsoleProgress(Progress):
-    """Bars on stderr; where that is no terminal, a line now and then."""
+    """Progress bars on stderr. If stderr is not a terminal, one line at most every `_EVERY` seconds."""
 
     def __init__(self) -> None:
         self.console = Console(stderr=True)
@@ -62,22 +62,22 @@ class ConsoleProgress(Progress):
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], right: Sequence[int] = ()) -> Table:
-    """A table of texts; the columns with the numbers in `right` are set flush right."""
-    made = Table(title=title or None, title_justify="left", title_style="bold")
+    """A table of texts. `right` has the indices of the columns that are aligned to the right."""
+    result = Table(title=title or None, title_justify="left", title_style="bold")
     for number, name in enumerate(columns):
-        made.add_column(name, justify="right" if number in right else "left", overflow="fold")
+        result.add_column(name, justify="right" if number in right else "left", overflow="fold")
     for row in rows:
-        made.add_row(*(str(cell) for cell in row))
-    return made
+        result.add_row(*(str(cell) for cell in row))
+    return result
 
 
-def show(*things: Any) -> None:
-    """Prints tables and texts on stdout."""
+def show(*parts: Any) -> None:
+    """Prints tables and texts to stdout."""
     console = Console()
-    for thing in things:
-        console.print(thing, highlight=False)
+    for part in parts:
+        console.print(part, highlight=False)
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people."""
+    """A time as text, in seconds below two minutes and in minutes from there on."""
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"

@@ -1,4 +1,4 @@
-"""Intel's auto-round: quantized and saved through its front door, loaded again through that of transformers.
+"""Quantizes and saves a model with auto-round's public API, and loads it again with transformers.
 
 python auto_round.py MODEL TOKENS OUT --bits 2 --group-size 64 --seed 0 --settings '{"iters": 200}' --report FILE
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parent / "shared"))  # isolated interpreters do not look beside a script
+sys.path.append(str(Path(__file__).parent / "shared"))  # python -I does not search the folder of a script
 
 import torch
 from auto_round import AutoRound
@@ -37,23 +37,23 @@ def main() -> None:
         device_map="cpu",
         **given.settings,
     )
-    # with its defaults it packs, writes and forgets block by block: nothing is left in memory to judge a reload by
+    # by default it packs, writes and frees block by block, so no model is left in memory to compare a reload with
     _, folder = quantizer.quantize_and_save(str(work.files), format="auto_round")
-    work.saved()
+    work.stop_clock()
     del quantizer, model, linears
 
-    # codes of 4 bits with zero points are written in AWQ's layout, which only its own library reads on a CPU
+    # auto-round writes 4-bit codes with zero points in AWQ's layout, which only auto-round's own library reads on a CPU
     backend = "ark" if given.bits == 4 and not given.symmetric else "torch"
     reloaded = AutoModelForCausalLM.from_pretrained(
         folder, device_map="cpu", dtype=torch.float32, quantization_config=AutoRoundConfig(backend=backend)
     ).eval()
-    work.remember(reloaded, "reloaded")
+    work.set_reference(reloaded, "reloaded")
     layers = {}
     for name, layer in reloaded.named_modules():
         if hasattr(layer, "qweight"):
             if backend == "torch":
-                layer.scales = layer.scales.float()  # or the product with the codes would be rounded to 16 bits
-            bias = layer.bias if name in biased else None  # some kernels put an empty one in
+                layer.scales = layer.scales.float()  # otherwise products of codes and scales are rounded to 16 bits
+            bias = layer.bias if name in biased else None  # some kernels add a bias of zeros
             layers[name] = by_identity(layer, inputs[name], bias), bias
     work.finish(reloaded, layers)
 

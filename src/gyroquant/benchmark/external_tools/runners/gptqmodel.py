@@ -1,4 +1,4 @@
-"""GPTQModel: quantized, saved and loaded again through its own front door.
+"""Quantizes, saves and loads a model with the public API of GPTQModel.
 
 python gptqmodel.py MODEL TOKENS OUT --bits 4 --group-size 64 --seed 0 --settings '{"rotation": "hadamard"}'
     --report FILE
@@ -10,8 +10,8 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parent / "shared"))  # isolated interpreters do not look beside a script
-if (os.cpu_count() or 1) < 3:  # it would make one worker, and then want two
+sys.path.append(str(Path(__file__).parent / "shared"))  # python -I does not search the folder of a script
+if (os.cpu_count() or 1) < 3:  # GPTQModel makes one worker then, but needs two
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 
 import torch
@@ -30,14 +30,14 @@ def main() -> None:
     rows = [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in tokens]
     model.quantize(rows, batch_size=1)
     model.save(str(work.files))
-    work.saved()
-    del model  # its layers are packed, and on disk; it says of them only what a reload says
+    work.stop_clock()
+    del model  # its layers are packed as on the disk, so it gives what a reload gives
 
-    # its kernels refuse fp32
+    # the kernels of GPTQModel do not support fp32
     loaded = GPTQModel.load(str(work.files), device="cpu", dtype=torch.float16, backend=BACKEND.GPTQ_TORCH)
     reloaded = loaded.model.eval()
-    work.remember(reloaded, "reloaded")
-    reloaded.float()  # or the products of codes and scales would be rounded to 16 bits
+    work.set_reference(reloaded, "reloaded")
+    reloaded.float()  # otherwise products of codes and scales are rounded to 16 bits
     layers = {}
     for name, layer in reloaded.named_modules():
         if hasattr(layer, "qweight"):

@@ -1,4 +1,4 @@
-"""Has llama.cpp's quantizer round a GGUF file, with the mean squares of every layer's inputs if asked.
+"""Rounds a GGUF file with llama.cpp's quantizer, with --imatrix by the mean squares of every layer's inputs.
 
 Run with the interpreter of llama.cpp's environment: python -I llama_cpp.py --model FOLDER --tokens FILE --plain FILE
 --kind TYPE [--imatrix] --out FILE --dense FILE --report FILE. Never imports gyroquant.
@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 START = time.perf_counter()
-CHECKED = 32  # tokens that what is read back is compared on
+CHECKED = 32  # tokens on which the decoded weights are compared
 
 
 def arguments() -> argparse.Namespace:
-    """What the script was told."""
+    """The arguments of the script."""
     parser = argparse.ArgumentParser()
     for name in ("model", "tokens", "plain", "out", "dense", "report"):
         parser.add_argument(f"--{name}", type=Path, required=True)
@@ -31,13 +31,13 @@ def arguments() -> argparse.Namespace:
 
 
 def peak_memory() -> int:
-    """The most memory that this process has held so far, in bytes."""
+    """The peak resident memory of this process so far, in bytes."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return 1024 * int(line.split()[1])
 
 
-def squares(folder: Path, tokens: Any) -> dict[str, Any]:
-    """The mean square of every input of the blocks' linear layers over all tokens, by llama.cpp's names of weights."""
+def mean_squares(folder: Path, tokens: Any) -> dict[str, Any]:
+    """The mean square of every input channel of the blocks' linear layers, by llama.cpp's names of the weights."""
     import gguf
     import torch
     from transformers import AutoModelForCausalLM
@@ -46,7 +46,7 @@ def squares(folder: Path, tokens: Any) -> dict[str, Any]:
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
     sums: dict[str, Any] = {}
 
-    def watch(name: str) -> Any:
+    def add_squares(name: str) -> Any:
         def hook(_: Any, inputs: Any) -> None:
             sums[name] = sums.get(name, 0) + inputs[0].double().square().flatten(0, -2).sum(0)
 
@@ -54,22 +54,25 @@ def squares(folder: Path, tokens: Any) -> dict[str, Any]:
 
     for name, module in model.model.layers.named_modules(prefix="model.layers"):
         if isinstance(module, torch.nn.Linear):
-            module.register_forward_pre_hook(watch(names.get_name(f"{name}.weight", (".weight",))))
+            module.register_forward_pre_hook(add_squares(names.get_name(f"{name}.weight", (".weight",))))
     with torch.no_grad():
         for row in tokens:
             model.model(row[None], use_cache=False)
     return {name: (total / tokens.numel()).float().numpy() for name, total in sums.items()}
 
 
-def matrix(library: Any, found: dict[str, Any]) -> Any:
-    """Arrays by name as llama.h has them: a list that ends with a nameless one. Holds the arrays' memory."""
+def imatrix(library: Any, squares: dict[str, Any]) -> Any:
+    """Arrays by name as llama.h needs them: a list that ends with an entry without a name.
+
+    The list points into the memory of `squares`, which has to stay alive.
+    """
     pointer = ctypes.POINTER(ctypes.c_float)
-    entries = [(name.encode(), one.ctypes.data_as(pointer), one.size) for name, one in found.items()]
+    entries = [(name.encode(), values.ctypes.data_as(pointer), values.size) for name, values in squares.items()]
     return (library.llama_model_imatrix_data * (len(entries) + 1))(*entries)
 
 
-def rewrite(library: Any, complaints: list[str], source: Path, target: Path, kind: str, data: Any = None) -> None:
-    """Writes a GGUF file again with its blocks in another type; embedding and head stay plain."""
+def rewrite(library: Any, errors: list[str], source: Path, target: Path, kind: str, data: Any = None) -> None:
+    """Writes a GGUF file again with another type for its blocks. Embedding and head are written in fp32."""
     settings = library.llama_model_quantize_default_params()
     settings.ftype = 0 if kind == "F32" else getattr(library, f"LLAMA_FTYPE_MOSTLY_{kind}")
     settings.allow_requantize = True
@@ -77,22 +80,22 @@ def rewrite(library: Any, complaints: list[str], source: Path, target: Path, kin
     if data is not None:
         settings.imatrix = data
     if library.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(settings)):
-        raise SystemExit(f"llama.cpp does not write {kind}: {' '.join(complaints)}")
+        raise SystemExit(f"llama.cpp cannot write {kind}: {' '.join(errors)}")
 
 
-def listen(library: Any) -> tuple[list[str], Any]:
-    """Collects what llama.cpp complains of, and prints everything that it says into the log."""
-    complaints: list[str] = []
+def collect_errors(library: Any) -> tuple[list[str], Any]:
+    """A list to which llama.cpp adds its errors, and the callback that does it. All messages are printed, too."""
+    errors: list[str] = []
 
-    def said(level: int, text: bytes, _: Any) -> None:
+    def log(level: int, text: bytes, _: Any) -> None:
         line = text.decode(errors="replace")
         if level == 4:
-            complaints.append(line.strip())
+            errors.append(line.strip())
         sys.stdout.write(line)
 
-    callback = library.llama_log_callback(said)
+    callback = library.llama_log_callback(log)
     library.llama_log_set(callback, ctypes.c_void_p(0))
-    return complaints, callback
+    return errors, callback
 
 
 def reload_error(library: Any, path: Path, tokens: Any) -> float:
@@ -107,8 +110,8 @@ def reload_error(library: Any, path: Path, tokens: Any) -> float:
     expected = torch.from_numpy(ours.scores[: len(ids)]).double()
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
     with torch.no_grad():
-        found = model(ids[None]).logits[0].double()
-    return float((found - expected).norm() / expected.norm())
+        logits = model(ids[None]).logits[0].double()
+    return float((logits - expected).norm() / expected.norm())
 
 
 def main() -> None:
@@ -118,13 +121,13 @@ def main() -> None:
     from safetensors.torch import load_file
 
     tokens = load_file(given.tokens)["tokens"]
-    complaints, _callback = listen(library)
+    errors, _callback = collect_errors(library)
     library.llama_backend_init()
-    found = squares(given.model, tokens) if given.imatrix else {}
-    data = matrix(library, found) if found else None
-    rewrite(library, complaints, given.plain, given.out, given.kind, data)
+    squares = mean_squares(given.model, tokens) if given.imatrix else {}
+    data = imatrix(library, squares) if squares else None
+    rewrite(library, errors, given.plain, given.out, given.kind, data)
     seconds, peak = time.perf_counter() - START, peak_memory()
-    rewrite(library, complaints, given.out, given.dense, "F32")
+    rewrite(library, errors, given.out, given.dense, "F32")
     versions = {name: version(name) for name in ("llama-cpp-python", "gguf", "torch", "transformers")}
     report = {
         "seconds": seconds,

@@ -1,4 +1,4 @@
-"""LLM Compressor: quantized by a recipe, saved as compressed-tensors, loaded again through transformers.
+"""Quantizes a model with a recipe of LLM Compressor, saves it as compressed-tensors, and loads it with transformers.
 
 python llm_compressor.py MODEL TOKENS OUT --bits 4 --group-size 64 --seed 0 --settings '{"transform": "SpinQuant"}'
     --report FILE
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).parent / "shared"))  # isolated interpreters do not look beside a script
+sys.path.append(str(Path(__file__).parent / "shared"))  # python -I does not search the folder of a script
 
 import torch
 from compressed_tensors.transform import TransformBase, TransformConfig, apply_transform_config
@@ -25,7 +25,7 @@ TRANSFORMS = {"SpinQuant": SpinQuantModifier, "QuIP": QuIPModifier}
 
 
 def recipe(given: Any) -> list[Any]:
-    """The modifiers of a variant, in the order of their work."""
+    """The modifiers of a variant, in the order in which they run."""
     weights = {
         "num_bits": given.bits,
         "type": "int",
@@ -42,18 +42,19 @@ def recipe(given: Any) -> list[Any]:
 
 
 def attach_online(model: Any, config: Any, stored: dict[str, torch.Tensor]) -> None:
-    """Attaches the transforms that work on activations to a reloaded model, as the files hold them.
+    """Attaches the online transforms to a reloaded model, with the weights from the files.
 
-    transformers reads them and applies none; the library of compressed tensors does, and its random ones are replaced.
+    transformers reads these transforms and does not apply them. compressed-tensors applies them with random weights,
+    which are replaced here.
     """
     schemes = TransformConfig.model_validate(config.quantization_config["transform_config"] or {"config_groups": {}})
     for scheme in schemes.config_groups.values():
-        scheme.apply = [one for one in scheme.apply if one.is_online()]  # the others are in the weights
+        scheme.apply = [place for place in scheme.apply if place.is_online()]  # the others are folded into the weights
     apply_transform_config(model, schemes)
-    own = dict(model.named_parameters())  # what layers share is there once, as in the files
-    for name, part in model.named_modules():
-        if isinstance(part, TransformBase) and f"{name}.weight" in own:
-            own[f"{name}.weight"].data.copy_(stored[f"{name}.weight"])
+    parameters = dict(model.named_parameters())  # shared parameters are listed once, as in the files
+    for name, module in model.named_modules():
+        if isinstance(module, TransformBase) and f"{name}.weight" in parameters:
+            parameters[f"{name}.weight"].data.copy_(stored[f"{name}.weight"])
 
 
 def main() -> None:
@@ -71,11 +72,11 @@ def main() -> None:
         num_calibration_samples=len(tokens),
         shuffle_calibration_samples=False,
     )
-    work.remember(model, "in memory")
-    # it computes in fp32; saved like that, every scale would take 32 bits, which is not how it is used
+    work.set_reference(model, "in memory")
+    # LLM Compressor computes in fp32; users save 16 bits, and a scale in fp32 would count twice as much
     model.half().save_pretrained(work.files, save_compressed=True)
     work.tokenizer.save_pretrained(work.files)
-    work.saved()
+    work.stop_clock()
     del model
 
     reloaded = AutoModelForCausalLM.from_pretrained(

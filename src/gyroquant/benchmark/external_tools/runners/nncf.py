@@ -1,4 +1,4 @@
-"""Has NNCF compress the weights of a model as OpenVINO IR, and reads the IR back as plain weights.
+"""Compresses the weights of a model with NNCF, saves it as OpenVINO IR, and decodes the IR to plain weights.
 
 Run with the interpreter of NNCF's environment: python -I nncf.py --model FOLDER --tokens FILE --files FOLDER --dense
 FOLDER --mode INT4_ASYM --group-size 64 [--awq] [--scale-estimation] [--gptq] --report FILE. Never imports gyroquant.
@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 START = time.perf_counter()
-CHECKED = 32  # tokens that what is read back is compared on
-PREFIX = "self.decoder."  # of a parameter's name in the graph of `Logits`
+CHECKED = 32  # tokens on which the decoded weights are compared
+PREFIX = "self.decoder."  # prefix of parameter names in the graph of `Logits`
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0", "KV_CACHE_PRECISION": "f32"}
 
 
 def arguments() -> argparse.Namespace:
-    """What the script was told."""
+    """The arguments of the script."""
     parser = argparse.ArgumentParser()
     for name in ("model", "tokens", "files", "dense", "report"):
         parser.add_argument(f"--{name}", type=Path, required=True)
@@ -33,13 +33,13 @@ def arguments() -> argparse.Namespace:
 
 
 def peak_memory() -> int:
-    """The most memory that this process has held so far, in bytes."""
+    """The peak resident memory of this process so far, in bytes."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return 1024 * int(line.split()[1])
 
 
 def graph_of(model: Any) -> Any:
-    """The graph of a model without a cache: ids of shape (1, length) to logits."""
+    """The graph of a model without a KV cache: from ids, shape (1, length), to logits."""
     import openvino as ov
     import torch
 
@@ -61,8 +61,8 @@ def graph_of(model: Any) -> Any:
         return ov.convert_model(Logits(model), example_input=example, input=[("input_ids", [1, -1])])
 
 
-def compressed(graph: Any, tokens: Any, given: argparse.Namespace) -> Any:
-    """The graph with the weights of the blocks rounded; embedding and head stay as they are."""
+def compress(graph: Any, tokens: Any, given: argparse.Namespace) -> Any:
+    """The graph with rounded weights in the blocks. Embedding and head do not change."""
     import nncf
 
     calibrated = given.awq or given.scale_estimation or given.gptq
@@ -82,40 +82,40 @@ def compressed(graph: Any, tokens: Any, given: argparse.Namespace) -> Any:
     )
 
 
-def numbers(node: Any) -> tuple[Any, int]:
-    """What a constant or a piece of graph that decompresses one stands for, in fp32, and its stored bytes."""
+def decoded(node: Any) -> tuple[Any, int]:
+    """The fp32 value of a constant, or of a piece of graph that decodes one, and its stored bytes."""
     import numpy as np
 
     kind = node.get_type_name()
     if kind == "Constant":
         return node.get_data(dtype=np.float32), node.get_byte_size()
-    first, size = numbers(node.input_value(0).get_node())
+    first, size = decoded(node.input_value(0).get_node())
     if kind == "Convert":
         return first, size
     if kind == "Reshape":
         return first.reshape(node.get_output_shape(0)), size
     if kind in ("Subtract", "Multiply"):
-        second, more = numbers(node.input_value(1).get_node())
+        second, more = decoded(node.input_value(1).get_node())
         return (np.subtract if kind == "Subtract" else np.multiply)(first, second), size + more
-    raise SystemExit(f"the IR decompresses a weight by {kind}, which is not known here")
+    raise SystemExit(f"the IR decodes a weight with {kind}, which this script does not support")
 
 
-def hook_point(matmul: Any) -> tuple[Any, str]:
-    """The scales by which AWQ multiplies the inputs of a layer, if it inserted some, and the name of that node."""
+def awq_scales(matmul: Any) -> tuple[Any, str]:
+    """The scales by which AWQ multiplies the inputs of a layer, and the name of that node; (None, "") without AWQ."""
     todo = [matmul.input_value(0).get_node()]
     for node in todo:
         if node.get_type_name() != "Multiply":
             continue
         if node.get_friendly_name().endswith("awq_mul"):
-            return numbers(node.input_value(1).get_node())[0].reshape(-1), node.get_friendly_name()
+            return decoded(node.input_value(1).get_node())[0].reshape(-1), node.get_friendly_name()
         if node is todo[0]:
             todo += [value.get_node() for value in node.input_values()]
     return None, ""
 
 
-def deployed(graph: Any) -> dict[str, tuple[Any, int]]:
-    """Every rounded weight of a graph by its parameter's name: numbers, AWQ's scales multiplied in, and bytes."""
-    found: dict[str, tuple[Any, int]] = {}
+def rounded_weights(graph: Any) -> dict[str, tuple[Any, int]]:
+    """Every rounded weight of a graph by its parameter's name: its values times AWQ's scales, and its bytes."""
+    weights: dict[str, tuple[Any, int]] = {}
     used: set[str] = set()
     for matmul in graph.get_ordered_ops():
         if matmul.get_type_name() != "MatMul":
@@ -127,15 +127,15 @@ def deployed(graph: Any) -> dict[str, tuple[Any, int]]:
         name = codes.get_friendly_name()
         if codes is node or not name.startswith(PREFIX) or codes.get_element_type().get_type_name() in ("f16", "f32"):
             continue
-        weight, size = numbers(node)
-        scales, inserted = hook_point(matmul)
+        weight, size = decoded(node)
+        scales, inserted = awq_scales(matmul)
         if scales is not None:
             weight, used = weight * scales, used | {inserted}
-        found[name.removeprefix(PREFIX)] = weight, size
+        weights[name.removeprefix(PREFIX)] = weight, size
     every = {node.get_friendly_name() for node in graph.get_ops() if node.get_friendly_name().endswith("awq_mul")}
     if every - used:
-        raise SystemExit(f"AWQ inserted {sorted(every - used)[0]}, which leads to no rounded layer")
-    return found
+        raise SystemExit(f"AWQ inserted {sorted(every - used)[0]}, which does not lead to a rounded layer")
+    return weights
 
 
 def reload_error(path: Path, model: Any, tokens: Any) -> float:
@@ -147,8 +147,8 @@ def reload_error(path: Path, model: Any, tokens: Any) -> float:
     expected = ov.Core().compile_model(str(path), "CPU", EXACT)({"input_ids": ids.numpy()})[0]
     expected = torch.from_numpy(expected.copy()).double()
     with torch.no_grad():
-        found = model(ids).logits.double()
-    return float((found - expected).norm() / expected.norm())
+        logits = model(ids).logits.double()
+    return float((logits - expected).norm() / expected.norm())
 
 
 def main() -> None:
@@ -162,18 +162,18 @@ def main() -> None:
     tokens = load_file(given.tokens)["tokens"]
     model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32).eval()
     path = given.files / "openvino_model.xml"
-    ov.save_model(compressed(graph_of(model), tokens, given), str(path), compress_to_fp16=False)
+    ov.save_model(compress(graph_of(model), tokens, given), str(path), compress_to_fp16=False)
     seconds, peak = time.perf_counter() - START, peak_memory()
 
-    weights = deployed(ov.Core().read_model(str(path)))
+    weights = rounded_weights(ov.Core().read_model(str(path)))
     linears = {
         f"model.layers.{name}.weight": module
         for name, module in model.model.layers.named_modules()
         if isinstance(module, torch.nn.Linear)
     }
     if set(weights) != set(linears):
-        odd = sorted(set(weights) ^ set(linears))
-        raise SystemExit(f"NNCF rounded {len(weights)} layers where the blocks have {len(linears)}; {odd[0]} differs")
+        different = sorted(set(weights) ^ set(linears))
+        raise SystemExit(f"NNCF rounded {len(weights)} layers, the blocks have {len(linears)}; {different[0]} differs")
     for name, (weight, _) in weights.items():
         linears[name].weight.data = torch.from_numpy(weight).view_as(linears[name].weight).float().contiguous()
     model.save_pretrained(given.dense)

@@ -1,6 +1,8 @@
 """Quantizes a real model, SmolLM2-135M-Instruct, to 2 bits with RTN, with GPTQ, and with GSR and GPTQ.
 
-    make demo
+    make demo                      # or python demo/run.py [--fresh]
+
+An interrupted demo continues; with --fresh, it starts again.
 
 Each result is proved, rounded, saved, loaded and measured on Wikipedia articles that are not in the calibration text.
 Then it writes a sentence.
@@ -8,6 +10,7 @@ Then it writes a sentence.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -42,7 +45,7 @@ def write(folder: str | Path, **options: Any) -> str:
     return tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True).replace("\n", " ").strip()
 
 
-def main() -> None:
+def main(fresh: bool = False) -> None:
     """Runs the demo, prints its table, and writes the same as JSON to the folder of the results."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -57,7 +60,7 @@ def main() -> None:
             f"gyroquant quantize {original.name} {folder} --recipe {recipe} --nsamples 64 --text {calibration.name}"
         )
         loaded = gq.load_recipe(recipe, CALIBRATION)
-        manifest = pipeline.run(prepare(original, folder, loaded, calibration, overwrite=True), progress)
+        manifest = pipeline.run(prepare(original, folder, loaded, calibration, overwrite=True, fresh=fresh), progress)
         measured = gq.evaluate(folder, validation, original, preset="bbt", progress=progress)
         rows.append({"name": name, "manifest": manifest, "measured": measured, "writes": write(folder)})
     reference = gq.evaluate(original, validation, preset="bbt", progress=progress)
@@ -93,8 +96,10 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fresh", action="store_true", help="Start again, even if an earlier demo was interrupted.")
     try:
-        main()
+        main(parser.parse_args().fresh)
     except (AssetError, gq.GyroquantError) as error:
         sys.exit(f"demo: {error}")
     except KeyboardInterrupt:

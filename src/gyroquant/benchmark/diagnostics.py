@@ -28,7 +28,7 @@ from gyroquant.benchmark.rows import (
 )
 
 ORIGINAL = "original"
-MEASURES = {"error": "relative squared error of the output", "decibels": "decibels above the limit of any code"}
+MEASURES = {"error": "relative squared error of the output", "decibels": "decibels above the rate-distortion bound"}
 _MOST = 7  # recipes whose lines are still distinct in one plot, besides the original
 
 

@@ -34,8 +34,8 @@ class HalfScaleGrid(Grid):
     fp16 has no numbers between 0 and 6e-8, few up to 6e-5 and none from 65520 on. For a weight whose groups have such
     scales, `with_tensor_scale` returns a copy of the grid with a tensor scale. It is a power of two, stored as `global`
     (fp32), and the scales are stored divided by it. Products with it are exact, so groups whose scales fp16 holds get
-    the same scales as without it. Weights whose scales fp16 holds, which are all ordinary ones, do not get a tensor scale.
-    `GroupParams` hold the products.
+    the same scales as without it. Weights whose scales fp16 holds, which are all ordinary ones, do not get a tensor
+    scale. `GroupParams` hold the products.
     """
 
     _tensor_scale: float | None = PrivateAttr(default=None)

@@ -58,8 +58,8 @@ class Mxfp4Grid(E2M1Grid):
         )  # from 1.5 on, the next power of two is as near or nearer
 
     def _params(self, extreme: Tensor, shift: int) -> GroupParams:
-        # The power of two of the largest magnitude becomes 4, two binades above 1. Exponent 0 would be an fp32 subnormal,
-        # and 255 is NaN.
+        # The power of two of the largest magnitude becomes 4, two binades above 1. Exponent 0 would be an fp32
+        # subnormal, and 255 is NaN.
         exponents = ((extreme >> 23) - 2 + shift).clamp(1, 254)
         return self.scaled((exponents << 23).view(torch.float32))
 
@@ -103,9 +103,9 @@ class Nvfp4Grid(E2M1Grid):
 
     A grid must be bound to a weight (`with_tensor_scale`) before it can fit or pack. If it is not bound, `fake` gives
     each row its own tensor scale, so that tokens do not depend on each other. `scale` is as for fp4. The scales in
-    `GroupParams` are the products of group scale and tensor scale. The tensor scale makes the largest weight the largest
-    element of a group with the largest scale. With `mse`, it may be another element or group scale, if the weight already
-    lies on the grid.
+    `GroupParams` are the products of group scale and tensor scale. The tensor scale makes the largest weight the
+    largest element of a group with the largest scale. With `mse`, it may be another element or group scale, if the
+    weight already lies on the grid.
     """
 
     fits: ClassVar[tuple[str, ...]] = ("minmax", "mse")

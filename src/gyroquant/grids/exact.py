@@ -19,7 +19,7 @@ _RELATIVE = 2.0**-9 + 2.0**-11
 _STEPS = 2.0**-6
 _LARGEST = 2.0**-4  # upper limit of the relative part, in steps, so that random weights do not pass
 _PROBED = 8  # weights of a group that are tested first
-# With more than _MANY candidates, a sample of groups is tested first. If none of them lies on the grid, no group does.
+# With more than _MANY candidates, a sample of groups is tested first. If none is on the grid, the rest is skipped.
 _MANY, _SAMPLE = 64, 256
 _PIECE = 1 << 22
 

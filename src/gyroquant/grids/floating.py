@@ -200,8 +200,8 @@ class Fp8Grid(HalfScaleFloatGrid):
 
     def fit(self, groups: Tensor) -> GroupParams:
         extreme = largest(groups)
-        found = self.scaled(self._half(extreme / self._max))
-        return prefer_exact(self, groups, found, self.scaled(extreme / self._largest_elements(extreme.device)))
+        params = self.scaled(self._half(extreme / self._max))
+        return prefer_exact(self, groups, params, self.scaled(extreme / self._largest_elements(extreme.device)))
 
     def _largest_elements(self, device: torch.device) -> Tensor:
         """The elements above half the largest one: one for each mantissa.

@@ -113,8 +113,8 @@ class IntegerGrid(HalfScaleGrid):
         low, high = self._range(groups)
         if self.scale == "minmax":
             return self._params(low * self.clip, high * self.clip)
-        found = self.least_squares(groups, (self._params(low * factor, high * factor) for factor in _SHRINK))
-        return prefer_exact(self, groups, found, self._on_whole_steps(low, high))
+        params = self.least_squares(groups, (self._params(low * factor, high * factor) for factor in _SHRINK))
+        return prefer_exact(self, groups, params, self._on_whole_steps(low, high))
 
     def _on_whole_steps(self, low: Tensor, high: Tensor) -> GroupParams:
         """Parameters that put the ends of each group's range on numbers, coarse steps first: (..., candidates)."""

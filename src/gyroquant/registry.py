@@ -1,8 +1,8 @@
-"""Everything that can be extended, by name: one registry for each kind, one way to find, to refuse and to suggest.
+"""Registries, one for each kind that can be extended: they find items by name and suggest a name for an unknown one.
 
-A kind's own modules are imported when a name of it is first looked up, and with them those that other packages name
-under the entry point group `gyroquant.plugins`. So a plug-in is there in every process that reads a recipe: the
-command line, a worker, a comparison.
+The first lookup of a name imports the kind's own modules and the modules that other packages name in the entry point
+group `gyroquant.plugins`. A plug-in is therefore available in every process that reads a recipe: the command line, a
+worker, a comparison.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, Generic, TypeVar
 from gyroquant.errors import GyroquantError, InputError
 
 PLUGINS = "gyroquant.plugins"
-"""The entry point group. Each entry point names a module; importing it registers what is in it."""
+"""The entry point group. Each entry point names a module. Importing the module registers its classes."""
 
 Item = TypeVar("Item")
 KINDS: dict[str, str] = {
@@ -37,7 +37,7 @@ KINDS: dict[str, str] = {
     "prequantized format": "gyroquant.models.stores.prequantized.base:PrequantizedFormat",
     "external tool": "gyroquant.benchmark.external_tools.base:ExternalTool",
 }
-"""Every kind and where its registry stands: a base class with the attribute `registry`, or the registry itself."""
+"""Every kind, and the place of its registry: a base class with the attribute `registry`, or the registry itself."""
 _LOCK = RLock()
 _loaded: set[str] = set()
 
@@ -45,8 +45,8 @@ _loaded: set[str] = set()
 class Registry(Mapping[str, Item], Generic[Item]):
     """Everything of one kind, by name.
 
-    `kind` is what error messages call it, `packages` are imported, with every module in them, before the first lookup.
-    Raises `error` for an unknown name, with the nearest known one.
+    `kind` is the name of the kind in error messages. `packages` are imported, with every module in them, before the
+    first lookup. For an unknown name, `find` raises `error` with the nearest known name.
     """
 
     def __init__(self, kind: str, *packages: str, error: type[GyroquantError] = InputError):
@@ -56,9 +56,9 @@ class Registry(Mapping[str, Item], Generic[Item]):
         self._scanned = self._scanning = False
 
     def add(self, name: str, item: Item, origin: str = "") -> None:
-        """Registers an item. `origin` says where it was defined; a class knows that by itself.
+        """Registers an item. `origin` states where it was defined; for a class it is not needed.
 
-        A class that is defined again replaces itself. Raises InputError when something else has that name.
+        A class that is defined again replaces itself. Raises InputError if another item has that name.
         """
         origin = origin or _origin(item)
         known = self._origins.get(name, origin)
@@ -67,13 +67,13 @@ class Registry(Mapping[str, Item], Generic[Item]):
         self._items[name], self._origins[name] = item, origin
 
     def discard(self, name: str) -> None:
-        """Forgets an item, if it is there."""
+        """Removes an item, if it is registered."""
         self._items.pop(name, None)
         self._origins.pop(name, None)
 
     @contextmanager
     def restored(self) -> Iterator[Registry[Item]]:
-        """The registry, for a with block after which everything registered within it is forgotten: for tests."""
+        """The registry, for a with block. Everything registered in the block is removed afterwards. For tests."""
         self.scan()
         before = dict(self._items), dict(self._origins)
         try:
@@ -86,7 +86,7 @@ class Registry(Mapping[str, Item], Generic[Item]):
         if self._scanned:
             return
         with _LOCK:
-            if self._scanned or self._scanning:  # a module that is being imported may look something up itself
+            if self._scanned or self._scanning:  # a module that is being imported may look up a name
                 return
             self._scanning = True
             try:
@@ -98,16 +98,17 @@ class Registry(Mapping[str, Item], Generic[Item]):
                 self._scanning = False
 
     def find(self, name: object, where: str = "") -> Item:
-        """The item of that name. Raises the registry's error, beginning with `where`, for an unknown one."""
+        """The item of that name. Raises the registry's error, which begins with `where`, for an unknown name."""
         self.scan()
         if isinstance(name, str) and name in self._items:
             return self._items[name]
         raise self.error(f"{where}: ".lstrip(": ") + unknown(self.kind, name, self._items))
 
     def class_named(self, name: str) -> Any:
-        """The registered class of that name, such as `Hadamard`: what the ``__getattr__`` of a package returns.
+        """The registered class of that name, such as `Hadamard`. The ``__getattr__`` of a package returns it.
 
-        Raises AttributeError where there is none, and at once for names of modules, which begin with a small letter.
+        Raises AttributeError if there is no such class, and without a lookup for names of modules, which begin with a
+        small letter.
         """
         if name[:1].isupper():
             for item in self.values():
@@ -124,7 +125,7 @@ class Registry(Mapping[str, Item], Generic[Item]):
         return iter(sorted(self._items))
 
     def registered(self) -> tuple[Item, ...]:
-        """Every item, each once, in the order in which they were registered."""
+        """Every item once, in the order of registration."""
         self.scan()
         return tuple(dict.fromkeys(self._items.values()))
 
@@ -135,17 +136,17 @@ class Registry(Mapping[str, Item], Generic[Item]):
 
 def registries() -> dict[str, Registry[Any]]:
     """The registry of every kind, by the name of the kind, in the order of `KINDS`."""
-    found = {}
+    by_kind = {}
     for kind, place in KINDS.items():
         module, _, name = place.partition(":")
         item = getattr(import_module(module), name)
-        found[kind] = item if isinstance(item, Registry) else item.registry
-    return found
+        by_kind[kind] = item if isinstance(item, Registry) else item.registry
+    return by_kind
 
 
 @contextmanager
 def restored() -> Iterator[None]:
-    """Forgets, after a with block, everything of every kind that was registered within it: for tests."""
+    """Removes, after a with block, everything of every kind that was registered in the block. For tests."""
     with ExitStack() as stack:
         for registry in registries().values():
             stack.enter_context(registry.restored())
@@ -159,8 +160,9 @@ def import_all(package: str) -> None:
 
 
 def load_plugins() -> None:
-    """Imports the modules that other packages name as plug-ins, each once. Raises InputError, naming the package, for
-    one that cannot be imported.
+    """Imports the modules that other packages name as plug-ins, each once.
+
+    Raises InputError, which names the package, if a module cannot be imported.
     """
     for point in entry_points(group=PLUGINS):
         if point.value in _loaded:
@@ -178,7 +180,7 @@ def load_plugins() -> None:
 
 
 def no_examples(kind: type[Any]) -> NotImplementedError:
-    """What `examples` of a base class raises: every class of a kind gives its own."""
+    """The error that `examples` of a base class raises: every class must define its own examples."""
     return NotImplementedError(
         f"{kind.__name__} gives no examples. Define the class method `examples`: it returns a list of objects that "
         "cover the options of the class"
@@ -186,13 +188,13 @@ def no_examples(kind: type[Any]) -> NotImplementedError:
 
 
 def nearest(name: object, known: Iterable[str]) -> str | None:
-    """The known name that is most like another one; None where nothing is known."""
+    """The known name that is most similar to `name`; None if there are no known names."""
     close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.0)
     return close[0] if close else None
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> str:
-    """What to say of a name that is not known."""
+    """The message for an unknown name, with the most similar known one."""
     known = sorted(known)
     close = nearest(name, known)
     meant = f"; did you mean {close!r}?" if close else ""

@@ -68,7 +68,7 @@ def test_composition_and_inverse(tmp_path: Path, capsys: pytest.CaptureFixture[s
         ({"R1": torch.eye(32)}, "has shape"),
         ({"R2": torch.eye(64)}, "no rotation for R1"),
         ({"R1": 2 * torch.eye(64)}, "not orthogonal"),
-        ({"R1": torch.ones(64)}, "no square matrix"),
+        ({"R1": torch.ones(64)}, "not a square matrix"),
         (None, "cannot be read as rotations"),
     ],
 )

@@ -89,7 +89,7 @@ def test_all_readers_count_each_as_often_as_it_repeats_the_site() -> None:
 def test_weights_that_the_groups_do_not_divide_are_named() -> None:
     x, w = data()
     with pytest.raises(
-        gq.RecipeError, match="group_size 16 does not divide the 40 inputs of the weights behind mlp_in"
+        gq.RecipeError, match="group_size 16 does not divide the 40 inputs of the weights that read mlp_in"
     ):
         Awq().choose(SITE, context(x, w[:, :40]))
 

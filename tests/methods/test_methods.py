@@ -146,7 +146,7 @@ def test_methods_that_say_the_wrong_thing_of_chance_are_found(kinds: Any, says: 
         def choose(self, site: Site, context: Context) -> Map:
             return maps.hadamard(site.n) if says else maps.random_signs(site.n, context.generator(site))
 
-    with pytest.raises(AssertionError, match="says that it is random" if says else "has to say so"):
+    with pytest.raises(AssertionError, match="declares that it is random" if says else "has to declare it"):
         check_method(Dice(), sites("llama", "R1")[0])
 
 

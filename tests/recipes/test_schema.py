@@ -128,7 +128,7 @@ def test_several_steps_at_one_site() -> None:
         ("transform.R9.method=hadamard", "transform has no key 'R9'"),
         ("transform.R1.method=hadamrd", "did you mean 'hadamard'"),
         ("transform.R1.online=maybe", "online is true, false"),
-        ("transform.R1.block=-3", "block is 'full'"),
+        ("transform.R1.block=-3", "block must be 'full'"),
         ("transform.R1.blok=3", "did you mean 'block'"),
         ("transform=5", "transform maps sites"),
         ("calibration.nsample=4", "did you mean 'nsamples'"),

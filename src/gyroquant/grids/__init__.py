@@ -1,4 +1,4 @@
-"""Number grids: which numbers can be stored, how they are fitted, packed, and what they really cost."""
+"""Number grids: the numbers that can be stored, how they are fitted and packed, and the bits they take."""
 
 from gyroquant.grids.base import Grid, GroupParams, QuantizedWeight, grid_from, stored_bits, straight_through
 from gyroquant.grids.basis import Basis

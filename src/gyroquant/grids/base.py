@@ -1,4 +1,4 @@
-"""What a grid is: a set of representable numbers with its scales, one set for each group of weights in a row."""
+"""Base classes of grids. A grid is a set of representable numbers with scales for each group of weights in a row."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ def _group_size(value: int) -> int:
     raise ValueError("group_size is -1 (one group a row) or between 16 and 256")
 
 
-_SQUARED = (2.0**-40, 2.0**40)  # numbers of this size have squares, those of their rounding errors included
+_SQUARED = (2.0**-40, 2.0**40)  # fp32 holds the squares of numbers between these, and of their rounding errors
 
 GroupSize = Annotated[int, AfterValidator(_group_size)]
 
 
 @dataclass(frozen=True)
 class GroupParams:
-    """The scales of some groups, exactly as they will be stored.
+    """The scales and zero points of some groups, exactly as they will be stored.
 
-    `scale` and `zero` have the shape of the groups' weights with the last dimension 1; fp32 values that come back from
-    what is stored exactly. `zero` is a code, in units of one step; 0 for grids that have none.
+    `scale` and `zero` have the shape of the groups' weights with the last dimension 1. They are fp32 values that do not
+    change when they are stored and read. `zero` is a code, in units of one step. It is 0 for grids without zero points.
     """
 
     scale: Tensor
@@ -47,8 +47,8 @@ class GroupParams:
 class Grid(BaseModel, ABC):
     """A kind of number grid with its settings. Subclasses register themselves under their `grid` name.
 
-    A new kind declares what it can do in the class attributes below and is held to it by
-    `gyroquant.testing.check_grid`.
+    A new kind declares what it can do in the class attributes below. `gyroquant.testing.check_grid` checks what it
+    declares.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -56,15 +56,15 @@ class Grid(BaseModel, ABC):
     has_bit_widths: ClassVar[bool] = False
     """Whether `bits` can be chosen, as `allocate` does for every layer."""
     plain_integers: ClassVar[bool] = False
-    """Whether numbers are ``(code - zero) * scale`` with one scale a group, as other programs and the packed KV cache
-    take them.
+    """Whether numbers are ``(code - zero) * scale`` with one scale a group. Other programs and the packed KV cache need
+    this form.
     """
     fits: ClassVar[tuple[str, ...]] = ()
-    """The values of a setting `scale` that says how scales are fitted: `minmax` by the range of a group, `mse` by a
-    search. Empty where there is one way alone.
+    """The values of the setting `scale`, which states how scales are fitted: `minmax` by the range of a group, `mse` by
+    a search. Empty if the grid fits scales in one way only.
     """
     scale_step: ClassVar[float] = 2.0**-10
-    """By what share neighbouring scales that can be stored differ: 2^-10 for fp16."""
+    """The relative difference of neighbouring storable scales: 2^-10 for fp16."""
 
     grid: str
     bits: int
@@ -78,30 +78,30 @@ class Grid(BaseModel, ABC):
 
     @classmethod
     def examples(cls) -> list[Self]:
-        """Grids that cover the options of this kind, for tests. Their groups are whole rows or divide 192 weights."""
+        """Grids that cover the options of this kind, for tests. Their group sizes are -1 or divide 192."""
         raise no_examples(cls)
 
     @property
     @abstractmethod
     def group_bits(self) -> int:
-        """The bits stored for each group besides its codes."""
+        """The bits stored for each group in addition to its codes."""
 
     @property
     def holds_zero(self) -> bool:
-        """Whether 0 is among the numbers."""
+        """Whether the grid can represent 0."""
         return True
 
     def fitted_by(self, fit: str) -> Self:
-        """This grid with scales fitted by `minmax` or `mse`; itself where it has one way alone (see `fits`)."""
+        """This grid with scales fitted by `minmax` or `mse`. Returns itself if `fits` does not contain `fit`."""
         return self.model_copy(update={"scale": fit}) if fit in self.fits else self
 
     @property
     def tensor_bits(self) -> int:
-        """The bits stored for a scale of the whole weight."""
+        """The bits stored for the tensor scale; 0 if there is none."""
         return 0
 
     def group_of(self, columns: int, name: str = "a weight") -> int:
-        """The group size for rows of this many weights. Raises RecipeError when it does not divide them."""
+        """The group size for rows of `columns` weights. Raises RecipeError if it does not divide `columns`."""
         if self.group_size == -1:
             return columns
         if columns % self.group_size:
@@ -112,38 +112,42 @@ class Grid(BaseModel, ABC):
 
     def _advice(self, columns: int) -> str:
         if get_origin(type(self).model_fields["group_size"].annotation) is Literal:
-            return f"{self.grid} has no other; choose another grid, or put such layers into weights.ignore"
+            return f"{self.grid} has no other group size; choose another grid, or put such layers into weights.ignore"
         fits = [g for g in (16, 32, 64, 128, 256) if columns % g == 0]
         return f"use {', '.join(map(str, fits))} or -1 (one group a row)" if fits else "use -1 (one group a row)"
 
     def with_tensor_scale(self, *weights: Tensor) -> Grid:
-        """This grid for one weight, of any shape, or several that are stored as one: itself, or for grids with a scale
-        of the whole weight a copy that knows it. A bound grid stays as it is.
+        """This grid for one weight of any shape, or for several weights that are stored as one.
+
+        Grids with a tensor scale return a copy that holds it: a bound grid. Other grids and bound grids return
+        themselves.
         """
         return self
 
     def with_stored_scale(self, arrays: dict[str, Tensor]) -> Grid:
-        """As `with_tensor_scale`, for a weight that is stored in these arrays."""
+        """As `with_tensor_scale`, with the tensor scale that the arrays of a stored weight hold."""
         return self
 
     @abstractmethod
     def fit(self, groups: Tensor) -> GroupParams:
-        """Scales for groups of weights, shape (..., group), fp32. Raises InputError for NaN, infinity and what the
-        stored scale cannot hold.
+        """Scales for groups of weights, shape (..., group), fp32.
+
+        Raises InputError for NaN, for infinity, and for groups whose scale cannot be stored.
         """
 
     def _fit_rows(self, groups: Tensor) -> GroupParams:
-        """As `fit`, for groups of shape (..., groups of a row, group) whose rows know nothing of each other."""
+        """As `fit`, for groups of shape (..., groups of a row, group) whose rows are fitted independently."""
         return self.fit(groups)
 
     @abstractmethod
     def round_params(self, scale: Tensor, zero: Tensor) -> GroupParams:
-        """The parameters nearest to finite ones, of the same shape, that can be stored."""
+        """The storable parameters nearest to `scale` and `zero`, which must be finite; same shape."""
 
     def rescale(self, params: GroupParams, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and zero point, not yet storable, of groups whose span has its two ends moved by these factors.
+        """Scale and zero point after the low and high end of each group's range are multiplied by these factors.
 
-        Differentiable. Grids without zero points take the mean of the two.
+        The result is not rounded to storable values. Differentiable. Grids without zero points use the mean of the two
+        factors.
         """
         return params.scale * ((low + high) / 2), params.zero
 
@@ -152,7 +156,7 @@ class Grid(BaseModel, ABC):
         """The smallest and the largest number in units of the scale, for zero points of any shape, differentiable."""
 
     def step_below(self, numbers: Tensor) -> Tensor:
-        """How far the next number towards zero is from numbers of the grid, both in units of the scale."""
+        """The distance from numbers of the grid to the next number towards zero, both in units of the scale."""
         return torch.ones_like(numbers)
 
     @abstractmethod
@@ -164,48 +168,52 @@ class Grid(BaseModel, ABC):
         """The numbers that codes stand for, fp32."""
 
     def nearest(self, weights: Tensor, params: GroupParams) -> Tensor:
-        """What `decode` makes of `encode`; grids that can do without the codes are faster at it."""
+        """``decode(encode(weights))``. Grids that do not need the codes compute it faster."""
         return self.decode(self.encode(weights, params), params)
 
     def fake(self, x: Tensor) -> Tensor:
-        """Numbers of shape (..., n) rounded by scales fitted to them, group by group of the last dimension.
+        """Numbers of shape (..., n), rounded with scales fitted to each group of the last dimension.
 
-        Computed in fp32, returned in the dtype of `x`. Raises RecipeError when the groups do not divide n, InputError
-        as `fit` does.
+        Computed in fp32, returned in the dtype of `x`. Raises RecipeError if the group size does not divide n, and
+        InputError as `fit` does.
         """
         groups = x.float().unflatten(-1, (-1, self.group_of(x.shape[-1], "an activation")))
         return self.nearest(groups, self._fit_rows(groups)).reshape(x.shape).to(x.dtype)
 
     def least_squares(self, groups: Tensor, candidates: Iterable[GroupParams]) -> GroupParams:
-        """For each group the candidate of least squared error, the first of equals."""
+        """For each group, the candidate with the least squared error; the first one of equals."""
         best, error, up = None, torch.empty(0), lift(groups)
-        for tried in candidates:
-            away = (self.nearest(groups, tried) - groups).mul_(up) if up != 1 else self.nearest(groups, tried) - groups
-            tried_error = away.square_().sum(-1, keepdim=True)
+        for params in candidates:
+            difference = self.nearest(groups, params) - groups
+            if up != 1:
+                difference = difference.mul_(up)
+            params_error = difference.square_().sum(-1, keepdim=True)
             if best is None:
-                best, error = tried, tried_error
+                best, error = params, params_error
                 continue
-            better = tried_error < error
-            error = torch.where(better, tried_error, error)
-            best = GroupParams(torch.where(better, tried.scale, best.scale), torch.where(better, tried.zero, best.zero))
+            better = params_error < error
+            error = torch.where(better, params_error, error)
+            best = GroupParams(
+                torch.where(better, params.scale, best.scale), torch.where(better, params.zero, best.zero)
+            )
         if best is None:
             raise ValueError("there are no candidates to choose from")
         return best
 
     @abstractmethod
     def pack(self, codes: Tensor, params: GroupParams) -> dict[str, Tensor]:
-        """What is stored for a weight: codes of shape (rows, columns), params of shape (rows, groups, 1)."""
+        """The arrays stored for a weight: codes of shape (rows, columns), params of shape (rows, groups, 1)."""
 
     @abstractmethod
     def unpack(self, arrays: dict[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, GroupParams]:
-        """The inverse of `pack`. Raises InputError for arrays of a wrong size."""
+        """The inverse of `pack`. Raises InputError if an array is missing or has a wrong size."""
 
 
 @dataclass(frozen=True)
 class QuantizedWeight:
     """A rounded weight matrix: codes of shape (rows, columns), uint8, and scales of shape (rows, groups, 1).
 
-    With a `basis` these are of the weight as it is there, with as many columns as the basis has.
+    With a `basis`, codes and scales describe the weight in that basis. `columns` is then the order of the basis.
     """
 
     grid: Grid
@@ -222,7 +230,7 @@ class QuantizedWeight:
 
     @property
     def bits(self) -> int:
-        """The bits that are stored for the matrix, up to what filling the last byte takes."""
+        """The bits stored for the matrix, without the padding of the last byte."""
         basis = 0 if self.basis is None or self.basis.scale is None else 16 * self.basis.scale.numel()
         groups = self.grid.group_bits * self.params.scale.numel()
         return self.grid.bits * self.codes.numel() + groups + self.grid.tensor_bits + basis
@@ -232,7 +240,7 @@ class QuantizedWeight:
 
 
 def lift(numbers: Tensor) -> float:
-    """The power of two by which numbers are multiplied before they are squared: 1 unless fp32 lacks their squares."""
+    """The power of two to multiply numbers by before squaring them: 1 if fp32 holds their squares."""
     largest = float(numbers.detach().abs().amax()) if numbers.numel() else 0.0
     if largest == 0 or not math.isfinite(largest) or _SQUARED[0] < largest < _SQUARED[1]:
         return 1.0
@@ -240,12 +248,12 @@ def lift(numbers: Tensor) -> float:
 
 
 def straight_through(seen: Tensor, value: Tensor) -> Tensor:
-    """`value`, with the gradient of `seen`: rounding as gradients are to see it."""
+    """`value`, with the gradient of `seen`: the straight-through estimator of rounding."""
     return seen + (value - seen).detach()
 
 
 def stored(arrays: dict[str, Tensor], part: str, shape: tuple[int, ...]) -> Tensor:
-    """One of the arrays of a weight. Raises InputError when it is missing or has another shape than this."""
+    """One of the arrays of a weight. Raises InputError if it is missing or does not have this shape."""
     if part not in arrays:
         raise InputError(f"the array of {part} of a rounded weight is missing")
     if tuple(arrays[part].shape) != shape:
@@ -259,7 +267,7 @@ def stored_bits(arrays: dict[str, Tensor]) -> int:
 
 
 def grid_from(spec: dict[str, Any]) -> Grid:
-    """A grid from its saved description. Raises InputError for an unknown kind and for settings that it cannot have."""
+    """A grid from its saved description. Raises InputError for an unknown kind and for invalid settings."""
     name = spec.get("grid")
     kind = Grid.registry.find(name)
     try:

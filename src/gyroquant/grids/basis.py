@@ -1,4 +1,4 @@
-"""Bases of its inputs in which a weight is rounded, and from which it is decoded; nothing of them runs with a model."""
+"""Bases of the inputs in which weights are rounded. Decoding undoes the basis, so nothing of it runs with a model."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from gyroquant.maps import hadamard
 
 @dataclass(frozen=True)
 class Basis:
-    """In place of W, of shape (rows, columns), ``pad(W) H diag(s)`` is rounded, of shape (rows, order).
+    """``pad(W) H diag(s)``, shape (rows, order), is rounded in place of W, shape (rows, columns).
 
-    H is the normalised Hadamard matrix of that order, `pad` adds columns of zeros. `scale` is s, of shape (parts,
-    order), one row for each equal part of the rows, fp32 numbers that fp16 holds; None is 1 everywhere.
+    H is the normalised Hadamard matrix of that order. `pad` adds columns of zeros. `scale` is s, shape (parts, order),
+    with one row for each of the equal parts of W's rows: fp32 numbers that fp16 holds exactly. None means 1 everywhere.
     """
 
     columns: int
@@ -30,18 +30,18 @@ class Basis:
         return moved if self.scale is None else self._scaled(moved, self.scale)
 
     def decode(self, moved: Tensor) -> Tensor:
-        """The inverse of `encode`, shape (rows, columns). Columns that were added are dropped at the very end."""
+        """The inverse of `encode`, shape (rows, columns). The added columns are dropped last."""
         plain = moved if self.scale is None else self._scaled(moved, 1 / self.scale)
         return hadamard(self.order).inverse().apply(plain)[:, : self.columns].contiguous()
 
     def second_moments(self, gram: Tensor) -> Tensor:
-        """Second moments of an input, (columns, columns), in this basis, (order, order), or what drifts from them.
+        """Second moments, shape (columns, columns), transformed into this basis: shape (order, order), fp64.
 
-        fp64, since those of padded inputs are singular.
+        Also for the second moments of input errors. fp64, because second moments of padded inputs are singular.
         """
         scale = torch.ones(1, self.order) if self.scale is None else self.scale
         if len(scale) != 1:
-            raise ValueError("second moments belong to one input")
+            raise ValueError("second moments belong to one input, but this basis has a scale for several parts")
         inverse = 1 / scale.double()
         return spectrum(gram.double(), self.order) * inverse * inverse.T
 
@@ -49,19 +49,21 @@ class Basis:
         return (rows.view(len(scale), -1, self.order) * scale.to(rows)[:, None]).view(rows.shape)
 
     def describe(self) -> dict[str, Any]:
-        """What a saved model has to say of it."""
+        """The description of the basis in a saved model."""
         return {"order": self.order}
 
     def pack(self) -> dict[str, Tensor]:
-        """What is stored for it."""
+        """The arrays stored for the basis."""
         return {} if self.scale is None else {"basis": self.scale.half()}
 
     @staticmethod
     def unpack(spec: dict[str, Any], arrays: dict[str, Tensor], columns: int) -> Basis:
-        """The basis that `describe` and `pack` gave. Raises InputError when they contradict each other."""
+        """The basis from the results of `describe` and `pack`. Raises InputError if they contradict each other."""
         order, scale = int(spec["order"]), arrays.get("basis")
         if order < columns or (scale is not None and scale.shape[1:] != (order,)):
-            raise InputError(f"a basis of order {order} does not fit what is stored for a weight of {columns} columns")
+            raise InputError(
+                f"a basis of order {order} does not fit the arrays stored for a weight of {columns} columns"
+            )
         return Basis(columns, order, None if scale is None else scale.float())
 
 
@@ -70,7 +72,7 @@ def _padded(x: Tensor, order: int) -> Tensor:
 
 
 def spectrum(gram: Tensor, order: int) -> Tensor:
-    """Second moments, (columns, columns), of what they are the moments of, padded with zeros and rotated by H."""
+    """Second moments, shape (columns, columns), of inputs padded with zeros and rotated by H: (order, order)."""
     rotation = hadamard(order)
     half = rotation.apply(_padded(gram, order))
     return rotation.apply(_padded(half.T.contiguous(), order)).T.contiguous()

@@ -31,9 +31,9 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(stream: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
-    """The codes that `pack` wrote, uint8. Raises InputError for a stream of another length than they need, or dtype."""
+    """The codes that `pack` wrote, uint8. Raises InputError if the stream has a wrong length or is not uint8."""
     if stream.dtype != torch.uint8:
-        raise InputError(f"codes are a stream of bytes (uint8), not {stream.dtype}")
+        raise InputError(f"codes must be a stream of bytes (uint8), not {stream.dtype}")
     count = prod(shape)
     if stream.numel() != packed_bytes(count, bits):
         raise InputError(

@@ -1,4 +1,4 @@
-"""How far rounded weights are from the weights."""
+"""The relative error of rounded weights."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from gyroquant.grids.base import lift
 
 
 def in_reach(weight: Tensor, rounded: Tensor) -> tuple[Tensor, Tensor]:
-    """Both times the same power of two, where fp32 does not hold the squares of the weights; shares of
-    them stay what they are.
+    """Both tensors, multiplied by the same power of two if fp32 does not hold the squares of the weights.
+
+    Relative errors do not change.
     """
     up = lift(weight)
     return (weight, rounded) if up == 1 else (weight * up, rounded * up)

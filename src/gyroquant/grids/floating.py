@@ -19,18 +19,18 @@ from gyroquant.grids.half_scale import HalfScaleGrid
 E2M1_MAX = 6.0
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _E2M1 = torch.tensor([*_MAGNITUDES, *(-value for value in _MAGNITUDES)], dtype=torch.float32)  # by code
-_EXPONENT = 0x7F800000  # where fp32 keeps it
-# Factors that the search for the least squared error tries. They go above 1 too: the steps of E2M1 are uneven, and many
-# a group fits better when its largest weight becomes 4 and not 6 ("Four Over Six").
+_EXPONENT = 0x7F800000  # the exponent bits of fp32
+# Factors that the search for the least squared error tries. Some are above 1: the steps of E2M1 are uneven, and many
+# groups fit better if their largest weight becomes 4 and not 6 ("Four Over Six").
 SCALINGS = tuple(1.0 - 0.02 * i for i in range(-25, 26))
 
 
 def nearest_e2m1(weights: Tensor, scale: Tensor) -> Tensor:
-    """The nearest to each of ``weights / scale`` among 0, .5, 1, 1.5, 2, 3, 4, 6 and their negatives, fp32; ties go to
-    the even mantissa.
+    """The number nearest to each of ``weights / scale`` among 0, .5, 1, 1.5, 2, 3, 4, 6 and their negatives, fp32.
 
-    Exact for every fp32 quotient: one step is half the number's power of two, at least half of 1, and adding and taking
-    off 1.5 * 2^23 steps leaves a multiple of a step, rounded as the addition itself rounds. Zero is never negative.
+    Ties go to the even mantissa. Exact for every fp32 quotient: one step is half the number's power of two, at least
+    half of 1. Adding and subtracting 1.5 * 2^23 steps leaves a multiple of a step, rounded as the addition rounds. Zero
+    is never negative.
     """
     x = (weights / scale).clamp_(-E2M1_MAX, E2M1_MAX)
     steps = (x.view(torch.int32) & _EXPONENT).view(torch.float32).clamp_(min=1).mul_(1.5 * 2**22)
@@ -38,15 +38,15 @@ def nearest_e2m1(weights: Tensor, scale: Tensor) -> Tensor:
 
 
 def largest(groups: Tensor) -> Tensor:
-    """The largest magnitude of each group, shape (..., 1). Raises InputError when one is NaN or infinite."""
-    found = torch.maximum(groups.amax(-1, keepdim=True), -groups.amin(-1, keepdim=True))
-    if not bool(found.isfinite().all()):
+    """The largest magnitude of each group, shape (..., 1). Raises InputError if one is NaN or infinite."""
+    magnitude = torch.maximum(groups.amax(-1, keepdim=True), -groups.amin(-1, keepdim=True))
+    if not bool(magnitude.isfinite().all()):
         raise InputError("a group of numbers is not finite (NaN or infinite)")
-    return found
+    return magnitude
 
 
 class FloatGrid(Grid):
-    """What floating-point grids share: `scale` times an element, stored as codes and scales; `zero` is always 0."""
+    """Base class of floating-point grids: numbers are `scale` times an element. `zero` is always 0."""
 
     @property
     @abstractmethod
@@ -56,15 +56,15 @@ class FloatGrid(Grid):
     @property
     @abstractmethod
     def _mantissa(self) -> int:
-        """The bits behind an element's leading one."""
+        """The number of mantissa bits after the leading one of an element."""
 
     @property
     @abstractmethod
     def _least_exponent(self) -> int:
-        """Of two, from which on elements have a leading one; plus one."""
+        """One plus the exponent of the smallest power of two from which elements have a leading one."""
 
     def scaled(self, scale: Tensor) -> GroupParams:
-        """Parameters of these scales."""
+        """GroupParams with these scales and zero points of 0."""
         return GroupParams(scale, torch.zeros_like(scale))
 
     def range(self, zero: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,7 +72,7 @@ class FloatGrid(Grid):
         return -largest, largest
 
     def step_below(self, numbers: Tensor) -> Tensor:
-        _, exponent = torch.frexp(numbers.abs() * (1 - 2.0**-12))  # a power of two belongs to what lies below it
+        _, exponent = torch.frexp(numbers.abs() * (1 - 2.0**-12))  # a power of two counts to the binade below it
         return torch.ldexp(torch.ones_like(numbers), exponent.clamp_min(self._least_exponent) - 1 - self._mantissa)
 
     def pack(self, codes: Tensor, params: GroupParams) -> dict[str, Tensor]:
@@ -85,7 +85,7 @@ class FloatGrid(Grid):
 
     @abstractmethod
     def _stored(self, scale: Tensor) -> dict[str, Tensor]:
-        """What is stored for scales of shape (rows, groups)."""
+        """The arrays stored for scales of shape (rows, groups)."""
 
     @abstractmethod
     def _restored(self, arrays: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
@@ -118,7 +118,7 @@ class HalfScaleFloatGrid(FloatGrid, HalfScaleGrid):
 
 
 class E2M1Grid(FloatGrid):
-    """Elements of sign, two bits of exponent and one of mantissa, as the OCP Microscaling specification has them."""
+    """Elements with a sign, two exponent bits and one mantissa bit, as in the OCP Microscaling specification."""
 
     bits: Literal[4] = 4
 
@@ -137,7 +137,7 @@ class E2M1Grid(FloatGrid):
     def encode(self, weights: Tensor, params: GroupParams) -> Tensor:
         element = nearest_e2m1(weights, params.scale)
         size = element.abs()
-        # Codes of magnitudes rise by 2, 1 and 1/2 a unit up to 2, 4 and 6, so the lowest of three lines is the code.
+        # The code of a magnitude rises by 2, 1 and 1/2 a unit up to 2, 4 and 6, so it is the lowest of three lines.
         code = torch.minimum(torch.minimum(2 * size, size + 2), size / 2 + 4)
         return (code + 8 * (element < 0)).to(torch.uint8)
 
@@ -151,8 +151,8 @@ class E2M1Grid(FloatGrid):
 class Fp4Grid(E2M1Grid, HalfScaleFloatGrid):
     """E2M1 elements with an fp16 scale for each group or row.
 
-    `scale` chooses between the largest weight of a group becoming 6 (`minmax`) and the scale of least squared error
-    from half to one and a half times that (`mse`).
+    `scale` states how scales are fitted. `minmax`: the largest weight of a group becomes 6. `mse`: the scale of least
+    squared error, from half to one and a half times the scale of `minmax`.
     """
 
     fits: ClassVar[tuple[str, ...]] = ("minmax", "mse")
@@ -183,9 +183,10 @@ _FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 
 class Fp8Grid(HalfScaleFloatGrid):
-    """Elements of 8 bits, `format` e4m3 (the finite one, up to 448) or e5m2 (up to 57344), with an fp16 scale for each
-    group or row. Codes are the bit patterns; the largest weight of a group becomes the largest element, or another one
-    where a group lies on the grid already.
+    """Elements of 8 bits with an fp16 scale for each group or row. Codes are the bit patterns.
+
+    `format` is e4m3 (the variant without infinity, up to 448) or e5m2 (up to 57344). The largest weight of a group
+    becomes the largest element, or another element if the group already lies on the grid.
     """
 
     grid: Literal["fp8"] = "fp8"
@@ -199,12 +200,13 @@ class Fp8Grid(HalfScaleFloatGrid):
 
     def fit(self, groups: Tensor) -> GroupParams:
         extreme = largest(groups)
-        found = self.scaled(self._half(extreme / self._max))
-        return prefer_exact(self, groups, found, self.scaled(extreme / self._largest_elements(extreme.device)))
+        params = self.scaled(self._half(extreme / self._max))
+        return prefer_exact(self, groups, params, self.scaled(extreme / self._largest_elements(extreme.device)))
 
     def _largest_elements(self, device: torch.device) -> Tensor:
-        """The elements above half the largest one, of every mantissa one: what the largest weight of a group that lies
-        on the grid is in units of some scale.
+        """The elements above half the largest one: one for each mantissa.
+
+        The largest weight of a group that lies on the grid is one of them, in units of some scale.
         """
         elements = torch.arange(128, dtype=torch.uint8, device=device).view(_FP8[self.format]).float()
         return elements[elements.isfinite() & (elements > self._max / 2)]

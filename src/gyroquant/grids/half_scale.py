@@ -1,4 +1,4 @@
-"""Scales in fp16, and a scale of the whole weight where fp16 does not hold them."""
+"""Scales in fp16, with a tensor scale for weights whose scales fp16 does not hold."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from gyroquant.grids.base import Grid, stored
 
 _TINY = 2.0**-24  # the smallest positive fp16 number
 _LARGEST = torch.finfo(torch.float16).max
-_ROOM = 13  # the largest group's scale becomes 2^13 to 2^14: above it there is room to grow, below it 27 powers of two
-_LEAST_EXPONENT = -110  # of a tensor scale, so that no group's scale is an fp32 subnormal
-_NOTHING = 2.0**-24  # of the largest weight: groups below are as good as zero beside it
+_ROOM = 13  # the largest group's scale becomes 2^13 to 2^14: it can still grow, and 27 powers of two lie below it
+_LEAST_EXPONENT = -110  # of a tensor scale, so that no scale of a group is an fp32 subnormal
+_NEGLIGIBLE = 2.0**-24  # of the largest weight: groups whose weights are all below this do not matter
 
 
 def half(scale: Tensor) -> Tensor:
-    """Scales as fp16 holds them, as fp32, none of them 0. Raises InputError for NaN and for what fp16 cannot hold."""
+    """Scales rounded to nonzero fp16 numbers, as fp32. Raises InputError for NaN and for scales too large for fp16."""
     scale = scale.half().float()
     if not bool(scale.isfinite().all()):
         raise InputError("a group of numbers is not finite or too large for an fp16 scale (above 65504)")
@@ -32,16 +32,17 @@ class HalfScaleGrid(Grid):
     """Grids that store an fp16 scale for each group.
 
     fp16 has no numbers between 0 and 6e-8, few up to 6e-5 and none from 65520 on. For a weight whose groups have such
-    scales `with_tensor_scale` gives a copy of the grid that stores them over a scale of the whole weight, a power of
-    two, as `global` (fp32). Products with it are exact, so groups that fp16 holds come out as they would without it.
-    Weights that fp16 serves, all ordinary ones, have none. `params` hold the products.
+    scales, `with_tensor_scale` returns a copy of the grid with a tensor scale. It is a power of two, stored as `global`
+    (fp32), and the scales are stored divided by it. Products with it are exact, so groups whose scales fp16 holds get
+    the same scales as without it. Weights whose scales fp16 holds, which are all ordinary ones, do not get a tensor
+    scale. `GroupParams` hold the products.
     """
 
     _tensor_scale: float | None = PrivateAttr(default=None)
 
     @property
     def tensor_scale(self) -> float | None:
-        """The scale of the whole weight, None where there is none."""
+        """The tensor scale; None if the grid does not have one."""
         return self._tensor_scale
 
     @property
@@ -50,14 +51,15 @@ class HalfScaleGrid(Grid):
 
     @property
     def _may_move(self) -> tuple[float, float]:
-        """How far fp16 may move scales, as a share of them: those of a weight, root of the mean square (normal numbers
-        are moved by 2^-11 at most), and that of any one group.
+        """The largest relative changes of scales by fp16: root mean square over a weight, and of any one group.
+
+        Normal numbers change by 2^-11 at most.
         """
         return 2.0**-9, 2.0**-6
 
     @abstractmethod
     def _full_scale(self, groups: Tensor) -> Tensor:
-        """The scale with which the numbers span all weights of a group, shape (..., 1), before it is stored."""
+        """The scale at which the numbers cover all weights of a group, shape (..., 1), before rounding to fp16."""
 
     def with_tensor_scale(self, *weights: Tensor) -> Self:
         if self._tensor_scale is not None:
@@ -68,7 +70,7 @@ class HalfScaleGrid(Grid):
             scales.append(self._full_scale(groups).abs().reshape(-1))
             peaks.append(groups.abs().amax(-1).reshape(-1))
         scale, peak = torch.cat(scales), torch.cat(peaks)
-        if not bool(peak.isfinite().all()) or _served(scale, peak, *self._may_move):
+        if not bool(peak.isfinite().all()) or _fp16_suffices(scale, peak, *self._may_move):
             return self
         _, exponent = math.frexp(float(scale.max()))
         return self._with(2.0 ** max(exponent - 1 - _ROOM, _LEAST_EXPONENT))
@@ -87,35 +89,38 @@ class HalfScaleGrid(Grid):
         return weight.detach().float().unflatten(-1, (-1, columns if whole else self.group_size))
 
     def _half(self, scale: Tensor) -> Tensor:
-        """Scales as they can be stored. Raises InputError as `half` does."""
-        known = self._tensor_scale
-        return half(scale) if known is None else half(scale / known) * known
+        """Scales rounded to storable values. Raises InputError as `half` does."""
+        tensor_scale = self._tensor_scale
+        return half(scale) if tensor_scale is None else half(scale / tensor_scale) * tensor_scale
 
     def _clamped(self, scale: Tensor, low: float) -> Tensor:
-        """The nearest scale to each that can be stored, from `low` on, none of them 0."""
-        known = self._tensor_scale or 1.0
-        return self._half(scale.clamp(low, _LARGEST * known))
+        """The nearest storable scales that are not below `low` and not 0."""
+        tensor_scale = self._tensor_scale or 1.0
+        return self._half(scale.clamp(low, _LARGEST * tensor_scale))
 
     def _half_arrays(self, scale: Tensor) -> dict[str, Tensor]:
-        """What is stored for scales that `_half` gave, of shape (rows, groups)."""
-        known = self._tensor_scale
-        if known is None:
+        """The arrays stored for scales from `_half`, shape (rows, groups)."""
+        tensor_scale = self._tensor_scale
+        if tensor_scale is None:
             return {"scales": scale.half()}
-        return {"scales": (scale / known).half(), "global": torch.tensor([known], dtype=torch.float32)}
+        return {"scales": (scale / tensor_scale).half(), "global": torch.tensor([tensor_scale], dtype=torch.float32)}
 
     def _half_restored(self, arrays: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
         scale = stored(arrays, "scales", shape).float()
         return scale * stored(arrays, "global", (1,)).float() if "global" in arrays else scale
 
 
-def _served(scale: Tensor, peak: Tensor, mean: float, one: float) -> bool:
-    """Whether fp16 holds the scales of groups without moving them by more; `peak` is the largest magnitude of each."""
+def _fp16_suffices(scale: Tensor, peak: Tensor, mean: float, single: float) -> bool:
+    """Whether fp16 changes the scales of groups by no more than `_may_move` allows.
+
+    `peak` is the largest magnitude of each group, `mean` and `single` are the two limits.
+    """
     stored_scale = scale.half().float()
     if not bool(stored_scale.isfinite().all()):
         return False
     moved = torch.where(peak > 0, ((stored_scale - scale) / scale).abs(), 0.0)
     largest = peak.max()
-    share = (peak / largest.clamp_min(1e-38)).double()  # fp32 has no squares of the smallest
-    if bool(((moved > one) & (share > _NOTHING)).any()):
+    share = (peak / largest.clamp_min(1e-38)).double()  # fp32 does not hold the squares of the smallest
+    if bool(((moved > single) & (share > _NEGLIGIBLE)).any()):
         return False
     return float((moved * share).square().sum()) <= mean**2 * float(share.square().sum())

@@ -20,14 +20,19 @@ _SHRINK = tuple(1.0 - 0.02 * i for i in range(41))  # clipping factors that the 
 class IntegerGrid(HalfScaleGrid):
     """Codes 0 .. 2^bits - 1 that stand for ``(code - zero) * scale``, with the scale stored in fp16.
 
-    Asymmetric grids span the smallest to the largest weight of a group, always holding 0, with an integer zero point
-    of `bits` bits. Symmetric grids use their full range as llama.cpp and auto-round do: the weight of largest
-    magnitude becomes code 0, i.e. -2^(bits-1) steps, by a scale that may be negative, and no zero point is stored. With
-    `midrise` their numbers lie at odd multiples of half a step instead, as many on either side and none at zero, which
-    at 2 bits is 0.4 to 0.8 dB better for Gaussian weights than any that hold zero (QuIP, arXiv 2307.13304, rounds so).
-    One symmetric bit is +-scale/2 with the scale that fits best. `scale` chooses between the range of the group
-    (`minmax`), both ends of it times `clip`, and the clipped range with the least squared error (`mse`), which also
-    finds the scale of a group that lies on such numbers already.
+    Asymmetric: the range is from the smallest to the largest weight of a group and always contains 0. The zero point is
+    an integer of `bits` bits.
+
+    Symmetric: the full range is used, as in llama.cpp and auto-round. The weight of largest magnitude becomes code 0,
+    i.e. -2^(bits-1) steps. The scale may therefore be negative. No zero point is stored. One symmetric bit is +-scale/2
+    with the scale of least squared error.
+
+    `midrise` (symmetric only): the numbers lie at odd multiples of half a step, equally many on both sides and none at
+    zero. At 2 bits this is 0.4 to 0.8 dB better for Gaussian weights than any grid that holds zero. QuIP (arXiv
+    2307.13304) rounds in this way.
+
+    `scale`: `minmax` takes the range of the group with both ends multiplied by `clip`. `mse` takes the clipped range
+    with the least squared error. `mse` also finds the scale of a group that already lies on such numbers.
     """
 
     has_bit_widths: ClassVar[bool] = True
@@ -47,7 +52,7 @@ class IntegerGrid(HalfScaleGrid):
         if self.scale == "mse" and self.clip != 1:
             raise ValueError("scale: mse searches for the clipping itself; clip needs scale: minmax")
         if self.midrise and not self.symmetric:
-            raise ValueError("midrise: true puts as many numbers on either side of zero; it needs symmetric: true")
+            raise ValueError("midrise: true puts equally many numbers on both sides of zero; it needs symmetric: true")
         return self
 
     @classmethod
@@ -87,9 +92,11 @@ class IntegerGrid(HalfScaleGrid):
         return self._levels / 2 if self.midrise or self.bits == 1 else float(2 ** (self.bits - 1))
 
     def _range(self, groups: Tensor) -> tuple[Tensor, Tensor]:
-        """The ends of each group's range: (lowest, highest), or for symmetric grids (extreme, 0)."""
+        """The ends of each group's range: (lowest, highest), or (extreme, 0) for symmetric grids."""
         if self.symmetric and self.bits == 1:
-            extreme = -groups.abs().mean(-1, keepdim=True)  # least squares; the largest would be far too wide
+            extreme = -groups.abs().mean(
+                -1, keepdim=True
+            )  # least squares; the largest weight would give far too wide a range
             return extreme, torch.zeros_like(extreme)
         low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
         if self.symmetric:
@@ -106,11 +113,11 @@ class IntegerGrid(HalfScaleGrid):
         low, high = self._range(groups)
         if self.scale == "minmax":
             return self._params(low * self.clip, high * self.clip)
-        found = self.least_squares(groups, (self._params(low * factor, high * factor) for factor in _SHRINK))
-        return prefer_exact(self, groups, found, self._on_whole_steps(low, high))
+        params = self.least_squares(groups, (self._params(low * factor, high * factor) for factor in _SHRINK))
+        return prefer_exact(self, groups, params, self._on_whole_steps(low, high))
 
     def _on_whole_steps(self, low: Tensor, high: Tensor) -> GroupParams:
-        """What puts the ends of each group's range on numbers, coarse steps first; shape (..., candidates)."""
+        """Parameters that put the ends of each group's range on numbers, coarse steps first: (..., candidates)."""
         if self.symmetric:
             outermost = max(1, 2 ** (self.bits - 1))
             number = torch.arange(1, outermost + 1, device=low.device) - (self._middle % 1)
@@ -132,7 +139,7 @@ class IntegerGrid(HalfScaleGrid):
         if self.symmetric:
             return super().rescale(params, low, high)
         below = params.zero * low
-        steps = (below + (self._levels - params.zero) * high) / self._levels  # how long a new step is in old ones
+        steps = (below + (self._levels - params.zero) * high) / self._levels  # the length of a new step in old steps
         return params.scale * steps, below / steps
 
     def range(self, zero: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,18 +14,21 @@ from gyroquant.grids.base import GroupParams, stored
 from gyroquant.grids.exact import is_given_back
 from gyroquant.grids.floating import E2M1_MAX, SCALINGS, E2M1Grid, largest
 
-# What is added to the bits of an fp32 number before its exponent is read: 1.75 and above go up, or all above 1.5.
+# Added to the bits of an fp32 number before its exponent is read. `round`: mantissas from 1.75 on go up. `ceil`: all
+# above 1.5 go up.
 _CARRY = {"floor": 0, "round": 1 << 21, "ceil": (1 << 22) - 1}
 
 
 class Mxfp4Grid(E2M1Grid):
-    """MXFP4 (OCP Microscaling Formats 1.0): groups of 32 and a power of two for each, stored as its exponent plus 127.
+    """MXFP4 (OCP Microscaling Formats 1.0): groups of 32, each with a power of two, stored as its exponent plus 127.
 
-    `scale_rounding` says which power of two. With the largest magnitude ``m = 1.f * 2^e`` of a group: `floor` is
-    ``2^(e - 2)``, as the specification has it, and clips what lies above 6 of up to 8 steps; `round` takes the exponent
-    that m has once it is rounded to one bit of mantissa, so that 7 steps and more become 4 of twice the size; `ceil` is
-    the smallest power of two that clips nothing; `mse` is whichever of ``2^(e - 3)`` to ``2^(e - 1)`` has the least
-    squared error.
+    `scale_rounding` chooses the power of two, for the largest magnitude ``m = 1.f * 2^e`` of a group:
+
+    - `floor`: ``2^(e - 2)``, as in the specification. m lies below 8 steps, and what lies above 6 steps is clipped.
+    - `round`: as `floor`, with the exponent of m after rounding m to one mantissa bit. 7 steps or more thus become 4
+      steps of twice the size.
+    - `ceil`: the smallest power of two that clips nothing.
+    - `mse`: the one of ``2^(e - 3)`` to ``2^(e - 1)`` with the least squared error.
     """
 
     scale_step: ClassVar[float] = 1.0
@@ -50,11 +53,13 @@ class Mxfp4Grid(E2M1Grid):
 
     def round_params(self, scale: Tensor, zero: Tensor) -> GroupParams:
         near = scale.clamp(2.0**-126, 2.0**127).contiguous()
-        return self._params(near.view(torch.int32) + (1 << 22), 2)  # from 1.5 on, the next power is as near or nearer
+        return self._params(
+            near.view(torch.int32) + (1 << 22), 2
+        )  # from 1.5 on, the next power of two is as near or nearer
 
     def _params(self, extreme: Tensor, shift: int) -> GroupParams:
-        # Two binades lie between 1 and the 4 that the largest becomes. 0 would be a number that fp32 holds as a
-        # subnormal only, 255 is NaN.
+        # The power of two of the largest magnitude becomes 4, two binades above 1. Exponent 0 would be an fp32
+        # subnormal, and 255 is NaN.
         exponents = ((extreme >> 23) - 2 + shift).clamp(1, 254)
         return self.scaled((exponents << 23).view(torch.float32))
 
@@ -72,34 +77,35 @@ _LEAST = 2.0**-100  # of tensor scales, so that no scale is an fp32 subnormal
 
 
 def _whole_scale(extreme: Tensor) -> Tensor:
-    """The scale of a whole tensor: its largest weight becomes the largest element of a group with the largest scale."""
+    """The tensor scale at which the largest weight becomes the largest element of a group with the largest scale."""
     return (extreme / (E2M1_MAX * _E4M3_MAX)).clamp(min=_LEAST)
 
 
 def _possible_scales(widest: float, peaks: Tensor) -> list[float]:
-    """The tensor scales by which a weight whose groups have these largest magnitudes may lie on the grid already: its
-    largest weight is an element times a group scale, and so is the largest of each group. `widest` takes the largest of
-    both for the former.
+    """The tensor scales at which a weight may already lie on the grid, from the largest magnitudes of its groups.
+
+    The largest weight is an element times a group scale, and so is the largest weight of each group. `widest` is the
+    tensor scale for the largest element and the largest group scale.
     """
-    found = []
+    possible = []
     for element in (E2M1_MAX, 4.0):
-        for group in (240, *range(256, int(_E4M3_MAX) + 1, 32)):  # of every mantissa one
+        for group in (240, *range(256, int(_E4M3_MAX) + 1, 32)):  # one for each mantissa
             scale = widest * (E2M1_MAX * _E4M3_MAX) / (element * group)
             wanted = peaks / scale / torch.tensor([E2M1_MAX, 4.0], device=peaks.device)
             near = wanted.clamp(max=_E4M3_MAX).to(_E4M3).float()
             if bool((((near - wanted).abs() <= 2.0**-8 * wanted).any(-1) | (peaks[:, 0] == 0)).all()):
-                found.append(scale)
-    return found
+                possible.append(scale)
+    return possible
 
 
 class Nvfp4Grid(E2M1Grid):
-    """NVFP4: groups of 16, each with an E4M3 scale, times one fp32 scale of the whole weight.
+    """NVFP4: groups of 16, each with an E4M3 scale, and one fp32 tensor scale.
 
-    A grid must be bound to a weight before it can fit or pack. `fake` of one that is not bound gives each row a tensor
-    scale of its own, so that tokens do not depend on each other. `scale` is as for fp4; the group scales in
-    `GroupParams` are the products, as the codes are multiplied with them. The tensor scale makes the largest weight the
-    largest element of a group with the largest scale, or with `mse` others of them where the weight lies on the grid
-    already.
+    A grid must be bound to a weight (`with_tensor_scale`) before it can fit or pack. If it is not bound, `fake` gives
+    each row its own tensor scale, so that tokens do not depend on each other. `scale` is as for fp4. The scales in
+    `GroupParams` are the products of group scale and tensor scale. The tensor scale makes the largest weight the
+    largest element of a group with the largest scale. With `mse`, it may be another element or group scale, if the
+    weight already lies on the grid.
     """
 
     fits: ClassVar[tuple[str, ...]] = ("minmax", "mse")
@@ -120,10 +126,10 @@ class Nvfp4Grid(E2M1Grid):
 
     @property
     def tensor_scale(self) -> float:
-        """The scale of the whole weight, an fp32 number. Raises InputError for a grid that is not bound."""
+        """The tensor scale, an fp32 number. Raises InputError for a grid that is not bound."""
         if self._tensor_scale is None:
             raise InputError(
-                "an nvfp4 grid has to know the whole weight before its groups: call with_tensor_scale(weight) first"
+                "an nvfp4 grid needs the tensor scale of the whole weight: call with_tensor_scale(weight) first"
             )
         return self._tensor_scale
 
@@ -136,10 +142,10 @@ class Nvfp4Grid(E2M1Grid):
         widest = max(float(_whole_scale(largest(weight.float().reshape(1, -1)))) for weight in weights)
         if self.scale == "mse" and widest > _LEAST:
             groups = [weight.detach().float().reshape(-1, self.group_size) for weight in weights]
-            peaks = torch.cat([largest(each) for each in groups])
+            peaks = torch.cat([largest(rows) for rows in groups])
             for scale in _possible_scales(widest, peaks):
                 bound = self._with(scale)
-                if all(bool(is_given_back(bound, each, bound.fit(each)).all()) for each in groups):
+                if all(bool(is_given_back(bound, rows, bound.fit(rows)).all()) for rows in groups):
                     return bound
         return self._with(widest)
 

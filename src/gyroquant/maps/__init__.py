@@ -1,4 +1,4 @@
-"""Invertible linear maps with structure: what a basis is changed by. They know no model."""
+"""Invertible linear maps with structure, which change a basis. They do not depend on a model."""
 
 from gyroquant.maps.base import Identity, Map, Product, dump, load, product
 from gyroquant.maps.butterfly import Butterfly, butterfly

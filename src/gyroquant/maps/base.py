@@ -1,8 +1,8 @@
-"""What a map is: an invertible linear map of row vectors with structure.
+"""The base class of maps, `Identity` and `Product`. A map is an invertible linear map of row vectors with structure.
 
-Convention: a map with matrix ``M`` takes a row vector ``x`` to ``x @ M``; ``a @ b`` first applies ``a``, then ``b``. A
-map knows how to apply itself along a dimension, invert itself, compose, count its cost and save itself. It knows no
-model. The two maps that composing needs stand here too: `Identity` and `Product`.
+Convention: a map with matrix ``M`` takes a row vector ``x`` to ``x @ M``; ``a @ b`` first applies ``a``, then ``b``.
+Maps can be applied along a dimension, inverted, composed and saved, and they count their cost. They do not depend on a
+model.
 
 With activations ``y = x @ W.T``, changing the basis of ``y`` by ``M`` multiplies ``W`` along its output axis by ``M``
 (``W.apply``), and changing the basis of ``x`` by ``M`` multiplies it along its input axis by the *contragredient*
@@ -23,8 +23,8 @@ from typing_extensions import Self
 from gyroquant.errors import MapError
 from gyroquant.registry import Registry, no_examples
 
-MAX_ORDER = 1 << 20  # of a stored map; no dimension of a model comes near it
-_DEPTH = 16  # of maps in maps; three are in use
+MAX_ORDER = 1 << 20  # of a stored map; dimensions of models are much smaller
+_DEPTH = 16  # of maps in maps; our own maps are nested 3 deep at most
 
 
 class Map(ABC):
@@ -33,12 +33,12 @@ class Map(ABC):
     n: int
     registry: ClassVar[Registry[type[Map]]] = Registry("map", "gyroquant.maps", error=MapError)
     kind: ClassVar[str]
-    """What files call it: the class's name in small letters, unless the class says another."""
-    array_dims: ClassVar[int] = 1  # of the tensors that it has
+    """The name of the class in files. Default: the class name in small letters."""
+    array_dims: ClassVar[int] = 1  # number of dimensions of its tensors
 
     @classmethod
     def examples(cls) -> list[Self]:
-        """Maps that cover the options of this kind, for tests: of order 32 at most, and not all symmetric."""
+        """Maps that cover the options of this kind, for tests. Their order is at most 32, and not all are symmetric."""
         raise no_examples(cls)
 
     def __init_subclass__(cls) -> None:
@@ -47,9 +47,9 @@ class Map(ABC):
         Map.registry.add(cls.kind, cls)
 
     def apply(self, x: Tensor, dim: int = -1) -> Tensor:
-        """``x @ M`` along `dim` of x, whose size there must be n; same shape and dtype as x.
+        """``x @ M`` along dimension `dim` of x, same shape and dtype as x.
 
-        Raises MapError when the size differs.
+        Raises MapError if the size of that dimension is not n.
         """
         if x.shape[dim] != self.n:
             raise MapError(f"{self!r} has order {self.n}, but dimension {dim} of the tensor has size {x.shape[dim]}")
@@ -88,7 +88,7 @@ class Map(ABC):
         """Multiply-adds to apply the map to one vector."""
 
     def contragredient(self) -> Map:
-        """``M^-T``, what a parameter that reads the changed basis is multiplied with; M itself when orthogonal."""
+        """``M^-T``: parameters that read the changed basis are multiplied with it. M itself if M is orthogonal."""
         return self if self.orthogonal else self.inverse().transpose()
 
     def dense(self, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -96,7 +96,7 @@ class Map(ABC):
         return self.apply(torch.eye(self.n, dtype=dtype))
 
     def storage_bits(self) -> int:
-        """Bits needed to store the map beyond its name and order: what an online map costs in a file."""
+        """Bits to store the map, without its name and order: the size of an online map in a file."""
         bits = 0
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
@@ -109,7 +109,7 @@ class Map(ABC):
         return bits
 
     def in_fp32(self) -> Map:
-        """This map with its numbers in fp32, which does the same to fp32 vectors and takes half the room."""
+        """This map with its numbers in fp32. It does the same to fp32 vectors and needs half the memory."""
         changes: dict[str, Any] = {}
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
@@ -127,7 +127,7 @@ class Map(ABC):
 
 @dataclass(frozen=True, eq=False)
 class Identity(Map):
-    """Changes nothing, exactly."""
+    """The identity. It returns its input itself, so the result is exact."""
 
     n: int
     orthogonal = True
@@ -202,7 +202,7 @@ def product(*maps: Map) -> Map:
     parts: list[Map] = []
     for m in maps:
         parts += m.parts if isinstance(m, Product) else [m]
-    whole = Product(tuple(parts))  # refuses parts of different orders, identities among them
+    whole = Product(tuple(parts))  # raises MapError for parts of different orders, also for identities
     kept = tuple(part for part in whole.parts if not isinstance(part, Identity)) or whole.parts[:1]
     return kept[0] if len(kept) == 1 else Product(kept)
 
@@ -213,7 +213,9 @@ def dump(m: Map, arrays: dict[str, Tensor], prefix: str = "map") -> dict[str, An
     for field in dataclasses.fields(m):  # type: ignore[arg-type]
         value, key = getattr(m, field.name), f"{prefix}.{field.name}"
         if isinstance(value, Tensor):
-            arrays[key] = value.clone(memory_format=torch.contiguous_format)  # files share no memory
+            arrays[key] = value.clone(
+                memory_format=torch.contiguous_format
+            )  # safetensors refuses tensors that share memory
             spec[field.name] = {"array": key}
         elif isinstance(value, Map):
             spec[field.name] = dump(value, arrays, key)
@@ -227,14 +229,14 @@ def dump(m: Map, arrays: dict[str, Tensor], prefix: str = "map") -> dict[str, An
 def load(spec: dict[str, Any], arrays: dict[str, Tensor]) -> Map:
     """The map that `dump` described.
 
-    Raises MapError for an unknown kind, a missing array, and whatever no such map can have.
+    Raises MapError for an unknown kind, a missing array, and a field that is not valid for the kind.
     """
     return _load(spec, arrays, 0)
 
 
 def _load(spec: Any, arrays: dict[str, Tensor], depth: int) -> Map:
     if not isinstance(spec, dict):
-        raise MapError(f"a stored map is described by a mapping, not by a {type(spec).__name__}")
+        raise MapError(f"the description of a stored map must be a mapping, not a {type(spec).__name__}")
     if depth > _DEPTH:
         raise MapError(f"a stored map is nested more than {_DEPTH} deep")
     name = spec.get("kind")
@@ -246,17 +248,17 @@ def _load(spec: Any, arrays: dict[str, Tensor], depth: int) -> Map:
                 kind, str(field.type), spec.get(field.name), f"{name}.{field.name}", arrays, depth
             )
     try:
-        made = kind(**values)
-        order = made.n
+        loaded = kind(**values)
+        order = loaded.n
     except (ArithmeticError, LookupError, RuntimeError, TypeError) as error:
         raise MapError(f"a stored {name} map is damaged: {error}") from error
     if not 1 <= order <= MAX_ORDER:
-        raise MapError(f"a stored {name} map has order {order}, and there are none above {MAX_ORDER}")
-    return made
+        raise MapError(f"a stored {name} map has order {order}, which is not between 1 and {MAX_ORDER}")
+    return loaded
 
 
 def _field(kind: type[Map], wanted: str, value: Any, where: str, arrays: dict[str, Tensor], depth: int) -> Any:
-    """One field of a stored map, of the type that its class has for it."""
+    """One field of a stored map, of the type `wanted`. Raises MapError for another type."""
     if wanted == "Tensor" and isinstance(value, dict) and isinstance(value.get("array"), str):
         return _array(kind, value["array"], where, arrays)
     if wanted == "Map":
@@ -267,15 +269,15 @@ def _field(kind: type[Map], wanted: str, value: Any, where: str, arrays: dict[st
         return value
     if wanted == "int" and isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_ORDER:
         return value
-    raise MapError(f"{where} of a stored map is no {wanted}, or one that is out of range")
+    raise MapError(f"{where} of a stored map is not a {wanted}, or it is out of range")
 
 
 def _array(kind: type[Map], key: str, where: str, arrays: dict[str, Tensor]) -> Tensor:
     if key not in arrays:
-        raise MapError(f"the array {key!r} of {where}, a stored map, is missing")
-    found = arrays[key]
-    if found.dim() != kind.array_dims or not found.numel():
-        raise MapError(f"{key} of a stored map has shape {tuple(found.shape)}, not {kind.array_dims} dimensions")
-    if not bool(found.isfinite().all()):
+        raise MapError(f"the array {key!r} of {where} of a stored map is missing")
+    array = arrays[key]
+    if array.dim() != kind.array_dims or not array.numel():
+        raise MapError(f"{key} of a stored map has shape {tuple(array.shape)}, not {kind.array_dims} dimensions")
+    if not bool(array.isfinite().all()):
         raise MapError(f"{key} of a stored map holds values that are not finite (NaN or infinite)")
-    return found
+    return array

@@ -1,4 +1,4 @@
-"""Butterflies: log2(n) stages of plane rotations between coordinates 1, 2, 4, ... apart.
+"""Butterflies: log2(n) stages of plane rotations of coordinates that are 1, 2, 4, ... apart.
 
 ButterflyQuant (arXiv 2509.09679) learns them.
 """
@@ -20,9 +20,10 @@ from gyroquant.maps.base import Map
 class Butterfly(Map):
     """A product of log2(n) stages, each n/2 rotations of two coordinates; n is a power of two.
 
-    Stage k rotates the pairs (i, i + 2^k), counted by rising i, by the angles ``angles[k]``, of shape (log2(n), n/2):
-    ``(a, b) -> (a cos - b sin, a sin + b cos)``. Differentiable in the angles. `transposed` is the inverse. With all
-    angles pi/4 the matrix is Sylvester's Hadamard matrix over sqrt(n) up to the signs of its rows.
+    `angles` has shape (log2(n), n/2). Stage k rotates the pairs (i, i + 2^k), in ascending order of i, by the angles
+    ``angles[k]``: ``(a, b) -> (a cos - b sin, a sin + b cos)``. Differentiable in the angles. `transposed` gives the
+    inverse. If all angles are pi/4, the matrix is Sylvester's Hadamard matrix over sqrt(n), up to the signs of its
+    rows.
     """
 
     angles: Tensor
@@ -70,7 +71,10 @@ class Butterfly(Map):
 
 
 def butterfly(n: int, angle: float = pi / 4) -> Butterfly:
-    """The butterfly of order n with the same angle everywhere. Raises MapError, naming a block size that works."""
+    """The butterfly of order n with the same angle everywhere.
+
+    Raises MapError, which names a block size that works, if n is not a power of two.
+    """
     if n < 2 or n & (n - 1):
         block = n & -n
         advice = f"; use blocks of {block}, the largest power of two that divides it" if block > 1 else ""

@@ -1,4 +1,4 @@
-"""Maps made of maps: block-diagonal maps, and maps across blocks."""
+"""Maps made of other maps: block-diagonal maps, and maps that mix blocks."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from gyroquant.maps.hadamard import Hadamard, Walsh
 
 @dataclass(frozen=True, eq=False)
 class BlockDiagonal(Map):
-    """Maps side by side: `parts` act on consecutive blocks of coordinates, `repeat` times over.
+    """A block-diagonal matrix. `parts` act on consecutive blocks of coordinates; the sequence repeats `repeat` times.
 
-    ``BlockDiagonal((h,), 9)`` is nine times the same block and costs one batched application.
+    ``BlockDiagonal((h,), 9)`` has nine equal blocks and is applied in one batch.
     """
 
     parts: tuple[Map, ...]
@@ -54,8 +54,8 @@ class BlockDiagonal(Map):
         if len(self.parts) == 1:
             return self.parts[0]._apply(period).reshape(x.shape)
         pieces = period.split([part.n for part in self.parts], dim=-1)
-        done = [part._apply(piece) for part, piece in zip(self.parts, pieces, strict=True)]
-        return torch.cat(done, dim=-1).reshape(x.shape)
+        results = [part._apply(piece) for part, piece in zip(self.parts, pieces, strict=True)]
+        return torch.cat(results, dim=-1).reshape(x.shape)
 
     def inverse(self) -> BlockDiagonal:
         return BlockDiagonal(tuple(part.inverse() for part in self.parts), self.repeat)
@@ -66,9 +66,9 @@ class BlockDiagonal(Map):
 
 @dataclass(frozen=True, eq=False)
 class KroneckerLeft(Map):
-    """Mixes blocks of `inner` coordinates with each other: coordinate j of every block goes through `map`.
+    """Mixes blocks of `inner` coordinates with each other: `map` acts on coordinate j of all blocks, for every j.
 
-    Its matrix is the Kronecker product of that of `map` and the identity.
+    Its matrix is the Kronecker product of the matrix of `map` and the identity of order `inner`.
     """
 
     kind: ClassVar[str] = "across"
@@ -111,18 +111,18 @@ class KroneckerLeft(Map):
 
 
 def blocks(part: Map, n: int) -> Map:
-    """`part` repeated along the diagonal up to order n. Raises MapError when its order does not divide n."""
+    """`part`, repeated along the diagonal up to order n. Raises MapError if its order does not divide n."""
     if n % part.n:
         raise MapError(f"blocks of {part.n} do not divide {n}")
     return part if part.n == n else BlockDiagonal((part,), n // part.n)
 
 
 def preserve_mean(m: Map, tolerance: float = 1e-9) -> Map:
-    """An orthogonal map close to `m` that leaves the all-ones vector where it is.
+    """An orthogonal map close to `m` that does not change the all-ones vector.
 
-    A LayerNorm subtracts the mean, which commutes with an orthogonal map exactly when the map fixes the all-ones
-    vector. A map that does not is followed by the reflection that takes the image of that vector back; a
-    block-diagonal map is mended block by block and stays block-diagonal.
+    A LayerNorm subtracts the mean. That commutes with an orthogonal map exactly if the map fixes the all-ones vector.
+    If `m` does not, the result is `m` followed by the reflection that takes the image of the vector back. In a
+    block-diagonal map every block is corrected by itself, so the map stays block-diagonal.
     """
     if isinstance(m, BlockDiagonal):
         return BlockDiagonal(tuple(preserve_mean(part, tolerance) for part in m.parts), m.repeat)

@@ -1,4 +1,4 @@
-"""The maps without inner structure: signs, diagonal, permutation, reflection, dense."""
+"""Elementary maps: diagonal, signs, permutation, reflection, dense."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Signs(Map):
 
     def __post_init__(self) -> None:
         if not bool((self.values.abs() == 1).all()):
-            raise MapError("a map of signs needs entries of 1 and -1")
+            raise MapError("a map of signs needs entries 1 and -1")
 
     @property
     def n(self) -> int:  # type: ignore[override]
@@ -100,7 +100,7 @@ class Permutation(Map):
 
     def __post_init__(self) -> None:
         if self.index.dtype not in (torch.int64, torch.int32):
-            raise MapError(f"a permutation needs whole numbers as indices, not {self.index.dtype}")
+            raise MapError(f"a permutation needs indices of dtype int32 or int64, not {self.index.dtype}")
         if not torch.equal(self.index.sort().values, torch.arange(self.index.numel(), dtype=self.index.dtype)):
             raise MapError(f"not a permutation of 0..{self.index.numel() - 1}: an index is missing or doubled")
 

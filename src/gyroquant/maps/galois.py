@@ -1,4 +1,4 @@
-"""Quadratic characters of finite fields, the raw material of Paley's Hadamard matrices."""
+"""Quadratic characters of finite fields, from which Paley's Hadamard matrices are built."""
 
 from itertools import product
 
@@ -41,8 +41,8 @@ def _multiply(a: np.ndarray, b: np.ndarray, modulus: tuple[int, ...], p: int) ->
 def _irreducible(p: int, k: int) -> tuple[int, ...]:
     """Lower coefficients of a monic irreducible polynomial of degree k: the first whose quotient ring is a field.
 
-    A repeated factor gives a nonzero element whose square is zero, and distinct factors give 1 more than two square
-    roots, so looking at the squares decides it.
+    The squares decide: with a repeated factor, a nonzero element has the square zero, and with distinct factors, 1 has
+    more than two square roots.
     """
     elements = _digits(p**k, p, k)
     for modulus in product(range(p), repeat=k):

@@ -13,13 +13,13 @@ from typing_extensions import Self
 from gyroquant.maps.base import Identity, Map
 from gyroquant.maps.construct import kronecker, require_factors, split
 
-# Rows are processed in pieces of about this many entries, so that the intermediate result stays in cache.
+# Number of entries of a piece of rows. Pieces keep the intermediate result in cache.
 _CHUNK = 1 << 20
 
 
 @lru_cache(maxsize=256)
 def _sides(n: int, transposed: bool, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """``(A^T, B)`` of ``H = A (x) B``, each orthonormal."""
+    """The factors ``(A^T, B)`` of ``H = A (x) B``, both orthonormal."""
     left, right = (torch.from_numpy(kronecker(side)) for side in split(n))
     if transposed:
         left, right = left.T, right.T
@@ -32,8 +32,8 @@ def _sides(n: int, transposed: bool, dtype: torch.dtype, device: torch.device) -
 class Hadamard(Map):
     """The normalised Hadamard matrix of order n divided by sqrt(n), or its transpose.
 
-    Its first row and column are constant. Every order whose factors `maps.construct.factors` finds exists, others raise
-    MapError on construction. Applied as ``A^T X B`` with X the vector as an (a, b) matrix: n (a + b) multiply-adds.
+    Its first row and column are constant. The constructor raises MapError for orders that `maps.construct.factors`
+    cannot factor. Applied as ``A^T X B``, where X is the vector as an (a, b) matrix: n (a + b) multiply-adds.
     """
 
     n: int
@@ -53,7 +53,7 @@ class Hadamard(Map):
         return [cls(24), cls(24, transposed=True)]
 
     def sides(self) -> tuple[Tensor, Tensor]:
-        """``A^T`` and ``B`` of the product as which the map is applied, fp32."""
+        """The factors ``A^T`` and ``B`` with which the map is applied, fp32."""
         return _sides(self.n, self.transposed, torch.float32, torch.device("cpu"))
 
     def _apply(self, x: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ class Hadamard(Map):
         shape = x.shape
         x = x.reshape(-1, a.shape[0], b.shape[0])
         step = max(1, _CHUNK // self.n)
-        if x.shape[0] <= step or (x.requires_grad and torch.is_grad_enabled()):  # pieces are written to, without grad
+        if x.shape[0] <= step or (x.requires_grad and torch.is_grad_enabled()):  # out= has no gradient
             return torch.matmul(a, torch.matmul(x, b)).reshape(shape)
         out = torch.empty_like(x)
         for start in range(0, x.shape[0], step):
@@ -77,10 +77,11 @@ class Hadamard(Map):
 
 @cache
 def sequency_order(n: int) -> Tensor:
-    """The columns of the Hadamard matrix of order n in ascending number of sign changes, shape (n,), int64.
+    """The column indices of the Hadamard matrix of order n by ascending number of sign changes, shape (n,), int64.
 
-    Counted from the factors without forming the matrix: in the column ``u (x) v`` each of the entries of u repeats the
-    changes of v, and at the seams the sign changes where u does, or where it does not if v ends on the other sign.
+    The changes are counted from the factors, without the matrix. In the column ``u (x) v``, every entry of u repeats
+    the changes of v. At the seams, the sign changes where u changes. If the last sign of v differs from its first, it
+    changes where u does not.
     """
     changes, ends = np.zeros(1, dtype=np.int64), np.ones(1, dtype=np.int64)
     left, right = split(n)
@@ -97,8 +98,8 @@ def sequency_order(n: int) -> Tensor:
 class Walsh(Map):
     """The Hadamard matrix of order n with its columns in sequency order, or its transpose.
 
-    For a power of two the matrix is symmetric and row k changes sign exactly k times: the Walsh matrix. For other
-    orders the columns are sorted by their number of sign changes (GSR, arXiv 2505.03810, section 3).
+    For a power of two, this is the Walsh matrix: it is symmetric, and row k changes sign exactly k times. For other
+    orders, the columns are sorted by their number of sign changes (GSR, arXiv 2505.03810, section 3).
     """
 
     n: int
@@ -130,7 +131,7 @@ class Walsh(Map):
 
 
 def hadamard(n: int) -> Map:
-    """The orthonormal Hadamard map of order n. Raises MapError, naming a block size that works, where there is none."""
+    """The orthonormal Hadamard map of order n. Raises MapError, naming a block size that works, if there is none."""
     return Hadamard(n) if n != 1 else Identity(1)
 
 

@@ -1,4 +1,4 @@
-"""Rotations in planes: each pair of coordinates that RoPE turns is turned by an angle of its own."""
+"""Rotations of the coordinate pairs that RoPE rotates, with one angle for each pair."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from gyroquant.maps.base import Map
 
 @dataclass(frozen=True, eq=False)
 class PairRotation(Map):
-    """Turns pair j of the first ``2 p`` of `n` coordinates by ``angles[j]``, shape (p,), and leaves the others alone.
+    """Rotates pair j of the first ``2 p`` of `n` coordinates by ``angles[j]``, shape (p,). The others do not change.
 
-    Pairs are (j, j + p), as in RoPE that rotates halves, or (2 j, 2 j + 1) where `interleaved`. A pair (a, b) becomes
+    Pairs are (j, j + p), as in RoPE that rotates halves, or (2 j, 2 j + 1) if `interleaved`. A pair (a, b) becomes
     ``(a cos - b sin, a sin + b cos)``. Such maps commute with RoPE and with each other.
     """
 
@@ -42,8 +42,8 @@ class PairRotation(Map):
     def _apply(self, x: Tensor) -> Tensor:
         first, second = self.split(x)
         cos, sin = self.angles.double().cos().to(x), self.angles.double().sin().to(x)
-        turned = (first * cos - second * sin, first * sin + second * cos)
-        pairs = torch.stack(turned, dim=-1).flatten(-2) if self.interleaved else torch.cat(turned, dim=-1)
+        rotated = (first * cos - second * sin, first * sin + second * cos)
+        pairs = torch.stack(rotated, dim=-1).flatten(-2) if self.interleaved else torch.cat(rotated, dim=-1)
         return torch.cat([pairs, x[..., 2 * self.angles.numel() :]], dim=-1)
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,13 +1,13 @@
-"""Methods: statistics of a site -> the map to fold there. One file each.
+"""Methods: they choose the map to fold at a site. Each method has its own file.
 
-Their classes are here by name, those of plug-ins too: ``gyroquant.methods.Hadamard(random_signs=True)``.
+All classes are available here by name, also those of plug-ins: ``gyroquant.methods.Hadamard(random_signs=True)``.
 """
 
 from typing import TYPE_CHECKING, Any
 
 from gyroquant.methods.base import BlockwiseMethod, Context, Method
 
-if TYPE_CHECKING:  # for editors and type checkers; at run time the registry knows them
+if TYPE_CHECKING:  # for editors and type checkers; at run time they come from the registry
     from gyroquant.methods.across_heads import AcrossHeads
     from gyroquant.methods.awq import Awq
     from gyroquant.methods.butterfly import Butterfly

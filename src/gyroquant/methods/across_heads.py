@@ -1,6 +1,4 @@
-"""QuaRot's Hadamard across heads (arXiv 2404.00456, section 4): with R2 inside every head, one over all of o_proj's
-input.
-"""
+"""QuaRot's Hadamard across heads (arXiv 2404.00456, section 4). Together with R2, it rotates all of o_proj's input."""
 
 from __future__ import annotations
 
@@ -15,9 +13,10 @@ from gyroquant.models.graph.sites import Site
 
 
 class AcrossHeads(Method):
-    """A Hadamard matrix of as many rows as there are heads, applied to coordinate j of every head, for all j.
+    """A Hadamard matrix whose order is the number of heads, applied to coordinate j of all heads, for every j.
 
-    It costs a fraction of a Hadamard map of the whole input and does the same together with one inside the heads.
+    It costs a fraction of a Hadamard map of the whole input. Together with a Hadamard map in each head it does the
+    same.
     """
 
     method: Literal["across_heads"] = "across_heads"
@@ -29,12 +28,12 @@ class AcrossHeads(Method):
 
     def check(self, site: Site, context: Context) -> None:
         if site.name not in self.sites:
-            raise RecipeError(f"across_heads mixes the heads before o_proj: it goes to attn_out, not to {site.name}")
+            raise RecipeError(f"across_heads mixes the heads before o_proj: use it at attn_out, not at {site.name}")
         try:
             hadamard(site.heads)
         except MapError as error:
             raise RecipeError(
-                f"{site.label}: across_heads needs a Hadamard matrix of order {site.heads}, the number of heads, and "
+                f"{site.label}: across_heads needs a Hadamard matrix of order {site.heads}, the number of heads, but "
                 "there is none; use --set transform.attn_out.method=hadamard, which mixes all coordinates"
             ) from error
 

@@ -1,4 +1,4 @@
-"""What a method is: statistics of a site -> the map to fold there."""
+"""Base classes of methods. A method chooses the map to fold at a site."""
 
 from __future__ import annotations
 
@@ -22,18 +22,21 @@ from gyroquant.registry import Registry, no_examples
 
 def _no_weights() -> Iterator[Tensor]:
     raise RecipeError(
-        "a method that reads the weights at its site must say so: set needs_weights: ClassVar[bool] = True in its class"
+        "a method that reads the weights at its site must declare it: set needs_weights: ClassVar[bool] = True"
     )
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a method may know besides its site: the seed, the group size of the weights (-1: one a row), their grid.
+    """The input of a method, in addition to its site.
 
-    `statistics` holds what was measured of the vectors at the site, by kind; see `Method.statistics`. For methods that
-    say `needs_weights`, and others are refused, `weights` gives the weights that read the site and will be rounded, one
-    matrix after another, shape (rows, k n) with the site's basis k times along a row, in the basis that the vectors
-    were measured in.
+    `seed`: the seed of the recipe.
+    `group_size`: the group size of the weights; -1 means one group a row.
+    `statistics`: the observers that saw the vectors at the site, by kind; see `Method.statistics`.
+    `weights`: yields the weights that read the site and will be rounded, one matrix after another. Their shape is
+    (rows, k n): the site's basis occurs k times along a row. They are in the basis in which the vectors were measured.
+    Raises RecipeError unless the method declares `needs_weights`.
+    `grid`: the grid of the weights.
     """
 
     seed: int
@@ -43,7 +46,7 @@ class Context:
     grid: Grid = field(default_factory=IntegerGrid)
 
     def generator(self, site: Site) -> torch.Generator:
-        """A random generator of this site's own, the same in every run with the same seed."""
+        """A random generator for this site. It depends on the seed and the site's label only."""
         digest = hashlib.sha256(f"{self.seed} {site.label}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
@@ -51,20 +54,20 @@ class Context:
 class Method(BaseModel, ABC):
     """A way to choose maps. Subclasses register themselves under their `method` name, with their options as fields.
 
-    A new method declares what it needs in the class attributes below and is held to it by
-    `gyroquant.testing.check_method`.
+    A new method declares what it needs in the class attributes below. `gyroquant.testing.check_method` checks what it
+    declares.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     registry: ClassVar[Registry[type[Method]]] = Registry("method", "gyroquant.methods", error=RecipeError)
     structure: ClassVar[Structure] = "orthogonal"
-    """What its maps are, whatever is measured."""
+    """The structure of its maps, for all statistics."""
     statistics: ClassVar[tuple[Callable[[int], Any], ...]] = ()
-    """The observers that it needs; `Context.statistics` holds them, by kind, once they have seen the site's vectors."""
+    """The observers that it needs. `Context.statistics` holds them, by kind, after they saw the site's vectors."""
     needs_weights: ClassVar[bool] = False
     """Whether it reads `Context.weights`."""
     sites: ClassVar[tuple[str, ...]] = ()
-    """The sites that it is for, and refuses all others; empty: every site that takes maps of its `structure`."""
+    """The sites that it is for; it refuses all others. Empty: every site that takes maps of its `structure`."""
 
     method: str
 
@@ -74,20 +77,20 @@ class Method(BaseModel, ABC):
         for observer in cls.statistics if isinstance(cls.statistics, tuple) else ():
             if not hasattr(observer, "size_in_bytes"):
                 raise TypeError(
-                    f"{cls.__name__}.statistics: {getattr(observer, '__name__', observer)} is not an observer: it has "
-                    "no size_in_bytes. Derive it from gyroquant.calibration.observers.Observer"
+                    f"{cls.__name__}.statistics: {getattr(observer, '__name__', observer)} is not an observer: it does "
+                    "not have size_in_bytes. Derive it from gyroquant.calibration.observers.Observer"
                 )
         if isinstance(name, str):
             Method.registry.add(name, cls)
 
     @classmethod
     def examples(cls) -> list[Self]:
-        """Methods that cover the options of this class, for tests. Blocks divide 16, the size of the smallest site."""
+        """Methods that cover the options of this class, for tests. Their blocks divide 16, the smallest site."""
         raise no_examples(cls)
 
     @property
     def looks(self) -> bool:
-        """Whether it can only choose once the model was looked at: for statistics, or for weights."""
+        """Whether it needs statistics or weights, so that it can choose only after the model was measured."""
         return bool(self.statistics) or self.needs_weights
 
     @property
@@ -96,8 +99,9 @@ class Method(BaseModel, ABC):
         return False
 
     def check(self, site: Site, context: Context) -> None:
-        """Raises RecipeError for options that do not fit a site, and for a site that the method is not for, before
-        anything is measured.
+        """Raises RecipeError for options that do not fit a site, and for a site that the method is not for.
+
+        Called before anything is measured.
         """
 
     @abstractmethod
@@ -110,14 +114,14 @@ def _block(value: Any) -> Any:
         return value
     if isinstance(value, int) and not isinstance(value, bool) and value > 0:
         return value
-    raise ValueError("block is 'full', 'group' (the group size of the weights) or a positive number")
+    raise ValueError("block must be 'full', 'group' (the group size of the weights) or a positive number")
 
 
 BlockSize = Annotated[Literal["full", "group"] | int, BeforeValidator(_block)]
 
 
 class BlockwiseMethod(Method):
-    """A method that puts one kind of map on the whole site or block by block along its diagonal."""
+    """A method that puts one map on the whole site, or the same map on every block of it."""
 
     block: BlockSize = Field(default="full")
 
@@ -134,7 +138,7 @@ class BlockwiseMethod(Method):
 
 
 def block_size(block: BlockSize, site: Site, context: Context) -> int:
-    """The block size that an option asks for at a site. Raises RecipeError when it does not divide the site."""
+    """The block size that an option gives at a site. Raises RecipeError if it does not divide the order of the site."""
     if block == "full" or (block == "group" and context.group_size == -1):
         return site.n
     size = min(context.group_size, site.n) if block == "group" else int(block)

@@ -1,4 +1,4 @@
-"""Butterflies with fixed angles: where ButterflyQuant (arXiv 2509.09679) starts before it learns them."""
+"""Butterflies with fixed angles: the initial values of ButterflyQuant (arXiv 2509.09679), which learns the angles."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from gyroquant.methods.base import BlockwiseMethod
 
 
 class Butterfly(BlockwiseMethod):
-    """A butterfly with all angles pi/4, a Hadamard matrix up to signs; every block gets the same one.
+    """A butterfly with all angles pi/4, which is a Hadamard matrix up to signs. Every block gets the same one.
 
-    Its order, the site's or the block's, is a power of two.
+    The order of the site or block must be a power of two.
     """
 
     method: Literal["butterfly"] = "butterfly"

@@ -1,4 +1,4 @@
-"""DuQuant (arXiv 2406.01721): rotate blocks greedily against their peaks, deal their channels out, rotate again."""
+"""DuQuant (arXiv 2406.01721): a greedy rotation of blocks, a zigzag permutation, a second greedy rotation."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from gyroquant.models.graph.sites import Site
 
 
 class DuQuant(Method):
-    """Block rotation, zigzag permutation, block rotation, each chosen by a sample of the site's vectors (section 3).
+    """Block rotation, zigzag permutation, block rotation, each chosen from a sample of the site's vectors (section 3).
 
-    Blocks have the largest size up to `block` that divides the site. `steps` limits the greedy search of a rotation.
+    The block size is the largest one up to `block` that divides the site. `steps` limits the greedy search for a
+    rotation.
     """
 
     method: Literal["duquant"] = "duquant"
@@ -54,7 +55,7 @@ class DuQuant(Method):
 
 
 def spreading(n: int, generator: torch.Generator) -> Tensor:
-    """A random orthogonal matrix, shape (n, n), fp64, whose first row is uniform: it spreads coordinate 0 over all."""
+    """A random orthogonal matrix, shape (n, n), fp64, whose first row is uniform: it spreads coordinate 0 evenly."""
     start = torch.randn(n, n, generator=generator, dtype=torch.float64)
     start[:, 0] = 1
     q, r = torch.linalg.qr(start)
@@ -62,11 +63,11 @@ def spreading(n: int, generator: torch.Generator) -> Tensor:
 
 
 def greedy_rotations(x: Tensor, spread: Tensor, steps: int) -> Tensor:
-    """A rotation for every block of the channels of x, shape (tokens, blocks b): shape (blocks, b, b), fp64.
+    """A rotation for every block of the channels of x, which has shape (tokens, blocks b): (blocks, b, b), fp64.
 
-    Each step looks for the largest entry of a block and applies `spread` with coordinate 0 and that channel swapped, so
-    that the channel is spread evenly over the block. Of all products of first steps, none among them, the one after
-    which the largest entry is smallest is kept.
+    Each step finds the channel with the largest entry of a block. It applies `spread` with coordinate 0 and that
+    channel swapped, which spreads the channel evenly over the block. The result is the product of the first k steps,
+    with the k from 0 to `steps` after which the largest entry is smallest.
     """
     b = len(spread)
     x = x.reshape(len(x), x.shape[1] // b, b).movedim(1, 0).float().contiguous()  # (blocks, tokens, b)
@@ -82,7 +83,7 @@ def greedy_rotations(x: Tensor, spread: Tensor, steps: int) -> Tensor:
 
 
 def _spread(y: Tensor, channel: Tensor, spread: Tensor) -> Tensor:
-    """y, shape (blocks, rows, b), times `spread` whose coordinate 0 trades places with each block's `channel`."""
+    """y, shape (blocks, rows, b), times `spread` with coordinate 0 and each block's `channel` swapped."""
     swap = torch.arange(len(spread)).repeat(len(y), 1)
     swap[:, 0] = channel
     swap.scatter_(1, channel[:, None], 0)

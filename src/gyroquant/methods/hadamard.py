@@ -1,6 +1,6 @@
 """Hadamard rotations, randomised as in QuaRot (arXiv 2404.00456) or plain, on the whole site or block by block.
 
-In the terms of GSR (arXiv 2505.03810): GH is the randomised Hadamard on all of R1, LH the plain one in blocks.
+Names in GSR (arXiv 2505.03810): GH is the randomised Hadamard on all of R1, LH is the plain one in blocks.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from gyroquant.methods.base import BlockwiseMethod
 
 
 class Hadamard(BlockwiseMethod):
-    """A Hadamard matrix, after random signs where `random_signs` says so; every block gets the same one."""
+    """A Hadamard matrix, after random signs if `random_signs` is true. Every block gets the same one."""
 
     method: Literal["hadamard"] = "hadamard"
     random_signs: bool = False

@@ -1,4 +1,4 @@
-"""No change at all: a control that must give the unrotated codes bit for bit."""
+"""No change: a control that must give the unrotated codes bit for bit."""
 
 from __future__ import annotations
 

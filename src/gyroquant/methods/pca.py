@@ -1,4 +1,4 @@
-"""Principal axes of heads: what the matrix gain of BBT (arXiv 2605.25203) turns queries and keys into."""
+"""Principal axes of heads: the basis into which the matrix gain of BBT (arXiv 2605.25203) rotates queries and keys."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from gyroquant.models.graph.sites import Site
 
 
 class HeadPCA(Method):
-    """The eigenvectors of the second moments of a head, not centred, by falling eigenvalue.
+    """The eigenvectors of the second moments of a head, not centred, by descending eigenvalue.
 
-    On `qk` it runs online: behind the projections the head is turned back, so that norms and RoPE see what they always
-    did. In front of a norm over heads this is its matrix gain ``diag(gamma) U``, since a rotation keeps the norm.
+    At `qk` it runs online: the head is rotated back after the projections, so that norms and RoPE get their usual
+    input. Before a norm over heads, this equals the matrix gain ``diag(gamma) U``, because a rotation keeps the norm.
     """
 
     method: Literal["head_pca"] = "head_pca"
@@ -33,7 +33,7 @@ class HeadPCA(Method):
     def check(self, site: Site, context: Context) -> None:
         if site.name not in self.sites:
             raise RecipeError(
-                f"head_pca measures the second moments of heads: it goes to {' and '.join(self.sites)}, not {site.name}"
+                f"head_pca uses the second moments of heads: use it at {' or '.join(self.sites)}, not at {site.name}"
             )
 
     def choose(self, site: Site, context: Context) -> Map:

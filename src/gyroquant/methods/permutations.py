@@ -1,7 +1,7 @@
-"""Permutations that spread mass over the blocks of a rotation, so that no block is left with most of the outliers.
+"""Permutations that spread mass over the blocks of a rotation, so that no block has most of the outliers.
 
-MixQuant, later PeRQ (arXiv 2601.22347): a block of b coordinates that a Hadamard matrix mixes comes out with entries
-of at most its l1 norm over sqrt(b), so blocks of equal l1 mass keep the largest entry small.
+MixQuant, later PeRQ (arXiv 2601.22347): after a Hadamard matrix of order b, the entries of a block are at most its l1
+norm over sqrt(b). Blocks of equal l1 mass therefore keep the largest entry small.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from gyroquant.models.graph.sites import Site, Structure
 
 
 class _Spread(Method):
-    """A permutation of a site into blocks; nothing to do, and so the identity, with a single block."""
+    """A permutation of a site into blocks; the identity if there is a single block."""
 
     structure: ClassVar[Structure] = "permutation"
     block: BlockSize = Field(default=32)
@@ -46,7 +46,7 @@ class _Spread(Method):
 
 
 class MassDiff(_Spread):
-    """Equal mean l1 mass in every block, greedily: the heaviest channel left goes to the lightest block with room.
+    """Equal mean l1 mass in every block, greedily: the heaviest remaining channel goes to the lightest open block.
 
     Section 4 of the paper; O(n log n) with a heap of the blocks.
     """
@@ -59,7 +59,7 @@ class MassDiff(_Spread):
 
 
 class Zigzag(_Spread):
-    """Channels by falling largest magnitude, dealt out to the blocks to and fro, as DuQuant does (arXiv 2406.01721)."""
+    """Channels by descending magnitude, given to the blocks in zigzag order, as in DuQuant (arXiv 2406.01721)."""
 
     method: Literal["zigzag"] = "zigzag"
     statistics: ClassVar[tuple[Any, ...]] = (AbsMax,)
@@ -69,7 +69,7 @@ class Zigzag(_Spread):
 
 
 class SortedByMagnitude(_Spread):
-    """Channels by falling largest magnitude, so that all outliers share a block: a control that is as bad as can be."""
+    """Channels by descending largest magnitude, so that all outliers share a block: a control, the worst case."""
 
     method: Literal["absmax"] = "absmax"
     statistics: ClassVar[tuple[Any, ...]] = (AbsMax,)
@@ -92,7 +92,7 @@ class RandomPermutation(_Spread):
 
 
 def massdiff(mass: Tensor, size: int) -> Tensor:
-    """Channels in blocks of `size`, each block in the order in which it was filled; `mass` has shape (n,)."""
+    """The channels in blocks of `size`, each block in the order in which it was filled; `mass` has shape (n,)."""
     channels = torch.argsort(mass, descending=True, stable=True).tolist()
     weights = mass.double().tolist()
     blocks: list[list[int]] = [[] for _ in range(len(channels) // size)]
@@ -109,7 +109,7 @@ def massdiff(mass: Tensor, size: int) -> Tensor:
 
 
 def zigzag(magnitude: Tensor, size: int) -> Tensor:
-    """Channels by falling magnitude in rounds of one for every block, every other round in reverse order."""
+    """Channels by descending magnitude, given out in rounds of one a block; every second round is reversed."""
     rounds = torch.argsort(magnitude, descending=True, stable=True).view(size, -1)
     rounds[1::2] = rounds[1::2].flip(1)
     return rounds.T.reshape(-1)

@@ -1,4 +1,4 @@
-"""Uniformly random orthogonal matrices, the plainest rotation to compare with."""
+"""Uniformly random orthogonal matrices, a simple rotation for comparison."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gyroquant.methods.base import BlockwiseMethod
 
 
 class RandomOrthogonal(BlockwiseMethod):
-    """A Haar-distributed orthogonal matrix; every block gets the same one."""
+    """A Haar-distributed orthogonal matrix. Every block gets the same one."""
 
     method: Literal["orthogonal"] = "orthogonal"
 

@@ -1,6 +1,6 @@
-"""Rotations of queries and keys in front of RoPE that line the rows of their projections up with what they write.
+"""Rotations of queries and keys before RoPE that align the rows of their projections with the projections' outputs.
 
-The pair-PCA of BBT (arXiv 2605.25203), section by section in docs/methods/bbt.md.
+The pair-PCA of BBT (arXiv 2605.25203). docs/methods/bbt.md explains it section by section.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from gyroquant.models.graph.sites import Site, Structure
 
 
 class PairPCA(Method):
-    """One rotation for each pair that RoPE turns: the principal axes of the pair's second moments, not centred.
+    """One rotation for each pair that RoPE rotates: the principal axes of the pair's second moments, not centred.
 
-    Query heads take the rotation of the key head that they share, whose outputs are what is measured. Coordinates that
-    RoPE leaves alone stay as they are.
+    The outputs of key heads are measured. Query heads take the rotation of the key head that they share. Coordinates
+    that RoPE does not rotate do not change.
     """
 
     method: Literal["pair_pca"] = "pair_pca"
@@ -46,16 +46,16 @@ class PairPCA(Method):
 
 def _pairs_of(site: Site) -> Rope:
     if site.rope is None:
-        what = "no RoPE after it" if site.name == "qk" else "no pairs that RoPE turns"
-        raise UnsupportedModelError(f"{site.label} has {what}: pair_pca is for qk of models with rotary positions")
+        missing = "no RoPE after it" if site.name == "qk" else "no pairs that RoPE rotates"
+        raise UnsupportedModelError(f"{site.label} has {missing}: use pair_pca at qk of models with RoPE")
     return site.rope
 
 
 def principal_angles(gram: Tensor, rope: Rope) -> Tensor:
-    """The angles that make the second moments of every pair diagonal, the larger one first, within half a turn.
+    """The angles, within half a turn, that make the second moments of every pair diagonal, the larger one first.
 
-    `gram` has shape (n, n); the result has shape (pairs,). The rotation is proper (determinant +1) by construction: an
-    eigenvector basis with determinant -1 is one of these with an axis turned round.
+    `gram` has shape (n, n); the result has shape (pairs,). The rotation is proper (determinant +1) by construction. An
+    eigenvector basis with determinant -1 is such a rotation with one axis reversed.
     """
     index = torch.arange(gram.shape[0])
     first, second = PairRotation(gram.shape[0], torch.zeros(rope.pairs), rope.interleaved).split(index)

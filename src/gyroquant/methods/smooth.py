@@ -1,4 +1,4 @@
-"""SmoothQuant (arXiv 2211.10438): channels of the activations share their magnitude with the weights that read them."""
+"""SmoothQuant (arXiv 2211.10438): moves a part of the magnitude of activations into the weights that read them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from gyroquant.models.graph.sites import Site, Structure
 class Smooth(Method):
     """Divides channel j by ``s_j = max|x_j|^alpha / max|W_j|^(1 - alpha)``, W_j over all readers (equation 4).
 
-    `alpha` is how much of the difficulty goes to the weights: 0 none, 1 all. A channel that is zero in the text or in
-    every weight keeps its scale.
+    `alpha` is the part of the difficulty that moves to the weights: 0 none, 1 all. Default 0.5. A channel that is zero
+    in the text or in every weight keeps its scale.
     """
 
     method: Literal["smooth"] = "smooth"

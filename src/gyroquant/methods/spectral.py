@@ -1,6 +1,6 @@
-"""Scales that make channels of high energy larger in the weights and smaller in the activations, absorbed in norms.
+"""Scales, absorbed in norms, that make channels of high energy larger in the weights and smaller in the activations.
 
-The `no_rotation` mode of BBT (arXiv 2605.25203): ``s = (1 + n rho)^alpha`` with rho the share of the energy.
+The `no_rotation` mode of BBT (arXiv 2605.25203): ``s = (1 + n rho)^alpha`` where rho is the share of the energy.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from gyroquant.models.graph.sites import Site, Structure
 class SpectralScale(Method):
     """Divides channels by ``(1 + n rho)^alpha`` and multiplies the columns that read them.
 
-    `energy` says what rho is the share of: ``corrected`` the channel's own mean square; ``paper`` that of the
-    Walsh-Hadamard coefficient with the channel's number, among the first n, as the authors' code has it. The index of a
-    coefficient says nothing of the channel with that number: ``paper`` is there to be compared with.
+    `energy` states which mean squares rho is a share of:
+
+    - ``corrected`` (default): the mean squares of the channels themselves.
+    - ``paper``: those of the first n Walsh-Hadamard coefficients, as in the authors' code. Channel j takes the share of
+      coefficient j. The two are unrelated, so ``paper`` is for comparison only.
     """
 
     method: Literal["spectral_scale"] = "spectral_scale"

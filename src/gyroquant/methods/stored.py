@@ -1,4 +1,4 @@
-"""Rotations from a file, such as those that another run has learned."""
+"""Rotations from a file, such as those that another run learned."""
 
 from __future__ import annotations
 
@@ -40,19 +40,21 @@ class Stored(Method):
     def choose(self, site: Site, context: Context) -> Map:
         rotations, key = read_rotations(Path(self.file)), site_key(site)
         if key not in rotations:
-            raise RecipeError(f"{self.file} holds no rotation for {key}; it has {', '.join(list(rotations)[:4])} ...")
+            raise RecipeError(f"{self.file} has no rotation for {key}; it has {', '.join(list(rotations)[:4])} ...")
         matrix = rotations[key]
         if tuple(matrix.shape) != (site.n, site.n):
-            raise RecipeError(f"{self.file}: {key} has shape {tuple(matrix.shape)}, {site.label} needs {site.n}")
+            raise RecipeError(
+                f"{self.file}: {key} has shape {tuple(matrix.shape)}, but {site.label} needs ({site.n}, {site.n})"
+            )
         m = Dense(matrix)
         if not m.orthogonal:
-            raise RecipeError(f"{self.file}: {key} is not orthogonal to {ORTHOGONALITY:g}, so it is no rotation")
+            raise RecipeError(f"{self.file}: {key} is not orthogonal to {ORTHOGONALITY:g}, so it is not a rotation")
         return m
 
 
 @cache
 def _example_folder() -> TemporaryDirectory[str]:
-    """A folder that lives as long as the process."""
+    """A temporary folder that is deleted when the process ends."""
     return TemporaryDirectory(prefix="gyroquant-example-")
 
 
@@ -65,14 +67,14 @@ def _example_file() -> Path:
 
 
 def read_rotations(path: Path) -> dict[str, Tensor]:
-    """The matrices of a file of rotations, fp64. Raises InputError for a file that is none."""
+    """The matrices of a file of rotations, fp64. Raises InputError if the file is not such a file."""
     try:
-        found = load_file(path)
+        matrices = load_file(path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} cannot be read as rotations in safetensors: {error}") from error
-    for key, matrix in found.items():
+    for key, matrix in matrices.items():
         if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.numel():
-            raise InputError(f"{path}: {key} is no square matrix but has shape {tuple(matrix.shape)}")
+            raise InputError(f"{path}: {key} is not a square matrix: its shape is {tuple(matrix.shape)}")
         if matrix.dtype not in _DTYPES or not bool(matrix.isfinite().all()):
-            raise InputError(f"{path}: {key} is no rotation: it holds {matrix.dtype}, or values that are not finite")
-    return {key: matrix.to(torch.float64) for key, matrix in found.items()}
+            raise InputError(f"{path}: {key} is not a rotation: it holds {matrix.dtype}, or values that are not finite")
+    return {key: matrix.to(torch.float64) for key, matrix in matrices.items()}

@@ -1,4 +1,4 @@
-"""Scales of one: they change nothing, and are where learned scales start (OSTQuant, arXiv 2501.13987)."""
+"""Scales of one. They change nothing and are the initial values of learned scales (OSTQuant, arXiv 2501.13987)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Walsh rotations: the Hadamard matrix in sequency order (GSR, arXiv 2505.03810).
 
-`block: group` is GSR itself: blocks as large as the quantization groups of the weights; `block: full` is GW. There are
-no random signs, which would undo the order.
+`block: group` is GSR: blocks as large as the quantization groups of the weights. `block: full` is GW. There are no
+random signs, because they would undo the order.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Public checks that hold a class of anybody's to the contract of its kind, and the tiny models they run on.
+"""Public checks of the contract of every kind, for classes of any package, and the tiny models they run on.
 
-`check_grid(MyGrid)` and its like raise AssertionError with what is wrong and what to do. `parametrize_with_checks`
-makes a test of every check:
+`check_grid(MyGrid)` and the other functions raise AssertionError, which states what is wrong and what to do.
+`parametrize_with_checks` makes every check a test of its own:
 
     @parametrize_with_checks(MyGrid, MyMethod)
     def test_contract(instance, check):

@@ -1,4 +1,4 @@
-"""The contract of descriptions of architectures."""
+"""The contract of architectures."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _TOLERANCE = 5e-6
 
 @dataclass(frozen=True)
 class TinyArchitecture:
-    """A description with one of its tiny models, by name."""
+    """An architecture and the name of one of its tiny models."""
 
     architecture: Architecture
     name: str
 
     @property
     def example(self) -> Example:
-        """How the tiny model is made."""
+        """The settings of the tiny model."""
         return self.architecture.examples[self.name]
 
 
@@ -38,7 +38,7 @@ ARCHITECTURE: Contract[TinyArchitecture] = Contract("architecture", TinyArchitec
 
 
 def tiny_architectures(architecture: Architecture) -> list[TinyArchitecture]:
-    """The tiny models of a description. Raises AssertionError where it has none."""
+    """The tiny models of an architecture. Raises AssertionError if it does not have any."""
     require(
         bool(architecture.examples),
         f"the architecture {architecture.name} gives no examples. Add examples={{name: example(CONFIG_CLASS, ...)}}",
@@ -48,19 +48,21 @@ def tiny_architectures(architecture: Architecture) -> list[TinyArchitecture]:
 
 @ARCHITECTURE.check()
 def check_it_describes_its_examples(tiny: TinyArchitecture) -> None:
-    """The configuration is of a model type of the description, and every parameter is claimed."""
-    kind = tiny_config(tiny.example).model_type
-    known = tiny.architecture.model_types
-    require(kind in known, f"its model type is {kind}, the description is for {', '.join(known)}")
-    graph = open_model(tiny_model(tiny.example)).graph  # raises for a parameter that is not described
-    require(len(graph.blocks) > 0, "no block was found: blocks is the path of the list of blocks")
+    """The architecture lists the model type of the configuration, and every parameter is claimed."""
+    model_type = tiny_config(tiny.example).model_type
+    supported = tiny.architecture.model_types
+    require(
+        model_type in supported, f"its model type is {model_type}, but the architecture is for {', '.join(supported)}"
+    )
+    graph = open_model(tiny_model(tiny.example)).graph  # raises for an unclaimed parameter
+    require(len(graph.blocks) > 0, "no block was found. Set blocks to the path of the list of blocks")
 
 
 @ARCHITECTURE.check()
 def check_every_site_can_be_changed(tiny: TinyArchitecture) -> None:
-    """A map folded into each site, one after the other, leaves the model the same function.
+    """A map that is folded into one site at a time does not change the function of the model.
 
-    A site that the model does not have, or that no map passes, is left out; one at least must remain.
+    Sites that the model does not have, or that no map can pass, are left out. At least one site must remain.
     """
     proved = []
     for name in SITE_NAMES:
@@ -77,14 +79,14 @@ def check_every_site_can_be_changed(tiny: TinyArchitecture) -> None:
             prove(store, plan, BlockRunner(model, store.graph), tokens(model), _TOLERANCE)
         except ProofError as error:
             raise AssertionError(
-                f"a map at {name} changes the model: some parameter reads or writes another basis than the description "
-                f"says. {error}"
+                f"a map at {name} changes the model: some parameter reads or writes another basis than the "
+                f"architecture states. {error}"
             ) from error
-    require(bool(proved), "no site of it can be changed")
+    require(bool(proved), "no site of the model can be changed")
 
 
 def _maps(site: Site, generator: torch.Generator) -> Iterator[maps.Map]:
-    """A map that a site takes."""
+    """Maps that a site takes."""
     if site.name in ("attn_in", "mlp_in"):
         yield maps.Diagonal(torch.rand(site.n, generator=generator, dtype=torch.float64) + 0.5)
     if site.rope is not None:
@@ -94,8 +96,9 @@ def _maps(site: Site, generator: torch.Generator) -> Iterator[maps.Map]:
 
 
 def check_architecture(architecture: Architecture) -> None:
-    """Proves every site of every tiny model of a description. Raises AssertionError, naming the model, what is wrong
-    and what to do.
+    """Proves every site of every tiny model of an architecture.
+
+    Raises AssertionError, which names the model, what is wrong and what to do.
     """
     for tiny in tiny_architectures(architecture):
         ARCHITECTURE.run(tiny)

@@ -1,4 +1,4 @@
-"""What the checks of all kinds share: how a check is declared, who it is for, and what it says when it fails."""
+"""The base of all contracts: how a check is declared, which instances it is for, and the message of a failure."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ Check = Callable[[T], None]
 
 @dataclass
 class Contract(Generic[T]):
-    """The checks of one kind: of instances of `base`, which are called `kind`.
+    """The checks of one kind.
 
-    `named` gives an instance a short, readable name.
+    `kind`: the name of the kind in messages.
+    `base`: the base class of the instances.
+    `named`: returns a short, readable name of an instance.
+    `checks`: every check with its condition, by the name of its function.
     """
 
     kind: str
@@ -27,9 +30,9 @@ class Contract(Generic[T]):
     checks: dict[str, tuple[Check[T], Callable[[T], bool]]] = field(default_factory=dict)
 
     def check(self, when: Callable[[T], bool] = lambda instance: True) -> Callable[[Check[T]], Check[T]]:
-        """Declares a check of instances for which `when` is true, by what their class declares.
+        """Declares a check of the instances for which `when` returns true.
 
-        Whatever the check meets becomes an AssertionError that names the class and the check.
+        An error in the check becomes an AssertionError that names the class and the check. SkipTest is passed on.
         """
 
         def declared(function: Check[T]) -> Check[T]:
@@ -53,58 +56,58 @@ class Contract(Generic[T]):
         return declared
 
     def label(self, instance: T) -> str:
-        """The class of an instance, and its options."""
+        """The class of an instance and its short name."""
         return f"{type(instance).__name__} ({self.named(instance)})"
 
     def checks_of(self, instance: T) -> Iterator[Check[T]]:
-        """The checks that are meant for an instance."""
+        """The checks that apply to an instance."""
         return (check for check, when in self.checks.values() if when(instance))
 
-    def instances(self, thing: T | type[T]) -> list[T]:
-        """The examples of a class, or the one instance that is given.
+    def instances(self, subject: T | type[T]) -> list[T]:
+        """The examples of a class, or the given instance itself.
 
-        Raises AssertionError for a class that gives no examples, and for what is not of this kind.
+        Raises AssertionError for a class without examples, and for objects of another kind.
         """
-        if isinstance(thing, self.base):
-            return [thing]
-        if not (isinstance(thing, type) and issubclass(thing, self.base)):
-            raise AssertionError(f"{thing!r} is not a {self.kind}: derive it from {self.base.__name__}")
-        kind: Any = thing
+        if isinstance(subject, self.base):
+            return [subject]
+        if not (isinstance(subject, type) and issubclass(subject, self.base)):
+            raise AssertionError(f"{subject!r} is not a {self.kind}: derive it from {self.base.__name__}")
+        kind: Any = subject
         try:
             examples: list[T] = list(kind.examples())
         except NotImplementedError as error:
             raise AssertionError(str(error)) from error
         if not examples:
-            raise AssertionError(f"{kind.__name__}.examples() is empty. Return one object or more")
+            raise AssertionError(f"{kind.__name__}.examples() is empty. Return at least one object")
         return examples
 
-    def run(self, thing: T | type[T]) -> None:
-        """Runs all checks that are meant for a class or an instance."""
-        for instance in self.instances(thing):
+    def run(self, subject: T | type[T]) -> None:
+        """Runs all checks that apply to a class or an instance."""
+        for instance in self.instances(subject):
             for check in self.checks_of(instance):
                 check(instance)
 
 
-def require(condition: bool, what: str) -> None:
-    """Raises AssertionError with what is wrong and what to do about it, unless the condition holds."""
+def require(condition: bool, message: str) -> None:
+    """Raises AssertionError with `message` unless the condition holds."""
     if not condition:
-        raise AssertionError(what)
+        raise AssertionError(message)
 
 
-def refuses(call: Callable[[], Any], error: type[Exception], what: str, says: str = "") -> None:
-    """Raises AssertionError with `what` unless a call raises an error of this kind whose message contains `says`."""
+def refuses(call: Callable[[], Any], error: type[Exception], message: str, expected: str = "") -> None:
+    """Raises AssertionError with `message` unless `call` raises an `error` whose text contains `expected`."""
     try:
         call()
     except error as raised:
-        require(says in str(raised), f"{what} The message should say {says!r}, not {str(raised)!r}")
+        require(expected in str(raised), f"{message} The error should contain {expected!r}, not {str(raised)!r}")
     else:
-        raise AssertionError(f"{what} Nothing was raised; raise {error.__name__}")
+        raise AssertionError(f"{message} No error was raised; raise {error.__name__}")
 
 
-def pairs(contract: Contract[T], things: Iterable[Any]) -> Iterator[tuple[str, T, Check[T]]]:
-    """Every instance and check of classes, instances or registries of them, with an id."""
-    for thing in things:
-        kinds = list(thing.values()) if isinstance(thing, Registry) else [thing]
+def pairs(contract: Contract[T], subjects: Iterable[Any]) -> Iterator[tuple[str, T, Check[T]]]:
+    """Every instance and check of `subjects` (classes, instances or registries), with an id."""
+    for subject in subjects:
+        kinds = list(subject.values()) if isinstance(subject, Registry) else [subject]
         for kind in dict.fromkeys(kinds):
             for instance in contract.instances(kind):
                 for check in contract.checks_of(instance):

@@ -1,4 +1,4 @@
-"""The contract of formats: what they declare, and that their program sees the model that was saved."""
+"""The contract of formats: their declarations, and that their runtime computes the saved model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from gyroquant.testing.models import prose, tiny_model, tokenizer, tokens
 
 FORMAT: Contract[Format] = Contract("format", Format, lambda format_: format_.name)
 EXACT, BY_DEFAULT = 1e-5, 5e-2
-"""What logits may be off by, relative to the largest: in fp32, and as a program runs by default."""
+"""Largest error of logits, relative to the largest logit: in fp32, and with the default settings of a runtime."""
 SHORTER = (7, 5, 31, 8, 60, 11, 2, 90, 44)
 _WEIGHTS: tuple[dict[str, Any], ...] = (
     {"bits": 4, "symmetric": True},
@@ -37,7 +37,7 @@ _WEIGHTS: tuple[dict[str, Any], ...] = (
 
 @cache
 def _scratch() -> TemporaryDirectory[str]:
-    """A folder that lives as long as the process."""
+    """A temporary folder that is deleted when the process ends."""
     return TemporaryDirectory(prefix="gyroquant-check-format-")
 
 
@@ -47,7 +47,7 @@ def _folder(name: str) -> Path:
 
 @cache
 def saved(number: int = 0) -> Path:
-    """A tiny Llama as gyroquant saves it, with weights that many programs hold."""
+    """The folder of a tiny Llama that gyroquant saved, with weights that many runtimes support."""
     out = _folder(f"saved-{number}")
     weights = {"group_size": 32, "scale": "minmax", "solver": "rtn"} | _WEIGHTS[number]
     calibration = {"nsamples": 2, "seqlen": 32, "dtype": "float32"}
@@ -59,7 +59,7 @@ def saved(number: int = 0) -> Path:
 
 @cache
 def _logits(folder: Path) -> list[Tensor]:
-    """Our own logits of the prompt and of the shorter text."""
+    """Our own logits for the prompt and the shorter text."""
     model = gq.load(folder, dtype="float32")
     with torch.no_grad():
         return [model(ids[None]).logits[0] for ids in _texts()]
@@ -73,8 +73,9 @@ _exports: dict[type[Format], tuple[Path, Path]] = {}
 
 
 def exported(format_: Format) -> tuple[Path, Path]:
-    """A tiny model as gyroquant saved it, and its export, made once. Raises SkipTest where something is not installed,
-    AssertionError where the format holds none of the tiny models.
+    """The folders of a saved tiny model and of its export, which is written once per format.
+
+    Raises SkipTest if a package is not installed, and AssertionError if the format supports none of the tiny models.
     """
     kind = type(format_)
     if kind in _exports:
@@ -93,12 +94,12 @@ def exported(format_: Format) -> tuple[Path, Path]:
             _exports[kind] = source, destination
             return _exports[kind]
     raise AssertionError(
-        f"it holds no tiny Llama with integer weights of 2, 4 or 8 bits in groups of 32: {'; '.join(reasons)}"
+        f"it supports no tiny Llama with integer weights of 2, 4 or 8 bits in groups of 32: {'; '.join(reasons)}"
     )
 
 
 def _runtimes(format_: Format) -> Iterator[tuple[Runtime, list[Tensor]]]:
-    """The program of a format in fp32 and as it runs by default, with our own logits."""
+    """The runtime of a format, in fp32 and with its default settings, each with our own logits."""
     source, destination = exported(format_)
     for exact in (True, False):
         try:
@@ -112,94 +113,95 @@ def _limit(runtime: Runtime) -> float:
     return EXACT if runtime.exact else BY_DEFAULT
 
 
-def _require_close(runtime: Runtime, found: Tensor, ours: Tensor, what: str) -> None:
-    error, way = relative_error(found, ours), "in fp32" if runtime.exact else "as it runs by default"
-    require(
-        error < _limit(runtime), f"{runtime.title} {way} gives other logits for {what}: they are off by {error:.1e}"
-    )
+def _require_close(runtime: Runtime, logits: Tensor, ours: Tensor, text: str) -> None:
+    error, mode = relative_error(logits, ours), "in fp32" if runtime.exact else "with its default settings"
+    require(error < _limit(runtime), f"{runtime.title} {mode} gives other logits for {text}: the error is {error:.1e}")
 
 
 @FORMAT.check()
 def check_it_says_what_it_is(format_: Format) -> None:
-    """It has a title, capabilities and a program; an extra, if any, brings packages."""
-    require(bool(format_.title), "it has no title, which is what people call it")
-    held = format_.capabilities
-    require(isinstance(held, FormatCapabilities), "its capabilities are not a FormatCapabilities")
-    require(bool(held.weights or held.dense or held.any_grid), "it holds no weights: say which in its capabilities")
-    require(not format_.extra or bool(format_.packages), f"the extra {format_.extra} brings no packages: name them")
+    """It has a title, capabilities and a runtime. If it has an extra, it names the packages of the extra."""
+    require(bool(format_.title), "it has no title: set title to the name of the format")
+    declared = format_.capabilities
+    require(isinstance(declared, FormatCapabilities), "its capabilities are not a FormatCapabilities")
+    require(
+        bool(declared.weights or declared.dense or declared.any_grid),
+        "it supports no weights: declare them in its capabilities",
+    )
+    require(not format_.extra or bool(format_.packages), f"the extra {format_.extra} has no packages: set packages")
     require(format_.runtime is not None, "it names no runtime, so no export can be checked: set runtime")
     require(Runtime.registry.get(format_.name) is format_.runtime, "another class has registered its runtime")
 
 
 @FORMAT.check()
 def check_it_says_why_a_model_does_not_fit(format_: Format) -> None:
-    """`incompatibilities` gives sentences, and raises for no model."""
+    """`incompatibilities` returns sentences, and does not raise an error for any model."""
     layer = Layer("model.layers.0.mlp.down_proj.weight", IntegerGrid(bits=7, group_size=48), 96)
     odd = ModelRequirements("no_such_architecture", (layer,))
     reasons = format_.incompatibilities(odd)
     strings = isinstance(reasons, list) and all(isinstance(reason, str) for reason in reasons)
-    require(strings, f"incompatibilities gives {reasons!r} and not a list of sentences")
+    require(strings, f"incompatibilities returns {reasons!r}, not a list of sentences")
     if format_.capabilities.model_types is not None:
-        require(bool(reasons), "it takes an architecture that is not among its model_types")
+        require(bool(reasons), "it accepts an architecture that is not among its model_types")
 
 
 @FORMAT.check()
 def check_it_notes_what_it_did_as_data(format_: Format) -> None:
-    """An export has a manifest, which says how large it is and what `write` returned."""
+    """An export has a manifest with its size in bytes and the facts that `write` returned."""
     _, destination = exported(format_)
     facts = read_manifest(destination)
     require(facts["bytes"] > 0, "the export is empty")
-    require(isinstance(facts["facts"], Mapping), "write returns no mapping of facts")
+    require(isinstance(facts["facts"], Mapping), "write does not return a mapping of facts")
 
 
 @FORMAT.check()
 def check_its_program_reads_a_text_whole_in_pieces_and_token_by_token(format_: Format) -> None:
-    """The logits are ours, however a text is read, and what was read before is forgotten."""
+    """The logits equal ours for every way to read a text, and do not depend on texts that were read before."""
     prompt, _ = _texts()
     for runtime, ours in _runtimes(format_):
         whole = runtime.logits(prompt)
-        require(whole.shape[0] == len(prompt), f"logits gives {len(whole)} rows for {len(prompt)} tokens")
-        require(whole.dtype == torch.float32, f"logits gives {whole.dtype}, not float32")
+        require(whole.shape[0] == len(prompt), f"logits returns {len(whole)} rows for {len(prompt)} tokens")
+        require(whole.dtype == torch.float32, f"logits returns {whole.dtype}, not float32")
         _require_close(runtime, whole, ours[0], "a text in one call")
         _require_close(runtime, read_in_pieces(runtime, prompt), ours[0], "a text in pieces")
         runtime.start()
         parts = [runtime.feed(part[None]) for part in (prompt[:20], *prompt[20:].split(1))]
         _require_close(runtime, torch.cat(parts), ours[0], "single tokens after a text")
-        require(torch.equal(runtime.logits(prompt), whole), "start does not forget what was read before")
+        require(torch.equal(runtime.logits(prompt), whole), "start does not discard the text that was read before")
 
 
 @FORMAT.check()
 def check_its_program_takes_the_likeliest_tokens(format_: Format) -> None:
-    """`greedy` gives the likeliest tokens of the text so far."""
+    """`greedy` returns the most likely next token, one after another."""
     prompt, _ = _texts()
     for runtime, _ours in _runtimes(format_):
-        found = runtime.greedy(prompt, 4)
-        rows = runtime.logits(torch.cat((prompt, torch.tensor(found[:-1]))))[len(prompt) - 1 :]
-        chosen = rows.gather(1, torch.tensor(found)[:, None])[:, 0]
-        near = bool(((rows.max(-1).values - chosen) <= 2 * BY_DEFAULT * rows.abs().max()).all())
-        require(near, f"{runtime.title} takes tokens that are not the likeliest")
-        same = not runtime.exact or rows.argmax(-1).tolist() == found
-        require(same, f"{runtime.title} in fp32 takes tokens that are not the likeliest")
+        chosen = runtime.greedy(prompt, 4)
+        rows = runtime.logits(torch.cat((prompt, torch.tensor(chosen[:-1]))))[len(prompt) - 1 :]
+        logits = rows.gather(1, torch.tensor(chosen)[:, None])[:, 0]
+        near = bool(((rows.max(-1).values - logits) <= 2 * BY_DEFAULT * rows.abs().max()).all())
+        require(near, f"{runtime.title} takes tokens that are not the most likely ones")
+        same = not runtime.exact or rows.argmax(-1).tolist() == chosen
+        require(same, f"{runtime.title} in fp32 takes tokens that are not the most likely ones")
 
 
 @FORMAT.check()
 def check_its_program_reads_a_padded_batch_or_says_why_not(format_: Format) -> None:
-    """Texts of different length, padded on the left, give the logits of each; or `unpadded` says why they cannot."""
+    """Texts of different length, padded on the left, give the same logits as alone, or `unpadded` states why not."""
     prompt, shorter = _texts()
     for runtime, ours in _runtimes(format_):
         whole = runtime.logits(prompt)
         if runtime.unpadded:
-            refuses(lambda r=runtime: r.padded([prompt, shorter]), InputError, "it says unpadded.", runtime.unpadded)  # type: ignore[misc]
+            refuses(lambda r=runtime: r.padded([prompt, shorter]), InputError, "unpadded is set.", runtime.unpadded)  # type: ignore[misc]
             continue
-        for found, wanted in zip(runtime.padded([prompt, shorter]), ours, strict=True):
-            _require_close(runtime, found, wanted, "a padded batch")
-        require(torch.equal(runtime.feed(prompt[None]), whole), "padded does not forget the batch")
+        for logits, expected in zip(runtime.padded([prompt, shorter]), ours, strict=True):
+            _require_close(runtime, logits, expected, "a padded batch")
+        require(torch.equal(runtime.feed(prompt[None]), whole), "padded does not discard the batch")
 
 
 def check_format(format_: Format | type[Format]) -> None:
-    """Checks what a format declares, exports a tiny model, and holds its program to our own logits.
+    """Checks the declarations of a format, exports a tiny model, and compares the logits of its runtime with ours.
 
-    Raises AssertionError, naming the class, what is wrong and what to do, and unittest.SkipTest where a package is not
-    installed.
+    Raises AssertionError, which names the class, what is wrong and what to do. Raises unittest.SkipTest if a package is
+    not installed.
     """
     FORMAT.run(format_)

@@ -15,7 +15,7 @@ GRID: Contract[Grid] = Contract("grid", Grid)
 
 
 def weights(rows: int = 12, columns: int = COLUMNS, seed: int = 0) -> Tensor:
-    """Random weights of ordinary size, shape (rows, columns)."""
+    """Random weights of usual magnitude, shape (rows, columns)."""
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 0.1
 
 
@@ -41,16 +41,19 @@ def check_codes_fit_in_their_bits(grid: Grid) -> None:
     """Codes are uint8 below ``2^bits``."""
     codes = rounded(grid, weights()).codes
     require(codes.dtype == torch.uint8, f"codes are {codes.dtype}. Return uint8 from encode")
-    require(int(codes.max()) < 2**grid.bits, f"there is a code {int(codes.max())}, beyond {grid.bits} bits")
+    require(
+        int(codes.max()) < 2**grid.bits,
+        f"encode gives the code {int(codes.max())}, which does not fit in {grid.bits} bits",
+    )
 
 
 @GRID.check()
 def check_packing_loses_nothing(grid: Grid) -> None:
-    """`unpack` gives back what `pack` was given, also where groups are of another size than rows."""
+    """`unpack` returns the codes and scales that `pack` was given."""
     weight = rounded(grid, weights(7))
     arrays = weight.pack()
     unknown = sorted(set(arrays) - set(PARTS))
-    require(not unknown, f"pack gives {', '.join(unknown)}; files hold the parts {', '.join(PARTS)}")
+    require(not unknown, f"pack gives the arrays {', '.join(unknown)}; use the names {', '.join(PARTS)}")
     codes, params = grid.unpack(arrays, (7, COLUMNS))
     require(torch.equal(codes, weight.codes), "unpack gives other codes than pack was given")
     require(_same(params, weight.params), "unpack gives other scales or zero points than pack was given")
@@ -65,7 +68,7 @@ def check_packing_loses_nothing(grid: Grid) -> None:
 
 @GRID.check()
 def check_decoded_weights_keep_their_codes(grid: Grid) -> None:
-    """Numbers of the grid are rounded to themselves."""
+    """Numbers of the grid keep their codes when they are encoded again."""
     weight = rounded(grid, weights())
     again = weight.dequantize().view(12, -1, grid.group_of(COLUMNS))
     same = torch.equal(grid.encode(again, weight.params).view(12, COLUMNS), weight.codes)
@@ -88,8 +91,8 @@ def check_encoding_takes_the_nearest_number(grid: Grid) -> None:
 @GRID.check()
 def check_step_below_is_the_distance_to_the_next_number(grid: Grid) -> None:
     """`step_below` is the distance from a number to the next one towards zero, in units of the scale."""
-    one = GroupParams(torch.ones(1, 1), rounded(grid, weights()).params.zero[0, :1])
-    numbers = grid.decode(_every_code(grid)[None], one)
+    unit = GroupParams(torch.ones(1, 1), rounded(grid, weights()).params.zero[0, :1])
+    numbers = grid.decode(_every_code(grid)[None], unit)
     numbers = numbers[numbers.isfinite()].unique()  # sorted; some codes of fp8 are not numbers
     below = torch.where(numbers > 0, numbers - numbers.roll(1), numbers.roll(-1) - numbers)
     inside = (numbers != 0) & (below > 0)
@@ -110,45 +113,45 @@ def check_range_is_that_of_the_numbers(grid: Grid) -> None:
 
 @GRID.check()
 def check_scales_are_what_can_be_stored(grid: Grid) -> None:
-    """`fit` and `round_params` give scales that survive packing; the latter the nearest ones, as `scale_step` says."""
+    """Packing does not change scales from `fit` and `round_params`. `round_params` gives the nearest storable ones."""
     weight = rounded(grid, weights())
     require(
         _same(weight.grid.round_params(weight.params.scale, weight.params.zero), weight.params),
         "round_params changes scales that fit gave: one of the two gives scales that cannot be stored",
     )
-    asked = weight.params.scale * 0.79
-    moved = weight.grid.round_params(asked, weight.params.zero + 0.3)
+    wanted = weight.params.scale * 0.79
+    moved = weight.grid.round_params(wanted, weight.params.zero + 0.3)
     _, params = grid.unpack(QuantizedWeight(weight.grid, weight.codes, moved).pack(), (12, COLUMNS))
     require(_same(params, moved), "round_params gives scales or zero points that packing changes")
-    away = ((moved.scale - asked).abs() - 2.0**-25).clamp(min=0)  # half a step of fp16's smallest numbers
-    off = float((away / asked.abs()).max())
+    difference = ((moved.scale - wanted).abs() - 2.0**-25).clamp(min=0)  # half a step of fp16's smallest numbers
+    change = float((difference / wanted.abs()).max())
     limit = grid.scale_step / 2
     require(
-        off <= limit * (1 + 1e-3),
-        f"round_params moves a scale by {off:.2g} of it, but half of scale_step is {limit:.2g}. Take the nearest "
-        "scale, or declare the step by which stored scales differ",
+        change <= limit * (1 + 1e-3),
+        f"round_params changes a scale by {change:.2g} of it, but half of scale_step is {limit:.2g}. Take the nearest "
+        "scale, or declare the relative step of stored scales",
     )
 
 
 @GRID.check()
 def check_a_saved_description_gives_the_same_grid(grid: Grid) -> None:
-    """The settings, as JSON, make the same grid."""
-    require(grid_from(grid.model_dump(mode="json")) == grid, "its settings, saved and read, make another grid")
+    """Settings that are saved as JSON and read give the same grid."""
+    require(grid_from(grid.model_dump(mode="json")) == grid, "its settings, saved and read, give another grid")
 
 
 @GRID.check()
 def check_true_bits_are_those_of_the_arrays(grid: Grid) -> None:
-    """`bits`, `group_bits` and `tensor_bits` add up to what is stored."""
+    """`bits`, `group_bits` and `tensor_bits` add up to the bits of the stored arrays."""
     weight = rounded(grid, weights(64))
-    stored, said = stored_bits(weight.pack()), weight.bits
-    require(stored == said, f"pack stores {stored} bits, but bits, group_bits and tensor_bits add up to {said}")
+    stored, declared = stored_bits(weight.pack()), weight.bits
+    require(stored == declared, f"pack stores {stored} bits, but bits, group_bits and tensor_bits add up to {declared}")
 
 
 @GRID.check()
 def check_a_bound_grid_stays_as_it_is(grid: Grid) -> None:
-    """`with_tensor_scale` binds once, and changes no setting."""
+    """`with_tensor_scale` does not change a bound grid, and changes no setting."""
     bound = grid.with_tensor_scale(weights())
-    require(bound.with_tensor_scale(100 * weights()) is bound, "with_tensor_scale changes a grid that was bound before")
+    require(bound.with_tensor_scale(100 * weights()) is bound, "with_tensor_scale changes a grid that is already bound")
     require(bound.model_dump() == grid.model_dump(), "with_tensor_scale changes a setting")
     same = torch.equal(bound.fake(weights()), rounded(grid, weights()).dequantize())
     require(same, "fake of a bound grid differs from rounding the weight that it was bound to")
@@ -156,43 +159,45 @@ def check_a_bound_grid_stays_as_it_is(grid: Grid) -> None:
 
 @GRID.check()
 def check_fake_rounds_every_row_by_itself(grid: Grid) -> None:
-    """`fake` is fit, encode and decode, row by row, in the dtype of its input, which it leaves alone."""
+    """`fake` is fit, encode and decode for each row, in the dtype of its input. It does not change the input."""
     for dtype in (torch.float32, torch.bfloat16):
         x = (30 * weights(10)).to(dtype).view(2, 5, COLUMNS)
         before = x.clone()
         alone = [rounded(grid, row[None].float()).dequantize()[0].to(dtype) for row in x.view(10, COLUMNS)]
-        found = grid.fake(x)
+        result = grid.fake(x)
         require(torch.equal(x, before), "fake changes its input")
-        require(found.dtype == dtype, f"fake gives {found.dtype} for {dtype}")
-        require(torch.equal(found, torch.stack(alone).view(x.shape)), f"fake in {dtype} depends on other rows")
-        turned = grid.fake(x.transpose(0, 1))
-        require(torch.equal(turned, found.transpose(0, 1)), "fake depends on how its input lies in memory")
+        require(result.dtype == dtype, f"fake returns {result.dtype} for {dtype}")
+        require(torch.equal(result, torch.stack(alone).view(x.shape)), f"fake in {dtype} depends on other rows")
+        transposed = grid.fake(x.transpose(0, 1))
+        require(torch.equal(transposed, result.transpose(0, 1)), "fake depends on the memory layout of its input")
 
 
 @GRID.check(when=lambda grid: grid.holds_zero)
 def check_zeros_stay_zero(grid: Grid) -> None:
-    """A grid that says `holds_zero` rounds groups of zeros to zero."""
-    some = torch.cat([weights(2), torch.zeros(2, COLUMNS)])
+    """A grid with `holds_zero` rounds groups of zeros to zero."""
+    mixed = torch.cat([weights(2), torch.zeros(2, COLUMNS)])
     require(not rounded(grid, torch.zeros(2, COLUMNS)).dequantize().any(), "zeros do not stay zero: set holds_zero")
-    require(not rounded(grid, some).dequantize()[2:].any(), "rows of zeros beside others do not stay zero")
+    require(
+        not rounded(grid, mixed).dequantize()[2:].any(), "rows of zeros do not stay zero if other rows are not zero"
+    )
 
 
 @GRID.check(when=lambda grid: not grid.holds_zero)
 def check_zeros_become_next_to_nothing(grid: Grid) -> None:
-    """A grid that does not hold zero rounds groups of zeros to its smallest numbers, as fp16 scales allow."""
+    """A grid without zero rounds groups of zeros to its smallest numbers, within the limits of fp16 scales."""
     largest = rounded(grid, torch.zeros(2, COLUMNS)).dequantize().abs().max()
     require(float(largest) <= 2.0**-24 * 2**grid.bits, f"zeros become as large as {float(largest):.2g}")
 
 
 @GRID.check(when=lambda grid: bool(grid.fits))
 def check_its_fits_are_settings(grid: Grid) -> None:
-    """Every fit that it declares is a setting, and the search is not worse than the range."""
+    """Every declared fit is a valid setting, and the search is not worse than the range."""
     errors = {}
     for fit in grid.fits:
         chosen = grid.fitted_by(fit) if getattr(grid, "clip", 1) == 1 else grid
         again = grid_from(chosen.model_dump(mode="json"))
         require(
-            again == chosen, f"the grid fitted by {fit} cannot be saved. Give it a setting scale that takes {fit!r}"
+            again == chosen, f"the grid fitted by {fit} cannot be saved. Give it a setting scale that allows {fit!r}"
         )
         errors[fit] = float((rounded(chosen, weights()).dequantize() - weights()).square().sum())
     require(
@@ -208,7 +213,7 @@ def check_numbers_that_are_not_finite_are_refused(grid: Grid) -> None:
         weight = weights()
         weight[3, 7] = value
         for name, call in (("fit", lambda w=weight: rounded(grid, w)), ("fake", lambda w=weight: grid.fake(w))):
-            refuses(call, InputError, f"{name} takes a weight of {value}.", "not finite")
+            refuses(call, InputError, f"{name} accepts a weight of {value}.", "not finite")
 
 
 @GRID.check()
@@ -216,14 +221,17 @@ def check_arrays_that_do_not_fit_are_refused(grid: Grid) -> None:
     """`unpack` raises InputError for arrays that are missing or of another size."""
     arrays = rounded(grid, weights(2)).pack()
     short = arrays | {"codes": arrays["codes"][:-1]}
-    refuses(lambda: grid.unpack(short, (2, COLUMNS)), InputError, "unpack takes codes that are too few.", "cannot hold")
-    refuses(lambda: grid.unpack(arrays, (3, COLUMNS)), InputError, "unpack takes scales of another shape.")
+    refuses(lambda: grid.unpack(short, (2, COLUMNS)), InputError, "unpack accepts too few codes.", "cannot hold")
+    refuses(lambda: grid.unpack(arrays, (3, COLUMNS)), InputError, "unpack accepts scales of another shape.")
     missing = {"codes": arrays["codes"]}
-    refuses(lambda: grid.unpack(missing, (2, COLUMNS)), InputError, "unpack takes a weight without scales.", "missing")
+    refuses(
+        lambda: grid.unpack(missing, (2, COLUMNS)), InputError, "unpack accepts a weight without scales.", "missing"
+    )
 
 
 def check_grid(grid: Grid | type[Grid]) -> None:
-    """Checks all that a grid, or every example of a class of grids, must satisfy. Raises AssertionError, naming the
-    class, what is wrong and what to do.
+    """Runs all checks of a grid, or of every example of a class of grids.
+
+    Raises AssertionError, which names the class, what is wrong and what to do.
     """
     GRID.run(grid)

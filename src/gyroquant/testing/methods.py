@@ -26,8 +26,9 @@ METHOD: Contract[Method] = Contract("method", Method, str)
 
 
 def choose_on_random(method: Method, site: Site, context: Context = CONTEXT) -> Map:
-    """The map that a method chooses for a site whose vectors and weights are random, with channels of very different
-    size. It gets statistics and weights as it says that it needs them.
+    """The map that a method chooses for a site with random vectors and weights.
+
+    The channels have very different sizes. The method gets the statistics and weights that it declares.
     """
     generator = torch.Generator().manual_seed(site.n)
     seen: dict[Any, Any] = {kind: kind(site.n) for kind in method.statistics}
@@ -47,12 +48,12 @@ def choose_on_random(method: Method, site: Site, context: Context = CONTEXT) -> 
 
 @cache
 def _sites(name: str, structure: Structure) -> tuple[Site, ...]:
-    """The sites of that name in a tiny Llama, for maps of a structure."""
+    """The sites with this name in a tiny Llama, for maps of a structure."""
     return tuple(find_sites(open_model(tiny_model()).graph, name, structure=structure))
 
 
 def _cases(method: Method) -> Iterator[Site]:
-    """Every site that a method is for."""
+    """Every site that a method supports."""
     for name in method.sites or SITES:
         yield from _sites(name, method.structure)
 
@@ -63,29 +64,29 @@ def _first(method: Method) -> Site:
 
 @METHOD.check()
 def check_its_observers_say_how_large_they_are(method: Method) -> None:
-    """Runs are checked to fit into memory before they start."""
+    """Observers state their memory, which a run needs before it starts."""
     for observer in method.statistics:
         size = getattr(observer, "size_in_bytes", None)
-        require(size is not None, f"{observer} does not say how much memory it takes. Define size_in_bytes")
-        require(size(64) > 0, f"{observer} says that it takes no memory. Mend size_in_bytes")  # type: ignore[misc]
+        require(size is not None, f"{observer} does not state its memory. Define size_in_bytes")
+        require(size(64) > 0, f"{observer} states that it needs no memory. Correct size_in_bytes")  # type: ignore[misc]
 
 
 @METHOD.check()
 def check_maps_fit_their_sites_and_are_what_they_say(method: Method) -> None:
-    """Maps have the order of their site and what `structure` says."""
+    """Maps have the order of their site and the declared `structure`."""
     for site in _cases(method):
         _check_map(method, site, CONTEXT)
 
 
 def _check_map(method: Method, site: Site, context: Context) -> None:
     chosen, structure = choose_on_random(method, site, context), method.structure
-    require(chosen.n == site.n, f"at {site.label} its map has order {chosen.n}, the site has {site.n}")
-    for said, is_so in (
+    require(chosen.n == site.n, f"at {site.label} its map has order {chosen.n}, but the site has order {site.n}")
+    for declared, holds in (
         ("orthogonal", chosen.orthogonal or structure in ("any", "diagonal")),
         ("permutation", chosen.is_permutation or structure != "permutation"),
         ("diagonal", chosen.diagonal or structure != "diagonal"),
     ):
-        require(is_so, f"at {site.label} its map is not {said}. Choose such a map, or declare another structure")
+        require(holds, f"at {site.label} its map is not {declared}. Choose such a map, or declare another structure")
     eye = torch.eye(site.n, dtype=torch.float64)
     close = torch.allclose(chosen.dense() @ chosen.inverse().dense(), eye, atol=1e-9)
     require(close, f"at {site.label} inverse() of its map is not the inverse")
@@ -105,24 +106,24 @@ def check_other_sites_are_refused(method: Method) -> None:
 
 @METHOD.check()
 def check_the_seed_decides_where_it_is_random(method: Method) -> None:
-    """The same seed gives the same map; another seed another map exactly where `random` says so."""
+    """The same seed gives the same map. Another seed gives another map exactly if `random` is true."""
     _check_seed(method, _first(method), CONTEXT)
 
 
 def _check_seed(method: Method, site: Site, context: Context) -> None:
     chosen, again = (choose_on_random(method, site, context).dense() for _ in range(2))
-    require(torch.equal(chosen, again), "the same seed gives another map. Draw from context.generator(site) alone")
+    require(torch.equal(chosen, again), "the same seed gives another map. Draw from context.generator(site) only")
     other = choose_on_random(method, site, replace(context, seed=context.seed + 1)).dense()
     same = torch.equal(chosen, other)
-    require(same or method.random, "another seed gives another map. A method that is random has to say so: set random")
-    require(not (same and method.random), "it says that it is random, but another seed gives the same map")
+    require(same or method.random, "another seed gives another map. A random method has to declare it: set random")
+    require(not (same and method.random), "it declares that it is random, but another seed gives the same map")
 
 
 @METHOD.check()
 def check_folding_it_is_exact(method: Method) -> None:
-    """Models with and without a norm's bias, with experts and without RoPE stay the same function.
+    """Folding does not change the function of models with and without a norm's bias, with experts, and without RoPE.
 
-    What is measured is measured on the model itself. A site that a model cannot change so is refused.
+    Statistics are measured on the model itself. Sites that a model does not support are left out.
     """
     used = set()
     for name in ("llama", "qwen2_moe", "gpt2"):
@@ -139,19 +140,19 @@ def check_folding_it_is_exact(method: Method) -> None:
             worst = max(proof.relative_logit_error, proof.worst_block_error)
             require(worst < 1e-5, f"folded into {site} of a tiny {name} it changes the model by {worst:.1g}")
     missing = set(method.sites) - used
-    require(not missing, f"no model takes it at {', '.join(missing)}. Declare the sites that it is for")
-    require(bool(used), "no model takes it anywhere. Declare its structure")
+    require(not missing, f"no model takes it at {', '.join(missing)}. Declare the sites that it supports")
+    require(bool(used), "no model takes it at any site. Declare its structure")
 
 
 def check_method(
     method: Method | type[Method], site: Site | None = None, context: Context = CONTEXT, *, fold: bool = True
 ) -> None:
-    """Checks all that a method, or every example of a class of methods, must satisfy.
+    """Runs all checks of a method, or of every example of a class of methods.
 
-    Maps fit their sites and are what `structure` says, the seed decides where the method is `random`, weights are read
-    only where `needs_weights` says so, observers know their size, folding is exact. With `site` the map is looked at
-    there alone; without `fold` nothing is folded into a model. Raises AssertionError, naming the class, what is wrong
-    and what to do.
+    Maps must fit their sites and have the declared `structure`. The seed must decide if the method is `random`. Weights
+    may be read only if the method declares `needs_weights`. Observers must state their size, and folding must be exact.
+    `site`: check the map at this site only. `fold`: also fold maps into tiny models. Default: true. Raises
+    AssertionError, which names the class, what is wrong and what to do.
     """
     if site is None:
         for instance in METHOD.instances(method):

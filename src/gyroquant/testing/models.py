@@ -1,4 +1,4 @@
-"""Tiny random models, built from the configuration classes of transformers, on which contracts are checked."""
+"""Tiny random models for the checks of contracts, built from the configuration classes of transformers."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ COMMON: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-"""The settings of every tiny model, unless its `Example` has others."""
+"""The settings of every tiny model. Values of its `Example` replace them."""
 
 
 def tiny_config(example: Example) -> Any:
     """The configuration that an example describes."""
     kind = getattr(transformers, example.config) if isinstance(example.config, str) else example.config
-    shared = {key: value for key, value in COMMON.items() if key not in example.without}
-    return kind(**shared | dict(example.values))
+    common = {key: value for key, value in COMMON.items() if key not in example.without}
+    return kind(**common | dict(example.values))
 
 
 def examples() -> Mapping[str, Example]:
@@ -51,9 +51,9 @@ def tiny_model(tiny: str | Example = "llama", seed: int = 0, **changes: Any) -> 
 
 @torch.no_grad()
 def randomise(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
-    """Gives every weight a sensible random size, every norm a random gain and every bias a random value.
+    """Gives every weight random values of usual size, every norm a random gain and every bias a random value.
 
-    With the usual initial values, ones and zeros, a fold that forgets gains and biases would be correct.
+    With the usual initial values, ones and zeros, a fold that ignores gains and biases would pass the checks.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
@@ -77,9 +77,9 @@ def tokens(model: PreTrainedModel, batch: int = 2, length: int = 24, seed: int =
 
 
 def amount(nsamples: int = 2, length: int = 24) -> list[str]:
-    """The changes of a recipe that ask for as many tokens as `tokens` gives, to calibrate and to prove on."""
+    """Changes of a recipe that calibrate and prove on as many tokens as `tokens` returns."""
     sections = ("calibration", "proof")
-    return [change for s in sections for change in (f"{s}.nsamples={nsamples}", f"{s}.seqlen={length}")]
+    return [change for name in sections for change in (f"{name}.nsamples={nsamples}", f"{name}.seqlen={length}")]
 
 
 def tokenizer() -> transformers.PreTrainedTokenizerFast:
@@ -95,7 +95,7 @@ def tokenizer() -> transformers.PreTrainedTokenizerFast:
 
 
 def prose(words: int, seed: int = 0) -> str:
-    """Random words of the tiny tokenizer, some much more often than others."""
+    """Random words of the tiny tokenizer. Some are much more frequent than others."""
     generator = torch.Generator().manual_seed(seed)
     numbers = (torch.rand(words, generator=generator) ** 2 * 93).long()
     return " ".join(f"w{i}" for i in numbers.tolist())

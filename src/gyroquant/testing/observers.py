@@ -14,27 +14,28 @@ OBSERVER: Contract[Observer] = Contract("observer", Observer, lambda observer: t
 _N = 256
 
 
-def held_tensors(thing: Any) -> list[Tensor]:
-    """The tensors that an object keeps, and those of its observers."""
-    parts = [value for value in vars(thing).values() if isinstance(value, Tensor)]
-    return parts + [t for value in vars(thing).values() if isinstance(value, Observer) for t in held_tensors(value)]
+def held_tensors(holder: Any) -> list[Tensor]:
+    """The tensors in the attributes of an object and of its observers."""
+    parts = [value for value in vars(holder).values() if isinstance(value, Tensor)]
+    return parts + [t for value in vars(holder).values() if isinstance(value, Observer) for t in held_tensors(value)]
 
 
 @OBSERVER.check()
 def check_an_observer_is_as_large_as_it_says(observer: Observer) -> None:
-    """`size_in_bytes` is the memory of the tensors that it holds, within a factor of two and a half, and not less."""
+    """The tensors that it holds take 0.4 to 1.1 times `size_in_bytes`."""
     for _ in range(4):
         observer(torch.randn(300, _N))
     held = sum(tensor.numel() * tensor.element_size() for tensor in held_tensors(observer))
-    said = observer.size_in_bytes(_N)
+    declared = observer.size_in_bytes(_N)
     require(
-        0.4 * said <= held <= 1.1 * said + 64,
-        f"it holds {held} bytes for vectors of {_N} numbers, but size_in_bytes says {said}",
+        0.4 * declared <= held <= 1.1 * declared + 64,
+        f"it holds {held} bytes for vectors of {_N} numbers, but size_in_bytes says {declared}",
     )
 
 
 def check_observer(observer: Observer | type[Observer]) -> None:
-    """Checks all that an observer must satisfy. An instance must be made for vectors of 256 numbers and be unused.
-    Raises AssertionError, naming the class, what is wrong and what to do.
+    """Runs all checks of an observer. An instance must be unused and made for vectors of 256 numbers.
+
+    Raises AssertionError, which names the class, what is wrong and what to do.
     """
     OBSERVER.run(observer)

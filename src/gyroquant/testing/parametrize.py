@@ -1,4 +1,4 @@
-"""All contracts in one place: a pytest parametrization over instances and checks."""
+"""All contracts, and a pytest parametrization over instances and checks."""
 
 from __future__ import annotations
 
@@ -20,38 +20,38 @@ from gyroquant.testing.steps import STEP
 
 CONTRACTS: tuple[Contract[Any], ...] = (METHOD, SOLVER, STEP, GRID, MAP, FORMAT, OBSERVER, ARCHITECTURE)
 
-_SCRATCH = re.compile(r"/\S*gyroquant-example-\w+/")  # of examples that are files: another name in every process
+_SCRATCH = re.compile(r"/\S*gyroquant-example-\w+/")  # folder of example files; differs in every process
 
 
-def contract_of(thing: Any) -> Contract[Any]:
-    """The contract of a class or an instance. Raises TypeError for what has none."""
-    kind = thing if isinstance(thing, type) else type(thing)
+def contract_of(subject: Any) -> Contract[Any]:
+    """The contract of a class or an instance. Raises TypeError if there is no contract for it."""
+    kind = subject if isinstance(subject, type) else type(subject)
     for contract in CONTRACTS:
         if issubclass(kind, contract.base):
             return contract
-    raise TypeError(f"{thing!r} is of no kind that has a contract: there are {', '.join(c.kind for c in CONTRACTS)}")
+    raise TypeError(f"{subject!r} has no contract. Kinds with a contract: {', '.join(c.kind for c in CONTRACTS)}")
 
 
-def _things(given: tuple[Any, ...]) -> Iterator[Any]:
-    """Classes and instances, with registries and architectures taken apart."""
-    for thing in given:
-        if isinstance(thing, Registry):
-            yield from _things(tuple(dict.fromkeys(thing.values())))
-        elif isinstance(thing, Architecture):
-            yield from tiny_architectures(thing)
+def _flattened(subjects: tuple[Any, ...]) -> Iterator[Any]:
+    """Classes and instances; registries are replaced by their items, architectures by their tiny models."""
+    for subject in subjects:
+        if isinstance(subject, Registry):
+            yield from _flattened(tuple(dict.fromkeys(subject.values())))
+        elif isinstance(subject, Architecture):
+            yield from tiny_architectures(subject)
         else:
-            yield thing
+            yield subject
 
 
-def parametrize_with_checks(*things: Any) -> Any:
-    """A pytest mark that gives a test every pair of `instance` and `check`, with readable ids.
+def parametrize_with_checks(*subjects: Any) -> Any:
+    """A pytest mark that runs a test with every pair of `instance` and `check`, with readable ids.
 
-    `things` are classes, of which all examples are checked, instances, or whole registries. A check takes the instance
-    and raises AssertionError, or unittest.SkipTest where something is not installed.
+    `subjects` are classes, of which all examples are checked, instances, or whole registries. A check takes the
+    instance and raises AssertionError, or unittest.SkipTest if a package is not installed.
     """
     import pytest
 
-    cases = [case for thing in _things(things) for case in pairs(contract_of(thing), [thing])]
+    cases = [case for subject in _flattened(subjects) for case in pairs(contract_of(subject), [subject])]
     return pytest.mark.parametrize(
         ("instance", "check"),
         [pytest.param(instance, check, id=_SCRATCH.sub("", name)) for name, instance, check in cases],

@@ -19,7 +19,7 @@ SOLVER: Contract[Solver] = Contract("solver", Solver)
 
 
 def grids() -> list[Grid]:
-    """The first example of every registered grid, and two more of those whose `bits` can be chosen."""
+    """The first example of every registered grid, and two more examples of grids with `has_bit_widths`."""
     return [grid for kind in Grid.registry.values() for grid in kind.examples()[: 3 if kind.has_bit_widths else 1]]
 
 
@@ -41,7 +41,7 @@ def _calibrated(solver: Solver) -> bool:
 
 
 def _cases() -> Iterator[tuple[Grid, Tensor, InputStatistics]]:
-    """A problem on every kind of grid, which is bound to the weight."""
+    """A problem for every kind of grid. The grid is bound to the weight."""
     for grid in grids():
         weight, statistics = problem()
         yield grid.with_tensor_scale(weight), weight, statistics
@@ -49,36 +49,39 @@ def _cases() -> Iterator[tuple[Grid, Tensor, InputStatistics]]:
 
 @SOLVER.check(when=_by_layer)
 def check_the_result_is_a_whole_matrix_on_the_grid(solver: Solver) -> None:
-    """There is a code for every weight and a scale for every group, packing keeps both, and the input stays."""
+    """Every weight has a code and every group a scale. Packing keeps both, and the input does not change."""
     for grid, weight, statistics in _cases():
         before = weight.clone()
         solved = solver.solve(weight, grid, statistics)
         require(torch.equal(weight, before), f"solve changes the weight that it is given (grid {grid.grid})")
-        require(solved.codes.shape == weight.shape, f"codes have shape {tuple(solved.codes.shape)}")
+        require(
+            solved.codes.shape == weight.shape,
+            f"codes have shape {tuple(solved.codes.shape)}, not {tuple(weight.shape)}",
+        )
         groups = (ROWS, COLUMNS // grid.group_of(COLUMNS), 1)
         require(
             solved.params.scale.shape == groups, f"scales have shape {tuple(solved.params.scale.shape)}, not {groups}"
         )
-        require(int(solved.codes.max()) < 2**grid.bits, f"there are codes beyond {grid.bits} bits")
+        require(int(solved.codes.max()) < 2**grid.bits, f"some codes do not fit in {grid.bits} bits")
         codes, params = grid.unpack(solved.pack(), (ROWS, COLUMNS))
         again = QuantizedWeight(grid, codes, params).dequantize()
         require(
             torch.equal(again, solved.dequantize()),
-            f"packing changes the result on the grid {grid.grid}: take scales that fit or round_params gave",
+            f"packing changes the result on the grid {grid.grid}: take scales that fit or round_params returned",
         )
 
 
 @SOLVER.check(when=_by_layer)
 def check_it_is_deterministic(solver: Solver) -> None:
-    """The same problem has the same result."""
+    """The same input gives the same result."""
     for grid, weight, statistics in _cases():
         first, second = (solver.solve(weight, grid, statistics).codes for _ in range(2))
-        require(torch.equal(first, second), f"the same problem has another result the second time (grid {grid.grid})")
+        require(torch.equal(first, second), f"the same input gives another result the second time (grid {grid.grid})")
 
 
 @SOLVER.check(when=_by_layer)
 def check_rows_are_independent(solver: Solver) -> None:
-    """Rows do not know of each other, so layers that read the same input may be solved together."""
+    """Rows are independent, so layers that read the same input may be solved together."""
     for grid, weight, statistics in _cases():
         whole, part = solver.solve(weight, grid, statistics), solver.solve(weight[:20], grid, statistics)
         same = float((whole.codes[:20] == part.codes).float().mean())  # products of other sizes round differently
@@ -87,75 +90,73 @@ def check_rows_are_independent(solver: Solver) -> None:
 
 @SOLVER.check(when=_by_layer)
 def check_weights_on_the_grid_stay(solver: Solver) -> None:
-    """Weights that lie on the grid come back, where rounding to nearest gives them back."""
+    """Weights that lie on the grid do not change, if rounding to nearest does not change them."""
     for grid, weight, statistics in _cases():
         plain = type(grid)(**grid.model_dump()).fitted_by("minmax")
         on_grid = RoundToNearest().solve(weight, plain.with_tensor_scale(weight)).dequantize()
         bound = plain.with_tensor_scale(on_grid)
         again, nearest = (by.solve(on_grid, bound, statistics).dequantize() for by in (solver, RoundToNearest()))
         error, limit = weight_error(on_grid, again), weight_error(on_grid, nearest) + 1e-6
-        require(error < limit, f"weights on the grid {grid.grid} are moved by {error:.2g} of their size")
+        require(error < limit, f"weights on the grid {grid.grid} change by {error:.2g} of their squared size")
 
 
 @SOLVER.check(when=_by_layer)
 def check_inputs_never_seen_do_no_harm(solver: Solver) -> None:
-    """A column whose input is always zero is rounded about as to nearest."""
+    """A column whose input is always zero gets about the same error as with rounding to nearest."""
     for grid, weight, statistics in _cases():
         dead = statistics.second_moments.clone()
         dead[:, 5] = dead[5, :] = 0
         solved = solver.solve(weight, grid, InputStatistics(dead, statistics.count)).dequantize()
         require(
-            bool(solved.isfinite().all()), f"an input that is always zero makes weights infinite (grid {grid.grid})"
+            bool(solved.isfinite().all()), f"an input that is always zero makes weights not finite (grid {grid.grid})"
         )
         nearest = RoundToNearest().solve(weight, grid).dequantize()
         limit = 3 * (nearest[:, 5] - weight[:, 5]).norm() + 1e-3
         close = bool((solved[:, 5] - weight[:, 5]).norm() < limit)
-        require(close, f"an input that is always zero ruins its column (grid {grid.grid})")
+        require(close, f"an input that is always zero gives its column a large error (grid {grid.grid})")
 
 
 @SOLVER.check(when=_by_layer)
 def check_no_input_at_all_rounds_to_nearest(solver: Solver) -> None:
-    """Statistics of no token give what rounding to nearest gives."""
+    """With statistics of zero tokens, the result is that of rounding to nearest."""
     for grid, weight, _ in _cases():
         solved = solver.solve(weight, grid, InputStatistics(torch.zeros(COLUMNS, COLUMNS), 0))
         same = torch.equal(solved.codes, RoundToNearest().solve(weight, grid).codes)
-        require(same, f"without a single token it does not round to nearest (grid {grid.grid})")
+        require(same, f"with statistics of zero tokens it does not round to nearest (grid {grid.grid})")
 
 
 @SOLVER.check(when=_calibrated)
 def check_statistics_make_it_better_than_rounding_to_nearest(solver: Solver) -> None:
-    """A solver that says `needs_statistics` has a smaller output error than rounding to nearest."""
+    """A solver with `needs_statistics` has a smaller output error than rounding to nearest."""
     for grid, weight, statistics in _cases():
         solved = output_error(weight, solver.solve(weight, grid, statistics).dequantize(), statistics)
         nearest = output_error(weight, RoundToNearest().solve(weight, grid).dequantize(), statistics)
         require(
             solved < nearest,
-            f"its output error on the grid {grid.grid} is {solved:.3g}, rounding to nearest has {nearest:.3g}",
+            f"its output error on the grid {grid.grid} is {solved:.3g}, but rounding to nearest has {nearest:.3g}",
         )
 
 
 @SOLVER.check(when=_calibrated)
 def check_without_statistics_it_refuses(solver: Solver) -> None:
-    """A solver that says `needs_statistics` raises InputError without them."""
+    """A solver with `needs_statistics` raises InputError without statistics."""
     weight, grid = problem()[0], grids()[0]
     refuses(
         lambda: solver.solve(weight, grid.with_tensor_scale(weight), None),
         InputError,
-        "it needs statistics and solves without them.",
+        "it declares needs_statistics, but solves without statistics.",
         "needs calibration text",
     )
 
 
 @SOLVER.check(when=lambda solver: _by_layer(solver) and not solver.needs_statistics)
 def check_it_solves_without_statistics(solver: Solver) -> None:
-    """A solver that does not say `needs_statistics` rounds without them."""
+    """A solver without `needs_statistics` rounds without statistics."""
     weight, grid = problem()[0], grids()[0]
     try:
         solver.solve(weight, grid.with_tensor_scale(weight), None)
     except InputError as error:
-        raise AssertionError(
-            f"it refuses to solve without statistics ({error}). Set needs_statistics = True"
-        ) from error
+        raise AssertionError(f"it does not solve without statistics ({error}). Set needs_statistics = True") from error
 
 
 @SOLVER.check(when=lambda solver: not _by_layer(solver))
@@ -166,7 +167,8 @@ def check_it_is_whole_model_and_says_so(solver: Solver) -> None:
 
 
 def check_solver(solver: Solver | type[Solver]) -> None:
-    """Checks all that a solver, or every example of a class of solvers, must satisfy, on every kind of grid. Raises
-    AssertionError, naming the class, what is wrong and what to do.
+    """Runs all checks of a solver, or of every example of a class of solvers, on every kind of grid.
+
+    Raises AssertionError, which names the class, what is wrong and what to do.
     """
     SOLVER.run(solver)

@@ -44,7 +44,7 @@ def _on_layers(step: LayerStep) -> bool:
 
 
 def prepared(step: LayerStep, rows: int | None = None) -> Iterator[PreparedWeight]:
-    """A problem on every kind of grid, as it is when a step on layers comes: rounded to nearest after the solver."""
+    """A problem for every kind of grid, as a step on layers gets it. After the solver, it is rounded to nearest."""
     for grid in grids():
         weight, statistics = problem()
         grid = grid.with_tensor_scale(weight)
@@ -54,31 +54,33 @@ def prepared(step: LayerStep, rows: int | None = None) -> Iterator[PreparedWeigh
 
 
 def _with_input_error(statistics: InputStatistics) -> InputStatistics:
-    """As if the inputs of the unrounded model were a tenth larger."""
+    """Statistics as if the inputs of the unrounded model were 10 % larger."""
     moments = statistics.second_moments
     return replace(statistics, input_error_cross=0.1 * moments, input_error_second_moments=0.01 * moments)
 
 
 def _codes(weight: QuantizedWeight | None) -> QuantizedWeight:
-    require(weight is not None, "it takes away the codes that the solver made: keep prepared.rounded")
+    require(weight is not None, "it removes the codes of the solver: keep prepared.rounded")
     assert weight is not None
     return weight
 
 
 @STEP.check()
 def check_it_says_when_it_is_applied(step: LayerStep) -> None:
-    """It has a key, and a moment that goes with its class: `BlockStep` for steps on blocks."""
-    require(bool(getattr(step, "key", "")), "it has no key, by which recipes ask for it")
-    require(isinstance(getattr(step, "when", None), When), "it does not say when it is applied: set when")
-    require(step.when != When.SOLVER, "it takes the place of the solver: derive it from Solver")
+    """It has a key, and a `when` that fits its class: steps on blocks are `BlockStep`s."""
+    require(bool(getattr(step, "key", "")), "it has no key, which recipes need: set key")
+    require(isinstance(getattr(step, "when", None), When), "it does not state when it is applied: set when")
+    require(step.when != When.SOLVER, "it replaces the solver: derive it from Solver")
     late = step.when >= When.TUNE_BLOCK
-    require(late == isinstance(step, BlockStep), "steps from TUNE_BLOCK on are BlockSteps, and no others")
+    require(
+        late == isinstance(step, BlockStep), "steps from TUNE_BLOCK on must be BlockSteps, and other steps must not"
+    )
     require(step.memory_bytes(64, 64) >= 0, "memory_bytes is negative")
 
 
 @STEP.check()
 def check_a_recipe_asks_for_it_by_its_key(step: LayerStep) -> None:
-    """A recipe with its options under its key has this step, also after it was saved."""
+    """A recipe with its options under its key has this step, also after saving and reading."""
     options: Any = step.model_dump(mode="json") or True
     solver = {"solver": "rtn" if step.needs_original else "gptq"}
     recipe = gq.load_recipe({"weights": {"bits": 4, **solver, step.key: options}})
@@ -89,11 +91,11 @@ def check_a_recipe_asks_for_it_by_its_key(step: LayerStep) -> None:
 
 @STEP.check(when=_before)
 def check_it_leaves_a_matrix_to_round(step: LayerStep) -> None:
-    """Before the solver it gives a finite matrix of the same shape, and leaves the one that it was given alone."""
+    """Before the solver, it returns a finite matrix of the same shape and does not change the given one."""
     for state in prepared(step):
         before = state.matrix.clone()
         after = step.apply(state)
-        require(torch.equal(state.matrix, before), "it changes the matrix that it is given. Return another one")
+        require(torch.equal(state.matrix, before), "it changes the matrix that it is given. Return a new one")
         require(after.matrix.shape == before.shape, f"the matrix has shape {tuple(after.matrix.shape)} afterwards")
         require(bool(after.matrix.isfinite().all()), "the matrix is not finite afterwards")
         require(after.rounded is None, "it rounds before the solver does. Set when = When.AFTER_SOLVER")
@@ -101,7 +103,7 @@ def check_it_leaves_a_matrix_to_round(step: LayerStep) -> None:
 
 @STEP.check(when=_after)
 def check_it_keeps_to_the_grid_and_makes_nothing_worse(step: LayerStep) -> None:
-    """After the solver it gives codes and scales that can be stored, and no larger output error."""
+    """After the solver, it returns codes and scales that can be stored, and the output error does not grow."""
     weight, statistics = problem()
     for state in prepared(step):
         assert state.grid is not None
@@ -112,7 +114,9 @@ def check_it_keeps_to_the_grid_and_makes_nothing_worse(step: LayerStep) -> None:
         require(new.codes.shape == weight.shape, f"codes have shape {tuple(new.codes.shape)} afterwards")
         unpacked = QuantizedWeight(state.grid, *state.grid.unpack(new.pack(), (weight.shape[0], weight.shape[1])))
         same = torch.equal(unpacked.dequantize(), new.dequantize())
-        require(same, f"packing changes its result on the grid {state.grid.grid}: take scales that round_params gave")
+        require(
+            same, f"packing changes its result on the grid {state.grid.grid}: take scales that round_params returned"
+        )
         error, limit = (output_error(weight, w.dequantize(), statistics) for w in (new, old))
         worse = f"the output error on the grid {state.grid.grid} grows from {limit:.3g} to {error:.3g}"
         require(error <= limit * (1 + 1e-3), worse)
@@ -120,21 +124,21 @@ def check_it_keeps_to_the_grid_and_makes_nothing_worse(step: LayerStep) -> None:
 
 @STEP.check(when=_on_layers)
 def check_it_is_deterministic(step: LayerStep) -> None:
-    """The same state becomes the same."""
+    """The same input gives the same result."""
     for state in prepared(step):
         first, second = (_numbers(step.apply(state)) for _ in range(2))
-        require(torch.equal(first, second), "the same matrix becomes another one the second time")
+        require(torch.equal(first, second), "the same input gives another result the second time")
 
 
 @STEP.check(when=_on_layers)
 def check_an_unreached_layer_does_no_harm(step: LayerStep) -> None:
-    """A matrix whose input no token reached stays finite."""
+    """The matrix stays finite with statistics of zero tokens."""
     for state in prepared(step):
         if state.statistics is None:
             continue
         empty = torch.zeros_like(state.statistics.second_moments)
         after = step.apply(replace(state, statistics=InputStatistics(empty, 0)))
-        require(bool(_numbers(after).isfinite().all()), "without a single token the result is not finite")
+        require(bool(_numbers(after).isfinite().all()), "with statistics of zero tokens the result is not finite")
 
 
 def _numbers(state: PreparedWeight) -> Tensor:
@@ -143,7 +147,7 @@ def _numbers(state: PreparedWeight) -> Tensor:
 
 @STEP.check()
 def check_a_model_is_rounded_with_it(step: LayerStep) -> None:
-    """A tiny model is rounded with it, saved and opened; the same seed gives the same codes."""
+    """A tiny model is rounded with it, saved and opened. The same seed gives the same weights."""
     options: Any = step.model_dump(mode="json") or True
     weights = {"bits": 3, "group_size": 32, "solver": "rtn", step.key: options}
     recipe = gq.load_recipe({"weights": weights, "calibration": {"dtype": "float32"}}, amount())
@@ -159,11 +163,12 @@ def check_a_model_is_rounded_with_it(step: LayerStep) -> None:
         all(bool(tensor.isfinite().all()) for tensor in arrays[0].values()), "the model has weights that are not finite"
     )
     same = all(torch.equal(tensor, arrays[1][name]) for name, tensor in arrays[0].items())
-    require(same, "the same recipe and seed give another model. Draw from the seed of the block alone")
+    require(same, "the same recipe and seed give another model. Draw only from the seed of the block")
 
 
 def check_step(step: LayerStep | type[LayerStep]) -> None:
-    """Checks all that a step, or every example of a class of steps, must satisfy. Raises AssertionError, naming the
-    class, what is wrong and what to do.
+    """Runs all checks of a step, or of every example of a class of steps.
+
+    Raises AssertionError, which names the class, what is wrong and what to do.
     """
     STEP.run(step)

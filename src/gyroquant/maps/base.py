@@ -149,8 +149,26 @@ class Identity(Map):
         return self
 
 
+class OfParts:
+    """Facts of a map that is made of other maps: they hold if they hold for every part."""
+
+    parts: tuple[Map, ...]
+
+    @property
+    def orthogonal(self) -> bool:
+        return all(part.orthogonal for part in self.parts)
+
+    @property
+    def diagonal(self) -> bool:
+        return all(part.diagonal for part in self.parts)
+
+    @property
+    def is_permutation(self) -> bool:
+        return all(part.is_permutation for part in self.parts)
+
+
 @dataclass(frozen=True, eq=False)
-class Product(Map):
+class Product(OfParts, Map):
     """Several maps of one order, applied first to last."""
 
     parts: tuple[Map, ...]
@@ -172,18 +190,6 @@ class Product(Map):
     @property
     def cost(self) -> int:
         return sum(part.cost for part in self.parts)
-
-    @property
-    def orthogonal(self) -> bool:
-        return all(part.orthogonal for part in self.parts)
-
-    @property
-    def diagonal(self) -> bool:
-        return all(part.diagonal for part in self.parts)
-
-    @property
-    def is_permutation(self) -> bool:
-        return all(part.is_permutation for part in self.parts)
 
     def _apply(self, x: Tensor) -> Tensor:
         for part in self.parts:

@@ -10,13 +10,13 @@ from torch import Tensor
 from typing_extensions import Self
 
 from gyroquant.errors import MapError
-from gyroquant.maps.base import Map, product
+from gyroquant.maps.base import Map, OfParts, product
 from gyroquant.maps.elementary import Householder
 from gyroquant.maps.hadamard import Hadamard, Walsh
 
 
 @dataclass(frozen=True, eq=False)
-class BlockDiagonal(Map):
+class BlockDiagonal(OfParts, Map):
     """A block-diagonal matrix. `parts` act on consecutive blocks of coordinates; the sequence repeats `repeat` times.
 
     ``BlockDiagonal((h,), 9)`` has nine equal blocks and is applied in one batch.
@@ -36,18 +36,6 @@ class BlockDiagonal(Map):
     @property
     def cost(self) -> int:
         return self.repeat * sum(part.cost for part in self.parts)
-
-    @property
-    def orthogonal(self) -> bool:
-        return all(part.orthogonal for part in self.parts)
-
-    @property
-    def diagonal(self) -> bool:
-        return all(part.diagonal for part in self.parts)
-
-    @property
-    def is_permutation(self) -> bool:
-        return all(part.is_permutation for part in self.parts)
 
     def _apply(self, x: Tensor) -> Tensor:
         period = x.reshape(*x.shape[:-1], self.repeat, self.n // self.repeat)

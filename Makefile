@@ -17,8 +17,8 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/python demo/run.py
 
-# Fast tests, one process a core. JOBS=0 runs them in one process.
-JOBS ?= auto
+# Fast tests, one process for each logical core (`-n auto` takes the physical ones). JOBS=0 runs them in one process.
+JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 test: $(READY)
 	$(BIN)/pytest -m "not slow" -n $(JOBS) --dist worksteal
 

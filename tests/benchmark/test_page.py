@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from comparison_example import example
+from comparison_example import EVIL, example, hostile
 
 from gyroquant.benchmark import rows as rows
 from gyroquant.benchmark.markdown import markdown
@@ -23,7 +23,6 @@ from gyroquant.recipes import presets
 from gyroquant.recipes.schema import load_recipe
 
 pytest.importorskip("vl_convert", reason="vl-convert-python is not installed")
-EVIL = "<script>alert('x')</script> | </td> \u2028 {{ 7*7 }}"
 
 
 class Reader(HTMLParser):
@@ -141,24 +140,6 @@ def test_markdown_says_the_same_numbers(page: str) -> None:
         assert budget["text"] in text
         assert budget["text"].replace("'", "&#39;") in page
         assert budget["command"] is None or (budget["command"] in text and budget["command"] in page)
-
-
-def hostile() -> dict[str, Any]:
-    comparison = example()
-    comparison["name"] = comparison["model"]["label"] = comparison["command"] = EVIL
-    comparison["notes"] = [EVIL]
-    comparison["versions"] = {EVIL: EVIL}
-    for run in comparison["cells"]:
-        run |= {"label": EVIL, "reason": EVIL, "command": EVIL}
-        if run["kind"] == "opponent":
-            run["name"] = EVIL
-        for layer in run.get("layers") or ():
-            layer["module"] = EVIL
-        if run["status"] == "done":
-            run["tasks"] = {EVIL: {"acc": 0.5, "stderr": 0.01}}
-    for budget in comparison["verdict"]:
-        budget |= {"text": EVIL, "command": EVIL}
-    return comparison
 
 
 def test_text_is_text(tmp_path: Path) -> None:

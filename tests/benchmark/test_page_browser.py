@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from comparison_example import example
-from test_page import hostile
+from comparison_example import example, hostile
 
 from gyroquant.benchmark.page import write_page
 

@@ -271,3 +271,26 @@ def _row(
         "against_baseline": against(baseline),
         "spread": [min(seeds), max(seeds)] if len(seeds) > 1 else None,
     }
+
+
+# Text that is markup to a page, to Markdown and to a template.
+EVIL = "<script>alert('x')</script> | </td> \u2028 {{ 7*7 }}"
+
+
+def hostile() -> dict[str, Any]:
+    """A comparison whose every text is `EVIL`."""
+    comparison = example()
+    comparison["name"] = comparison["model"]["label"] = comparison["command"] = EVIL
+    comparison["notes"] = [EVIL]
+    comparison["versions"] = {EVIL: EVIL}
+    for run in comparison["cells"]:
+        run |= {"label": EVIL, "reason": EVIL, "command": EVIL}
+        if run["kind"] == "opponent":
+            run["name"] = EVIL
+        for layer in run.get("layers") or ():
+            layer["module"] = EVIL
+        if run["status"] == "done":
+            run["tasks"] = {EVIL: {"acc": 0.5, "stderr": 0.01}}
+    for budget in comparison["verdict"]:
+        budget |= {"text": EVIL, "command": EVIL}
+    return comparison

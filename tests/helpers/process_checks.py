@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from gyroquant.system.files import locked
+
 
 def running(pid: int) -> bool:
     """Whether a process is there and no zombie, which is what an orphan becomes where nobody collects them."""
@@ -23,3 +25,10 @@ def comes(what: Callable[[], bool], seconds: float = 10) -> bool:
             return False
         time.sleep(0.02)
     return True
+
+
+def hold(out: Path, ready: object, over: object) -> None:
+    """Holds a lock until it is killed. It is here because a process that is started anew imports it by name."""
+    with locked(out):
+        ready.set()  # type: ignore[attr-defined]
+        over.wait()  # type: ignore[attr-defined]

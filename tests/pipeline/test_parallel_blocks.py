@@ -15,6 +15,7 @@ from typing import Any
 
 import fault_injection
 import pytest
+import torch
 
 import gyroquant as gq
 from gyroquant.formats.output_folder import OutputFolder
@@ -32,7 +33,7 @@ HARD = [
     "kv_cache.bits=4",
     "kv_cache.center_keys=true",
 ]
-ALONE = Workers(1, 2)  # as many threads as the tests of this process have
+ALONE = Workers(1, torch.get_num_threads())  # as many threads as the tests of this process have
 
 
 def run(model: Any, out: Path, corpus: Path, *changes: str, **options: Any) -> dict[str, Any]:
@@ -180,7 +181,7 @@ def test_what_cannot_be_side_by_side_is_refused(
 @pytest.mark.slow
 def test_real_processes_give_the_same_bytes(folders: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
     run(folders["llama"], tmp_path / "one", corpus)
-    run(folders["llama"], tmp_path / "many", corpus, workers=Workers(2, 2))
+    run(folders["llama"], tmp_path / "many", corpus, workers=Workers(2, torch.get_num_threads()))
     assert fault_injection.content(tmp_path / "one") == fault_injection.content(tmp_path / "many")
 
 

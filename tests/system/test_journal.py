@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import fault_injection
+import process_checks
 import pytest
 import torch
 from fault_injection import Fault
@@ -27,7 +28,6 @@ from gyroquant.pipeline import quantize_model as blocks
 from gyroquant.pipeline import run as pipeline
 from gyroquant.pipeline.job import prepare
 from gyroquant.pipeline.stages import measure
-from gyroquant.system.files import locked
 from gyroquant.system.journal import Journal, JournalError, get_state, put_state
 
 FIRST = "block-00000.json"
@@ -267,19 +267,12 @@ def test_hidden_states_come_back_bit_for_bit(on_disk: bool, dtype: torch.dtype, 
             journal.get_states(first, [torch.empty(3, 5, 6, dtype=dtype) for _ in states])
 
 
-def hold(out: Path, ready: object, over: object) -> None:
-    """Holds a lock until it is killed."""
-    with locked(out):
-        ready.set()  # type: ignore[attr-defined]
-        over.wait()  # type: ignore[attr-defined]
-
-
 def test_a_second_run_is_refused_until_the_first_is_dead(
     folders: dict[str, Path], corpus: Path, tmp_path: Path
 ) -> None:
     context = multiprocessing.get_context("spawn")
     ready, over, out = context.Event(), context.Event(), tmp_path / "out"
-    other = context.Process(target=hold, args=(out, ready, over))
+    other = context.Process(target=process_checks.hold, args=(out, ready, over))
     other.start()
     assert ready.wait(120)
     with pytest.raises(gq.InputError, match=r"another run writes .*out: wait for it, or choose another name"):

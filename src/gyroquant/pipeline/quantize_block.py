@@ -98,6 +98,8 @@ def _round_in_turn(
 def _center_keys(job: Job, index: int, tensors: Mapping[str, Tensor], stream: Stream, advance: Advance) -> None:
     """Measures the mean of a block's keys, and adds it to the block's cache quantizer, which subtracts it."""
     model, module = job.store.skeleton(), attention_module(job.graph.blocks[index])
+    if module is None:
+        return
     mean = KeyMean()
     with attached(model, job.plan.online_in(index)), observing_keys(model, module, mean):
         stream.run(index, tensors, keep=False, progress=advance)

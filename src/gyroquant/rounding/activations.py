@@ -83,8 +83,14 @@ class KvCache(BaseModel):
 
         Raises RecipeError if the group size does not divide the size of a head.
         """
-        self.grid.group_of(graph.head_dim, "the heads of the KV cache")
-        return [CacheQuantizer(attention_module(group), self.grid, self.grid) for group in graph.blocks]
+        modules = {attention_module(group): graph.heads_in(group) for group in graph.blocks}
+        modules.pop(None, None)
+        if not modules:
+            raise RecipeError(f"{graph.config.model_type} has no attention with a KV cache; remove kv_cache")
+        for heads in modules.values():
+            self.grid.group_of(heads.size, "the heads of the KV cache")
+            self.grid.group_of(heads.values, "the heads of the KV cache")
+        return [CacheQuantizer(module, self.grid, self.grid) for module in modules if module is not None]
 
 
 class KeyMean:

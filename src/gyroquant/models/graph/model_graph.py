@@ -9,17 +9,30 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import prod
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from gyroquant.errors import UnsupportedModelError
-from gyroquant.models.graph.heads import heads_of
+from gyroquant.models.graph.heads import Heads, heads_of, setting
+from gyroquant.models.graph.operations import (
+    AttentionOp,
+    EmbeddingOp,
+    Group,
+    InModule,
+    KeptOp,
+    LinearOp,
+    NormOp,
+    Op,
+    Port,
+    Shape,
+)
 from gyroquant.models.graph.spec import (
     Architecture,
+    Attention,
     Embedding,
     Entry,
+    Kept,
     Linear,
     Norm,
     Part,
@@ -27,181 +40,21 @@ from gyroquant.models.graph.spec import (
     wrapper_writers,
 )
 
-Shape = tuple[int, ...]
-
-
-class InModule(Protocol):
-    """An object that belongs to a module. `module` is the module's full name."""
-
-    @property
-    def module(self) -> str: ...
-
+__all__ = [
+    "AttentionOp",
+    "EmbeddingOp",
+    "Group",
+    "KeptOp",
+    "LinearOp",
+    "ModelGraph",
+    "NormOp",
+    "Op",
+    "Port",
+    "Shape",
+    "build_graph",
+]
 
 Item = TypeVar("Item", bound=InModule)
-
-
-@dataclass(frozen=True)
-class Port:
-    """One parameter that meets a basis.
-
-    - param: the name of the parameter.
-    - axis: the axis along which the basis lies.
-    - rows: the positions on that axis. None: all.
-    - offset: the number that the module adds to the stored values (1 for the gains of Gemma's norms).
-    - expert: the only one of the stacked experts that the port covers. None: all.
-    """
-
-    param: str
-    axis: int
-    rows: torch.Tensor | None = None
-    offset: float = 0.0
-    expert: int | None = None
-
-
-@dataclass(frozen=True)
-class LinearOp:
-    """A `Linear` entry in one model. `in_axis` and `out_axis` are the last two axes of its weight, in either order.
-
-    `rows` has the rows that write each basis. None: all rows.
-    """
-
-    entry: Linear
-    module: str
-    weight: str
-    bias: str | None
-    shape: Shape
-    in_axis: int
-    out_axis: int
-    rows: Mapping[str, torch.Tensor | None]
-
-    @property
-    def in_features(self) -> int:
-        return self.shape[self.in_axis]
-
-    @property
-    def out_features(self) -> int:
-        return self.shape[self.out_axis]
-
-    @property
-    def name(self) -> str:
-        """The name of the layer in recipes and reports."""
-        return self.weight if self.entry.stacked else self.module
-
-    @property
-    def numel(self) -> int:
-        """The number of entries of the weight, all experts together."""
-        return prod(self.shape)
-
-    @property
-    def matrix_shape(self) -> tuple[int, int]:
-        """The shape of `to_matrix`."""
-        return self.numel // self.in_features, self.in_features
-
-    def to_matrix(self, weight: torch.Tensor) -> torch.Tensor:
-        """The weight, or that of one expert, as a matrix of shape (out, in).
-
-        Stacked experts are concatenated along the rows. Conv1D weights are transposed.
-        """
-        if self.entry.transposed:
-            weight = weight.transpose(-1, -2)
-        return weight.reshape(-1, self.in_features)
-
-    def to_param(self, matrix: torch.Tensor) -> torch.Tensor:
-        """The inverse of `to_matrix`: the parameter, in its stored shape."""
-        shape = self.shape
-        if not self.entry.transposed:
-            return matrix.reshape(shape)
-        return matrix.reshape(*shape[:-2], shape[-1], shape[-2]).transpose(-1, -2).contiguous()
-
-    def write_ports(self, basis: str) -> tuple[Port, ...]:
-        if basis not in self.rows:
-            return ()
-        rows = self.rows[basis]
-        ports = [Port(self.weight, self.out_axis, rows)]
-        if self.bias:
-            ports.append(Port(self.bias, 1 if self.entry.stacked else 0, rows))
-        return tuple(ports)
-
-    def read_port(self) -> Port:
-        return Port(self.weight, self.in_axis)
-
-
-@dataclass(frozen=True)
-class NormOp:
-    """A `Norm` entry in one model: the names of its gain and of its bias, which only some LayerNorms have."""
-
-    entry: Norm
-    module: str
-    gain: str
-    bias: str | None
-
-
-@dataclass(frozen=True)
-class EmbeddingOp:
-    """An `Embedding` entry in one model."""
-
-    entry: Embedding
-    weight: str
-
-
-Op = LinearOp | NormOp | EmbeddingOp
-
-
-@dataclass(frozen=True)
-class Group:
-    """The operations of one block, or of the part of a model around its blocks, and the parameters that they claim.
-
-    `buffers` are persistent buffers. They are stored like parameters and needed to run, but never folded or rounded.
-    """
-
-    label: str
-    ops: tuple[Op, ...]
-    buffers: tuple[str, ...] = ()
-
-    @property
-    def linears(self) -> tuple[LinearOp, ...]:
-        return tuple(op for op in self.ops if isinstance(op, LinearOp))
-
-    @property
-    def norms(self) -> tuple[NormOp, ...]:
-        return tuple(op for op in self.ops if isinstance(op, NormOp))
-
-    @property
-    def last_bias(self) -> str | None:
-        """The bias of the last linear layer that adds to the residual stream, if there is one."""
-        writers = [op for op in self.linears if op.entry.writes == "residual" and not op.entry.stacked]
-        return writers[-1].bias if writers else None
-
-    def params(self) -> Iterable[str]:
-        for op in self.ops:
-            yield op.gain if isinstance(op, NormOp) else op.weight
-            if not isinstance(op, EmbeddingOp) and op.bias:
-                yield op.bias
-        yield from self.buffers
-
-    def readers(self, basis: str) -> tuple[LinearOp, ...]:
-        return tuple(op for op in self.linears if op.entry.reads == basis)
-
-    def writers(self, basis: str) -> tuple[Port, ...]:
-        """The ports of linear layers, embeddings and norms' biases that write a basis; norms' gains are not ports."""
-        ports: list[Port] = []
-        for op in self.ops:
-            if isinstance(op, LinearOp):
-                ports += op.write_ports(basis)
-            elif op.entry.writes == basis:
-                if isinstance(op, EmbeddingOp):
-                    ports.append(Port(op.weight, 1))
-                elif op.bias and op.entry.reads != basis:
-                    ports.append(Port(op.bias, 0))
-        return tuple(ports)
-
-    def bases(self) -> set[str]:
-        bases: set[str] = set()
-        for op in self.ops:
-            bases |= set(op.rows) if isinstance(op, LinearOp) else {op.entry.writes}
-            if not isinstance(op, EmbeddingOp):
-                bases.add(op.entry.reads)
-        return bases
 
 
 @dataclass(frozen=True)
@@ -278,6 +131,11 @@ class ModelGraph:
         """
         return float(getattr(self.config, "residual_multiplier", 1.0))
 
+    def heads_in(self, group: Group) -> Heads:
+        """The heads of attention in one block."""
+        attention = group.attention
+        return Heads(self.heads, self.kv_heads, self.head_dim) if attention is None else attention.heads
+
     def block_of(self, name: str) -> int | None:
         """The number of the block that has a module or parameter. None if it is outside the blocks."""
         if not self.architecture.in_blocks(name):
@@ -311,14 +169,16 @@ class _Resolver:
     def _rows(self, entry: Linear, out_features: int) -> dict[str, torch.Tensor | None]:
         if isinstance(entry.writes, str):
             return {entry.writes: None}
+        heads = self.heads
+        if entry.alternating:
+            return {basis: torch.arange(out_features)[i :: len(entry.writes)] for i, basis in enumerate(entry.writes)}
         if entry.per_head:
-            index = torch.arange(out_features).view(self.heads.queries, len(entry.writes), self.heads.size)
-            return {basis: index[:, i].reshape(-1) for i, basis in enumerate(entry.writes)}
-        widths = {
-            "q": self.heads.queries * self.heads.size,
-            "k": self.heads.shared * self.heads.size,
-            "v": self.heads.shared * self.heads.size,
-        }
+            index = torch.arange(out_features).view(heads.shared if self.architecture.derived else heads.queries, -1)
+            last = index.shape[1] - heads.values  # the first basis has what the others leave of a head
+            sizes = [last - (len(entry.writes) - 2) * heads.size, *[heads.size] * (len(entry.writes) - 2), heads.values]
+            parts = index.split(sizes, 1)
+            return {basis: part.reshape(-1) for basis, part in zip(entry.writes, parts, strict=True)}
+        widths = {"q": heads.queries * heads.size, "k": heads.shared * heads.size, "v": heads.shared * heads.values}
         sizes = [widths.get(basis, out_features // len(entry.writes)) for basis in entry.writes]
         if sum(sizes) != out_features:
             raise UnsupportedModelError(
@@ -333,6 +193,8 @@ class _Resolver:
         shape = self.shape(weight)
         if shape is None:
             return None
+        if len(shape) < 2:
+            raise UnsupportedModelError(f"{self.config.model_type}: {weight} has shape {shape}, which is not a matrix")
         axes = (len(shape) - 1, len(shape) - 2)
         in_axis, out_axis = axes[::-1] if entry.transposed else axes
         bias = f"{module}_bias" if entry.stacked else f"{module}.bias"
@@ -354,7 +216,11 @@ class _Resolver:
                 return self._listed(entry, prefix)
             linear = self._linear(entry, prefix)
             return None if linear is None else [linear]
+        if isinstance(entry, Kept):
+            return list(self._kept(entry, prefix))
         module = prefix + entry.name
+        if isinstance(entry, Attention):
+            return [AttentionOp(entry, module, self.heads)] if self._has_module(module) else []
         if self.shape(f"{module}.weight") is None:
             return [] if isinstance(entry, Norm) and entry.optional else None
         if isinstance(entry, Embedding):
@@ -373,6 +239,20 @@ class _Resolver:
                 return experts or None
             experts.append(op)
 
+    def _has_module(self, module: str) -> bool:
+        return any(name.startswith(f"{module}.") for name in self.shapes)
+
+    def _kept(self, entry: Kept, prefix: str) -> Iterable[KeptOp]:
+        """The parameters of an entry; '{e}' counts up to the first number that is missing."""
+        if "{e}" not in entry.name:
+            if prefix + entry.name in self.shapes:
+                yield KeptOp(prefix + entry.name)
+            return
+        number = 0
+        while prefix + entry.name.replace("{e}", str(number)) in self.shapes:
+            yield KeptOp(prefix + entry.name.replace("{e}", str(number)))
+            number += 1
+
     def _alternative(self, groups: tuple[tuple[Entry, ...], ...], prefix: str) -> list[Op] | None:
         """The operations of the first group of entries of which no parameter is missing. None if there is none."""
         for entries in groups:
@@ -381,10 +261,13 @@ class _Resolver:
                 return [op for ops in resolved for op in ops or ()]
         return None
 
-    def group(self, label: str, parts: tuple[Part, ...], prefix: str) -> Group:
+    def group(self, label: str, parts: tuple[Part, ...], prefix: str, block: int | None = None) -> Group:
         ops: list[Op] = []
+        self.heads = self._heads(parts, prefix, block)
         for part in parts:
             resolved = self._alternative(part, prefix) if isinstance(part, tuple) else self._resolve(part, prefix)
+            if resolved is None and self.architecture.derived:
+                continue
             if resolved is None:
                 expected = part[0][0].name if isinstance(part, tuple) else part.name
                 raise UnsupportedModelError(
@@ -393,6 +276,17 @@ class _Resolver:
                 )
             ops += resolved
         return Group(label, tuple(ops))
+
+    def _heads(self, parts: tuple[Part, ...], prefix: str, block: int | None) -> Heads:
+        """The heads of a block: those of its `Attention` entry, or those of the configuration."""
+        entry = next((e for e in parts if isinstance(e, Attention) and self._has_module(prefix + e.name)), None)
+        if entry is None or block is None:
+            return heads_of(self.config)
+        numbers = (entry.queries, entry.shared, entry.size, entry.values)
+        try:
+            return Heads(*(setting(self.config, formula, block) for formula in numbers))
+        except ValueError as error:
+            raise UnsupportedModelError(f"{error}, which the heads of {prefix}{entry.name} are derived from") from error
 
 
 def build_graph(
@@ -429,20 +323,21 @@ def build_graph(
     unclaimed = sorted(set(shapes) - claimed)
     carried = [name for name in unclaimed if wrapped and not name.startswith(f"{decoder}.")]
     _check_claimed([name for name in unclaimed if name not in carried], config, architecture)
+    heads = heads_of(config)
     reason = f"the parts of {whole.model_type} that write into the residual stream of its decoder are not described"
     return ModelGraph(
         config=config,
         architecture=architecture,
         hidden=config.hidden_size,
-        heads=resolver.heads.queries,
-        kv_heads=resolver.heads.shared,
-        head_dim=resolver.heads.size,
+        heads=heads.queries,
+        kv_heads=heads.shared,
+        head_dim=heads.size,
         shapes=shapes,
         tied=tied,
         blocks=blocks,
         outer=outer,
         carried=tuple(carried),
-        r1_blocked=reason if writers is None else "",
+        r1_blocked=reason if writers is None else architecture.r1_blocked,
     )
 
 
@@ -458,7 +353,7 @@ def _blocks(resolver: _Resolver, buffers: Collection[str]) -> tuple[Group, ...]:
         )
     return tuple(
         _with_buffers(
-            resolver.group(f"block {i}", architecture.block, architecture.block_prefix(i)),
+            resolver.group(f"block {i}", architecture.block, architecture.block_prefix(i), i),
             [name for name in buffers if name.startswith(architecture.block_prefix(i))],
         )
         for i in range(len(numbers))

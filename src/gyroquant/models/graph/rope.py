@@ -39,14 +39,14 @@ def rope_settings(config: Any) -> list[Mapping[str, Any]]:
     return [value for value in settings.values() if isinstance(value, Mapping)] or [settings]
 
 
-def rope_of(graph: ModelGraph) -> Rope | None:
-    """The RoPE of a model. None if it does not use RoPE.
+def rope_of(graph: ModelGraph, size: int | None = None) -> Rope | None:
+    """The RoPE of a model, for heads of `size` coordinates (default: the model's). None if it does not use RoPE.
 
     Some layers of Cohere-2 and SmolLM3 do not use RoPE. They are treated like the others, because a map that commutes
     with RoPE is exact there too. Raises UnsupportedModelError if layers rotate different shares of a head.
     """
     layout = graph.architecture.rope
-    if layout == "none":
+    if layout in ("none", "unknown"):
         return None
     factors = {settings.get("partial_rotary_factor") or 1.0 for settings in rope_settings(graph.config)}
     if len(factors) > 1:
@@ -54,4 +54,4 @@ def rope_of(graph: ModelGraph) -> Rope | None:
             f"{graph.config.model_type}: its layers rotate different shares of a head ({sorted(factors)}), which is "
             "not supported; leave the site qk out"
         )
-    return Rope(int(graph.head_dim * factors.pop()) // 2, layout == "interleaved")
+    return Rope(int((size or graph.head_dim) * factors.pop()) // 2, layout == "interleaved")

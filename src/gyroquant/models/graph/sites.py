@@ -123,7 +123,7 @@ def _r1(graph: ModelGraph) -> Iterator[Site]:
     writers: list[Port] = []
     readers: list[Port] = []
     absorbs: list[tuple[NormOp, tuple[Port, ...]]] = []
-    blocked, layer_norm = "", False
+    blocked, layer_norm = "", graph.architecture.keeps_mean
     for group in graph.groups:
         writers += group.writers("residual")
         readers += [op.read_port() for op in group.readers("residual")]
@@ -155,14 +155,16 @@ def _r1(graph: ModelGraph) -> Iterator[Site]:
 
 def _r2(graph: ModelGraph) -> Iterator[Site]:
     for i, group in enumerate(graph.blocks):
-        yield Site(
-            name="R2",
-            block=i,
-            label=f"R2 of {group.label}",
-            n=graph.head_dim,
-            writers=group.writers("v"),
-            readers=tuple(op.read_port() for op in group.readers("attn_out")),
-        )
+        writers = group.writers("v")
+        if writers or not graph.architecture.derived:
+            yield Site(
+                name="R2",
+                block=i,
+                label=f"R2 of {group.label}",
+                n=graph.heads_in(group).values,
+                writers=writers,
+                readers=tuple(op.read_port() for op in group.readers("attn_out")),
+            )
 
 
 def _attn_out(graph: ModelGraph) -> Iterator[Site]:
@@ -170,7 +172,7 @@ def _attn_out(graph: ModelGraph) -> Iterator[Site]:
         for op in group.readers("attn_out"):
             reason = "attention lies between the value projection and o_proj, so a map across heads must run online"
             label = f"the heads' values in {group.label}"
-            yield replace(_layer_input("attn_out", i, op, label, reason), heads=graph.heads)
+            yield replace(_layer_input("attn_out", i, op, label, reason), heads=graph.heads_in(group).queries)
 
 
 def _qk(graph: ModelGraph) -> Iterator[Site]:
@@ -179,11 +181,16 @@ def _qk(graph: ModelGraph) -> Iterator[Site]:
     A score is the product of a query and a key. If queries are multiplied by a map, keys are multiplied by its
     contragredient. Maps must commute with RoPE, and there must be no norm between the projections and RoPE.
     """
-    rope = rope_of(graph)
     for i, group in enumerate(graph.blocks):
+        heads = graph.heads_in(group)
+        if graph.architecture.derived and not (group.writers("q") and group.writers("k")):
+            continue
+        rope = rope_of(graph, heads.size)
         norms = [norm.module for norm in group.norms if norm.entry.writes in ("q", "k")]
         reason = f"{' and '.join(norms)} stand between the projections and RoPE, and a map cannot pass their gains"
-        for head in range(graph.kv_heads):
+        if graph.architecture.rope == "unknown":
+            norms, reason = norms or [group.label], "it is not known which coordinates of a head RoPE turns as a pair"
+        for head in range(heads.shared):
             yield _qk_site(graph, i, head, rope, reason if norms else "")
 
 
@@ -200,14 +207,16 @@ def _qk_online(graph: ModelGraph) -> Iterator[Site]:
 
 
 def _qk_site(graph: ModelGraph, block: int, head: int, rope: Rope | None, blocked: str) -> Site:
-    group, shared = graph.blocks[block], graph.heads // graph.kv_heads
+    group = graph.blocks[block]
+    heads = graph.heads_in(group)
+    shared = heads.queries // heads.shared
     return Site(
         name="qk",
         block=block,
         label=f"qk of {group.label}, kv head {head}",
-        n=graph.head_dim,
-        writers=_heads(group.writers("q"), range(head * shared, (head + 1) * shared), graph.head_dim),
-        readers=_heads(group.writers("k"), range(head, head + 1), graph.head_dim),
+        n=heads.size,
+        writers=_heads(group.writers("q"), range(head * shared, (head + 1) * shared), heads.size),
+        readers=_heads(group.writers("k"), range(head, head + 1), heads.size),
         admits="rope",
         blocked=blocked,
         rope=rope,
@@ -220,19 +229,24 @@ def _heads(ports: tuple[Port, ...], heads: range, size: int) -> tuple[Port, ...]
     return tuple(replace(port, rows=chosen if port.rows is None else port.rows[chosen]) for port in ports)
 
 
-def attention_module(group: Group) -> str:
-    """The name of the attention module of a block."""
-    return next(op for op in group.linears if "q" in op.rows).module.rpartition(".")[0]
+def attention_module(group: Group) -> str | None:
+    """The name of the attention module of a block. None if the block has no attention, or none that is described."""
+    if group.attention is not None:
+        return group.attention.module
+    return next((op.module.rpartition(".")[0] for op in group.linears if "q" in op.rows), None)
 
 
 def _r3(graph: ModelGraph) -> Iterator[Site]:
     for i, group in enumerate(graph.blocks):
+        module = attention_module(group)
+        if module is None:
+            continue
         yield Site(
             name="R3",
             block=i,
             label=f"R3 of {group.label}",
-            n=graph.head_dim,
-            hook_points=(HookPoint("qk", attention_module(group)),),
+            n=graph.heads_in(group).size,
+            hook_points=(HookPoint("qk", module),),
             admits="nothing",
             admits_online="orthogonal",
             blocked="no parameter writes queries and keys after RoPE, so R3 must run online",
@@ -272,17 +286,22 @@ def _r4_label(group: Group, prefix: str) -> str:
     return f"R4 of {group.label}" + (f" ({prefix.rstrip('.')})" if prefix else "")
 
 
+_NO_WRITERS = "it is not known which layers write the input of this one, so its map must run online"
+
+
 def _r4(graph: ModelGraph) -> Iterator[Site]:
     for i, group, op, prefix in _down_projections(graph):
+        writers = group.writers(prefix + "gate") + group.writers(prefix + "up")
         yield Site(
             name="R4",
             block=i,
             label=_r4_label(group, prefix),
             n=op.in_features,
-            writers=group.writers(prefix + "gate") + group.writers(prefix + "up"),
+            writers=writers,
             readers=(op.read_port(),),
             hook_points=(hook_point(op),),
             admits="permutation",
+            blocked="" if writers else _NO_WRITERS,
         )
 
 
@@ -304,7 +323,7 @@ def _r4_fused(graph: ModelGraph, structure: Structure) -> Iterator[Site]:
                 writers=tuple(replace(port, expert=expert) for port in (up if structure == "diagonal" else gate + up)),
                 readers=(replace(op.read_port(), expert=expert),),
                 admits="diagonal" if structure == "diagonal" else "permutation",
-                blocked=reason if structure == "diagonal" and not gate else "",
+                blocked=(reason if structure == "diagonal" and not gate else "") if gate or up else _NO_WRITERS,
             )
 
 

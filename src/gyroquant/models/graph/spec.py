@@ -29,8 +29,9 @@ class Linear:
     - reads: the basis of its inputs.
     - writes: the basis of its outputs. With several, consecutive rows write them in this order.
     - per_head: the rows of several bases alternate head by head instead.
+    - alternating: the rows of several bases alternate row by row instead.
     - transposed: the weight is stored as (in, out).
-    - stacked: the weight is a bare parameter of shape (expert, out, in).
+    - stacked: the weight is a bare parameter of shape (expert, out, in), or (out, in) without experts.
     - quantize: False for layers that are never rounded, such as routers.
     """
 
@@ -38,6 +39,7 @@ class Linear:
     reads: str
     writes: str | tuple[str, ...]
     per_head: bool = False
+    alternating: bool = False
     transposed: bool = False
     stacked: bool = False
     quantize: bool = True
@@ -67,8 +69,35 @@ class Embedding:
     writes: str = "residual"
 
 
-Entry = Linear | Norm | Embedding
-RopeLayout = Literal["half", "interleaved", "none"]
+@dataclass(frozen=True)
+class Attention:
+    """The attention module of a block, and its heads: each the name of a setting, or a quotient such as ``a/b``.
+
+    Without this entry, the heads are those of `gyroquant.models.graph.heads.heads_of`.
+
+    - queries, shared: the numbers of query heads and of key and value heads.
+    - size, values: the numbers of coordinates of a key and of a value.
+    """
+
+    name: str
+    queries: str
+    shared: str
+    size: str
+    values: str
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A parameter that meets no basis that changes: a convolution, a decay, a gate of a whole head. `name` is its own.
+
+    '{e}' stands for a number.
+    """
+
+    name: str
+
+
+Entry = Linear | Norm | Embedding | Attention | Kept
+RopeLayout = Literal["half", "interleaved", "none", "unknown"]
 Part = (
     Entry | tuple[tuple[Entry, ...], ...]
 )  # a tuple of groups: alternatives, of which the first that the model has is used
@@ -101,7 +130,11 @@ class Architecture:
     - block: the entries of one block, with paths in the block.
     - outer: the entries around the blocks, with full paths.
     - rope: the coordinates of a head that RoPE turns as a pair. `half`: half a head apart. `interleaved`: neighbours.
-      `none`: the model has learned positions.
+      `none`: the model has learned positions. `unknown`: a derived description could not tell.
+    - derived: the description was derived from the model. Entries without a parameter are left out then.
+    - r1_blocked: the reason why the residual stream must not be changed. Empty if it may be changed.
+    - keeps_mean: a map of the residual stream must preserve the mean.
+    - facts: how the deriver knows each fact, by the name of an entry or of a site.
     """
 
     name: str
@@ -110,6 +143,10 @@ class Architecture:
     block: tuple[Part, ...]
     outer: tuple[Part, ...]
     rope: RopeLayout
+    derived: bool = False
+    r1_blocked: str = ""
+    keeps_mean: bool = False
+    facts: Mapping[str, str] = field(default_factory=dict, compare=False)
     refuse: Callable[[Any], str | None] = lambda config: None
     """Takes a configuration. Returns the reason why this variant of the architecture is not supported, or None."""
     examples: Mapping[str, Example] = field(default_factory=dict, compare=False)

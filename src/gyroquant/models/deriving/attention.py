@@ -1,0 +1,162 @@
+"""Finds the layers that write queries, keys and values, and the layer that reads the mixed values of the heads.
+
+Values reach the attention function as they were written, so the rows that write them are found by equality. Queries and
+keys pass RoPE, which keeps the length of a head, so their rows are found by the lengths of heads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from gyroquant.models.deriving.directions import columns_of
+from gyroquant.models.deriving.trace import AttentionCall
+from gyroquant.models.graph.heads import Heads, setting
+from gyroquant.models.graph.spec import Attention, Norm
+
+if TYPE_CHECKING:
+    from gyroquant.models.deriving.roles import BlockReader, Layer
+
+_QUERIES = ("num_attention_heads", "swa_num_attention_heads", "num_attention_heads_per_layer", "n_head", "num_heads")
+_SHARED = ("num_key_value_heads", "swa_num_key_value_heads", "num_kv_heads", "num_query_groups", *_QUERIES)
+_SIZES = (
+    *("head_dim", "swa_head_dim", "attention_head_dim", "kv_channels", "qk_head_dim", "qk_rope_head_dim"),
+    *("hidden_size/num_attention_heads", "d_model/num_heads", "n_embd/n_head"),
+)
+_VALUES = ("v_head_dim", "swa_v_head_dim", *_SIZES)
+
+
+@dataclass(frozen=True)
+class Heading:
+    """The attention of one block: its entry, and its heads as the tiny model has them."""
+
+    entry: Attention
+    heads: Heads
+
+
+def formula(config: Any, candidates: tuple[str, ...], number: int, block: int) -> str | None:
+    """The first candidate that gives a number in a block. None if there is none."""
+    for candidate in candidates:
+        try:
+            if setting(config, candidate, block) == number:
+                return candidate
+        except (ValueError, ZeroDivisionError):
+            continue
+    return None
+
+
+def _entry(reader: BlockReader, call: AttentionCall) -> Heading | None:
+    queries, size = call.query.shape[1], call.query.shape[3]
+    shared, values = call.value.shape[1], call.value.shape[3]
+    config = reader.model.config.get_text_config(decoder=True)
+    block = int(reader.prefix.rstrip(".").rpartition(".")[2])
+    found = [
+        formula(config, candidates, number, block)
+        for candidates, number in ((_QUERIES, queries), (_SHARED, shared), (_SIZES, size), (_VALUES, values))
+    ]
+    if size == values:
+        found[3] = found[2]
+    if any(name is None for name in found):
+        return None
+    name = call.name.removeprefix(reader.prefix)
+    return Heading(Attention(name, *(str(text) for text in found)), Heads(queries, shared, size, values))
+
+
+def read_attention(reader: BlockReader) -> list[Heading]:
+    """Sets the roles of the layers around each call of attention in a block, and returns the calls' entries."""
+    headings = []
+    calls = [call for call in reader.trace.attention if reader.prefix and call.name.startswith(reader.prefix)]
+    if len({call.name for call in calls}) != 1 or len(calls) > 1:
+        return []
+    call = calls[0]
+    heading = _entry(reader, call)
+    if heading is None:
+        return []
+    headings.append(heading)
+    rows = [layer for layer in reader.layers if len(layer.products) == 1 and layer.whole]
+    mixed = call.output.detach().reshape(-1, heading.heads.queries * heading.heads.values)
+    for layer in rows:
+        given = layer.rows
+        if given.shape == mixed.shape and torch.allclose(given, mixed, rtol=1e-5, atol=1e-6):
+            layer.reads = "attn_out"
+    for layer in rows:
+        y = layer.products[0].y.detach().reshape(-1, layer.products[0].y.shape[-1])
+        _values(layer, y, call, heading.heads)
+        if not layer.writes:
+            _lengths(reader, layer, y, call, heading.heads)
+    return headings
+
+
+def _columns(tensor: Tensor) -> Tensor:
+    """Heads (batch, heads, length, size) as rows of all heads."""
+    return tensor.detach().transpose(1, 2).reshape(-1, tensor.shape[1] * tensor.shape[3])
+
+
+def _values(layer: Layer, y: Tensor, call: AttentionCall, heads: Heads) -> None:
+    """Whether a layer's rows are the values, all or some of them."""
+    value = _columns(call.value)
+    if value.shape[0] != y.shape[0]:
+        return
+    index = columns_of(value, y)
+    if index is None:
+        return
+    count, out = len(index), y.shape[1]
+    each = torch.arange(count)
+    if out == count and bool((index == each).all()):
+        layer.writes = "v"
+    elif out == (heads.queries + heads.shared) * heads.size + count and bool((index == each + out - count).all()):
+        layer.writes = ("q", "k", "v")
+    elif out % heads.shared == 0:
+        chunk = out // heads.shared
+        expected = torch.arange(out).view(heads.shared, chunk)[:, chunk - heads.values :].reshape(-1)
+        if bool((index == expected).all()):
+            layer.per_head = True
+            full = heads.queries == heads.shared and chunk == 2 * heads.size + heads.values
+            layer.writes = ("q", "k", "v") if full else ("heads", "v")
+
+
+def _head_lengths(rows: Tensor, heads: int) -> Tensor:
+    return rows.reshape(rows.shape[0], heads, -1).norm(dim=-1)
+
+
+def _proportional(lengths: Tensor, others: Tensor) -> bool:
+    if lengths.shape != others.shape:
+        return False
+    ratio = lengths / others.clamp_min(1e-12)
+    return bool((ratio - ratio.mean()).abs().max() <= 1e-4 * ratio.mean().abs())
+
+
+def _lengths(reader: BlockReader, layer: Layer, y: Tensor, call: AttentionCall, heads: Heads) -> None:
+    """Whether a layer's rows are the queries or the keys, perhaps before a norm."""
+    for basis, tensor, count in (("q", call.query, heads.queries), ("k", call.key, heads.shared)):
+        target = _columns(tensor)
+        if tensor.shape[1] != count or y.shape != target.shape:
+            continue
+        expected = _head_lengths(target, count)
+        if _proportional(_head_lengths(y, count), expected):
+            layer.writes = basis
+            return
+        for norm in reader.norms:
+            x, out = norm.x.detach(), norm.y.detach()
+            if x.numel() != y.numel() or not _same(x, y, count):
+                continue
+            if _proportional(_by_head(out, y, count), expected):
+                layer.writes = basis
+                name = norm.name.removeprefix(reader.prefix)
+                reader.norm_entries[name] = Norm(name, basis, basis)
+                return
+
+
+def _same(x: Tensor, y: Tensor, heads: int) -> bool:
+    """Whether a norm's input holds a layer's output, heads before or after positions."""
+    return bool(torch.allclose(_by_head(x, y, heads).sort(0)[0], _head_lengths(y, heads).sort(0)[0], rtol=1e-4))
+
+
+def _by_head(x: Tensor, y: Tensor, heads: int) -> Tensor:
+    """The lengths of heads in a norm's input or output, as rows of positions."""
+    if x.dim() == 4 and x.shape[1] == heads and x.shape[2] != heads:
+        x = x.transpose(1, 2)
+    return _head_lengths(x.reshape(y.shape[0], -1), heads)

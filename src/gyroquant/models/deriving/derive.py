@@ -1,0 +1,326 @@
+"""Derives the description of an architecture from a tiny model of it, and proves every site there.
+
+A description is guessed from one pass (`roles`), then each kind of site is tested: random maps are folded into the tiny
+model, and its logits are compared. A guess that changes them is withdrawn, and a weaker one is tried: a fused R1 becomes
+an R1 that runs online, at the norms, then at each layer. What remains has been proven.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from gyroquant.errors import GyroquantError, UnsupportedModelError
+from gyroquant.maps import Dense, Diagonal, Map, PairRotation, Permutation
+from gyroquant.models.deriving.roles import read_roles
+from gyroquant.models.deriving.trace import trace_model
+from gyroquant.models.execution.online import attached
+from gyroquant.models.folding.fold import FoldPlan, fold, folded_outer, fp32
+from gyroquant.models.graph.model_graph import ModelGraph, build_graph
+from gyroquant.models.graph.sites import Site, Structure, find_sites
+from gyroquant.models.graph.spec import Architecture, Linear, Norm
+
+EXACT = 1e-4
+"""The largest relative error of logits in fp32 at which a fold counts as exact."""
+
+
+@dataclass
+class Derivation:
+    """A derived description.
+
+    - proofs: the relative error of the logits, by the kind of site, such as ``R1``, ``R1 online`` or ``R4 permutation``.
+    - problems: the guesses that were withdrawn, with the reason.
+    """
+
+    architecture: Architecture
+    proofs: dict[str, float] = field(default_factory=dict)
+    problems: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def level(self) -> str:
+        """How R1 can be used: `fused`, `online`, or `unrotated` if it cannot."""
+        return "fused" if "R1" in self.proofs else "online" if "R1 online" in self.proofs else "unrotated"
+
+
+def find_blocks(model: nn.Module) -> str:
+    """The path of the list of blocks of a model: the list of modules that holds most of its parameters.
+
+    Raises UnsupportedModelError if there is none.
+    """
+    lists = {
+        name: sum(parameter.numel() for parameter in module.parameters())
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module)
+    }
+    outermost = {name: size for name, size in lists.items() if not any(name.startswith(f"{other}.") for other in lists)}
+    if not outermost:
+        raise UnsupportedModelError(f"{type(model).__name__} has no list of blocks")
+    return max(outermost, key=outermost.__getitem__)
+
+
+class _Prover:
+    """Folds random maps into a tiny model and compares its logits."""
+
+    def __init__(self, model: Any, ids: Tensor):
+        self.model, self.ids = model, ids
+        params = dict(model.named_parameters())
+        everything = dict(model.named_parameters(remove_duplicate=False))
+        stored = {id(parameter): name for name, parameter in params.items()}
+        self.tied = {name: stored[id(p)] for name, p in everything.items() if name not in params}
+        self.tensors = {name: parameter.detach() for name, parameter in params.items()}
+        self.logits = self._run({})
+
+    @torch.no_grad()
+    def _run(self, weights: Mapping[str, Tensor]) -> Tensor:
+        everything = {alias: self.tensors[name] for alias, name in self.tied.items()} | self.tensors | dict(weights)
+        arguments = {"input_ids": self.ids, "use_cache": False}
+        logits: Tensor = functional_call(self.model, everything, (), arguments, tie_weights=False).logits
+        return logits
+
+    def graph(self, architecture: Architecture) -> ModelGraph:
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+        return build_graph(self.model.config, shapes, self.tied, architecture)
+
+    def error(self, graph: ModelGraph, sites: list[Site], make: Callable[[Site, int], Map], online: bool) -> float:
+        """The relative error of the logits after maps were folded into sites."""
+        plan = FoldPlan(graph)
+        for seed, site in enumerate(sites):
+            plan.add(site, make(site, seed), online)
+        weights: dict[str, Tensor] = {}
+        for i in range(len(graph.blocks)):
+            weights |= fp32(fold(plan, {name: self.tensors[name] for name in graph.block_params(i)}))
+        weights |= folded_outer(plan, {name: self.tensors[name] for name in graph.outer_params()})
+        weights = {alias: weights[name] for alias, name in self.tied.items() if name in weights} | weights
+        with attached(self.model, plan.online):
+            logits = self._run(weights)
+        return float(torch.nan_to_num((logits - self.logits).norm() / self.logits.norm(), nan=torch.inf))
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(100 + seed)
+
+
+def _rotation(site: Site, seed: int) -> Map:
+    matrix = torch.linalg.qr(torch.randn(site.n, site.n, generator=_generator(seed), dtype=torch.float64))[0]
+    return Dense(matrix)
+
+
+def _permutation(site: Site, seed: int) -> Map:
+    return Permutation(torch.randperm(site.n, generator=_generator(seed)))
+
+
+def _scales(site: Site, seed: int) -> Map:
+    return Diagonal(0.5 + torch.rand(site.n, generator=_generator(seed), dtype=torch.float64))
+
+
+class _Deriver:
+    """Settles one kind of site after the other; `architecture` is the description as it stands."""
+
+    def __init__(self, model: Any, architecture: Architecture, ids: Tensor):
+        self.prover, self.model = _Prover(model, ids), model
+        self.result = Derivation(architecture)
+
+    @property
+    def architecture(self) -> Architecture:
+        return self.result.architecture
+
+    def error(
+        self,
+        name: str,
+        make: Callable[[Site, int], Map],
+        *,
+        online: bool,
+        structure: Structure = "orthogonal",
+        architecture: Architecture | None = None,
+        keep: Callable[[Site], bool] = lambda site: True,
+    ) -> tuple[float, str]:
+        """The error of maps at all sites of a name, or infinity with the reason why they cannot be folded."""
+        try:
+            graph = self.prover.graph(architecture or self.architecture)
+            sites = [site for site in find_sites(graph, name, online, structure) if keep(site)]
+            return self.prover.error(graph, sites, make, online), ""
+        except GyroquantError as error:
+            return float("inf"), str(error)
+        except Exception as error:  # guesses may be wrong in ways that shapes do not allow
+            return float("inf"), f"{type(error).__name__}: {error}"
+
+    def settle(self, label: str, error: tuple[float, str]) -> bool:
+        """Keeps the proof, or the reason why there is none."""
+        if error[0] <= EXACT:
+            self.result.proofs[label] = error[0]
+            return True
+        self.result.problems[label] = error[1] or f"a random map changed the logits by {error[0]:.1e}"
+        return False
+
+    def change(self, entry: Callable[[Any], Any], **fields: Any) -> Architecture:
+        """The description with each entry replaced by `entry(it)`, and with other fields changed."""
+        old = self.architecture
+        block, outer = (tuple(entry(part) for part in parts) for parts in (old.block, old.outer))
+        return replace(old, block=block, outer=outer, **fields)
+
+    def use(self, architecture: Architecture) -> None:
+        self.result.architecture = architecture
+
+    def r1(self) -> None:
+        fused = self.error("R1", _rotation, online=False)
+        if not self.settle("R1", fused):
+            reason = f"a rotation of the residual stream is not exact ({self.result.problems['R1']})"
+            self.use(replace(self.architecture, r1_blocked=reason))
+        if self.settle("R1 online", self.error("R1", _rotation, online=True)):
+            return
+        if "R1" in self.result.proofs:
+            return
+        for without in (_without_norm_hooks, _without_readers):
+            self.use(self.change(without(self.architecture)))
+            if self.settle("R1 online", self.error("R1", _rotation, online=True)):
+                del self.result.problems["R1 online"]
+                return
+
+    def norms(self) -> None:
+        for basis in ("attn_in", "mlp_in"):
+            self.settle(f"{basis} online", self.error(basis, _rotation, online=True))
+            self.settle(basis, self.error(basis, _scales, online=False, structure="diagonal"))
+
+    def r2(self) -> None:
+        if not self.settle("R2", self.error("R2", _rotation, online=False)):
+            self.use(self.change(_renamed({"v": "values"})))
+
+    def heads(self) -> None:
+        self.settle("attn_out", self.error("attn_out", _rotation, online=True))
+        if not self.settle("R3", self.error("R3", _rotation, online=True)):
+            self.use(self.change(lambda e: e))
+
+    def qk(self) -> None:
+        for layout in ("none", "half", "interleaved"):
+            trial = replace(self.architecture, rope=layout)  # type: ignore[arg-type]
+            error = self.error("qk", _pairs(layout), online=False, architecture=trial)
+            if error[0] <= EXACT:
+                self.use(trial)
+                self.settle("qk", error)
+                break
+        else:
+            self.settle("qk", error)
+        self.settle("qk online", self.error("qk", _rotation, online=True))
+
+    def r4(self) -> None:
+        if not self.settle("R4", self.error("R4", _rotation, online=True)):
+            self.use(self.change(_without_act))
+            return
+        for structure, make in (("permutation", _permutation), ("diagonal", _scales)):
+            error = self.error(
+                "R4",
+                make,
+                online=False,
+                structure=structure,
+                keep=lambda site: not site.blocked,  # type: ignore[arg-type]
+            )
+            if not self.settle(f"R4 {structure}", error):
+                self.use(self.change(_without_writers))
+
+    def linear(self) -> None:
+        if self.settle("linear", self.error("linear", _rotation, online=True)):
+            return
+        names = [e.name for e in self.architecture.block if isinstance(e, Linear) and e.quantize]
+        wrong = set()
+        for name in names:
+            alone = self.change(lambda e, name=name: _only(e, name))
+            error = self.error("linear", _rotation, online=True, architecture=alone)
+            if error[0] > EXACT:
+                wrong.add(name)
+                self.result.problems[f"linear {name}"] = (
+                    error[1] or f"a random map changed the logits by {error[0]:.1e}"
+                )
+        self.use(self.change(lambda e: replace(e, quantize=False) if e.name in wrong and isinstance(e, Linear) else e))
+        if wrong and self.settle("linear", self.error("linear", _rotation, online=True)):
+            del self.result.problems["linear"]
+
+
+def _only(entry: Any, name: str) -> Any:
+    return replace(entry, quantize=entry.name == name) if isinstance(entry, Linear) else entry
+
+
+def _pairs(layout: str) -> Callable[[Site, int], Map]:
+    def make(site: Site, seed: int) -> Map:
+        if layout == "none" or site.rope is None:
+            return _rotation(site, seed)
+        angles = torch.rand(site.rope.pairs, generator=_generator(seed), dtype=torch.float64) * 3
+        return PairRotation(site.n, angles, site.rope.interleaved)
+
+    return make
+
+
+def _renamed(names: Mapping[str, str]) -> Callable[[Any], Any]:
+    def rename(entry: Any) -> Any:
+        if not isinstance(entry, Linear):
+            return entry
+        writes = entry.writes
+        if isinstance(writes, str):
+            return replace(entry, writes=names.get(writes, writes))
+        return replace(entry, writes=tuple(names.get(basis, basis) for basis in writes))
+
+    return rename
+
+
+def _without_norm_hooks(architecture: Architecture) -> Callable[[Any], Any]:
+    """Layers read the stream directly, so that R1 runs at the input of each of them and not at a norm."""
+    bases = {e.writes for e in architecture.block if isinstance(e, Norm) and e.reads == "residual"}
+
+    def change(entry: Any) -> Any:
+        if isinstance(entry, Norm) and entry.writes in bases:
+            return replace(entry, reads=f"{entry.name}.in", writes=f"{entry.name}.out")
+        if isinstance(entry, Linear) and entry.reads in bases:
+            return replace(entry, reads="residual" if entry.quantize else f"{entry.name}.in")
+        if isinstance(entry, Linear) and entry.reads == "residual" and not entry.quantize:
+            return replace(entry, reads=f"{entry.name}.in")
+        return entry
+
+    return change
+
+
+def _without_readers(architecture: Architecture) -> Callable[[Any], Any]:
+    """No layer reads the stream: R1 is not available."""
+
+    def change(entry: Any) -> Any:
+        if isinstance(entry, Linear) and entry.reads == "residual":
+            return replace(entry, reads=f"{entry.name}.in")
+        return entry
+
+    return change
+
+
+def _without_act(entry: Any) -> Any:
+    if isinstance(entry, Linear) and entry.reads.rpartition(".")[2] == "act":
+        return replace(entry, reads=f"{entry.name}.in")
+    return entry
+
+
+def _without_writers(entry: Any) -> Any:
+    """Gate and up are not known, so maps of the input of down_proj can only run online."""
+    if not isinstance(entry, Linear):
+        return entry
+    bases = (entry.writes,) if isinstance(entry.writes, str) else entry.writes
+    if any(basis.rpartition(".")[2] in ("gate", "up") for basis in bases):
+        return replace(entry, writes="fixed", alternating=False)
+    return entry
+
+
+def derive(model: Any, ids: Tensor) -> Derivation:
+    """Derives and proves the description of a tiny random model; `ids` are token ids, shape (batch, length).
+
+    Raises UnsupportedModelError, with the reason, if the model cannot be described at all.
+    """
+    path = find_blocks(model)
+    width = model.config.get_text_config(decoder=True).hidden_size
+    trace = trace_model(model, model.get_submodule(path), ids, width)
+    if len(trace.inputs) != len(model.get_submodule(path)):
+        raise UnsupportedModelError(f"{model.config.model_type} does not run each block of {path} once")
+    deriver = _Deriver(model, read_roles(model, path, trace, width), ids)
+    deriver.prover.graph(deriver.architecture)
+    for step in (deriver.r1, deriver.r2, deriver.norms, deriver.heads, deriver.qk, deriver.r4, deriver.linear):
+        step()
+    return deriver.result

@@ -1,0 +1,306 @@
+"""Reads the trace of a tiny model: the basis that each layer reads and writes, block by block, then as one description.
+
+The entries of all blocks are merged by name. A layer whose roles in two blocks contradict each other reads and writes
+bases of its own, which no fold touches.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from gyroquant.models.deriving.attention import Heading, read_attention
+from gyroquant.models.deriving.directions import among, directions, norm_form
+from gyroquant.models.deriving.feed_forward import read_feed_forward
+from gyroquant.models.deriving.names import numbered
+from gyroquant.models.deriving.trace import NormCall, Product, Trace
+from gyroquant.models.graph.spec import Architecture, Attention, Embedding, Entry, Kept, Linear, Norm
+
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_layer")
+
+
+@dataclass
+class Layer:
+    """A parameter that multiplies vectors, all its products in one block together, and the roles found so far."""
+
+    param: str
+    name: str
+    products: list[Product]
+    reads: str = ""
+    writes: str | tuple[str, ...] = ""
+    per_head: bool = False
+    alternating: bool = False
+
+    @property
+    def rows(self) -> Tensor:
+        return torch.cat([product.rows for product in self.products])
+
+    @property
+    def grads(self) -> Tensor | None:
+        grads = [product.grad for product in self.products]
+        return None if any(grad is None for grad in grads) else torch.cat([g for g in grads if g is not None])
+
+    @property
+    def transposed(self) -> bool:
+        return self.products[0].transposed
+
+    @property
+    def whole(self) -> bool:
+        """Whether each product used the whole parameter, or the whole matrix of an expert."""
+        return all(product.view.whole for product in self.products)
+
+
+class BlockReader:
+    """Reads one block, or what lies around the blocks."""
+
+    def __init__(self, model: Any, trace: Trace, prefix: str, params: Mapping[str, str], width: int):
+        self.model, self.trace, self.prefix, self.width = model, trace, prefix, width
+        self.params = params
+        """The parameters of this block: name in the block by full name."""
+        self.norms = [norm for norm in trace.norms if self._mine(norm.name)]
+        self.layers = self._layers()
+        self.norm_entries: dict[str, Norm] = {}
+        self.attention: list[Heading] = []
+
+    def _mine(self, name: str) -> bool:
+        return name.startswith(self.prefix) if self.prefix else False
+
+    def _layers(self) -> list[Layer]:
+        products: dict[str, list[Product]] = defaultdict(list)
+        for product in self.trace.products:
+            if product.view.param in self.params:
+                products[product.view.param].append(product)
+        return [Layer(param, self.params[param], found) for param, found in products.items()]
+
+    def stream(self, inputs: Tensor, output: Tensor) -> list[Tensor]:
+        """The tensors of the residual stream in this block: its input, its output, and the sums between them."""
+        found = [inputs]
+        seen = directions(inputs, self.width)
+        for total, first, second in self.trace.sums:
+            terms = [term for term in (first, second) if term is not total]
+            if any(term is tensor for term in terms for tensor in found) or any(
+                term.shape == inputs.shape and among(directions(term, self.width), seen) for term in terms
+            ):
+                found.append(total)
+            if found[-1] is total:
+                seen = torch.cat([seen, directions(total, self.width)])
+        return [*found, output]
+
+    def read(self, stream: list[Tensor]) -> None:
+        """Finds the roles of all layers and norms of a block, given the tensors of the residual stream in it."""
+        width = self.width
+        values = torch.cat([directions(tensor, width) for tensor in stream])
+        slopes = torch.cat([directions(tensor.grad, width) for tensor in stream if tensor.grad is not None])
+        before, after = self._norms(values, slopes)
+        self.attention = read_attention(self)
+        outputs = [(norm.name, torch.cat([directions(n.y, width) for n in calls])) for norm, calls in before]
+        inputs = [
+            (norm.name, torch.cat([directions(n.x.grad, width) for n in calls if n.x.grad is not None]))
+            for norm, calls in after
+            if any(n.x.grad is not None for n in calls)
+        ]
+        for layer in self.layers:
+            if not layer.reads:
+                layer.reads = self._reads(layer, outputs, values)
+            if not layer.writes:
+                layer.writes = self._writes(layer, inputs, slopes)
+        read_feed_forward(self)
+        for layer in self.layers:
+            layer.reads = layer.reads or f"{layer.name}.in"
+            layer.writes = layer.writes or "fixed"
+
+    def _norms(
+        self, values: Tensor, slopes: Tensor
+    ) -> tuple[list[tuple[Norm, list[NormCall]]], list[tuple[Norm, list[NormCall]]]]:
+        """The norms that read the residual stream, and those that write to it, with their calls."""
+        calls: dict[str, list[NormCall]] = defaultdict(list)
+        for norm in self.norms:
+            if norm.x.shape[-1] == self.width:
+                calls[norm.name].append(norm)
+        before: list[tuple[Norm, list[NormCall]]] = []
+        after: list[tuple[Norm, list[NormCall]]] = []
+        for full, found in calls.items():
+            module, name = found[0].module, full.removeprefix(self.prefix)
+            gain, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+            form = norm_form(found[0].x, found[0].y, gain, bias)
+            if form is None:
+                continue
+            kind, offset = form
+            written = [directions(n.y.grad, self.width) for n in found if n.y.grad is not None]
+            if among(directions(found[0].x, self.width), values):
+                basis = self._norm_basis(len(before))
+                before.append((Norm(name, "residual", basis, kind, offset), found))
+            elif written and among(torch.cat(written), slopes):
+                after.append((Norm(name, f"post.{name}", "residual", kind, offset), found))
+        for entry, _ in (*before, *after):
+            self.norm_entries[entry.name] = entry
+        return before, after
+
+    def _norm_basis(self, number: int) -> str:
+        if not self.prefix:
+            return "final"
+        return ("attn_in", "mlp_in")[number] if number < 2 else f"norm{number}_in"
+
+    def _reads(self, layer: Layer, outputs: list[tuple[str, Tensor]], values: Tensor) -> str:
+        rows = layer.rows
+        if rows.shape[1] % self.width:
+            return ""
+        found = directions(rows, self.width)
+        for name, given in outputs:
+            if rows.shape[1] == self.width and among(found, given):
+                return self.norm_entries[name].writes
+        return "residual" if among(found, values) else ""
+
+    def _writes(self, layer: Layer, inputs: list[tuple[str, Tensor]], slopes: Tensor) -> str:
+        grads = layer.grads
+        if grads is None or grads.shape[1] % self.width or not bool((grads != 0).any()):
+            return ""
+        found = directions(grads, self.width)
+        for name, given in inputs:
+            if among(found, given):
+                return self.norm_entries[name].reads
+        return "residual" if among(found, slopes) else ""
+
+    def entries(self) -> Iterable[Entry]:
+        """The entries of the description, with names in the block."""
+        experts = {value for key in _EXPERTS if isinstance(value := getattr(self.model.config, key, None), int)}
+        yield from self.norm_entries.values()
+        for heading in self.attention:
+            yield heading.entry
+        for layer in self.layers:
+            yield self._linear(layer, experts)
+
+    def _linear(self, layer: Layer, experts: set[int]) -> Entry:
+        module = self.model.get_submodule(layer.param.rpartition(".")[0])
+        is_module = layer.param.endswith(".weight") and isinstance(module, (nn.Linear, Conv1D))
+        shape = layer.products[0].y.shape[-1]
+        stacked = not layer.param.endswith(".weight")
+        rounded = is_module or (stacked and hasattr(module, "_apply_gate") and "proj" in layer.name)
+        if not layer.whole:
+            return Kept(layer.name)
+        router = shape == 1 or (shape in experts and layer.writes == "fixed")
+        return Linear(
+            layer.name if stacked else layer.name.removesuffix(".weight"),
+            layer.reads,
+            layer.writes,
+            per_head=layer.per_head,
+            alternating=layer.alternating,
+            transposed=layer.transposed,
+            stacked=stacked,
+            quantize=rounded and not router,
+        )
+
+
+def _merged(entries: Iterable[Entry]) -> dict[str, Entry]:
+    """The entries of all blocks by name. Contradicting layers get bases of their own."""
+    merged: dict[str, Entry] = {}
+    for entry in entries:
+        other = merged.get(entry.name)
+        if other is None or isinstance(other, Kept):
+            merged[entry.name] = entry
+        elif isinstance(entry, Linear) and isinstance(other, Linear) and entry != other:
+            reads = entry.reads if entry.reads == other.reads else f"{entry.name}.in"
+            writes = entry.writes if entry.writes == other.writes else "fixed"
+            same = entry.writes == other.writes and (entry.per_head, entry.alternating) == (
+                other.per_head,
+                other.alternating,
+            )
+            quantize = entry.quantize and other.quantize
+            merged[entry.name] = replace(entry, reads=reads, writes=writes if same else "fixed", quantize=quantize)
+        elif isinstance(entry, Norm) and isinstance(other, Norm) and entry != other:
+            merged[entry.name] = Kept(f"{entry.name}.weight")
+    return merged
+
+
+def read_roles(model: Any, path: str, trace: Trace, width: int) -> Architecture:
+    """The description of a model from its trace. `path` is that of its blocks; `width` that of the residual stream."""
+    names = dict(model.named_parameters())
+    count = len(trace.inputs)
+    everything: list[Entry] = []
+    for i in range(count):
+        prefix = f"{path}.{i}."
+        params = {name: numbered(model, prefix, name) for name in names if name.startswith(prefix)}
+        reader = BlockReader(model, trace, prefix, params, width)
+        reader.read(reader.stream(trace.inputs[i], trace.outputs[i]))
+        entries = [replace(entry, name=numbered(model, prefix, prefix + entry.name)) for entry in reader.entries()]
+        everything += _with_kept(entries, params.values())
+    block = tuple(_tidy(_merged(_expert_bases(entry) for entry in everything).values()))
+    outer = tuple(_outer(model, path, trace, width))
+    return Architecture(
+        name=f"{model.config.model_type} (derived)",
+        model_types=(model.config.model_type,),
+        blocks=path,
+        block=block,
+        outer=outer,
+        rope="unknown",
+        derived=True,
+        keeps_mean=any(isinstance(e, Norm) and e.kind == "layer" and e.reads == "residual" for e in (*block, *outer)),
+    )
+
+
+def _expert_bases(entry: Entry) -> Entry:
+    """Experts in a list have bases of their own, numbered like them."""
+    return entry
+
+
+def _claims(entries: Iterable[Entry]) -> set[str]:
+    """The parameters that entries claim, without biases that may be missing."""
+    claimed: set[str] = set()
+    for entry in entries:
+        if isinstance(entry, Kept) or (isinstance(entry, Linear) and entry.stacked):
+            claimed |= {entry.name, f"{entry.name}_bias"}
+        elif not isinstance(entry, Attention):
+            claimed |= {f"{entry.name}.weight", f"{entry.name}.bias"}
+    return claimed
+
+
+def _with_kept(entries: list[Entry], params: Iterable[str]) -> list[Entry]:
+    claimed = _claims(entries)
+    return entries + [Kept(name) for name in dict.fromkeys(params) if name not in claimed]
+
+
+def _tidy(entries: Iterable[Entry]) -> list[Entry]:
+    """Without the `Kept` entries of parameters that other entries claim."""
+    entries = list(entries)
+    claimed = _claims(entry for entry in entries if not isinstance(entry, Kept))
+    return [entry for entry in entries if not (isinstance(entry, Kept) and entry.name in claimed)]
+
+
+def _outer(model: Any, path: str, trace: Trace, width: int) -> Iterable[Entry]:
+    """The entries around the blocks: tables, the last norm, the head, and what else reads or writes the stream."""
+    inside = f"{path}."
+    params = {name: name for name in dict(model.named_parameters()) if not name.startswith(inside)}
+    reader = BlockReader(model, trace, "", params, width)
+    reader.norms = [norm for norm in trace.norms if not norm.name.startswith(inside)]
+    stored = dict(model.named_parameters())
+    everything = dict(model.named_parameters(remove_duplicate=False))
+    tables = {param for param, _ in trace.tables}
+    first, last = trace.inputs[0], trace.outputs[-1]
+    reader.read([first, last])
+    grad = torch.zeros(1, width) if first.grad is None else first.grad
+    # Positions are often looked up once for the whole batch: their gradient is the sum over it.
+    slopes = torch.cat([directions(grad, width), directions(grad.sum(0), width)])
+    entries: list[Entry] = []
+    for entry in reader.entries():
+        param = entry.name if isinstance(entry, Kept) or entry.name in stored else f"{entry.name}.weight"
+        if isinstance(entry, Linear) and param in tables:  # a tied head
+            alias = next((n for n, p in everything.items() if p is everything[param] and n not in stored), "")
+            if not alias:
+                continue
+            entry = replace(entry, name=alias.removesuffix(".weight"))
+        if isinstance(entry, Linear) and entry.reads == "final":
+            entry = replace(entry, writes="logits", quantize=True)
+        elif isinstance(entry, Linear):
+            entry = replace(entry, quantize=False)
+        entries.append(entry)
+    for param in dict.fromkeys(param for param, _ in trace.tables if param in params):
+        grads = [out.grad for name, out in trace.tables if name == param and out.grad is not None]
+        if grads and all(g.shape[-1] == width and among(directions(g, width), slopes) for g in grads):
+            entries.append(Embedding(param.removesuffix(".weight")))
+    return _tidy(_with_kept(entries, [name for name in stored if name in params]))

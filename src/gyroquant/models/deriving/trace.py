@@ -1,0 +1,244 @@
+"""One pass through a tiny model, forward and backward, that records what each parameter meets.
+
+Recorded are every product with a parameter (its inputs and outputs), every table of vectors, every norm, every call of
+attention, and every sum of the width of the residual stream. The backward pass adds the gradients of all of them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+_TRACE = "gyroquant_trace"
+
+
+@dataclass(frozen=True)
+class View:
+    """A parameter as an operation sees it: perhaps one expert of it, perhaps transposed, perhaps only a part."""
+
+    param: str
+    expert: int | None = None
+    transposed: bool = False
+    whole: bool = True
+
+
+@dataclass(eq=False)
+class Product:
+    """One multiplication by a matrix: `y = x @ weight.T`, or `x @ weight` if `transposed`. x and y are matrices of rows."""
+
+    view: View
+    x: Tensor
+    y: Tensor
+    transposed: bool
+
+    @property
+    def grad(self) -> Tensor | None:
+        """The gradient of y, as rows."""
+        return None if self.y.grad is None else self.y.grad.reshape(-1, self.y.shape[-1])
+
+    @property
+    def rows(self) -> Tensor:
+        return self.x.detach().reshape(-1, self.x.shape[-1])
+
+
+@dataclass(eq=False)
+class NormCall:
+    """One call of a norm module."""
+
+    name: str
+    module: nn.Module
+    x: Tensor
+    y: Tensor
+
+
+@dataclass(eq=False)
+class AttentionCall:
+    """One call of the attention function: the module's name; queries, keys and values (batch, heads, length, size)."""
+
+    name: str
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    output: Tensor
+
+
+@dataclass
+class Trace:
+    """What one pass recorded, in order.
+
+    - tables: the outputs of embeddings, by the name of the parameter.
+    - sums: each sum with its two terms.
+    - inputs, outputs: of each block, in order.
+    """
+
+    products: list[Product] = field(default_factory=list)
+    norms: list[NormCall] = field(default_factory=list)
+    attention: list[AttentionCall] = field(default_factory=list)
+    tables: list[tuple[str, Tensor]] = field(default_factory=list)
+    sums: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    inputs: list[Tensor] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+
+
+_ADDS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__, Tensor.add_}
+_MATMULS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm}
+_TRANSPOSES = {torch.t, Tensor.t, torch.transpose, Tensor.transpose, Tensor.T.__get__, Tensor.mT.__get__}  # type: ignore[attr-defined]
+_CASTS = {Tensor.to, Tensor.float, Tensor.type_as, Tensor.contiguous, Tensor.type, Tensor.double, Tensor.detach}
+_SELECTS = {Tensor.__getitem__, Tensor.select, torch.select}
+
+
+class _Recorder(TorchFunctionMode):
+    """Follows parameters through casts, transposes and selections, and records the products that they enter."""
+
+    def __init__(self, trace: Trace, params: dict[int, str], width: int):
+        super().__init__()
+        self.trace, self.width = trace, width
+        self.views: dict[int, View] = {key: View(name) for key, name in params.items()}
+        self.alive: list[Any] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if not isinstance(out, Tensor):
+            if isinstance(out, (tuple, list)) and args and isinstance(args[0], Tensor) and id(args[0]) in self.views:
+                for part in out:
+                    self._keep(part, View(self.views[id(args[0])].param, whole=False))
+            return out
+        self._follow(func, args, kwargs, out)
+        return out
+
+    def _keep(self, tensor: Any, view: View) -> None:
+        if isinstance(tensor, Tensor):
+            self.alive.append(tensor)
+            self.views[id(tensor)] = view
+
+    def _retain(self, tensor: Tensor) -> Tensor:
+        if tensor.requires_grad and not tensor.is_leaf:
+            tensor.retain_grad()
+        self.alive.append(tensor)
+        return tensor
+
+    def _view(self, value: Any) -> View | None:
+        return self.views.get(id(value)) if isinstance(value, Tensor) else None
+
+    def _follow(self, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+        first = self._view(args[0]) if args else None
+        if func is nn.functional.linear:
+            weight = args[1] if len(args) > 1 else kwargs["weight"]
+            self._product(args[0] if args else kwargs["input"], self._view(weight), out, False)
+        elif func in (torch.addmm, Tensor.addmm):
+            self._product(args[1], self._view(args[2]), out, True)
+        elif func in _MATMULS:
+            self._product(args[0], self._view(args[1]), out, True)
+        elif func is nn.functional.embedding:
+            view = self._view(args[1] if len(args) > 1 else kwargs["weight"])
+            if view is not None:
+                self.trace.tables.append((view.param, self._retain(out)))
+        elif first is not None:
+            self._derived(func, args, first, out)
+        elif func in _ADDS and out.dim() > 1 and out.shape[-1] == self.width and out.is_floating_point():
+            terms = [self._retain(a) if isinstance(a, Tensor) else out for a in args[:2]]
+            self.trace.sums.append((self._retain(out), terms[0], terms[-1]))
+
+    def _derived(self, func: Any, args: Any, view: View, out: Tensor) -> None:
+        if func in _CASTS:
+            self._keep(out, view)
+        elif func in _TRANSPOSES:
+            swapped = func not in (torch.transpose, Tensor.transpose) or out.shape[-2:] != args[0].shape[-2:]
+            self._keep(out, View(view.param, view.expert, view.transposed ^ swapped, view.whole))
+        elif func in _SELECTS and len(args) > 1 and args[0].dim() == 3 and out.dim() == 2:
+            index = args[1] if func is Tensor.__getitem__ else args[2]
+            number = int(index) if isinstance(index, int) or (isinstance(index, Tensor) and index.dim() == 0) else None
+            self._keep(out, View(view.param, number, view.transposed, view.whole and number is not None))
+        elif out.dim() > 1:
+            self._keep(out, View(view.param, view.expert, view.transposed, whole=False))
+
+    def _product(self, x: Any, view: View | None, out: Tensor, transposed: bool) -> None:
+        if view is not None and isinstance(x, Tensor):
+            self._retain(x)
+            self.trace.products.append(Product(view, x, self._retain(out), transposed ^ view.transposed))
+
+
+def _is_norm(module: nn.Module) -> bool:
+    own = list(module.parameters(recurse=False))
+    return "norm" in type(module).__name__.lower() and not list(module.children()) and all(p.dim() == 1 for p in own)
+
+
+@contextmanager
+def _hooked(model: nn.Module, blocks: nn.ModuleList, trace: Trace) -> Iterator[None]:
+    hooks = []
+
+    def norm_hook(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, out: Any) -> None:
+            if args and isinstance(args[0], Tensor) and isinstance(out, Tensor):
+                for tensor in (args[0], out):
+                    if tensor.requires_grad and not tensor.is_leaf:
+                        tensor.retain_grad()
+                trace.norms.append(NormCall(name, module, args[0], out))
+
+        return hook
+
+    def block_hook(_: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        given = args[0] if args else kwargs["hidden_states"]
+        made = out[0] if isinstance(out, tuple) else out
+        for kept, tensor in ((trace.inputs, given), (trace.outputs, made)):
+            tensor.retain_grad()
+            kept.append(tensor)
+
+    hooks += [block.register_forward_hook(block_hook, with_kwargs=True) for block in blocks]
+    for name, module in model.named_modules():
+        if _is_norm(module):
+            hooks.append(module.register_forward_hook(norm_hook(name)))
+    names = {id(module): name for name, module in model.named_modules()}
+
+    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        inner = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        inner = inner or ALL_ATTENTION_FUNCTIONS["sdpa"]
+        result = inner(module, query, key, value, *args, **kwargs)
+        for tensor in (query, key, value, result[0]):
+            if tensor.requires_grad and not tensor.is_leaf:
+                tensor.retain_grad()
+        trace.attention.append(AttentionCall(names.get(id(module), ""), query, key, value, result[0]))
+        return result
+
+    ALL_ATTENTION_FUNCTIONS.register(_TRACE, attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(_TRACE, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
+    routed: list[Any] = [module.config for module in model.modules() if hasattr(module, "config")]
+    before = [(c, getattr(c, "_attn_implementation_internal", None)) for c in routed]
+    experts = [(c, getattr(c, "_experts_implementation_internal", None)) for c in routed]
+    try:
+        for config in routed:
+            config._attn_implementation_internal = _TRACE
+            config._experts_implementation_internal = "eager"
+        yield
+    finally:
+        for config, value in before:
+            config._attn_implementation_internal = value
+        for config, value in experts:
+            config._experts_implementation_internal = value
+        for hook in hooks:
+            hook.remove()
+
+
+def trace_model(model: Any, blocks: nn.ModuleList, ids: Tensor, width: int) -> Trace:
+    """Runs a model forward and backward on token ids and returns the trace. `width` is that of the residual stream."""
+    trace = Trace()
+    params = {id(parameter): name for name, parameter in model.named_parameters() if parameter.dim() > 1}
+    with torch.enable_grad(), _hooked(model, blocks, trace):
+        with _Recorder(trace, params, width) as recorder:
+            logits = model(input_ids=ids, use_cache=False).logits
+        weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(7))
+        (logits.float() * weights).sum().backward(retain_graph=True)
+        recorder.views.clear()
+    for parameter in model.parameters():
+        parameter.grad = None
+    return trace

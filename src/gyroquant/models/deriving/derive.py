@@ -1,13 +1,13 @@
 """Derives the description of an architecture from a tiny model of it, and proves every site there.
 
-A description is guessed from one pass (`roles`), then each kind of site is tested: random maps are folded into the tiny
-model, and its logits are compared. A guess that changes them is withdrawn, and a weaker one is tried: a fused R1 becomes
-an R1 that runs online, at the norms, then at each layer. What remains has been proven.
+A description is guessed from one pass (`roles`), then each kind of site is tested: random maps are folded into the
+tiny model, and its logits are compared. A guess that changes them is withdrawn, and a weaker one is tried: a fused R1
+becomes an R1 that runs online, at the norms, then at each layer. What remains has been proven.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from gyroquant.models.execution.online import attached
 from gyroquant.models.folding.fold import FoldPlan, fold, folded_outer, fp32
 from gyroquant.models.graph.model_graph import ModelGraph, build_graph
 from gyroquant.models.graph.sites import Site, Structure, find_sites
-from gyroquant.models.graph.spec import Architecture, Linear, Norm
+from gyroquant.models.graph.spec import Architecture, Attention, Linear, Norm, RopeLayout
 
 EXACT = 1e-4
 """The largest relative error of logits in fp32 at which a fold counts as exact."""
@@ -33,7 +33,7 @@ EXACT = 1e-4
 class Derivation:
     """A derived description.
 
-    - proofs: the relative error of the logits, by the kind of site, such as ``R1``, ``R1 online`` or ``R4 permutation``.
+    - proofs: the relative error of the logits, by the kind of site: ``R1``, ``R1 online``, ``R4 permutation`` ...
     - problems: the guesses that were withdrawn, with the reason.
     """
 
@@ -47,20 +47,34 @@ class Derivation:
         return "fused" if "R1" in self.proofs else "online" if "R1 online" in self.proofs else "unrotated"
 
 
-def find_blocks(model: nn.Module) -> str:
-    """The path of the list of blocks of a model: the list of modules that holds most of its parameters.
+def find_blocks(model: Any, ids: Tensor) -> str:
+    """The path of the list of blocks of a model: of the lists that run on token ids, the one with most parameters.
 
-    Raises UnsupportedModelError if there is none.
+    Raises UnsupportedModelError if there is none, or if the model does not run each block once.
     """
-    lists = {
-        name: sum(parameter.numel() for parameter in module.parameters())
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module)
-    }
-    outermost = {name: size for name, size in lists.items() if not any(name.startswith(f"{other}.") for other in lists)}
-    if not outermost:
-        raise UnsupportedModelError(f"{type(model).__name__} has no list of blocks")
-    return max(outermost, key=outermost.__getitem__)
+    calls: dict[str, int] = {}
+    hooks = [
+        child.register_forward_hook(lambda *_, name=f"{path}.{i}": calls.update({name: calls.get(name, 0) + 1}))
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        for i, child in enumerate(module)
+    ]
+    try:
+        with torch.no_grad():
+            model(input_ids=ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    sizes: dict[str, int] = {}
+    for path in {name.rpartition(".")[0] for name in calls}:
+        sizes[path] = sum(parameter.numel() for parameter in model.get_submodule(path).parameters())
+    if not sizes:
+        raise UnsupportedModelError(f"{model.config.model_type} has no list of blocks that it runs")
+    found = max(sizes, key=lambda path: (sizes[path], -len(path)))
+    count = len(model.get_submodule(found))
+    if any(calls.get(f"{found}.{i}") != 1 for i in range(count)):
+        raise UnsupportedModelError(f"{model.config.model_type} does not run each block of {found} once")
+    return found
 
 
 class _Prover:
@@ -143,6 +157,8 @@ class _Deriver:
         try:
             graph = self.prover.graph(architecture or self.architecture)
             sites = [site for site in find_sites(graph, name, online, structure) if keep(site)]
+            if not sites:
+                return float("inf"), f"no site {name} takes such a map"
             return self.prover.error(graph, sites, make, online), ""
         except GyroquantError as error:
             return float("inf"), str(error)
@@ -193,11 +209,15 @@ class _Deriver:
     def heads(self) -> None:
         self.settle("attn_out", self.error("attn_out", _rotation, online=True))
         if not self.settle("R3", self.error("R3", _rotation, online=True)):
-            self.use(self.change(lambda e: e))
+            block = tuple(entry for entry in self.architecture.block if not isinstance(entry, Attention))
+            self.use(replace(self.architecture, block=block))
+            if self.result.proofs.pop("R2", None) is not None:
+                self.r2()
 
     def qk(self) -> None:
-        for layout in ("none", "half", "interleaved"):
-            trial = replace(self.architecture, rope=layout)  # type: ignore[arg-type]
+        layouts: tuple[RopeLayout, ...] = ("none", "half", "interleaved")
+        for layout in layouts:
+            trial = replace(self.architecture, rope=layout)
             error = self.error("qk", _pairs(layout), online=False, architecture=trial)
             if error[0] <= EXACT:
                 self.use(trial)
@@ -211,37 +231,57 @@ class _Deriver:
         if not self.settle("R4", self.error("R4", _rotation, online=True)):
             self.use(self.change(_without_act))
             return
-        for structure, make in (("permutation", _permutation), ("diagonal", _scales)):
-            error = self.error(
-                "R4",
-                make,
-                online=False,
-                structure=structure,
-                keep=lambda site: not site.blocked,  # type: ignore[arg-type]
-            )
-            if not self.settle(f"R4 {structure}", error):
-                self.use(self.change(_without_writers))
+        bases = {e.reads for e in self.architecture.block if isinstance(e, Linear) and _last(e.reads) == "act"}
+        structures: tuple[tuple[Structure, Callable[[Site, int], Map]], ...] = (
+            ("permutation", _permutation),
+            ("diagonal", _scales),
+        )
+        for structure, make in structures:
+            for basis in sorted(bases):
+                layers = {
+                    op.weight
+                    for op in self.prover.graph(self.architecture).block_linears
+                    if _last(op.entry.reads) == "act" and _unnumbered(op.entry.reads) == _unnumbered(basis)
+                }
+
+                def keep(site: Site, layers: set[str] = layers) -> bool:
+                    return not site.blocked and site.readers[0].param in layers
+
+                error = self.error("R4", make, online=False, structure=structure, keep=keep)
+                if not self.settle(f"R4 {structure} {basis}", error) and not error[1]:
+                    self.use(self.change(_without_writers(basis)))
+            proofs = [error for name, error in self.result.proofs.items() if name.startswith(f"R4 {structure} ")]
+            if proofs:
+                self.result.proofs[f"R4 {structure}"] = max(proofs)
+            self.result.proofs = {
+                name: error for name, error in self.result.proofs.items() if not name.startswith(f"R4 {structure} ")
+            }
 
     def linear(self) -> None:
         if self.settle("linear", self.error("linear", _rotation, online=True)):
             return
-        names = [e.name for e in self.architecture.block if isinstance(e, Linear) and e.quantize]
         wrong = set()
-        for name in names:
-            alone = self.change(lambda e, name=name: _only(e, name))
-            error = self.error("linear", _rotation, online=True, architecture=alone)
+        for name in [e.name for e in self.architecture.block if isinstance(e, Linear) and e.quantize]:
+            error = self.error("linear", _rotation, online=True, architecture=self.change(_only(name)))
             if error[0] > EXACT:
                 wrong.add(name)
-                self.result.problems[f"linear {name}"] = (
-                    error[1] or f"a random map changed the logits by {error[0]:.1e}"
-                )
-        self.use(self.change(lambda e: replace(e, quantize=False) if e.name in wrong and isinstance(e, Linear) else e))
+                problem = error[1] or f"a random map changed the logits by {error[0]:.1e}"
+                self.result.problems[f"linear {name}"] = problem
+        self.use(self.change(_never_rounded(wrong)))
         if wrong and self.settle("linear", self.error("linear", _rotation, online=True)):
             del self.result.problems["linear"]
 
 
-def _only(entry: Any, name: str) -> Any:
-    return replace(entry, quantize=entry.name == name) if isinstance(entry, Linear) else entry
+def _only(name: str) -> Callable[[Any], Any]:
+    """No other layer is rounded."""
+    return lambda entry: replace(entry, quantize=entry.name == name) if isinstance(entry, Linear) else entry
+
+
+def _never_rounded(names: Collection[str]) -> Callable[[Any], Any]:
+    def change(entry: Any) -> Any:
+        return replace(entry, quantize=False) if isinstance(entry, Linear) and entry.name in names else entry
+
+    return change
 
 
 def _pairs(layout: str) -> Callable[[Site, int], Map]:
@@ -299,14 +339,39 @@ def _without_act(entry: Any) -> Any:
     return entry
 
 
-def _without_writers(entry: Any) -> Any:
-    """Gate and up are not known, so maps of the input of down_proj can only run online."""
-    if not isinstance(entry, Linear):
+def _last(basis: str) -> str:
+    return basis.rpartition(".")[2]
+
+
+def _unnumbered(basis: str) -> str:
+    return ".".join("{e}" if part.isdigit() else part for part in basis.split("."))
+
+
+def _without_writers(basis: str) -> Callable[[Any], Any]:
+    """The gate and up of one network are not known, so maps of the input of its down_proj can only run online."""
+    prefix = basis.removesuffix("act")
+
+    def change(entry: Any) -> Any:
+        if isinstance(entry, Linear):
+            bases = (entry.writes,) if isinstance(entry.writes, str) else entry.writes
+            if any(basis in (f"{prefix}gate", f"{prefix}up") for basis in bases):
+                return replace(entry, writes="fixed", alternating=False)
         return entry
-    bases = (entry.writes,) if isinstance(entry.writes, str) else entry.writes
-    if any(basis.rpartition(".")[2] in ("gate", "up") for basis in bases):
-        return replace(entry, writes="fixed", alternating=False)
-    return entry
+
+    return change
+
+
+def _check_shared(model: Any, path: str) -> None:
+    """Raises UnsupportedModelError if blocks share parameters: a block could then not be folded without the others."""
+    owners: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name.startswith(f"{path}."):
+            block = name.removeprefix(f"{path}.").partition(".")[0]
+            if owners.setdefault(id(parameter), block) != block:
+                raise UnsupportedModelError(
+                    f"{model.config.model_type}: the blocks {owners[id(parameter)]} and {block} share parameters, "
+                    "which is not supported"
+                )
 
 
 def derive(model: Any, ids: Tensor) -> Derivation:
@@ -314,12 +379,11 @@ def derive(model: Any, ids: Tensor) -> Derivation:
 
     Raises UnsupportedModelError, with the reason, if the model cannot be described at all.
     """
-    path = find_blocks(model)
+    path = find_blocks(model, ids)
     width = model.config.get_text_config(decoder=True).hidden_size
     trace = trace_model(model, model.get_submodule(path), ids, width)
-    if len(trace.inputs) != len(model.get_submodule(path)):
-        raise UnsupportedModelError(f"{model.config.model_type} does not run each block of {path} once")
-    deriver = _Deriver(model, read_roles(model, path, trace, width), ids)
+    _check_shared(model, path)
+    deriver = _Deriver(model, read_roles(model, path, trace, width, ids.numel()), ids)
     deriver.prover.graph(deriver.architecture)
     for step in (deriver.r1, deriver.r2, deriver.norms, deriver.heads, deriver.qk, deriver.r4, deriver.linear):
         step()

@@ -1,4 +1,4 @@
-"""Finds feed-forward networks: the layer that reads the output of the nonlinearity, and the layers that write its input.
+"""Finds feed-forward networks: the layer after the nonlinearity, and the layers that write its inputs.
 
 A coordinate of the input of down_proj depends on one coordinate of the gate and one of up, at the same token. The
 gradient shows which. It depends on up linearly: then the gradient times up is the coordinate itself.
@@ -31,7 +31,6 @@ def read_feed_forward(reader: BlockReader) -> None:
             for other in layer.products
             if start < order[id(other)] < order[id(product)]
             and other.view.expert == product.view.expert
-            and not layer.writes
             and other.y.requires_grad
         ]
         if candidates:
@@ -52,12 +51,13 @@ def _last_writer(reader: BlockReader, product: Product, order: dict[int, int]) -
 
 def _read(down: Layer, product: Product, candidates: list[tuple[Layer, Product]]) -> None:
     x = product.x.reshape(-1, product.x.shape[-1])
-    row = int(x.detach().abs().amin(1).argmax())  # a row without zeros, if there is one
     width = x.shape[1]
+    probed = (0, 1, width - 1)
+    row = int(x.detach()[:, probed].abs().amin(1).argmax())  # a row without zeros there, if there is one
     outputs = [other.y for _, other in candidates]
     columns: dict[int, list[list[int]]] = {}
     linear: dict[tuple[int, int], bool] = {}
-    for coordinate in (0, 1, width - 1):
+    for coordinate in probed:
         if float(x[row, coordinate].detach()) == 0:
             return
         grads = torch.autograd.grad(x[row, coordinate], outputs, retain_graph=True, allow_unused=True)
@@ -65,8 +65,8 @@ def _read(down: Layer, product: Product, candidates: list[tuple[Layer, Product]]
             met = [] if grad is None else grad.reshape(-1, grad.shape[-1]).nonzero().tolist()
             if not met:
                 continue
-            if len({token for token, _ in met}) != 1:
-                return  # it mixes tokens
+            if len({token for token, _ in met}) != 1 or candidates[place][0].writes:
+                return  # it mixes tokens, or passes attention
             columns.setdefault(place, []).append([column for _, column in met])
             assert grad is not None
             products = (grad * outputs[place]).detach().reshape(-1, grad.shape[-1])

@@ -16,13 +16,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from gyroquant.models.deriving.attention import Heading, read_attention
-from gyroquant.models.deriving.directions import among, directions, norm_form
+from gyroquant.models.deriving.directions import Space, among, centres, directions, norm_form
 from gyroquant.models.deriving.feed_forward import read_feed_forward
-from gyroquant.models.deriving.names import numbered
+from gyroquant.models.deriving.names import expert_counts, numbered
 from gyroquant.models.deriving.trace import NormCall, Product, Trace
-from gyroquant.models.graph.spec import Architecture, Attention, Embedding, Entry, Kept, Linear, Norm
-
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_layer")
+from gyroquant.models.graph.spec import Architecture, Attention, Bias, Embedding, Entry, Kept, Linear, Norm
 
 
 @dataclass
@@ -67,6 +65,9 @@ class BlockReader:
         self.layers = self._layers()
         self.norm_entries: dict[str, Norm] = {}
         self.attention: list[Heading] = []
+        self.biases: list[Bias] = []
+        self.centred = False
+        """Whether a norm without a gain takes the mean from the residual stream."""
 
     def _mine(self, name: str) -> bool:
         return name.startswith(self.prefix) if self.prefix else False
@@ -78,30 +79,37 @@ class BlockReader:
                 products[product.view.param].append(product)
         return [Layer(param, self.params[param], found) for param, found in products.items()]
 
-    def stream(self, inputs: Tensor, output: Tensor) -> list[Tensor]:
-        """The tensors of the residual stream in this block: its input, its output, and the sums between them."""
+    def stream(self, inputs: Tensor, output: Tensor, tokens: int) -> tuple[Space, Space]:
+        """The residual stream in this block (its input, its output, the sums between them) and its gradients."""
+        values, slopes = Space(tokens, self.width), Space(tokens, self.width)
         found = [inputs]
-        seen = directions(inputs, self.width)
+        values.add(inputs)
         for total, first, second in self.trace.sums:
             terms = [term for term in (first, second) if term is not total]
-            if any(term is tensor for term in terms for tensor in found) or any(
-                term.shape == inputs.shape and among(directions(term, self.width), seen) for term in terms
+            known = any(term is tensor for term in terms for tensor in found)
+            if known or any(
+                term.shape == inputs.shape and values.contains(directions(term, self.width)) for term in terms
             ):
                 found.append(total)
-            if found[-1] is total:
-                seen = torch.cat([seen, directions(total, self.width)])
-        return [*found, output]
+                values.add(total)
+            if total is output:
+                break
+        values.add(output)
+        for tensor in (*found, output):
+            slopes.add(tensor.grad)
+        return values, slopes
 
-    def read(self, stream: list[Tensor]) -> None:
-        """Finds the roles of all layers and norms of a block, given the tensors of the residual stream in it."""
-        width = self.width
-        values = torch.cat([directions(tensor, width) for tensor in stream])
-        slopes = torch.cat([directions(tensor.grad, width) for tensor in stream if tensor.grad is not None])
+    def read(self, values: Space, slopes: Space, sums: list[Tensor]) -> None:
+        """Finds the roles of all layers, norms and vectors of a block.
+
+        - values, slopes: the residual stream in it, and its gradients.
+        - sums: for each tensor of the stream, the sum of its gradients over tokens.
+        """
         before, after = self._norms(values, slopes)
         self.attention = read_attention(self)
-        outputs = [(norm.name, torch.cat([directions(n.y, width) for n in calls])) for norm, calls in before]
+        outputs = [(norm.name, torch.cat([directions(n.y, self.width) for n in calls])) for norm, calls in before]
         inputs = [
-            (norm.name, torch.cat([directions(n.x.grad, width) for n in calls if n.x.grad is not None]))
+            (norm.name, torch.cat([directions(n.x.grad, self.width) for n in calls if n.x.grad is not None]))
             for norm, calls in after
             if any(n.x.grad is not None for n in calls)
         ]
@@ -114,9 +122,23 @@ class BlockReader:
         for layer in self.layers:
             layer.reads = layer.reads or f"{layer.name}.in"
             layer.writes = layer.writes or "fixed"
+        self.biases = self._biases(sums, inputs)
+
+    def _biases(self, sums: list[Tensor], inputs: list[tuple[str, Tensor]]) -> list[Bias]:
+        """Vectors that are added to the stream: their gradient is the sum of the stream's over tokens."""
+        layers = {layer.param.rpartition(".")[0] for layer in self.layers} | {norm.name for norm in self.norms}
+        found = []
+        for param, name in self.params.items():
+            grad = self.trace.vectors.get(param)
+            own = param.rpartition(".")[0] not in layers
+            if grad is not None and own and grad.shape == (self.width,) and bool(grad.any()):
+                row = directions(grad, self.width)
+                if any(among(row, directions(total, self.width)) for total in sums):
+                    found.append(Bias(name))
+        return found
 
     def _norms(
-        self, values: Tensor, slopes: Tensor
+        self, values: Space, slopes: Space
     ) -> tuple[list[tuple[Norm, list[NormCall]]], list[tuple[Norm, list[NormCall]]]]:
         """The norms that read the residual stream, and those that write to it, with their calls."""
         calls: dict[str, list[NormCall]] = defaultdict(list)
@@ -129,14 +151,18 @@ class BlockReader:
             module, name = found[0].module, full.removeprefix(self.prefix)
             gain, bias = getattr(module, "weight", None), getattr(module, "bias", None)
             form = norm_form(found[0].x, found[0].y, gain, bias)
+            reads = values.contains(torch.cat([directions(n.x, self.width) for n in found]))
             if form is None:
+                self.centred |= reads and centres(found[0].x, found[0].y)
+                if reads and self.centred:
+                    values.add(found[0].y)
                 continue
             kind, offset = form
             written = [directions(n.y.grad, self.width) for n in found if n.y.grad is not None]
-            if among(directions(found[0].x, self.width), values):
+            if reads:
                 basis = self._norm_basis(len(before))
                 before.append((Norm(name, "residual", basis, kind, offset), found))
-            elif written and among(torch.cat(written), slopes):
+            elif written and slopes.contains(torch.cat(written)):
                 after.append((Norm(name, f"post.{name}", "residual", kind, offset), found))
         for entry, _ in (*before, *after):
             self.norm_entries[entry.name] = entry
@@ -147,7 +173,7 @@ class BlockReader:
             return "final"
         return ("attn_in", "mlp_in")[number] if number < 2 else f"norm{number}_in"
 
-    def _reads(self, layer: Layer, outputs: list[tuple[str, Tensor]], values: Tensor) -> str:
+    def _reads(self, layer: Layer, outputs: list[tuple[str, Tensor]], values: Space) -> str:
         rows = layer.rows
         if rows.shape[1] % self.width:
             return ""
@@ -155,9 +181,9 @@ class BlockReader:
         for name, given in outputs:
             if rows.shape[1] == self.width and among(found, given):
                 return self.norm_entries[name].writes
-        return "residual" if among(found, values) else ""
+        return "residual" if values.contains(found) else ""
 
-    def _writes(self, layer: Layer, inputs: list[tuple[str, Tensor]], slopes: Tensor) -> str:
+    def _writes(self, layer: Layer, inputs: list[tuple[str, Tensor]], slopes: Space) -> str:
         grads = layer.grads
         if grads is None or grads.shape[1] % self.width or not bool((grads != 0).any()):
             return ""
@@ -165,12 +191,13 @@ class BlockReader:
         for name, given in inputs:
             if among(found, given):
                 return self.norm_entries[name].reads
-        return "residual" if among(found, slopes) else ""
+        return "residual" if slopes.contains(found) else ""
 
     def entries(self) -> Iterable[Entry]:
         """The entries of the description, with names in the block."""
-        experts = {value for key in _EXPERTS if isinstance(value := getattr(self.model.config, key, None), int)}
+        experts = expert_counts(self.model.config.get_text_config(decoder=True))
         yield from self.norm_entries.values()
+        yield from self.biases
         for heading in self.attention:
             yield heading.entry
         for layer in self.layers:
@@ -218,20 +245,26 @@ def _merged(entries: Iterable[Entry]) -> dict[str, Entry]:
     return merged
 
 
-def read_roles(model: Any, path: str, trace: Trace, width: int) -> Architecture:
-    """The description of a model from its trace. `path` is that of its blocks; `width` that of the residual stream."""
+def read_roles(model: Any, path: str, trace: Trace, width: int, tokens: int) -> Architecture:
+    """The description of a model from its trace.
+
+    `path` is that of its blocks, `width` that of the residual stream, `tokens` the number of tokens of the pass.
+    """
     names = dict(model.named_parameters())
     count = len(trace.inputs)
     everything: list[Entry] = []
+    centred = False
     for i in range(count):
         prefix = f"{path}.{i}."
         params = {name: numbered(model, prefix, name) for name in names if name.startswith(prefix)}
         reader = BlockReader(model, trace, prefix, params, width)
-        reader.read(reader.stream(trace.inputs[i], trace.outputs[i]))
+        values, slopes = reader.stream(trace.inputs[i], trace.outputs[i], tokens)
+        reader.read(values, slopes, slopes.sums)
+        centred |= reader.centred
         entries = [replace(entry, name=numbered(model, prefix, prefix + entry.name)) for entry in reader.entries()]
         everything += _with_kept(entries, params.values())
-    block = tuple(_tidy(_merged(_expert_bases(entry) for entry in everything).values()))
-    outer = tuple(_outer(model, path, trace, width))
+    block = tuple(_tidy(_merged(everything).values()))
+    outer = tuple(_outer(model, path, trace, width, tokens))
     return Architecture(
         name=f"{model.config.model_type} (derived)",
         model_types=(model.config.model_type,),
@@ -240,20 +273,16 @@ def read_roles(model: Any, path: str, trace: Trace, width: int) -> Architecture:
         outer=outer,
         rope="unknown",
         derived=True,
-        keeps_mean=any(isinstance(e, Norm) and e.kind == "layer" and e.reads == "residual" for e in (*block, *outer)),
+        keeps_mean=centred
+        or any(isinstance(e, Norm) and e.kind == "layer" and e.reads == "residual" for e in (*block, *outer)),
     )
-
-
-def _expert_bases(entry: Entry) -> Entry:
-    """Experts in a list have bases of their own, numbered like them."""
-    return entry
 
 
 def _claims(entries: Iterable[Entry]) -> set[str]:
     """The parameters that entries claim, without biases that may be missing."""
     claimed: set[str] = set()
     for entry in entries:
-        if isinstance(entry, Kept) or (isinstance(entry, Linear) and entry.stacked):
+        if isinstance(entry, (Kept, Bias)) or (isinstance(entry, Linear) and entry.stacked):
             claimed |= {entry.name, f"{entry.name}_bias"}
         elif not isinstance(entry, Attention):
             claimed |= {f"{entry.name}.weight", f"{entry.name}.bias"}
@@ -272,7 +301,7 @@ def _tidy(entries: Iterable[Entry]) -> list[Entry]:
     return [entry for entry in entries if not (isinstance(entry, Kept) and entry.name in claimed)]
 
 
-def _outer(model: Any, path: str, trace: Trace, width: int) -> Iterable[Entry]:
+def _outer(model: Any, path: str, trace: Trace, width: int, tokens: int) -> Iterable[Entry]:
     """The entries around the blocks: tables, the last norm, the head, and what else reads or writes the stream."""
     inside = f"{path}."
     params = {name: name for name in dict(model.named_parameters()) if not name.startswith(inside)}
@@ -282,10 +311,16 @@ def _outer(model: Any, path: str, trace: Trace, width: int) -> Iterable[Entry]:
     everything = dict(model.named_parameters(remove_duplicate=False))
     tables = {param for param, _ in trace.tables}
     first, last = trace.inputs[0], trace.outputs[-1]
-    reader.read([first, last])
-    grad = torch.zeros(1, width) if first.grad is None else first.grad
+    values, slopes = Space(tokens, width), Space(tokens, width)
+    for tensor in (first, last):
+        values.add(tensor)
+        slopes.add(tensor.grad)
+    reader.read(values, slopes, slopes.sums)
+    grad = torch.zeros(1, width, dtype=torch.float64) if first.grad is None else first.grad
     # Positions are often looked up once for the whole batch: their gradient is the sum over it.
-    slopes = torch.cat([directions(grad, width), directions(grad.sum(0), width)])
+    batch = directions(grad.sum(0), width)
+    looked_up = Space(tokens, width)
+    looked_up.add(first)
     entries: list[Entry] = []
     for entry in reader.entries():
         param = entry.name if isinstance(entry, Kept) or entry.name in stored else f"{entry.name}.weight"
@@ -300,7 +335,11 @@ def _outer(model: Any, path: str, trace: Trace, width: int) -> Iterable[Entry]:
             entry = replace(entry, quantize=False)
         entries.append(entry)
     for param in dict.fromkeys(param for param, _ in trace.tables if param in params):
-        grads = [out.grad for name, out in trace.tables if name == param and out.grad is not None]
-        if grads and all(g.shape[-1] == width and among(directions(g, width), slopes) for g in grads):
+        found = [out for name, out in trace.tables if name == param and out.shape[-1] == width]
+        grads = [directions(out.grad, width) for out in found if out.grad is not None]
+        if grads and (
+            all(slopes.contains(g) or among(g, batch) for g in grads)
+            or all(looked_up.contains(directions(out, width)) for out in found)
+        ):
             entries.append(Embedding(param.removesuffix(".weight")))
     return _tidy(_with_kept(entries, [name for name in stored if name in params]))

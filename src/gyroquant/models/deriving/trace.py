@@ -33,7 +33,7 @@ class View:
 
 @dataclass(eq=False)
 class Product:
-    """One multiplication by a matrix: `y = x @ weight.T`, or `x @ weight` if `transposed`. x and y are matrices of rows."""
+    """One multiplication by a matrix: `y = x @ weight.T`, or `x @ weight` if `transposed`."""
 
     view: View
     x: Tensor
@@ -78,6 +78,7 @@ class Trace:
     - tables: the outputs of embeddings, by the name of the parameter.
     - sums: each sum with its two terms.
     - inputs, outputs: of each block, in order.
+    - vectors: the gradients of parameters that are vectors, by name.
     """
 
     products: list[Product] = field(default_factory=list)
@@ -87,6 +88,7 @@ class Trace:
     sums: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
     inputs: list[Tensor] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
+    vectors: dict[str, Tensor] = field(default_factory=dict)
 
 
 _ADDS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__, Tensor.add_}
@@ -189,7 +191,7 @@ def _hooked(model: nn.Module, blocks: nn.ModuleList, trace: Trace) -> Iterator[N
 
     def block_hook(_: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
         given = args[0] if args else kwargs["hidden_states"]
-        made = out[0] if isinstance(out, tuple) else out
+        made = out[0] if isinstance(out, (tuple, list)) else out
         for kept, tensor in ((trace.inputs, given), (trace.outputs, made)):
             tensor.retain_grad()
             kept.append(tensor)
@@ -239,6 +241,8 @@ def trace_model(model: Any, blocks: nn.ModuleList, ids: Tensor, width: int) -> T
         weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(7))
         (logits.float() * weights).sum().backward(retain_graph=True)
         recorder.views.clear()
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1 and parameter.grad is not None:
+            trace.vectors[name] = parameter.grad
         parameter.grad = None
     return trace

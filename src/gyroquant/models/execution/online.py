@@ -183,13 +183,10 @@ def experts_forward(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weig
 
     `hidden` has shape (tokens, hidden). The other two arguments have shape (tokens, top_k), as transformers passes
     them. An observer is a function of the parameter's name, the expert and its input, shape (tokens of this expert,
-    features). Raises UnsupportedModelError for experts with biases, without a gate, or with gate and up interleaved.
+    features).
     """
-    if not module.has_gate or module.has_bias or not module.is_concatenated:
-        raise UnsupportedModelError(
-            f"{type(module).__name__} has experts with biases, without a gate, or with gate and up interleaved, which "
-            "is not supported; run no map online at its experts and do not round their inputs"
-        )
+    first = "gate_up_proj" if module.has_gate else "up_proj"
+    nonlinearity = module._apply_gate if module.has_gate else module.act_fn
     maps, grids = module.__dict__.get("_gyroquant_maps", {}), module.__dict__.get("_gyroquant_grids", {})
     observe = module.__dict__.get("_gyroquant_observe")
     out = torch.zeros_like(hidden)
@@ -198,7 +195,7 @@ def experts_forward(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weig
         if token.numel() == 0:
             continue
         x = hidden[token]
-        for name, point in (("gate_up_proj", "experts_in"), ("down_proj", "experts_act")):
+        for name, point in ((first, "experts_in"), ("down_proj", "experts_act")):
             if point in maps:
                 x = run_map(maps[point], x)
             if point in grids:
@@ -207,8 +204,12 @@ def experts_forward(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weig
                 observe(name, expert, x)
             weight = getattr(module, name)[expert]
             x = x @ weight if module.is_transposed else nn.functional.linear(x, weight)
-            if name == "gate_up_proj":
-                x = module._apply_gate(x)
+            if module.has_bias:
+                x = x + getattr(module, f"{name}_bias")[expert]
+            if name == first:
+                x = nonlinearity(x)
+        if module.has_post_expert_norm:
+            x = module.post_expert_norm(x)
         out.index_add_(0, token, (x * top_k_weights[token, position, None]).to(out.dtype))
     return out
 
@@ -351,13 +352,17 @@ def attach(model: nn.Module, online: Iterable[OnlineOp]) -> Callable[[], None]:
     """Attaches online operations to the modules of `model`. Returns a function that detaches them."""
     undo: list[Callable[[], None]] = []
     last = _LastRounded()
-    for op in online:
-        undo += _attach_op(model, op, last)
 
     def detach() -> None:
         for step in reversed(undo):
             step()
 
+    try:
+        for op in online:
+            undo += _attach_op(model, op, last)
+    except Exception:
+        detach()
+        raise
     return detach
 
 

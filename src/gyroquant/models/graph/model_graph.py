@@ -17,6 +17,7 @@ from gyroquant.errors import UnsupportedModelError
 from gyroquant.models.graph.heads import Heads, heads_of, setting
 from gyroquant.models.graph.operations import (
     AttentionOp,
+    BiasOp,
     EmbeddingOp,
     Group,
     InModule,
@@ -30,6 +31,7 @@ from gyroquant.models.graph.operations import (
 from gyroquant.models.graph.spec import (
     Architecture,
     Attention,
+    Bias,
     Embedding,
     Entry,
     Kept,
@@ -42,6 +44,7 @@ from gyroquant.models.graph.spec import (
 
 __all__ = [
     "AttentionOp",
+    "BiasOp",
     "EmbeddingOp",
     "Group",
     "KeptOp",
@@ -219,6 +222,8 @@ class _Resolver:
         if isinstance(entry, Kept):
             return list(self._kept(entry, prefix))
         module = prefix + entry.name
+        if isinstance(entry, Bias):
+            return None if self.shape(module) is None else [BiasOp(entry, module)]
         if isinstance(entry, Attention):
             return [AttentionOp(entry, module, self.heads)] if self._has_module(module) else []
         if self.shape(f"{module}.weight") is None:

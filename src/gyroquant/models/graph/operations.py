@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 from gyroquant.models.graph.heads import Heads
-from gyroquant.models.graph.spec import Attention, Embedding, Linear, Norm
+from gyroquant.models.graph.spec import Attention, Bias, Embedding, Linear, Norm
 
 Shape = tuple[int, ...]
 
@@ -127,6 +127,14 @@ class EmbeddingOp:
 
 
 @dataclass(frozen=True)
+class BiasOp:
+    """A `Bias` entry in one model."""
+
+    entry: Bias
+    param: str
+
+
+@dataclass(frozen=True)
 class AttentionOp:
     """An `Attention` entry in one model: the attention module of a block and its heads."""
 
@@ -142,7 +150,7 @@ class KeptOp:
     param: str
 
 
-Op = LinearOp | NormOp | EmbeddingOp | AttentionOp | KeptOp
+Op = LinearOp | NormOp | EmbeddingOp | BiasOp | AttentionOp | KeptOp
 
 
 @dataclass(frozen=True)
@@ -177,7 +185,7 @@ class Group:
 
     def params(self) -> Iterable[str]:
         for op in self.ops:
-            if isinstance(op, KeptOp):
+            if isinstance(op, (KeptOp, BiasOp)):
                 yield op.param
             elif isinstance(op, EmbeddingOp):
                 yield op.weight
@@ -196,9 +204,11 @@ class Group:
         for op in self.ops:
             if isinstance(op, LinearOp):
                 ports += op.write_ports(basis)
-            elif isinstance(op, (NormOp, EmbeddingOp)) and op.entry.writes == basis:
+            elif isinstance(op, (NormOp, EmbeddingOp, BiasOp)) and op.entry.writes == basis:
                 if isinstance(op, EmbeddingOp):
                     ports.append(Port(op.weight, 1))
+                elif isinstance(op, BiasOp):
+                    ports.append(Port(op.param, 0))
                 elif op.bias and op.entry.reads != basis:
                     ports.append(Port(op.bias, 0))
         return tuple(ports)
@@ -210,6 +220,6 @@ class Group:
                 bases |= {op.entry.reads, *op.rows}
             elif isinstance(op, NormOp):
                 bases |= {op.entry.reads, op.entry.writes}
-            elif isinstance(op, EmbeddingOp):
+            elif isinstance(op, (EmbeddingOp, BiasOp)):
                 bases.add(op.entry.writes)
         return bases

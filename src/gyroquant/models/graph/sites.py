@@ -257,7 +257,7 @@ def hook_point(op: LinearOp) -> HookPoint:
     """The hook point at the input of a linear layer, or of a projection of stacked experts."""
     if not op.entry.stacked:
         return HookPoint("input", op.module)
-    return HookPoint("experts_act" if op.entry.reads.endswith("act") else "experts_in", op.module)
+    return HookPoint("experts_act" if op.weight.endswith(".down_proj") else "experts_in", op.module)
 
 
 def _layer_input(name: str, block: int, op: LinearOp, label: str, reason: str) -> Site:
@@ -278,7 +278,7 @@ def _down_projections(graph: ModelGraph) -> Iterator[tuple[int, Group, LinearOp,
     """Every layer that reads the output of a nonlinearity: block, group, layer and the prefix of its bases."""
     for i, group in enumerate(graph.blocks):
         for op in group.linears:
-            if op.entry.reads.rpartition(".")[2] == "act":
+            if op.entry.reads.rpartition(".")[2] == "act" and op.entry.quantize:
                 yield i, group, op, op.entry.reads.removesuffix("act")
 
 
@@ -365,7 +365,7 @@ def _r1_online(graph: ModelGraph) -> Iterator[Site]:
         for norm in group.norms:
             if norm.entry.reads == "residual":
                 yield _norm_site("R1", i, group, norm, graph.hidden)
-        direct = group.readers("residual")
+        direct = [op for op in group.readers("residual") if not op.entry.stacked or op.entry.quantize]
         if direct:
             yield Site(
                 name="R1",

@@ -70,6 +70,14 @@ class Embedding:
 
 
 @dataclass(frozen=True)
+class Bias:
+    """A vector that is added to a basis, as a parameter of its own. `name` is that of the parameter."""
+
+    name: str
+    writes: str = "residual"
+
+
+@dataclass(frozen=True)
 class Attention:
     """The attention module of a block, and its heads: each the name of a setting, or a quotient such as ``a/b``.
 
@@ -96,7 +104,7 @@ class Kept:
     name: str
 
 
-Entry = Linear | Norm | Embedding | Attention | Kept
+Entry = Linear | Norm | Embedding | Bias | Attention | Kept
 RopeLayout = Literal["half", "interleaved", "none", "unknown"]
 Part = (
     Entry | tuple[tuple[Entry, ...], ...]

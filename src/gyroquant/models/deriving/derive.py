@@ -18,7 +18,9 @@ from torch.func import functional_call
 from gyroquant.errors import GyroquantError, UnsupportedModelError
 from gyroquant.maps import Dense, Diagonal, Map, PairRotation, Permutation
 from gyroquant.models.deriving.roles import read_roles
+from gyroquant.models.deriving.tiny import tiny_model, tiny_tokens
 from gyroquant.models.deriving.trace import trace_model
+from gyroquant.models.execution.messages import quiet
 from gyroquant.models.execution.online import attached
 from gyroquant.models.folding.fold import FoldPlan, fold, folded_outer, fp32
 from gyroquant.models.graph.model_graph import ModelGraph, build_graph
@@ -388,3 +390,19 @@ def derive(model: Any, ids: Tensor) -> Derivation:
     for step in (deriver.r1, deriver.r2, deriver.norms, deriver.heads, deriver.qk, deriver.r4, deriver.linear):
         step()
     return deriver.result
+
+
+_DERIVED: dict[tuple[str, str], Derivation] = {}
+
+
+def derived(config: Any, build: Callable[[Any], Any] | None = None) -> Derivation:
+    """The derivation for a decoder's configuration, from a tiny model of it. Each is made once in a process.
+
+    `build` makes a model from a configuration; see `tiny_model`. Raises UnsupportedModelError if there is none.
+    """
+    key = (str(build or config.model_type), config.to_json_string(use_diff=False))
+    if key not in _DERIVED:
+        with torch.random.fork_rng(devices=[]), quiet():
+            model = tiny_model(config, build)
+            _DERIVED[key] = derive(model, tiny_tokens(model))
+    return _DERIVED[key]

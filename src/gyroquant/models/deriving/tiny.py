@@ -59,8 +59,7 @@ def _sizes() -> dict[str, int]:
         "position_bias_num_buckets num_buckets log_scaling_n_floor",
         24: "qk_nope_head_dim",
         32: "qk_head_dim q_lora_rank attention_head_dim",
-        40: "kv_lora_rank",
-        48: "moe_intermediate_size expert_ffn_hidden_size",
+        48: "kv_lora_rank moe_intermediate_size expert_ffn_hidden_size",
         80: "shared_expert_intermediate_size moe_shared_expert_intermediate_size shared_intermediate_size "
         "shared_experts_intermediate_size",
         128: "max_position_embeddings n_positions n_ctx max_seq_len model_max_length context_length "

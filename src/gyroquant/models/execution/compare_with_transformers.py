@@ -8,11 +8,9 @@ than one block.
 from __future__ import annotations
 
 import gc
-import logging
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,6 +19,7 @@ import transformers
 from torch import Tensor, nn
 
 from gyroquant.errors import InputError, UnsupportedModelError
+from gyroquant.models.execution.messages import quiet
 from gyroquant.models.execution.runner import BlockRunner, auto_class, evaluating
 from gyroquant.models.folding.fold import fp32
 from gyroquant.models.folding.prove import worst_token_error
@@ -81,7 +80,7 @@ def compare_with_transformers(store: WeightStore, progress: Advance = lambda: No
 def _opened_by_transformers(store: CheckpointStore, scratch: str) -> Any:
     """The model as transformers opens its folder, in fp32. Raises InputError if transformers does not open it."""
     try:
-        with _quiet():
+        with quiet():
             return auto_class(store.config).from_pretrained(
                 store.folder,
                 dtype=torch.float32,
@@ -116,25 +115,6 @@ def _blocks_on_disk(model: nn.Module, graph: ModelGraph) -> dict[str, str]:
             if full not in parents and full != blocks:
                 devices[full] = "cpu"
     return devices
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Turns off transformers' progress bars and its warnings about loading, for the duration of a with block."""
-    log = transformers.utils.logging
-    bars, level = log.is_progress_bar_enabled(), log.get_verbosity()
-    accelerate = logging.getLogger("accelerate.big_modeling")  # it warns that blocks are on disk, which is intended
-    previous = accelerate.level
-    log.disable_progress_bar()
-    log.set_verbosity_error()
-    accelerate.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        accelerate.setLevel(previous)
-        log.set_verbosity(level)
-        if bars:
-            log.enable_progress_bar()
 
 
 def _compare(

@@ -21,9 +21,11 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from gyroquant.errors import InputError
+from gyroquant.models.deriving.derive import Derivation, derived
 from gyroquant.models.execution.online import OnlineOp
 from gyroquant.models.execution.runner import build_skeleton
 from gyroquant.models.graph.model_graph import ModelGraph, Shape, build_graph
+from gyroquant.models.graph.spec import described
 from gyroquant.models.stores.config_loading import load_config, read_json
 from gyroquant.models.stores.names import left_out, trainer_names, trainer_patterns
 from gyroquant.models.stores.safetensors_files import DTYPES, LazyTensor, safetensors_index
@@ -111,7 +113,21 @@ class WeightStore(ABC):
     def graph(self) -> ModelGraph:
         model = self.skeleton()
         buffers = [name for name in persistent_buffers(model) if name in self.shapes]
-        return build_graph(self.config, self.shapes, self.tied, decoder=decoder_name(model), buffers=buffers)
+        derivation = self.derivation
+        architecture = None if derivation is None else derivation.architecture
+        decoder = decoder_name(model)
+        return build_graph(self.config, self.shapes, self.tied, architecture, decoder=decoder, buffers=buffers)
+
+    @cached_property
+    def derivation(self) -> Derivation | None:
+        """The derived description of the decoder. None if a hand-written one describes it."""
+        if described(self.text_config.model_type) is not None:
+            return None
+        return derived(self.text_config, self._builder())
+
+    def _builder(self) -> Callable[[Any], Any] | None:
+        """A function that builds a model like this one from a configuration. None: that of transformers."""
+        return None
 
 
 def untie(config: Any) -> None:
@@ -173,6 +189,10 @@ class ModuleStore(WeightStore):
 
     def skeleton(self) -> Any:
         return self.model
+
+    def _builder(self) -> Callable[[Any], Any] | None:
+        kind = type(self.model)
+        return None if kind.__module__.startswith("transformers.") else kind._from_config
 
 
 class CheckpointStore(WeightStore):

@@ -6,7 +6,7 @@ Memory holds one block and the hidden states, whatever the depth of the model. H
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gyroquant.calibration.observers import PairedForward, PairedSecondMoments, SecondMoments
 from gyroquant.calibration.offload import Spilled
+from gyroquant.errors import UnsupportedModelError
 from gyroquant.models.execution.online import attached
 from gyroquant.models.execution.runner import BlockDoneError, BlockRunner, Call
 from gyroquant.models.stores.base import WeightStore
@@ -21,6 +22,38 @@ from gyroquant.system.progress import Advance
 
 _TOKENS = 4096  # this many tokens run through a block at once
 _HEAD_TOKENS = 512  # this many run through the head at once, because logits are wide
+
+
+def varying(call: Call, other: Call) -> dict[str | int, Tensor]:
+    """The arguments of a block that depend on the tokens: those that differ in two calls with different tokens.
+
+    Keys are positions or names. Values are empty tensors. Raises UnsupportedModelError if such an argument is not a
+    tensor with one entry for each sequence.
+    """
+    found: dict[str | int, Tensor] = {}
+    places: list[tuple[str | int, object, object]] = [
+        (i, a, b) for i, (a, b) in enumerate(zip(call[0], other[0], strict=True))
+    ]
+    for place, first, second in [*places, *((name, value, other[1][name]) for name, value in call[1].items())]:
+        if _equal(first, second):
+            continue
+        if not isinstance(first, Tensor):
+            raise UnsupportedModelError(
+                f"the argument {place} of a block depends on the tokens and is a {type(first).__name__}, which is not "
+                "supported"
+            )
+        found[place] = torch.empty(0)
+    return found
+
+
+def _equal(first: object, second: object) -> bool:
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return first.shape == second.shape and bool(torch.equal(first, second))
+    if isinstance(first, (tuple, list)) and isinstance(second, (tuple, list)):
+        return len(first) == len(second) and all(_equal(a, b) for a, b in zip(first, second, strict=True))
+    if isinstance(first, dict) and isinstance(second, dict):
+        return first.keys() == second.keys() and all(_equal(first[key], second[key]) for key in first)
+    return isinstance(first, Tensor) == isinstance(second, Tensor)  # other objects are settings
 
 
 class Stream:
@@ -48,12 +81,17 @@ class Stream:
         self.batch = max(1, _TOKENS // input_ids.shape[1])
         self._outer = {name: t.to(device=self.device, dtype=dtype) for name, t in outer.items()}
         self._calls: dict[int, list[Call]] = {}
+        self._varying: dict[int, dict[str | int, Tensor]] = {}
         self.observing_seconds = 0.0
         self._spilled: list[Spilled] = []
         self.hidden: Tensor | None = None
         for start, ids in self._batches():
             first, calls = runner.begin(ids, self._outer)
             self._calls.setdefault(len(ids), calls)
+            if start == 0:
+                other = runner.begin(ids.roll(1, 1), self._outer)[1]
+                self._varying = {i: varying(*pair) for i, pair in enumerate(zip(calls, other, strict=True))}
+            self._keep(start, len(ids), calls)
             if self.hidden is None:
                 few = range(len(ids).bit_length() if pairing else 1)  # tuning runs on a few sequences at a time
                 for size in {1 << k for k in few} - self._calls.keys():
@@ -68,6 +106,28 @@ class Stream:
             for start, ids in self._batches():
                 self.original[start : start + len(ids)] = self.hidden[start : start + len(ids)]
                 self._end_batch(start)
+
+    def _keep(self, start: int, count: int, calls: list[Call]) -> None:
+        """Keeps the arguments of blocks that depend on the tokens of this batch."""
+        for index, kept in self._varying.items():
+            rest, named = calls[index]
+            for place in kept:
+                value = named[place] if isinstance(place, str) else rest[place]
+                if kept[place].numel() == 0:
+                    kept[place] = torch.empty((len(self.input_ids), *value.shape[1:]), dtype=value.dtype)
+                kept[place][start : start + count] = value
+
+    def _call(self, index: int, sequences: Sequence[int]) -> Call:
+        """The arguments of a block, besides hidden states, for some sequences."""
+        rest, named = self._calls[len(sequences)][index]
+        kept = self._varying.get(index)
+        if not kept:
+            return rest, named
+        chosen = {place: value[list(sequences)].to(self.device) for place, value in kept.items()}
+        return (
+            tuple(chosen.get(place, value) for place, value in enumerate(rest)),
+            {name: chosen.get(name, value) for name, value in named.items()},
+        )
 
     def _allocate(self, shape: tuple[int, ...], offload: Path | None) -> Tensor:
         if offload is None:
@@ -111,7 +171,7 @@ class Stream:
         assert self.hidden is not None
         local = self.local(tensors)
         for start, ids in self._batches():
-            self._run(index, local, self.hidden[start : start + len(ids)], keep)
+            self._run(index, local, self.hidden, start, len(ids), keep)
             self._end_batch(start)
             progress()
 
@@ -146,7 +206,7 @@ class Stream:
             for hidden in self._turns(ids.numel()):
                 first = hidden is self.original
                 weights = unrounded if first else local
-                self._run(index, weights, hidden[start : start + len(ids)], keep=first and move)
+                self._run(index, weights, hidden, start, len(ids), keep=first and move)
             self._end_batch(start)
             progress()
         self.observing_seconds += time.perf_counter() - started
@@ -161,7 +221,8 @@ class Stream:
         local, total = self.local(tensors), torch.zeros(self.hidden.shape[-1], dtype=torch.float64, device=self.device)
         for start, ids in self._batches():
             stop = start + len(ids)
-            out = self.runner.run(index, local, self.hidden[start:stop].to(self.device), self._calls[len(ids)][index])
+            call = self._call(index, range(start, stop))
+            out = self.runner.run(index, local, self.hidden[start:stop].to(self.device), call)
             total += (self.original[start:stop].to(self.device).double() - out.double()).sum((0, 1))
             self._end_batch(start)
             progress()
@@ -185,9 +246,11 @@ class Stream:
         """Tensors on the device and in the dtype that blocks compute in."""
         return {name: tensor.to(device=self.device, dtype=self.dtype) for name, tensor in tensors.items()}
 
-    def _run(self, index: int, local: Mapping[str, Tensor], hidden: Tensor, keep: bool) -> None:
+    def _run(self, index: int, local: Mapping[str, Tensor], states: Tensor, start: int, count: int, keep: bool) -> None:
+        hidden = states[start : start + count]
         try:
-            out = self.runner.run(index, local, hidden.to(self.device), self._calls[len(hidden)][index])
+            call = self._call(index, range(start, start + count))
+            out = self.runner.run(index, local, hidden.to(self.device), call)
         except BlockDoneError:
             if keep:  # an observer stopped a block that had to run to its end
                 raise
@@ -195,12 +258,13 @@ class Stream:
         if keep:
             hidden.copy_(out)
 
-    def few(self, index: int, tensors: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
+    def few(self, index: int, tensors: Mapping[str, Tensor], hidden: Tensor, sequences: Sequence[int]) -> Tensor:
         """The output of block `index` for one sequence, shape (1, length, hidden), differentiable.
 
-        With a pairing, `hidden` may have any power of two of sequences up to `batch`.
+        `sequences` are the numbers of the sequences. With a pairing, there may be any power of two of them up to
+        `batch`.
         """
-        return self.runner.differentiable(index, tensors, hidden, self._calls[len(hidden)][index])
+        return self.runner.differentiable(index, tensors, hidden, self._call(index, sequences))
 
     def _pieces(self) -> Iterator[tuple[int, int, int]]:
         count, length = self.input_ids.shape

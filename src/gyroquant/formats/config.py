@@ -37,7 +37,10 @@ def older_rope_names(config: Any, data: Mapping[str, Any]) -> dict[str, Any]:
     names = _OLDER_NAMES.get(config.model_type, {})
     older = {names.get(key, key): value for key, value in _older(settings, data).items()}
     for candidate in (older, {key: value for key, value in older.items() if key != "rope_scaling"}):
-        reread = type(config).from_dict(deepcopy(dict(data) | candidate))
+        try:
+            reread = type(config).from_dict(deepcopy(dict(data) | candidate))
+        except Exception:  # some classes refuse the older names, with errors of many kinds
+            continue
         if _without_alias(reread.rope_parameters) == _without_alias(settings):
             return candidate
     return {}

@@ -76,14 +76,14 @@ def _trials(
                     stream.observe(index, tensors)
                 local = stream.local(tensors)
                 for states in trials.values():
-                    states[:] = [stream.few(index, local, state) for state in states]
+                    states[:] = [stream.few(index, local, state, [k]) for k, state in enumerate(states)]
                 part = LayerGroup(group, job.targets, tensors, observed, online)
                 for bits, grid in grids.items():
                     for name, layer in round_layers(part, job.rounding(warn, grid)).items():
                         changed = local | stream.local({name: layer.param})
                         layer.release()
                         inputs = [stream.hidden[k : k + 1].to(stream.device) for k in windows]
-                        trials[name, bits] = [stream.few(index, changed, state) for state in inputs]
+                        trials[name, bits] = [stream.few(index, changed, state, [k]) for k, state in enumerate(inputs)]
                         sizes[name, bits] = layer.weight.bits
                 stream.run(index, tensors)
             advance()

@@ -113,6 +113,10 @@ def is_ignored(module: str, patterns: Iterable[str]) -> bool:
     return False
 
 
+HEAD = "lm_head"
+"""The usual name of the head, which recipes do not round by default."""
+
+
 def _check_patterns(patterns: Iterable[str], linears: Iterable[LinearOp], where: str, model: str) -> None:
     """Raises RecipeError for a pattern that is not a regular expression or matches no layer."""
     linears = list(linears)
@@ -121,7 +125,7 @@ def _check_patterns(patterns: Iterable[str], linears: Iterable[LinearOp], where:
             used = any(is_ignored(op.name, [pattern]) for op in linears)
         except re.error as error:
             raise RecipeError(f"{where}: {pattern!r} is not a regular expression: {error}") from error
-        if not used:
+        if not used and pattern != HEAD:  # a model may have no head of that name, and its head is not rounded
             raise RecipeError(f"{where}: {pattern!r} matches no layer of this {model}")
 
 

@@ -273,6 +273,7 @@ def read_roles(model: Any, path: str, trace: Trace, width: int, tokens: int) -> 
         outer=outer,
         rope="unknown",
         derived=True,
+        returns=trace.returns,
         keeps_mean=centred
         or any(isinstance(e, Norm) and e.kind == "layer" and e.reads == "residual" for e in (*block, *outer)),
     )

@@ -78,6 +78,7 @@ class Trace:
     - tables: the outputs of embeddings, by the name of the parameter.
     - sums: each sum with its two terms.
     - inputs, outputs: of each block, in order.
+    - returns: the length of the tuple that a block returns, or 0.
     - vectors: the gradients of parameters that are vectors, by name.
     """
 
@@ -89,6 +90,7 @@ class Trace:
     inputs: list[Tensor] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
     vectors: dict[str, Tensor] = field(default_factory=dict)
+    returns: int = 0
 
 
 _ADDS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__, Tensor.add_}
@@ -192,6 +194,7 @@ def _hooked(model: nn.Module, blocks: nn.ModuleList, trace: Trace) -> Iterator[N
     def block_hook(_: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
         given = args[0] if args else kwargs["hidden_states"]
         made = out[0] if isinstance(out, (tuple, list)) else out
+        trace.returns = len(out) if isinstance(out, (tuple, list)) else 0
         for kept, tensor in ((trace.inputs, given), (trace.outputs, made)):
             tensor.retain_grad()
             kept.append(tensor)

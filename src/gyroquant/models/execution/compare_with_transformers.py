@@ -172,7 +172,7 @@ def _states(model: Any, graph: ModelGraph, ids: Tensor) -> tuple[list[Tensor], T
         states.append((args[0] if args else kwargs["hidden_states"]).clone())
 
     def keep_output(_: nn.Module, args: Any, out: Any) -> None:
-        states.append((out[0] if isinstance(out, tuple) else out).clone())
+        states.append((out[0] if isinstance(out, (tuple, list)) else out).clone())
 
     hooks = [blocks[0].register_forward_pre_hook(keep_input, with_kwargs=True)]
     hooks += [block.register_forward_hook(keep_output) for block in blocks]

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
 
 from gyroquant.errors import InputError, UnsupportedModelError
@@ -34,11 +34,15 @@ class BlockDoneError(Exception):
 
 
 class _Stub(nn.Module):
-    """Stands in for a block: records its arguments and returns its input, or `answer` if there is one."""
+    """Stands in for a block: records its arguments and returns its input, or `answer` if there is one.
 
-    def __init__(self, block: nn.Module) -> None:
+    `returns` is the length of the tuple that the block returns, or 0 if it returns a tensor.
+    """
+
+    def __init__(self, block: nn.Module, returns: int) -> None:
         super().__init__()
         self.__dict__["_block"] = block  # not a submodule, so that traversal does not find it
+        self.returns = returns
         self.call: Call | None = None
         self.answer: Tensor | None = None
         self.stop = False
@@ -49,13 +53,14 @@ class _Stub(nn.Module):
         except AttributeError:
             return getattr(self.__dict__["_block"], name)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         hidden, rest, named = _split_call(args, kwargs)
         self.call = (rest, named)
         self.first = hidden
         if self.stop:
             raise _StopRun
-        return hidden if self.answer is None else self.answer
+        out = hidden if self.answer is None else self.answer
+        return (out, *[None] * (self.returns - 1)) if self.returns else out
 
 
 def _split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
@@ -91,24 +96,34 @@ def build_skeleton(config: Any, dtype: torch.dtype = torch.float32) -> nn.Module
     with torch.device("meta"):
         model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False)
     config.dtype = stored  # transformers has overwritten it
-    for module in model.modules():
-        empty = {name: b for name, b in module.named_buffers(recurse=False) if b.is_meta}
-        if empty:
-            if sum(buffer.nbytes for buffer in empty.values()) > _MAX_BUFFERS:
-                raise InputError(
-                    f"its configuration makes the buffers {', '.join(empty)} larger than 1 GiB: correct config.json"
-                )
-            for name, buffer in empty.items():
-                persistent = name not in module._non_persistent_buffers_set
-                setattr(module, name, nn.Buffer(torch.empty_like(buffer, device="cpu"), persistent=persistent))
-            model._init_weights(module)
-            wrong = [name for name in empty if not bool(getattr(module, name).isfinite().all())]
-            if wrong:
-                raise InputError(
-                    f"its configuration makes the buffers {', '.join(wrong)} infinite or NaN: correct the RoPE "
-                    "settings in config.json"
-                )
+    empty = [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if buffer.is_meta
+    ]
+    for module, name, buffer in empty:
+        if buffer.nbytes > _MAX_BUFFERS:
+            raise InputError(f"its configuration makes the buffer {name} larger than 1 GiB: correct config.json")
+        persistent = name not in module._non_persistent_buffers_set
+        setattr(module, name, nn.Buffer(torch.full_like(buffer, 0, device="cpu"), persistent=persistent))
+    if empty:
+        _initialise(model, model)
+    wrong = [name for module, name, _ in empty if not bool(getattr(module, name).isfinite().all())]
+    if wrong:
+        raise InputError(
+            f"its configuration makes the buffers {', '.join(sorted(set(wrong)))} infinite or NaN: correct the RoPE "
+            "settings in config.json"
+        )
     return model.eval()
+
+
+def _initialise(module: nn.Module, owner: Any) -> None:
+    """Initialises a module and its children as transformers does: each by the closest model that contains it."""
+    owner = module if isinstance(module, PreTrainedModel) else owner
+    for child in module.children():
+        _initialise(child, owner)
+    owner._init_weights(module)
 
 
 @contextmanager
@@ -149,6 +164,7 @@ class BlockRunner:
         self.model = model
         self.tied = graph.tied
         self.architecture, blocks = graph.architecture, graph.architecture.blocks
+        self._returns = graph.architecture.returns
         self.blocks: nn.ModuleList = model.get_submodule(blocks)
         self._parent, self._name = model.get_submodule(blocks.rpartition(".")[0]), blocks.rpartition(".")[2]
 
@@ -163,7 +179,7 @@ class BlockRunner:
 
         Raises UnsupportedModelError if the model does not run each block once and in order.
         """
-        stubs = [_Stub(block) for block in self.blocks]
+        stubs = self._stubs()
         stubs[-1].stop = True
         self._with_stubs(stubs, input_ids, outer)
         if any(stub.call is None for stub in stubs):
@@ -183,7 +199,7 @@ class BlockRunner:
         prefix = self.architecture.block_prefix(index)
         local = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
         out = functional_call(self.blocks[index], local, (hidden, *call[0]), call[1])
-        return out[0] if isinstance(out, tuple) else out
+        return out[0] if isinstance(out, (tuple, list)) else out
 
     @torch.no_grad()
     def finish(self, hidden: Tensor, outer: Mapping[str, Tensor]) -> Tensor:
@@ -192,7 +208,7 @@ class BlockRunner:
 
     def logits(self, hidden: Tensor, outer: Mapping[str, Tensor]) -> Tensor:
         """The result of `finish`, with gradients."""
-        stubs = [_Stub(block) for block in self.blocks]
+        stubs = self._stubs()
         stubs[-1].answer = hidden
         padding = getattr(self.model.config.get_text_config(decoder=True), "pad_token_id", None)
         any_token = 1 if padding == 0 else 0  # padding would change the mask of some models
@@ -200,6 +216,9 @@ class BlockRunner:
         out = self._with_stubs(stubs, input_ids, outer)
         assert out is not None
         return out
+
+    def _stubs(self) -> list[_Stub]:
+        return [_Stub(block, self._returns) for block in self.blocks]
 
     def _with_stubs(self, stubs: Sequence[_Stub], input_ids: Tensor, outer: Mapping[str, Tensor]) -> Tensor | None:
         weights = {alias: outer[name] for alias, name in self.tied.items()} | dict(outer)

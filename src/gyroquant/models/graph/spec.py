@@ -142,6 +142,7 @@ class Architecture:
     - derived: the description was derived from the model. Entries without a parameter are left out then.
     - r1_blocked: the reason why the residual stream must not be changed. Empty if it may be changed.
     - keeps_mean: a map of the residual stream must preserve the mean.
+    - returns: the length of the tuple that a block returns. 0: it returns the hidden states alone.
     - facts: how the deriver knows each fact, by the name of an entry or of a site.
     """
 
@@ -154,6 +155,7 @@ class Architecture:
     derived: bool = False
     r1_blocked: str = ""
     keeps_mean: bool = False
+    returns: int = 0
     facts: Mapping[str, str] = field(default_factory=dict, compare=False)
     refuse: Callable[[Any], str | None] = lambda config: None
     """Takes a configuration. Returns the reason why this variant of the architecture is not supported, or None."""

@@ -83,13 +83,13 @@ def _one_layer(probe: CostProbe) -> tuple[float, int]:
     ticks.tick()
     local, state = stream.local(tensors), stream.hidden[:1].to(stream.device)
     with attached(runner.model, online):
-        stream.few(0, local, state)
+        stream.few(0, local, state, [0])
         ticks.tick()
         grid = grids_by_bits(job.recipe.weights.grid, settings.bits)[max(settings.bits)]
         layers = LayerGroup(group, job.targets, tensors, observed, online)
         solved = round_layers(layers, job.rounding(lambda text: None, grid))
         name, layer = [*solved.items()][-1]
-        stream.few(0, local | stream.local({name: layer.param}), state)
+        stream.few(0, local | stream.local({name: layer.param}), state, [0])
         ticks.tick()
         stream.run(0, tensors)
     ticks.tick()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -89,12 +89,12 @@ class RoundedBlock:
         assert self.stream is not None, "a recipe with a step on blocks needs calibration text"
         return self.stream
 
-    def run(self, weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
+    def run(self, weights: Mapping[str, Tensor], hidden: Tensor, sequences: Sequence[int]) -> Tensor:
         """The block's output, differentiable. Input and output are hidden states, shape (sequences, length, hidden).
 
-        The number of sequences must be a power of two and at most `text.batch`.
+        `sequences` are the numbers of the sequences. There must be a power of two of them and at most `text.batch`.
         """
-        return self.text.few(self.index, weights, hidden)
+        return self.text.few(self.index, weights, hidden, sequences)
 
     def mean_error(self) -> Tensor:
         """The mean over tokens of the unrounded output minus that of the deployed block, shape (hidden,), fp64."""

@@ -140,8 +140,9 @@ class BlockTuner:
         input.
         """
         hidden, target = self.hidden[sequences], self.target[sequences].float()
-        scale = (target - hidden.float()).square().mean((1, 2)).clamp_min(1e-30)
-        return ((self.block.run(weights, hidden).float() - target).square().mean((1, 2)) / scale).sum()
+        scale = (target - hidden.float()).square().flatten(1).mean(1).clamp_min(1e-30)
+        output = self.block.run(weights, hidden, sequences)
+        return ((output.float() - target).square().flatten(1).mean(1) / scale).sum()
 
     def _pieces(self, sequences: list[int]) -> Iterator[list[int]]:
         """The sequences in batches of sizes that the block can run on."""

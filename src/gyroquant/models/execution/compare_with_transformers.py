@@ -103,9 +103,16 @@ def _stacked(store: WeightStore) -> list[LinearOp]:
 
 
 def _blocks_on_disk(model: nn.Module, graph: ModelGraph) -> dict[str, str]:
-    """The device map of a model for transformers: blocks are on disk, all other modules in memory."""
+    """The device map of a model for transformers: blocks are on disk, all other modules in memory.
+
+    accelerate does not load parameters of a module that also has children, so blocks with such a module stay in memory.
+    """
     blocks = graph.architecture.blocks
-    devices = {f"{blocks}.{i}": "disk" for i in range(len(graph.blocks))}
+    devices = {}
+    for i in range(len(graph.blocks)):
+        inside = model.get_submodule(f"{blocks}.{i}").modules()
+        mixed = any([*module.children()] and [*module.parameters(recurse=False)] for module in inside)
+        devices[f"{blocks}.{i}"] = "cpu" if mixed else "disk"
     parents = [""] + [blocks[:i] for i, letter in enumerate(blocks) if letter == "."]
     for parent in parents:
         module = model.get_submodule(parent)

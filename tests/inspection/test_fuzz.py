@@ -10,7 +10,10 @@ import tiny_models
 
 import gyroquant as gq
 from gyroquant.cli import main
-from gyroquant.inspection.fuzz import THRESHOLD, causal_model_types, fuzz, tiny_config
+from gyroquant.inspection.fuzz import THRESHOLD, fuzz, tiny_config
+from gyroquant.models.deriving.tiny import causal_model_types
+from gyroquant.models.graph.spec import described
+from gyroquant.models.stores.base import ModuleStore
 
 METHODS = ("hadamard", "massdiff")
 
@@ -26,17 +29,26 @@ def test_a_described_architecture_is_exact_wherever_it_is_not_refused() -> None:
     assert any("attn_in" in f.refused for f in report.findings if f.method == "hadamard")
 
 
-def test_a_description_that_does_not_fit_is_found_out() -> None:
+def test_an_architecture_without_a_file_is_derived() -> None:
     """Gemma has Llama's parameters, but its norms multiply by one more than their weight."""
     report = fuzz("gemma", METHODS)
-    assert not report.known
+    assert (report.described_by, report.known) == ("gemma (derived)", False)
+    assert not report.wrong
+    assert {"R1", "R1 online", "R2", "R4"} <= {f.site for f in report.findings if f.error is not None}
+
+
+def test_a_wrong_description_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Llama's description claims all parameters of Gemma, but not that its norms add one to their weight."""
+    monkeypatch.setattr(ModuleStore, "derivation", None, raising=False)
+    monkeypatch.setattr("gyroquant.models.graph.model_graph.architecture_of", lambda config: described("llama"))
+    report = fuzz("gemma", METHODS)
     assert {f.site for f in report.wrong} == {"R1"}
     assert "worst block" in report.wrong[0].fault
 
 
-def test_an_architecture_that_nothing_describes_says_so() -> None:
-    report = fuzz("mamba", METHODS)
-    assert "has no description" in report.problem
+def test_an_architecture_that_cannot_be_described_says_so() -> None:
+    report = fuzz("zamba", METHODS)
+    assert "share parameters" in report.problem
     assert report.worst is None
 
 
@@ -68,9 +80,14 @@ def test_the_command_fails_when_something_is_wrong(
             main()
         return int(stopped.value.code or 0)
 
-    assert run("gemma", "--method", "hadamard", "--json") == 1
+    assert run("gemma", "--method", "hadamard", "--json") == 0
     (report,) = json.loads(capsys.readouterr().out)
-    assert report["described_by"] == "llama"
+    assert report["described_by"] == "gemma (derived)"
+    with monkeypatch.context() as wrong:
+        wrong.setattr(ModuleStore, "derivation", None, raising=False)
+        wrong.setattr("gyroquant.models.graph.model_graph.architecture_of", lambda config: described("llama"))
+        assert run("gemma", "--method", "hadamard", "--json") == 1
+    capsys.readouterr()
     assert run("llama", "--method", "hadamard") == 0
     assert "described by llama" in capsys.readouterr().out
     assert run() == 1

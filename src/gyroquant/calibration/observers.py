@@ -13,6 +13,7 @@ from typing_extensions import Self
 
 from gyroquant.maps import hadamard, next_power_of_two
 from gyroquant.models.execution.online import InputQuantizer, OnlineMap, OnlineOp, fake, no_fake_quant, route_experts
+from gyroquant.models.execution.products import intercept
 from gyroquant.models.execution.runner import BlockDoneError
 from gyroquant.models.graph.model_graph import Group, LinearOp
 from gyroquant.models.graph.sites import hook_point
@@ -371,6 +372,8 @@ See = Callable[[int | None, Tensor], None]
 def watch(model: Any, op: LinearOp, see: See) -> list[Callable[[], Any]]:
     """Calls `see` with the inputs of a linear layer. Returns functions that end it."""
     module = model.get_submodule(op.module)
+    if op.entry.intercepted:
+        return _watch_parameter(module, op, see)
     if op.entry.stacked:
         return _watch_experts(module, op, see)
 
@@ -387,6 +390,16 @@ def watch_output(model: Any, op: LinearOp, see: See) -> list[Callable[[], Any]]:
         see(None, output.reshape(-1, output.shape[-1]))
 
     return [model.get_submodule(op.module).register_forward_hook(note).remove]
+
+
+def _watch_parameter(module: nn.Module, op: LinearOp, see: See) -> list[Callable[[], Any]]:
+    state, release = intercept(module, op.weight.rpartition(".")[2])
+    state.observers = [*(state.observers or ()), see]
+
+    def stop() -> None:
+        state.observers = [other for other in state.observers or () if other is not see]
+
+    return [release, stop]
 
 
 def _watch_experts(module: nn.Module, op: LinearOp, see: See) -> list[Callable[[], Any]]:

@@ -8,8 +8,9 @@ import typer
 
 from gyroquant.cli.common import AsJson, Debug, print_json
 from gyroquant.errors import InputError
-from gyroquant.inspection.fuzz import Report, causal_model_types
+from gyroquant.inspection.fuzz import Report
 from gyroquant.inspection.fuzz import fuzz as run
+from gyroquant.models.deriving.tiny import causal_model_types
 from gyroquant.report import console, summaries
 
 

@@ -27,6 +27,7 @@ _PLACES = {
     "output": "after {module}",
     "qk": "on the queries and keys of {module} (R3)",
     "experts_in": "before the experts of {module}",
+    "parameter": "before {module}",
     "experts_act": "inside the experts of {module}",
 }
 

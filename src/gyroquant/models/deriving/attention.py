@@ -62,7 +62,10 @@ def _entry(reader: BlockReader, call: AttentionCall) -> Heading | None:
     if any(name is None for name in found):
         return None
     name = call.name.removeprefix(reader.prefix)
-    return Heading(Attention(name, *(str(text) for text in found)), Heads(queries, shared, size, values))
+    settings = [str(text) for text in found]
+    given = ", ".join(dict.fromkeys(settings))
+    reader.facts[name] = f"heads: {given} give the shapes of the queries, keys and values that attention takes"
+    return Heading(Attention(name, *settings), Heads(queries, shared, size, values))
 
 
 def read_attention(reader: BlockReader) -> list[Heading]:
@@ -82,6 +85,7 @@ def read_attention(reader: BlockReader) -> list[Heading]:
         given = layer.rows
         if given.shape == mixed.shape and torch.allclose(given, mixed, rtol=1e-5, atol=1e-6):
             layer.reads = "attn_out"
+            layer.reads_why = "its inputs are the mixed values that attention returns"
     for layer in rows:
         y = layer.products[0].y.detach().reshape(-1, layer.products[0].y.shape[-1])
         _values(layer, y, call, heading.heads)
@@ -106,14 +110,16 @@ def _values(layer: Layer, y: Tensor, call: AttentionCall, heads: Heads) -> None:
     count, out = len(index), y.shape[1]
     each = torch.arange(count)
     if out == count and bool((index == each).all()):
-        layer.writes = "v"
+        layer.writes, layer.writes_why = "v", "its outputs are the values that attention takes"
     elif out == (heads.queries + heads.shared) * heads.size + count and bool((index == each + out - count).all()):
         layer.writes = ("q", "k", "v")
+        layer.writes_why = "the last of its outputs are the values that attention takes"
     elif out % heads.shared == 0:
         chunk = out // heads.shared
         expected = torch.arange(out).view(heads.shared, chunk)[:, chunk - heads.values :].reshape(-1)
         if bool((index == expected).all()):
             layer.per_head = True
+            layer.writes_why = "head by head, the last of its outputs are the values that attention takes"
             full = heads.queries == heads.shared and chunk == 2 * heads.size + heads.values
             layer.writes = ("q", "k", "v") if full else ("heads", "v")
 
@@ -131,6 +137,7 @@ def _proportional(lengths: Tensor, others: Tensor) -> bool:
 
 def _lengths(reader: BlockReader, layer: Layer, y: Tensor, call: AttentionCall, heads: Heads) -> None:
     """Whether a layer's rows are the queries or the keys, perhaps before a norm."""
+    taken = {"q": "the queries that attention takes", "k": "the keys that attention takes"}
     for basis, tensor, count in (("q", call.query, heads.queries), ("k", call.key, heads.shared)):
         target = _columns(tensor)
         if tensor.shape[1] != count or y.shape != target.shape:
@@ -140,6 +147,7 @@ def _lengths(reader: BlockReader, layer: Layer, y: Tensor, call: AttentionCall, 
             continue  # a norm has made all lengths equal, so they tell nothing
         if _proportional(_head_lengths(y, count), expected):
             layer.writes = basis
+            layer.writes_why = f"the lengths of its heads are proportional to those of {taken[basis]}"
             return
         for norm in reader.norms:
             x, out = norm.x.detach(), norm.y.detach()
@@ -149,6 +157,8 @@ def _lengths(reader: BlockReader, layer: Layer, y: Tensor, call: AttentionCall, 
                 layer.writes = basis
                 name = norm.name.removeprefix(reader.prefix)
                 reader.norm_entries[name] = Norm(name, basis, basis)
+                layer.writes_why = f"after {name}, the lengths of its heads are proportional to those of {taken[basis]}"
+                reader.facts[name] = f"reads {basis}, writes {basis}: its inputs are the outputs of {layer.module}"
                 return
 
 

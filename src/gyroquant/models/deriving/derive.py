@@ -17,7 +17,7 @@ from torch.func import functional_call
 
 from gyroquant.errors import GyroquantError, UnsupportedModelError
 from gyroquant.maps import Dense, Diagonal, Map, PairRotation, Permutation
-from gyroquant.models.deriving.roles import read_roles
+from gyroquant.models.deriving.roles import corrected, joined, read_roles
 from gyroquant.models.deriving.tiny import tiny_model, tiny_tokens
 from gyroquant.models.deriving.trace import trace_model
 from gyroquant.models.execution.messages import quiet
@@ -77,6 +77,13 @@ def find_blocks(model: Any, ids: Tensor) -> str:
     if any(calls.get(f"{found}.{i}") != 1 for i in range(count)):
         raise UnsupportedModelError(f"{model.config.model_type} does not run each block of {found} once")
     return found
+
+
+_EXACT_PAIRS: Mapping[RopeLayout, str] = {
+    "none": "any rotation of queries and keys before the scores was exact",
+    "half": "rotations of pairs half a head apart were exact, and random rotations were not",
+    "interleaved": "rotations of pairs of neighbours were exact, and those of pairs half a head apart were not",
+}
 
 
 class _Prover:
@@ -181,8 +188,15 @@ class _Deriver:
         block, outer = (tuple(entry(part) for part in parts) for parts in (old.block, old.outer))
         return replace(old, block=block, outer=outer, **fields)
 
-    def use(self, architecture: Architecture) -> None:
-        self.result.architecture = architecture
+    def use(self, architecture: Architecture, why: str = "") -> None:
+        """Goes on with another description. `why`: the reason why guesses in the present one are withdrawn."""
+        self.result.architecture = corrected(self.architecture, architecture, why)
+
+    def problem(self, label: str) -> str:
+        return f"{label} was not exact: {self.result.problems[label]}"
+
+    def unproven(self) -> dict[str, str]:
+        return {label: f"not proven: {reason}" for label, reason in self.result.problems.items()}
 
     def r1(self) -> None:
         fused = self.error("R1", _rotation, online=False)
@@ -194,7 +208,7 @@ class _Deriver:
         if "R1" in self.result.proofs:
             return
         for without in (_without_norm_hooks, _without_readers):
-            self.use(self.change(without(self.architecture)))
+            self.use(self.change(without(self.architecture)), self.problem("R1 online"))
             if self.settle("R1 online", self.error("R1", _rotation, online=True)):
                 del self.result.problems["R1 online"]
                 return
@@ -206,13 +220,13 @@ class _Deriver:
 
     def r2(self) -> None:
         if not self.settle("R2", self.error("R2", _rotation, online=False)):
-            self.use(self.change(_renamed({"v": "values"})))
+            self.use(self.change(_renamed({"v": "values"})), self.problem("R2"))
 
     def heads(self) -> None:
         self.settle("attn_out", self.error("attn_out", _rotation, online=True))
         if not self.settle("R3", self.error("R3", _rotation, online=True)):
             block = tuple(entry for entry in self.architecture.block if not isinstance(entry, Attention))
-            self.use(replace(self.architecture, block=block))
+            self.use(replace(self.architecture, block=block), self.problem("R3"))
             if self.result.proofs.pop("R2", None) is not None:
                 self.r2()
 
@@ -222,7 +236,7 @@ class _Deriver:
             trial = replace(self.architecture, rope=layout)
             error = self.error("qk", _pairs(layout), online=False, architecture=trial)
             if error[0] <= EXACT:
-                self.use(trial)
+                self.use(replace(trial, facts=joined(trial.facts, {"qk": f"rope {layout}: {_EXACT_PAIRS[layout]}"})))
                 self.settle("qk", error)
                 break
         else:
@@ -231,7 +245,7 @@ class _Deriver:
 
     def r4(self) -> None:
         if not self.settle("R4", self.error("R4", _rotation, online=True)):
-            self.use(self.change(_without_act))
+            self.use(self.change(_without_act), self.problem("R4"))
             return
         bases = {e.reads for e in self.architecture.block if isinstance(e, Linear) and _last(e.reads) == "act"}
         structures: tuple[tuple[Structure, Callable[[Site, int], Map]], ...] = (
@@ -251,7 +265,7 @@ class _Deriver:
 
                 error = self.error("R4", make, online=False, structure=structure, keep=keep)
                 if not self.settle(f"R4 {structure} {basis}", error) and not error[1]:
-                    self.use(self.change(_without_writers(basis)))
+                    self.use(self.change(_without_writers(basis)), self.problem(f"R4 {structure} {basis}"))
             proofs = [error for name, error in self.result.proofs.items() if name.startswith(f"R4 {structure} ")]
             if proofs:
                 self.result.proofs[f"R4 {structure}"] = max(proofs)
@@ -262,14 +276,14 @@ class _Deriver:
     def linear(self) -> None:
         if self.settle("linear", self.error("linear", _rotation, online=True)):
             return
-        wrong = set()
+        wrong: dict[str, str] = {}
         for name in [e.name for e in self.architecture.block if isinstance(e, Linear) and e.quantize]:
             error = self.error("linear", _rotation, online=True, architecture=self.change(_only(name)))
             if error[0] > EXACT:
-                wrong.add(name)
-                problem = error[1] or f"a random map changed the logits by {error[0]:.1e}"
-                self.result.problems[f"linear {name}"] = problem
-        self.use(self.change(_never_rounded(wrong)))
+                wrong[name] = error[1] or f"a random map changed the logits by {error[0]:.1e}"
+                self.result.problems[f"linear {name}"] = wrong[name]
+        for name in wrong:
+            self.use(self.change(_never_rounded([name])), self.problem(f"linear {name}"))
         if wrong and self.settle("linear", self.error("linear", _rotation, online=True)):
             del self.result.problems["linear"]
 
@@ -387,8 +401,9 @@ def derive(model: Any, ids: Tensor) -> Derivation:
     _check_shared(model, path)
     deriver = _Deriver(model, read_roles(model, path, trace, width, ids.numel()), ids)
     deriver.prover.graph(deriver.architecture)
-    for step in (deriver.r1, deriver.r2, deriver.norms, deriver.heads, deriver.qk, deriver.r4, deriver.linear):
+    for step in (deriver.linear, deriver.r1, deriver.r2, deriver.norms, deriver.heads, deriver.qk, deriver.r4):
         step()
+    deriver.use(replace(deriver.architecture, facts=joined(deriver.architecture.facts, deriver.unproven())))
     return deriver.result
 
 

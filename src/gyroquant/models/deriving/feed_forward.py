@@ -93,20 +93,27 @@ def _name(
     """Names the bases of one network, if its layout is one that the description can express."""
     basis = f"{prefix}." if prefix else ""
     parts = [len(found[0]) for found in columns]
+    met = f"coordinate i of the input of {down.module} depends"
+    names = " and ".join(dict.fromkeys(writer.module for writer in writers))
     if parts == [1] and columns[0] == [[0], [1], [width - 1]]:
-        writers[0].writes = f"{basis}up"
+        writers[0].writes, writers[0].writes_why = f"{basis}up", f"{met} on row i"
     elif parts == [1, 1] and all(found == [[0], [1], [width - 1]] for found in columns):
         ups = [linear[place, 0] for place in places]
         if not any(ups):
             return
         up = 1 if ups[1] else 0
         writers[up].writes, writers[1 - up].writes = f"{basis}up", f"{basis}gate"
+        writers[up].writes_why, writers[1 - up].writes_why = f"{met} linearly on row i", f"{met} on row i"
     elif parts == [2]:
         together = columns[0] == [[0, width], [1, width + 1], [width - 1, 2 * width - 1]]
         alternating = columns[0] == [[0, 1], [2, 3], [2 * width - 2, 2 * width - 1]]
         ups = [linear[places[0], part] for part in (0, 1)]
         if (together or alternating) and any(ups):
-            names = (f"{basis}gate", f"{basis}up")
-            writers[0].writes = names if ups[1] else names[::-1]
+            bases = (f"{basis}gate", f"{basis}up")
+            writers[0].writes = bases if ups[1] else bases[::-1]
             writers[0].alternating = alternating
-    down.reads = f"{basis}act"
+            rows = ("2 i", "2 i + 1") if alternating else ("i", "i + n")
+            writers[0].writes_why = f"{met} on rows {rows[0]} and {rows[1]}, linearly on row {rows[1 if ups[1] else 0]}"
+    down.reads, down.reads_why = f"{basis}act", f"its inputs depend on the outputs of {names} at the same token alone"
+    for writer in writers:
+        writer.writes_why = writer.writes_why or f"how {down.module} depends on its outputs cannot be described"

@@ -22,6 +22,10 @@ from gyroquant.models.deriving.names import expert_counts, numbered
 from gyroquant.models.deriving.trace import NormCall, Product, Trace
 from gyroquant.models.graph.spec import Architecture, Attention, Bias, Embedding, Entry, Kept, Linear, Norm
 
+_INPUTS = "its inputs are multiples of vectors of the residual stream"
+_GRADIENTS = "the gradients of its outputs are multiples of those of the residual stream"
+_KEPT = "kept: it meets no basis that changes"
+
 
 @dataclass
 class Layer:
@@ -34,10 +38,16 @@ class Layer:
     writes: str | tuple[str, ...] = ""
     per_head: bool = False
     alternating: bool = False
+    reads_why: str = ""
+    writes_why: str = ""
 
     @property
     def rows(self) -> Tensor:
         return torch.cat([product.rows for product in self.products])
+
+    @property
+    def module(self) -> str:
+        return self.name.removesuffix(".weight")
 
     @property
     def grads(self) -> Tensor | None:
@@ -53,6 +63,14 @@ class Layer:
         """Whether each product used the whole parameter, or the whole matrix of an expert."""
         return all(product.view.whole for product in self.products)
 
+    @property
+    def fact(self) -> str:
+        """How its roles are known."""
+        if not self.whole:
+            return f"{_KEPT}; only parts of it multiply vectors"
+        written = self.writes if isinstance(self.writes, str) else ", ".join(self.writes)
+        return f"reads {self.reads}: {self.reads_why}; writes {written}: {self.writes_why}"
+
 
 class BlockReader:
     """Reads one block, or what lies around the blocks."""
@@ -66,6 +84,8 @@ class BlockReader:
         self.norm_entries: dict[str, Norm] = {}
         self.attention: list[Heading] = []
         self.biases: list[Bias] = []
+        self.facts: dict[str, str] = {}
+        """How the roles are known, by the name of the entry."""
         self.centred = False
         """Whether a norm without a gain takes the mean from the residual stream."""
 
@@ -122,6 +142,8 @@ class BlockReader:
         for layer in self.layers:
             layer.reads = layer.reads or f"{layer.name}.in"
             layer.writes = layer.writes or "fixed"
+            layer.reads_why = layer.reads_why or "its inputs match no basis that changes"
+            layer.writes_why = layer.writes_why or "its outputs match no basis that changes"
         self.biases = self._biases(sums, inputs)
 
     def _biases(self, sums: list[Tensor], inputs: list[tuple[str, Tensor]]) -> list[Bias]:
@@ -135,6 +157,7 @@ class BlockReader:
                 row = directions(grad, self.width)
                 if any(among(row, directions(total, self.width)) for total in sums):
                     found.append(Bias(name))
+                    self.facts[name] = "writes residual: its gradient is the sum over tokens of that of the stream"
         return found
 
     def _norms(
@@ -158,12 +181,20 @@ class BlockReader:
                     values.add(found[0].y)
                 continue
             kind, offset = form
+            fits = f"kind {kind}, offset {offset:g}: its outputs fit"
             written = [directions(n.y.grad, self.width) for n in found if n.y.grad is not None]
             if reads:
                 basis = self._norm_basis(len(before))
                 before.append((Norm(name, "residual", basis, kind, offset), found))
+                place = (
+                    f"number {len(before)} of such norms in the block"
+                    if self.prefix
+                    else "such a norm outside the blocks"
+                )
+                self.facts[name] = f"reads residual: {_INPUTS}; writes {basis}: it is {place}; {fits}"
             elif written and slopes.contains(torch.cat(written)):
                 after.append((Norm(name, f"post.{name}", "residual", kind, offset), found))
+                self.facts[name] = f"reads post.{name}: a basis of its own; writes residual: {_GRADIENTS}; {fits}"
         for entry, _ in (*before, *after):
             self.norm_entries[entry.name] = entry
         return before, after
@@ -180,8 +211,12 @@ class BlockReader:
         found = directions(rows, self.width)
         for name, given in outputs:
             if rows.shape[1] == self.width and among(found, given):
+                layer.reads_why = f"its inputs are multiples of the outputs of {name}"
                 return self.norm_entries[name].writes
-        return "residual" if values.contains(found) else ""
+        if not values.contains(found):
+            return ""
+        layer.reads_why = _INPUTS
+        return "residual"
 
     def _writes(self, layer: Layer, inputs: list[tuple[str, Tensor]], slopes: Space) -> str:
         grads = layer.grads
@@ -190,8 +225,12 @@ class BlockReader:
         found = directions(grads, self.width)
         for name, given in inputs:
             if among(found, given):
+                layer.writes_why = f"the gradients of its outputs are multiples of those of the inputs of {name}"
                 return self.norm_entries[name].reads
-        return "residual" if slopes.contains(found) else ""
+        if not slopes.contains(found):
+            return ""
+        layer.writes_why = _GRADIENTS
+        return "residual"
 
     def entries(self) -> Iterable[Entry]:
         """The entries of the description, with names in the block."""
@@ -201,14 +240,17 @@ class BlockReader:
         for heading in self.attention:
             yield heading.entry
         for layer in self.layers:
-            yield self._linear(layer, experts)
+            entry = self._linear(layer, experts)
+            self.facts[entry.name] = layer.fact
+            yield entry
 
     def _linear(self, layer: Layer, experts: set[int]) -> Entry:
         module = self.model.get_submodule(layer.param.rpartition(".")[0])
         is_module = layer.param.endswith(".weight") and isinstance(module, (nn.Linear, Conv1D))
         shape = layer.products[0].y.shape[-1]
-        stacked = not layer.param.endswith(".weight")
-        rounded = is_module or (stacked and hasattr(module, "_apply_gate") and "proj" in layer.name)
+        experts_in_one = self.model.get_parameter(layer.param).dim() == 3
+        stacked = experts_in_one or not layer.param.endswith(".weight")
+        intercepted = experts_in_one and not hasattr(module, "_apply_gate")
         if not layer.whole:
             return Kept(layer.name)
         router = shape == 1 or (shape in experts and layer.writes == "fixed")
@@ -220,7 +262,8 @@ class BlockReader:
             alternating=layer.alternating,
             transposed=layer.transposed,
             stacked=stacked,
-            quantize=rounded and not router,
+            intercepted=intercepted,
+            quantize=(is_module or experts_in_one) and not router,
         )
 
 
@@ -253,6 +296,7 @@ def read_roles(model: Any, path: str, trace: Trace, width: int, tokens: int) -> 
     names = dict(model.named_parameters())
     count = len(trace.inputs)
     everything: list[Entry] = []
+    said: list[tuple[Entry, str]] = []
     centred = False
     for i in range(count):
         prefix = f"{path}.{i}."
@@ -261,10 +305,18 @@ def read_roles(model: Any, path: str, trace: Trace, width: int, tokens: int) -> 
         values, slopes = reader.stream(trace.inputs[i], trace.outputs[i], tokens)
         reader.read(values, slopes, slopes.sums)
         centred |= reader.centred
-        entries = [replace(entry, name=numbered(model, prefix, prefix + entry.name)) for entry in reader.entries()]
+        found = list(reader.entries())
+        entries = [replace(entry, name=numbered(model, prefix, prefix + entry.name)) for entry in found]
+        said += [(entry, reader.facts.get(old.name, "")) for entry, old in zip(entries, found, strict=True)]
         everything += _with_kept(entries, params.values())
     block = tuple(_tidy(_merged(everything).values()))
-    outer = tuple(_outer(model, path, trace, width, tokens))
+    more: dict[str, str] = {}
+    outer = tuple(_outer(model, path, trace, width, tokens, more))
+    facts = joined(_told(block, said), _told(outer, [(entry, more.get(entry.name, _KEPT)) for entry in outer]))
+    centring = [e.name for e in (*block, *outer) if isinstance(e, Norm) and e.kind == "layer" and e.reads == "residual"]
+    if centring or centred:
+        what = ", ".join(centring) or "a norm without a gain"
+        facts = joined(facts, {"R1": f"maps preserve the mean of the residual stream, because {what} subtracts it"})
     return Architecture(
         name=f"{model.config.model_type} (derived)",
         model_types=(model.config.model_type,),
@@ -274,9 +326,54 @@ def read_roles(model: Any, path: str, trace: Trace, width: int, tokens: int) -> 
         rope="unknown",
         derived=True,
         returns=trace.returns,
-        keeps_mean=centred
-        or any(isinstance(e, Norm) and e.kind == "layer" and e.reads == "residual" for e in (*block, *outer)),
+        keeps_mean=centred or bool(centring),
+        facts=facts,
     )
+
+
+def _told(entries: Iterable[Entry], said: Iterable[tuple[Entry, str]]) -> dict[str, str]:
+    """How each entry is known, by name. Where blocks contradict each other: what each of them showed."""
+    found: dict[str, dict[Entry, str]] = defaultdict(dict)
+    for entry, fact in said:
+        found[entry.name].setdefault(entry, fact)
+    facts = {}
+    for entry in entries:
+        seen = found.get(entry.name) or found.get(entry.name.removesuffix(".weight"), {})
+        contrary = f"the blocks contradict each other ({' | '.join(dict.fromkeys(seen.values()))})"
+        facts[entry.name] = seen.get(entry, contrary if seen else _KEPT)
+        if isinstance(entry, Linear) and not entry.quantize:
+            facts[entry.name] += "; never rounded"
+    return facts
+
+
+def joined(facts: Mapping[str, str], more: Mapping[str, str]) -> dict[str, str]:
+    """The facts of both. What both have to say about a name is in one sentence."""
+    return {**facts, **{name: f"{facts[name]}; {text}" if name in facts else text for name, text in more.items()}}
+
+
+def corrected(old: Architecture, new: Architecture, why: str) -> Architecture:
+    """`new`, with a fact about each entry that differs from that of `old`. `why`: why that guess was withdrawn."""
+    facts = dict(new.facts)
+    for before, after in ((old.block, new.block), (old.outer, new.outer)):
+        entries = {entry.name: entry for entry in after if not isinstance(entry, tuple)}
+        for entry in before:
+            if not isinstance(entry, tuple) and entries.get(entry.name) != entry:
+                change = _changes(entry, entries.get(entry.name))
+                facts = joined(facts, {entry.name: f"withdrawn: it {change}, because {why}"})
+    return replace(new, facts=facts)
+
+
+def _changes(old: Entry, new: Entry | None) -> str:
+    if new is None:
+        return "is left out"
+    changes = [
+        f"{verb} {getattr(new, verb)} in place of {getattr(old, verb)}"
+        for verb in ("reads", "writes")
+        if getattr(new, verb, None) != getattr(old, verb, None)
+    ]
+    if isinstance(new, Linear) and isinstance(old, Linear) and new.quantize != old.quantize:
+        changes.append("is never rounded")
+    return " and ".join(changes)
 
 
 def _claims(entries: Iterable[Entry]) -> set[str]:
@@ -302,8 +399,11 @@ def _tidy(entries: Iterable[Entry]) -> list[Entry]:
     return [entry for entry in entries if not (isinstance(entry, Kept) and entry.name in claimed)]
 
 
-def _outer(model: Any, path: str, trace: Trace, width: int, tokens: int) -> Iterable[Entry]:
-    """The entries around the blocks: tables, the last norm, the head, and what else reads or writes the stream."""
+def _outer(model: Any, path: str, trace: Trace, width: int, tokens: int, facts: dict[str, str]) -> Iterable[Entry]:
+    """The entries around the blocks: tables, the last norm, the head, and what else reads or writes the stream.
+
+    `facts` receives how each is known, by its name.
+    """
     inside = f"{path}."
     params = {name: name for name in dict(model.named_parameters()) if not name.startswith(inside)}
     reader = BlockReader(model, trace, "", params, width)
@@ -323,7 +423,11 @@ def _outer(model: Any, path: str, trace: Trace, width: int, tokens: int) -> Iter
     looked_up = Space(tokens, width)
     looked_up.add(first)
     entries: list[Entry] = []
+    for layer in reader.layers:
+        if layer.reads == "final":
+            layer.writes, layer.writes_why = "logits", "it is the layer after the last norm"
     for entry in reader.entries():
+        fact = reader.facts.get(entry.name, "")
         param = entry.name if isinstance(entry, Kept) or entry.name in stored else f"{entry.name}.weight"
         if isinstance(entry, Linear) and param in tables:  # a tied head
             alias = next((n for n, p in everything.items() if p is everything[param] and n not in stored), "")
@@ -335,12 +439,13 @@ def _outer(model: Any, path: str, trace: Trace, width: int, tokens: int) -> Iter
         elif isinstance(entry, Linear):
             entry = replace(entry, quantize=False)
         entries.append(entry)
+        facts[entry.name] = fact
     for param in dict.fromkeys(param for param, _ in trace.tables if param in params):
         found = [out for name, out in trace.tables if name == param and out.shape[-1] == width]
         grads = [directions(out.grad, width) for out in found if out.grad is not None]
-        if grads and (
-            all(slopes.contains(g) or among(g, batch) for g in grads)
-            or all(looked_up.contains(directions(out, width)) for out in found)
-        ):
+        flows = all(slopes.contains(g) or among(g, batch) for g in grads)
+        if grads and (flows or all(looked_up.contains(directions(out, width)) for out in found)):
             entries.append(Embedding(param.removesuffix(".weight")))
+            why = _GRADIENTS if flows else "its outputs are multiples of the inputs of the first block"
+            facts[entries[-1].name] = f"writes residual: {why}"
     return _tidy(_with_kept(entries, [name for name in stored if name in params]))

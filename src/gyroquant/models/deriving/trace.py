@@ -14,21 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from gyroquant.models.execution.products import ParameterProducts, View
+
 _TRACE = "gyroquant_trace"
-
-
-@dataclass(frozen=True)
-class View:
-    """A parameter as an operation sees it: perhaps one expert of it, perhaps transposed, perhaps only a part."""
-
-    param: str
-    expert: int | None = None
-    transposed: bool = False
-    whole: bool = True
 
 
 @dataclass(eq=False)
@@ -94,36 +85,14 @@ class Trace:
 
 
 _ADDS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__, Tensor.add_}
-_MATMULS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm}
-_TRANSPOSES = {torch.t, Tensor.t, torch.transpose, Tensor.transpose, Tensor.T.__get__, Tensor.mT.__get__}  # type: ignore[attr-defined]
-_CASTS = {Tensor.to, Tensor.float, Tensor.type_as, Tensor.contiguous, Tensor.type, Tensor.double, Tensor.detach}
-_SELECTS = {Tensor.__getitem__, Tensor.select, torch.select}
 
 
-class _Recorder(TorchFunctionMode):
-    """Follows parameters through casts, transposes and selections, and records the products that they enter."""
+class _Recorder(ParameterProducts):
+    """Records products with parameters, look-ups in tables, and sums of the width of the residual stream."""
 
     def __init__(self, trace: Trace, params: dict[int, str], width: int):
-        super().__init__()
+        super().__init__(params)
         self.trace, self.width = trace, width
-        self.views: dict[int, View] = {key: View(name) for key, name in params.items()}
-        self.alive: list[Any] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        if not isinstance(out, Tensor):
-            if isinstance(out, (tuple, list)) and args and isinstance(args[0], Tensor) and id(args[0]) in self.views:
-                for part in out:
-                    self._keep(part, View(self.views[id(args[0])].param, whole=False))
-            return out
-        self._follow(func, args, kwargs, out)
-        return out
-
-    def _keep(self, tensor: Any, view: View) -> None:
-        if isinstance(tensor, Tensor):
-            self.alive.append(tensor)
-            self.views[id(tensor)] = view
 
     def _retain(self, tensor: Tensor) -> Tensor:
         if tensor.requires_grad and not tensor.is_leaf:
@@ -131,45 +100,20 @@ class _Recorder(TorchFunctionMode):
         self.alive.append(tensor)
         return tensor
 
-    def _view(self, value: Any) -> View | None:
-        return self.views.get(id(value)) if isinstance(value, Tensor) else None
+    def after(self, x: Tensor, view: View, out: Tensor, transposed: bool) -> None:
+        self._retain(x)
+        self.trace.products.append(Product(view, x, self._retain(out), transposed))
 
-    def _follow(self, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
-        first = self._view(args[0]) if args else None
-        if func is nn.functional.linear:
-            weight = args[1] if len(args) > 1 else kwargs["weight"]
-            self._product(args[0] if args else kwargs["input"], self._view(weight), out, False)
-        elif func in (torch.addmm, Tensor.addmm):
-            self._product(args[1], self._view(args[2]), out, True)
-        elif func in _MATMULS:
-            self._product(args[0], self._view(args[1]), out, True)
-        elif func is nn.functional.embedding:
-            view = self._view(args[1] if len(args) > 1 else kwargs["weight"])
+    def other(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        if not isinstance(out, Tensor):
+            return
+        if func is nn.functional.embedding:
+            view = self.view(args[1] if len(args) > 1 else kwargs["weight"])
             if view is not None:
                 self.trace.tables.append((view.param, self._retain(out)))
-        elif first is not None:
-            self._derived(func, args, first, out)
         elif func in _ADDS and out.dim() > 1 and out.shape[-1] == self.width and out.is_floating_point():
             terms = [self._retain(a) if isinstance(a, Tensor) else out for a in args[:2]]
             self.trace.sums.append((self._retain(out), terms[0], terms[-1]))
-
-    def _derived(self, func: Any, args: Any, view: View, out: Tensor) -> None:
-        if func in _CASTS:
-            self._keep(out, view)
-        elif func in _TRANSPOSES:
-            swapped = func not in (torch.transpose, Tensor.transpose) or out.shape[-2:] != args[0].shape[-2:]
-            self._keep(out, View(view.param, view.expert, view.transposed ^ swapped, view.whole))
-        elif func in _SELECTS and len(args) > 1 and args[0].dim() == 3 and out.dim() == 2:
-            index = args[1] if func is Tensor.__getitem__ else args[2]
-            number = int(index) if isinstance(index, int) or (isinstance(index, Tensor) and index.dim() == 0) else None
-            self._keep(out, View(view.param, number, view.transposed, view.whole and number is not None))
-        elif out.dim() > 1:
-            self._keep(out, View(view.param, view.expert, view.transposed, whole=False))
-
-    def _product(self, x: Any, view: View | None, out: Tensor, transposed: bool) -> None:
-        if view is not None and isinstance(x, Tensor):
-            self._retain(x)
-            self.trace.products.append(Product(view, x, self._retain(out), transposed ^ view.transposed))
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from gyroquant.errors import UnsupportedModelError
 from gyroquant.grids import Grid
 from gyroquant.maps import Map
+from gyroquant.models.execution.products import intercept
 from gyroquant.models.graph.sites import HookPoint
 
 _ATTENTION = "gyroquant_"
@@ -330,7 +332,19 @@ def _attach_experts(module: nn.Module, table: str, point: str, value: Any) -> li
     return [route_experts(module), lambda: entries.pop(point, None)]
 
 
+def _attach_parameter(model: nn.Module, op: OnlineMap | InputQuantizer) -> list[Callable[[], None]]:
+    owner, _, name = op.module.rpartition(".")
+    state, release = intercept(model.get_submodule(owner), name)
+    if isinstance(op, OnlineMap):
+        state.map = partial(run_map, op.map)
+        return [release, lambda: setattr(state, "map", None)]
+    state.quantizer = partial(fake, op.grid)
+    return [release, lambda: setattr(state, "quantizer", None)]
+
+
 def _attach_op(model: nn.Module, op: OnlineOp, last: _LastRounded) -> list[Callable[[], None]]:
+    if not isinstance(op, CacheQuantizer) and op.hook_point.point == "parameter":
+        return _attach_parameter(model, op)
     module = model.get_submodule(op.module)
     if isinstance(op, CacheQuantizer):
         return _attach_attention(module, "cache", op)

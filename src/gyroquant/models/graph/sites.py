@@ -25,7 +25,7 @@ from gyroquant.maps import Map
 from gyroquant.models.graph.model_graph import Group, LinearOp, ModelGraph, NormOp, Port
 from gyroquant.models.graph.rope import Rope, rope_of
 
-Point = Literal["input", "output", "qk", "experts_in", "experts_act"]
+Point = Literal["input", "output", "qk", "experts_in", "experts_act", "parameter"]
 Structure = Literal["any", "orthogonal", "diagonal", "permutation", "pairs"]
 """The structure of a map before the map is chosen. `pairs`: a rotation of each pair that RoPE turns."""
 
@@ -38,6 +38,7 @@ class HookPoint:
     - qk: queries and keys of an attention module, after RoPE.
     - experts_in: the input of stacked experts.
     - experts_act: the input of the down projection of stacked experts.
+    - parameter: the input of a parameter; `module` is then the parameter's name.
     """
 
     point: Point
@@ -255,6 +256,8 @@ def _r3(graph: ModelGraph) -> Iterator[Site]:
 
 def hook_point(op: LinearOp) -> HookPoint:
     """The hook point at the input of a linear layer, or of a projection of stacked experts."""
+    if op.entry.intercepted:
+        return HookPoint("parameter", op.weight)
     if not op.entry.stacked:
         return HookPoint("input", op.module)
     return HookPoint("experts_act" if op.weight.endswith(".down_proj") else "experts_in", op.module)

@@ -32,6 +32,8 @@ class Linear:
     - alternating: the rows of several bases alternate row by row instead.
     - transposed: the weight is stored as (in, out).
     - stacked: the weight is a bare parameter of shape (expert, out, in), or (out, in) without experts.
+    - intercepted: no module and no experts' function of transformers multiplies by the weight, so that its products are
+      intercepted.
     - quantize: False for layers that are never rounded, such as routers.
     """
 
@@ -42,6 +44,7 @@ class Linear:
     alternating: bool = False
     transposed: bool = False
     stacked: bool = False
+    intercepted: bool = False
     quantize: bool = True
 
 

@@ -223,11 +223,18 @@ def _check_schema(description: Mapping[str, Any], where: str) -> None:
 _WIDTHS = {"input": "in_features", "output": "out_features", "qk": "head_dim"}  # attributes of modules
 
 
+def _owner(model: nn.Module, op: OnlineOp) -> Any:
+    """The module of an online operation, or its parameter. Raises AttributeError if the model lacks it."""
+    if not isinstance(op, CacheQuantizer) and op.hook_point.point == "parameter":
+        return model.get_parameter(op.module)
+    return model.get_submodule(op.module)
+
+
 def check_places(model: nn.Module, online: Iterable[OnlineOp], where: str) -> None:
     """Raises InputError or MapError if the module of an online operation is missing or has another width."""
     for op in online:
         try:
-            module = model.get_submodule(op.module)
+            module = _owner(model, op)
         except AttributeError as error:
             raise InputError(
                 f"{where}: an online operation runs at {op.module}, which the model lacks: copy the folder again"

@@ -5,16 +5,22 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gyroquant.calibration.stream import Stream, varying
+from gyroquant.calibration.arguments import varying
+from gyroquant.calibration.stream import Stream
 from gyroquant.errors import UnsupportedModelError
 from gyroquant.models.deriving.tiny import default_config, tiny_model, tiny_tokens
 from gyroquant.models.execution.runner import BlockRunner
 from gyroquant.models.stores.base import ModuleStore
 
 
-@pytest.mark.parametrize("model_type", ["gemma4_text", "deepseek_v4", "glm_moe_dsa", "bamba", "openai-gpt"])
+@pytest.mark.parametrize(
+    "model_type", ["gemma4_text", "gemma3n_text", "deepseek_v4", "glm_moe_dsa", "bamba", "openai-gpt"]
+)
 def test_every_batch_has_its_own_arguments(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gemma 4 gives blocks an embedding of each token, DeepSeek V4 the tokens; the others return tuples or lists."""
+    """Gemma gives blocks an embedding of each token, DeepSeek V4 the tokens; the others return tuples or lists.
+
+    Gemma 3n and DeepSeek V4 have four residual streams.
+    """
     monkeypatch.setattr("gyroquant.calibration.stream._TOKENS", 24)  # one sequence in a batch
     model = tiny_model(default_config(model_type))
     store, ids = ModuleStore(model), tiny_tokens(model, batch=3)

@@ -12,48 +12,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gyroquant.calibration.arguments import BlockArguments
 from gyroquant.calibration.observers import PairedForward, PairedSecondMoments, SecondMoments
 from gyroquant.calibration.offload import Spilled
-from gyroquant.errors import UnsupportedModelError
 from gyroquant.models.execution.online import attached
-from gyroquant.models.execution.runner import BlockDoneError, BlockRunner, Call
+from gyroquant.models.execution.runner import BlockDoneError, BlockRunner
 from gyroquant.models.stores.base import WeightStore
 from gyroquant.system.progress import Advance
 
 _TOKENS = 4096  # this many tokens run through a block at once
 _HEAD_TOKENS = 512  # this many run through the head at once, because logits are wide
-
-
-def varying(call: Call, other: Call) -> dict[str | int, Tensor]:
-    """The arguments of a block that depend on the tokens: those that differ in two calls with different tokens.
-
-    Keys are positions or names. Values are empty tensors. Raises UnsupportedModelError if such an argument is not a
-    tensor with one entry for each sequence.
-    """
-    found: dict[str | int, Tensor] = {}
-    places: list[tuple[str | int, object, object]] = [
-        (i, a, b) for i, (a, b) in enumerate(zip(call[0], other[0], strict=True))
-    ]
-    for place, first, second in [*places, *((name, value, other[1][name]) for name, value in call[1].items())]:
-        if _equal(first, second):
-            continue
-        if not isinstance(first, Tensor):
-            raise UnsupportedModelError(
-                f"the argument {place} of a block depends on the tokens and is a {type(first).__name__}, which is not "
-                "supported"
-            )
-        found[place] = torch.empty(0)
-    return found
-
-
-def _equal(first: object, second: object) -> bool:
-    if isinstance(first, Tensor) and isinstance(second, Tensor):
-        return first.shape == second.shape and bool(torch.equal(first, second))
-    if isinstance(first, (tuple, list)) and isinstance(second, (tuple, list)):
-        return len(first) == len(second) and all(_equal(a, b) for a, b in zip(first, second, strict=True))
-    if isinstance(first, dict) and isinstance(second, dict):
-        return first.keys() == second.keys() and all(_equal(first[key], second[key]) for key in first)
-    return isinstance(first, Tensor) == isinstance(second, Tensor)  # other objects are settings
 
 
 class Stream:
@@ -80,22 +48,19 @@ class Stream:
         self.runner, self.input_ids, self.dtype, self.device = runner, input_ids, dtype, torch.device(device)
         self.batch = max(1, _TOKENS // input_ids.shape[1])
         self._outer = {name: t.to(device=self.device, dtype=dtype) for name, t in outer.items()}
-        self._calls: dict[int, list[Call]] = {}
-        self._varying: dict[int, dict[str | int, Tensor]] = {}
+        self.arguments = BlockArguments(len(input_ids), runner.passed)
         self.observing_seconds = 0.0
         self._spilled: list[Spilled] = []
         self.hidden: Tensor | None = None
         for start, ids in self._batches():
             first, calls = runner.begin(ids, self._outer)
-            self._calls.setdefault(len(ids), calls)
             if start == 0:
-                other = runner.begin(ids.roll(1, 1), self._outer)[1]
-                self._varying = {i: varying(*pair) for i, pair in enumerate(zip(calls, other, strict=True))}
-            self._keep(start, len(ids), calls)
+                self.arguments.compare(calls, runner.begin(ids.roll(1, 1), self._outer)[1])
+            self.arguments.add(start, len(ids), calls)
             if self.hidden is None:
                 few = range(len(ids).bit_length() if pairing else 1)  # tuning runs on a few sequences at a time
-                for size in {1 << k for k in few} - self._calls.keys():
-                    self._calls[size] = runner.begin(ids[:size], self._outer)[1]
+                for size in {1 << k for k in few} - self.arguments.calls.keys():
+                    self.arguments.calls[size] = runner.begin(ids[:size], self._outer)[1]
                 self.hidden = self._allocate((len(input_ids), *first.shape[1:]), offload)
             self.hidden[start : start + len(ids)] = first
             self._end_batch(start)
@@ -106,28 +71,6 @@ class Stream:
             for start, ids in self._batches():
                 self.original[start : start + len(ids)] = self.hidden[start : start + len(ids)]
                 self._end_batch(start)
-
-    def _keep(self, start: int, count: int, calls: list[Call]) -> None:
-        """Keeps the arguments of blocks that depend on the tokens of this batch."""
-        for index, kept in self._varying.items():
-            rest, named = calls[index]
-            for place in kept:
-                value = named[place] if isinstance(place, str) else rest[place]
-                if kept[place].numel() == 0:
-                    kept[place] = torch.empty((len(self.input_ids), *value.shape[1:]), dtype=value.dtype)
-                kept[place][start : start + count] = value
-
-    def _call(self, index: int, sequences: Sequence[int]) -> Call:
-        """The arguments of a block, besides hidden states, for some sequences."""
-        rest, named = self._calls[len(sequences)][index]
-        kept = self._varying.get(index)
-        if not kept:
-            return rest, named
-        chosen = {place: value[list(sequences)].to(self.device) for place, value in kept.items()}
-        return (
-            tuple(chosen.get(place, value) for place, value in enumerate(rest)),
-            {name: chosen.get(name, value) for name, value in named.items()},
-        )
 
     def _allocate(self, shape: tuple[int, ...], offload: Path | None) -> Tensor:
         if offload is None:
@@ -157,8 +100,9 @@ class Stream:
     def states(self) -> list[Tensor | Path]:
         """What a run keeps to continue later: the hidden states, then the original's; as paths if they are in files."""
         if self._spilled:
-            return [spilled.tensor if spilled.path is None else spilled.path for spilled in self._spilled]
-        return [state for state in (self.hidden, self.original) if state is not None]
+            spilled = [spilled.tensor if spilled.path is None else spilled.path for spilled in self._spilled]
+            return [*spilled, *self.arguments.states]
+        return [*(state for state in (self.hidden, self.original) if state is not None), *self.arguments.states]
 
     def free_outer(self) -> None:
         """Frees the parameters outside the blocks, which blocks do not need."""
@@ -221,7 +165,7 @@ class Stream:
         local, total = self.local(tensors), torch.zeros(self.hidden.shape[-1], dtype=torch.float64, device=self.device)
         for start, ids in self._batches():
             stop = start + len(ids)
-            call = self._call(index, range(start, stop))
+            call = self.arguments.call(index, range(start, stop))
             out = self.runner.run(index, local, self.hidden[start:stop].to(self.device), call)
             total += (self.original[start:stop].to(self.device).double() - out.double()).sum((0, 1))
             self._end_batch(start)
@@ -247,16 +191,18 @@ class Stream:
         return {name: tensor.to(device=self.device, dtype=self.dtype) for name, tensor in tensors.items()}
 
     def _run(self, index: int, local: Mapping[str, Tensor], states: Tensor, start: int, count: int, keep: bool) -> None:
-        hidden = states[start : start + count]
+        hidden, sequences = states[start : start + count], range(start, start + count)
+        stream = "original" if states is self.original else ""
         try:
-            call = self._call(index, range(start, start + count))
-            out = self.runner.run(index, local, hidden.to(self.device), call)
+            call = self.arguments.call(index, sequences, stream)
+            out, *more = self.runner.step(index, local, hidden.to(self.device), call)
         except BlockDoneError:
             if keep:  # an observer stopped a block that had to run to its end
                 raise
             return
         if keep:
             hidden.copy_(out)
+            self.arguments.after(index, sequences, call, more, stream)
 
     def few(self, index: int, tensors: Mapping[str, Tensor], hidden: Tensor, sequences: Sequence[int]) -> Tensor:
         """The output of block `index` for one sequence, shape (1, length, hidden), differentiable.
@@ -264,7 +210,7 @@ class Stream:
         `sequences` are the numbers of the sequences. With a pairing, there may be any power of two of them up to
         `batch`.
         """
-        return self.runner.differentiable(index, tensors, hidden, self._call(index, sequences))
+        return self.runner.differentiable(index, tensors, hidden, self.arguments.call(index, sequences))
 
     def _pieces(self) -> Iterator[tuple[int, int, int]]:
         count, length = self.input_ids.shape

@@ -27,6 +27,12 @@ def inspect(
         bool,
         typer.Option("--dry-run", help="Show only the memory and time of every stage, and disk space."),
     ] = False,
+    sites: Annotated[
+        bool, typer.Option("--sites", help="Show only the sites, and where a derived description comes from.")
+    ] = False,
+    save: Annotated[
+        Path | None, typer.Option(help="With --sites: write the derived description to this new Python file.")
+    ] = None,
     offload: Annotated[Path | None, typer.Option(help="As for quantize.")] = None,
     device: Device = "cpu",
     as_json: AsJson = False,
@@ -42,10 +48,14 @@ def inspect(
         add_bos=not no_bos,
         device=device,
         dry_run=dry_run,
+        sites=sites,
+        save=save,
         offload=offload,
         progress=console.ConsoleProgress(),
     )
     if as_json:
         print_json(result.to_dict())
+    elif sites:
+        console.show(*summaries.described(result))
     else:
         console.show(*(summaries.predicted(result) if dry_run else summaries.inspected(result)))

@@ -18,7 +18,7 @@ from gyroquant.finetuning.parameters import Place
 from gyroquant.finetuning.settings import OBJECTIVES, ROTATIONS, Learn
 from gyroquant.grids import Grid
 from gyroquant.models.execution.online import OnlineOp, attached, fake
-from gyroquant.models.execution.runner import BlockRunner, Call, pass_back
+from gyroquant.models.execution.runner import BlockRunner, Call, own_mappings, pass_back
 from gyroquant.models.folding.fold import FoldPlan
 from gyroquant.models.folding.prove import residual_map
 from gyroquant.models.graph.model_graph import LinearOp
@@ -229,6 +229,7 @@ class BlockOutputs(Loss):
     def __init__(self, store: WeightStore, plan: FoldPlan, places: Places, rounding: RoundedModel):
         super().__init__(store, plan, places)
         self._runner, self._rounding = BlockRunner.of(store), rounding
+        self._runner.check_separate("learning maps from the errors of blocks")
 
     def _block(self, index: int, plan: FoldPlan, streams: list[tuple[Tensor, Call]]) -> float:
         """The mean loss of a block over sequences. Its gradients are added to the leaves.
@@ -243,11 +244,10 @@ class BlockOutputs(Loss):
         weights = self._rounding.leaves(rounded)
         inside = self.store.graph.in_block(index, self._rounding.attachments)
         for number, (hidden, call) in enumerate(streams):
-            expected = self._runner.run(index, original, hidden, call)
+            given = transform(hidden.float()).to(self._rounding.dtype)
             with attached(self._runner.model, inside):
-                output = self._runner.differentiable(
-                    index, weights, transform(hidden.float()).to(self._rounding.dtype), call
-                )
+                output = self._runner.differentiable(index, weights, given, own_mappings(call))
+            expected = self._runner.run(index, original, hidden, call)
             error = (output.float() - transform(expected.float())).square().sum()
             loss = error / (expected - hidden).float().square().sum().clamp_min(1e-30) / len(streams)
             loss.backward()

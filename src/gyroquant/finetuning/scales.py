@@ -180,6 +180,7 @@ class _Batches:
     ):
         self.model, self.original, self.tokens, self.settings = model, original, tokens, settings
         self.runner = BlockRunner.of(model.store)
+        self.runner.check_separate("finetuning")
         self._outer = original.local(outer)
         self._adam = torch.optim.Adam(model.moved.values(), lr=settings.lr)
         self.before = math.inf  # the divergence on the held-out windows before the first step

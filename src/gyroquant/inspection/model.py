@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
@@ -13,7 +13,8 @@ from gyroquant.calibration.text import bos_text, load_text, token_stream
 from gyroquant.errors import GyroquantError, InputError
 from gyroquant.evaluation.outliers import Outliers, measure_outliers
 from gyroquant.inspection.dry_run import dry_run_job
-from gyroquant.models.graph.sites import SITE_NAMES, find_sites
+from gyroquant.models.deriving.description_file import write_description
+from gyroquant.models.graph.sites import SITE_NAMES, Site, find_sites
 from gyroquant.models.stores.base import WeightStore
 from gyroquant.models.stores.config_loading import read_json
 from gyroquant.models.stores.packed import PackedStore
@@ -42,6 +43,8 @@ class Inspection:
     prediction: ResourceEstimate | None = None
     layers: list[dict[str, Any]] = field(default_factory=list)
     """For a model that gyroquant rounded: the errors of every layer, from its `gyroquant.json`."""
+    saved: str | None = None
+    """The file that holds the derived description, if it was saved."""
 
     @property
     def shape(self) -> dict[str, Any]:
@@ -49,6 +52,8 @@ class Inspection:
         return {
             "model_type": graph.config.model_type,
             "described_by": graph.architecture.name,
+            "derived": self.store.derivation is not None,
+            "level": self.level,
             "blocks": len(graph.blocks),
             "hidden": graph.hidden,
             "heads": graph.heads,
@@ -59,25 +64,101 @@ class Inspection:
             "bits_per_weight": self.store.bits_per_weight(),
         }
 
+    @property
+    def level(self) -> str:
+        """What R1 can do on this model: `fused`, `online`, or `unrotated` if it can do neither."""
+        if not find_sites(self.store.graph, "R1")[0].blocked:
+            return "fused"
+        return "online" if self._online("R1") else "unrotated"
+
+    def _online(self, name: str) -> list[Site]:
+        """The sites of a name at which a map can run online. Empty if there are none."""
+        try:
+            places = find_sites(self.store.graph, name, online=True)
+        except GyroquantError:
+            return []
+        return [site for site in places if site.hook_points or site.inverse_at]
+
     def sites(self) -> list[dict[str, Any]]:
-        """Every site: the number of places, their orders, which maps it admits, and why a map cannot be fused there."""
+        """Every site of the model, as a dictionary.
+
+        - places, orders: the number of places and the sizes of their maps.
+        - admits, blocked: the maps that can be fused, and the reason if none can.
+        - partly_blocked: at how many places none can, and the reason, if there are others.
+        - online, online_unasked: whether a map can run online, and whether it does so without an explicit `online`.
+        - admits_online: the maps that can run online.
+        - proofs, not_proven: for a derived description, the relative errors of the logits of the tiny model, and the
+          reasons why others were not proven; by the kind of map.
+        """
         rows = []
         for name in SITE_NAMES:
             try:
                 places = find_sites(self.store.graph, name)
             except GyroquantError:
                 continue
+            online = self._online(name)
+            blocked = [site.blocked for site in places if site.blocked]
+            whole = len(blocked) == len(places)
+            partly = f"at {len(blocked)} of {len(places)} places: {blocked[0]}" if blocked and not whole else ""
             rows.append(
                 {
                     "site": name,
                     "places": len(places),
                     "orders": sorted({site.n for site in places}),
-                    "admits": places[0].admits,
-                    "online": bool(places[0].hook_points),
-                    "blocked": places[0].blocked,
+                    "admits": next((site.admits for site in places if not site.blocked), places[0].admits),
+                    "online": bool(online),
+                    "online_unasked": places[0].online_unasked,
+                    "admits_online": online[0].admits_online if online else "nothing",
+                    "blocked": blocked[0] if whole else "",
+                    "partly_blocked": partly,
+                    **self._proven(name),
                 }
             )
         return rows
+
+    def _proven(self, name: str) -> dict[str, Any]:
+        """The proofs of one site on the tiny model, and the reasons why others are missing."""
+        derivation = self.store.derivation
+        if derivation is None:
+            return {"proofs": {}, "not_proven": {}}
+
+        def of_site(found: Mapping[str, Any]) -> dict[str, Any]:
+            return {label: value for label, value in found.items() if label.split(" ", 1)[0] == name}
+
+        return {"proofs": of_site(derivation.proofs), "not_proven": of_site(derivation.problems)}
+
+    def missing_sites(self) -> dict[str, str]:
+        """The sites that the model does not have, by name, with the reason."""
+        missing = {}
+        for name in SITE_NAMES:
+            try:
+                find_sites(self.store.graph, name)
+            except GyroquantError as error:
+                reason = self._proven(name)["not_proven"].get(name, str(error))
+                missing[name] = "nothing in the description matches it" if reason == str(error) else reason
+        return missing
+
+    def entries(self) -> list[dict[str, Any]]:
+        """Every entry of a derived description: name, kind, reads, writes, and how that is known.
+
+        Entries outside the blocks have full names, those of the decoder alone. Empty if nothing was derived.
+        """
+        if self.store.derivation is None:
+            return []
+        architecture = self.store.derivation.architecture
+        return [
+            {
+                "name": entry.name,
+                "in_block": parts is architecture.block,
+                "kind": type(entry).__name__,
+                "reads": getattr(entry, "reads", None),
+                "writes": getattr(entry, "writes", None),
+                "fact": architecture.facts.get(entry.name, ""),
+            }
+            for parts in (architecture.block, architecture.outer)
+            for entry in parts
+            if not isinstance(entry, tuple)
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -85,6 +166,9 @@ class Inspection:
             "source_quantization": self.store.source_quantization,
             **self.shape,
             "sites": self.sites(),
+            "missing_sites": self.missing_sites(),
+            "entries": self.entries(),
+            "saved": self.saved,
             "recipes": self.fits,
             "outliers": [asdict(row) for row in self.outliers],
             "observed": self.observed,
@@ -137,6 +221,8 @@ def inspect_model(
     add_bos: bool = True,
     device: str = "cpu",
     dry_run: bool = False,
+    sites: bool = False,
+    save: str | Path | None = None,
     offload: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Inspection:
@@ -147,9 +233,18 @@ def inspect_model(
     - `changes`: changes of the recipes.
     - `add_bos`, `offload`: as for quantizing.
     - `dry_run`: only measures the recipe. For exact memory, this process should have done nothing else.
+    - `sites`: only finds the sites: no recipes are compared, and no layers are read.
+    - `save`: writes the derived description to this new Python file. Goes with `sites`.
+
+    Raises InputError if the options contradict each other, or if the description cannot be saved.
     """
     changes = list(changes)
+    _check_options(sites, save, bool(dry_run or recipe or effort or text or changes or offload))
     result = Inspection(open_model(model))
+    if sites:
+        if save is not None:
+            result.saved = str(_save(result.store, Path(save)))
+        return result
     if dry_run and recipe is None:
         raise InputError("a dry run measures a recipe: give --recipe")
     manifest = result.store.folder / "gyroquant.json" if isinstance(result.store, PackedStore) else None
@@ -175,3 +270,30 @@ def inspect_model(
         result.outliers = measure_outliers(result.store, batch.ids, device, progress)
         result.observed = {"windows": len(batch.ids), "window": length, "bos": bos_text(batch.bos, tokenizer)}
     return result
+
+
+def _check_options(sites: bool, save: str | Path | None, others: bool) -> None:
+    """Raises InputError if options of `inspect` contradict each other, or if the file to save exists.
+
+    `others`: whether there are options that `sites` does not use.
+    """
+    if sites and others:
+        raise InputError(
+            "--sites shows only the sites: leave out the options of recipes and text, or leave out --sites"
+        )
+    if save is not None and not sites:
+        raise InputError("--save saves the description that --sites shows: give --sites too")
+    if save is not None and Path(save).exists():
+        raise InputError(f"{save} exists already: give a new name, or remove the file")
+
+
+def _save(store: WeightStore, path: Path) -> Path:
+    """Writes the derived description of a model. Raises InputError if a hand-written one describes it."""
+    described_by = store.graph.architecture.name
+    if store.derivation is None:
+        raise InputError(
+            f"{store.label} is described by hand already ({described_by}), so there is no derived "
+            "description to save: leave out --save"
+        )
+    write_description(store.derivation, path)
+    return path

@@ -99,6 +99,7 @@ def _submit(job: Job, index: int, journal: Journal, stream: Stream | None, pool:
         "offload": None if job.output.offload is None else str(job.output.offload.absolute()),
         "index": index,
         "inputs": [] if stream is None else journal.put_states(f"into-{name}", stream.states),
+        "arguments": [] if stream is None else stream.arguments.layout,
         "threads": pool.threads,
     }
     return pool.submit(spec, journal.folder / "logs" / f"{name}.log")
@@ -147,6 +148,7 @@ def quantize_one_block(spec: Mapping[str, Any]) -> dict[str, Any]:
         with evaluating(job.store.skeleton()), torch.no_grad():
             stream = _stream(job)
             if stream is not None:
+                stream.arguments.allocate(spec["arguments"])
                 journal.get_states(spec["inputs"], stream.states)
             keep_block(job, spec["index"], writer_for(job), journal, stream, apart=True)
     except JournalError as error:

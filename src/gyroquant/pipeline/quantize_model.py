@@ -121,6 +121,7 @@ def folded_block(job: Job, index: int) -> dict[str, Tensor]:
 def _catch_up(job: Job, start: int, index: int, record: Mapping[str, Any], stream: Stream, journal: Journal) -> None:
     """Moves a stream from the input of block `start` to that of block `index`. `record` is of the block before that."""
     if "states" in record:
+        stream.arguments.allocate(record.get("arguments", ()))
         journal.get_states(record["states"], stream.states)
     else:  # blocks were rounded in parallel
         for before in range(start, index):
@@ -160,6 +161,7 @@ def keep_block(
         carry(job, index, stream, tensors, block.deployed, advance)
         last = index == len(job.graph.blocks) - 1 and not job.rounds_head
         record["states"] = [] if last else journal.put_states(f"states-{index % 2}", stream.states)
+        record["arguments"] = stream.arguments.layout
     journal.put(block_name(index), piece.arrays, record)
     tuning.unlink(missing_ok=True)
     return record

@@ -207,7 +207,8 @@ def inspected(result: Inspection) -> list[Any]:
     shape = result.shape
     tied = ", ".join(shape["tied"]) or "nothing"
     about = [
-        ("architecture", f"{shape['model_type']} (described by {shape['described_by']})"),
+        ("architecture", f"{shape['model_type']} ({_describer(shape)})"),
+        ("R1", f"{shape['level']}: {_LEVELS[shape['level']]}"),
         ("blocks", f"{shape['blocks']} of hidden {shape['hidden']}, {shape['parameters'] / 1e6:.1f} M parameters"),
         ("heads", f"{shape['heads']} of {shape['head_dim']}, {shape['kv_heads']} for keys and values"),
         ("tied", tied),
@@ -226,6 +227,84 @@ def inspected(result: Inspection) -> list[Any]:
     if result.outliers:
         shown.append(outliers(result.outliers))
     return shown + (predicted(result) if result.prediction else [])
+
+
+_LEVELS = {
+    "fused": "a map of the residual stream is folded into the weights, and costs nothing at run time",
+    "online": "a map of the residual stream runs with the model, before every layer that reads the stream",
+    "unrotated": "no map of the residual stream is exact; other sites may still take maps",
+}
+"""What R1 can do on a model."""
+
+
+def _describer(shape: Mapping[str, Any]) -> str:
+    if shape["derived"]:
+        return "derived from the model and proven on a tiny one"
+    return f"described by {shape['described_by']}"
+
+
+def described(result: Inspection) -> list[Any]:
+    """The tables of `inspect --sites`: what R1 can do, every site and, if it was derived, the description."""
+    shape, stream = result.shape, next(row for row in result.sites() if row["site"] == "R1")
+    here = {
+        "fused": f"no: {stream['blocked']}" if stream["blocked"] else "yes",
+        "online": "yes" if stream["online"] else "no",
+        "unrotated": "yes" if shape["level"] == "unrotated" else "no",
+    }
+    levels = [(name, text, here[name]) for name, text in _LEVELS.items()]
+    parts: list[Any] = [
+        f"{result.store.label}: {shape['model_type']}, {_describer(shape)}",
+        table(f"R1 on this model: {shape['level']}", ("R1", "meaning", "this model"), levels),
+    ]
+    parts += _proven_sites(result)
+    derivation = result.store.derivation
+    path = "" if derivation is None else derivation.architecture.blocks
+    for title, inside in ((f"entries of each block of {path}", True), ("entries around the blocks", False)):
+        rows = [
+            (entry["name"], entry["reads"] or "-", _bases(entry["writes"]), entry["fact"])
+            for entry in result.entries()
+            if entry["in_block"] == inside
+        ]
+        if rows:
+            parts.append(table(title, ("name", "reads", "writes", "where that comes from"), rows))
+    return parts + ([f"description written to {result.saved}"] if result.saved else [])
+
+
+def _bases(writes: str | tuple[str, ...] | None) -> str:
+    return ", ".join([writes] if isinstance(writes, str) else writes or ["-"])
+
+
+def _proven_sites(result: Inspection) -> list[Table]:
+    """Every site with the maps that it takes and, if there is one, its proof; then why maps cannot be used there."""
+    derived, rows, reasons = result.shape["derived"], [], []
+    for row in result.sites():
+        fused = "no" if row["blocked"] else _admitted(row["admits"])
+        online = _admitted(row["admits_online"]) if row["online"] else "no"
+        proofs = ", ".join(f"{_way(row, label)} {error:.1e}" for label, error in row["proofs"].items())
+        rows.append((row["site"], row["places"], ", ".join(map(str, row["orders"])), fused, online, proofs or "-"))
+        reasons += [(row["site"], reason) for reason in _reasons(row)]
+    for name, reason in result.missing_sites().items():
+        rows.append((name, 0, "-", "no", "no", "-"))
+        reasons.append((name, reason))
+    columns = ("site", "places", "order", "fused", "online", "proof on a tiny model")[: 6 if derived else 5]
+    shown = table("sites", columns, [row[: len(columns)] for row in rows], right=(1, 2))
+    return [shown, table("why not", ("site", "reason"), reasons)] if reasons else [shown]
+
+
+def _reasons(row: Mapping[str, Any]) -> list[str]:
+    """The reasons why maps cannot be fused at a site, and why others were not proven. Each is said once."""
+    blocked = row["blocked"]
+    reasons = [f"not fused: {blocked}"] if blocked else []
+    reasons += [f"not fused {row['partly_blocked']}"] if row["partly_blocked"] else []
+    for label, reason in row["not_proven"].items():
+        if not blocked or (blocked not in reason and reason not in blocked):
+            reasons.append(f"{_way(row, label)}: not proven: {reason}")
+    return reasons
+
+
+def _way(row: Mapping[str, Any], label: str) -> str:
+    """How the maps of a proof were folded: the rest of its label, or what the site does if nothing is asked."""
+    return label.removeprefix(row["site"]).strip() or ("online" if row["online_unasked"] else "fused")
 
 
 def predicted(result: Inspection) -> list[Any]:
@@ -290,11 +369,16 @@ def _hadamards(orders: Iterable[int]) -> str:
 
 def _possible_maps(row: Mapping[str, Any]) -> str:
     if row["blocked"]:
-        online = "online only" if row["online"] else "not fused (online: true runs it with the model)"
-        return f"{online}: {row['blocked']}"
+        asked = "not fused (online: true runs it with the model)" if row["online"] else "not available"
+        return f"{'online only' if row['online_unasked'] else asked}: {row['blocked']}"
+    online = f"; online: {_admitted(row['admits_online'])}" if row["online"] else ""
+    partly = f"; not fused {row['partly_blocked']}" if row["partly_blocked"] else ""
+    return f"fused: {_admitted(row['admits'])}{online}{partly}"
+
+
+def _admitted(admits: str) -> str:
     names = {"any": "any map", "orthogonal": "any rotation", "rope": "a map that commutes with RoPE"}
-    fused = names.get(row["admits"], f"a {row['admits']} map")
-    return f"fused: {fused}" + ("; online: any map" if row["online"] else "")
+    return names.get(admits, f"a {admits} map")
 
 
 def outliers(rows: list[Outliers]) -> Table:

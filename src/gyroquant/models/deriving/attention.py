@@ -65,7 +65,9 @@ def _entry(reader: BlockReader, call: AttentionCall) -> Heading | None:
     settings = [str(text) for text in found]
     given = ", ".join(dict.fromkeys(settings))
     reader.facts[name] = f"heads: {given} give the shapes of the queries, keys and values that attention takes"
-    return Heading(Attention(name, *settings), Heads(queries, shared, size, values))
+    return Heading(
+        Attention(name, settings[0], settings[1], settings[2], settings[3]), Heads(queries, shared, size, values)
+    )
 
 
 def read_attention(reader: BlockReader) -> list[Heading]:

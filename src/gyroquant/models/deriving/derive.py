@@ -17,7 +17,8 @@ from torch.func import functional_call
 
 from gyroquant.errors import GyroquantError, UnsupportedModelError
 from gyroquant.maps import Dense, Diagonal, Map, PairRotation, Permutation
-from gyroquant.models.deriving.roles import corrected, joined, read_roles
+from gyroquant.models.deriving.facts import corrected, joined
+from gyroquant.models.deriving.roles import read_roles
 from gyroquant.models.deriving.tiny import tiny_model, tiny_tokens
 from gyroquant.models.deriving.trace import trace_model
 from gyroquant.models.execution.messages import quiet
@@ -222,13 +223,23 @@ class _Deriver:
         if not self.settle("R2", self.error("R2", _rotation, online=False)):
             self.use(self.change(_renamed({"v": "values"})), self.problem("R2"))
 
+    def latent(self) -> None:
+        if self.settle("latent", self.error("latent", _rotation, online=False)):
+            return
+        bases = {e.reads for e in self.architecture.block if isinstance(e, (Linear, Norm)) and e.reads[:7] == "latent."}
+        for basis in sorted(bases):
+            alone = self.change(_without_latents(bases - {basis}))
+            error = self.error("latent", _rotation, online=False, architecture=alone)
+            if not self.settle(f"latent {basis}", error):
+                self.use(self.change(_without_latents({basis})), self.problem(f"latent {basis}"))
+            self.result.proofs.pop(f"latent {basis}", None)
+        if bases and self.settle("latent", self.error("latent", _rotation, online=False)):
+            del self.result.problems["latent"]
+
     def heads(self) -> None:
         self.settle("attn_out", self.error("attn_out", _rotation, online=True))
         if not self.settle("R3", self.error("R3", _rotation, online=True)):
-            block = tuple(entry for entry in self.architecture.block if not isinstance(entry, Attention))
-            self.use(replace(self.architecture, block=block), self.problem("R3"))
-            if self.result.proofs.pop("R2", None) is not None:
-                self.r2()
+            self.use(self.change(_unhooked), self.problem("R3"))
 
     def qk(self) -> None:
         layouts: tuple[RopeLayout, ...] = ("none", "half", "interleaved")
@@ -322,6 +333,15 @@ def _renamed(names: Mapping[str, str]) -> Callable[[Any], Any]:
     return rename
 
 
+def _without_latents(bases: Collection[str]) -> Callable[[Any], Any]:
+    """No layer writes these latents."""
+    return _renamed({basis: basis.replace("latent.", "kept.", 1) for basis in bases})
+
+
+def _unhooked(entry: Any) -> Any:
+    return replace(entry, hooked=False) if isinstance(entry, Attention) else entry
+
+
 def _without_norm_hooks(architecture: Architecture) -> Callable[[Any], Any]:
     """Layers read the stream directly, so that R1 runs at the input of each of them and not at a norm."""
     bases = {e.writes for e in architecture.block if isinstance(e, Norm) and e.reads == "residual"}
@@ -401,7 +421,16 @@ def derive(model: Any, ids: Tensor) -> Derivation:
     _check_shared(model, path)
     deriver = _Deriver(model, read_roles(model, path, trace, width, ids.numel()), ids)
     deriver.prover.graph(deriver.architecture)
-    for step in (deriver.linear, deriver.r1, deriver.r2, deriver.norms, deriver.heads, deriver.qk, deriver.r4):
+    for step in (
+        deriver.linear,
+        deriver.r1,
+        deriver.r2,
+        deriver.latent,
+        deriver.norms,
+        deriver.heads,
+        deriver.qk,
+        deriver.r4,
+    ):
         step()
     deriver.use(replace(deriver.architecture, facts=joined(deriver.architecture.facts, deriver.unproven())))
     return deriver.result

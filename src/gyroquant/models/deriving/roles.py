@@ -7,7 +7,7 @@ bases of its own, which no fold touches.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,14 +17,16 @@ from transformers.pytorch_utils import Conv1D
 
 from gyroquant.models.deriving.attention import Heading, read_attention
 from gyroquant.models.deriving.directions import Space, among, centres, directions, norm_form
+from gyroquant.models.deriving.facts import KEPT, joined, listed, told
 from gyroquant.models.deriving.feed_forward import read_feed_forward
+from gyroquant.models.deriving.latents import read_latents
 from gyroquant.models.deriving.names import expert_counts, numbered
 from gyroquant.models.deriving.trace import NormCall, Product, Trace
 from gyroquant.models.graph.spec import Architecture, Attention, Bias, Embedding, Entry, Kept, Linear, Norm
 
 _INPUTS = "its inputs are multiples of vectors of the residual stream"
+_BETWEEN = "as they are, summed, or through a norm"
 _GRADIENTS = "the gradients of its outputs are multiples of those of the residual stream"
-_KEPT = "kept: it meets no basis that changes"
 
 
 @dataclass
@@ -38,6 +40,7 @@ class Layer:
     writes: str | tuple[str, ...] = ""
     per_head: bool = False
     alternating: bool = False
+    sizes: tuple[str, ...] = ()
     reads_why: str = ""
     writes_why: str = ""
 
@@ -67,9 +70,8 @@ class Layer:
     def fact(self) -> str:
         """How its roles are known."""
         if not self.whole:
-            return f"{_KEPT}; only parts of it multiply vectors"
-        written = self.writes if isinstance(self.writes, str) else ", ".join(self.writes)
-        return f"reads {self.reads}: {self.reads_why}; writes {written}: {self.writes_why}"
+            return f"{KEPT}; only parts of it multiply vectors"
+        return f"reads {self.reads}: {self.reads_why}; writes {listed(self.writes)}: {self.writes_why}"
 
 
 class BlockReader:
@@ -139,11 +141,14 @@ class BlockReader:
             if not layer.writes:
                 layer.writes = self._writes(layer, inputs, slopes)
         read_feed_forward(self)
+        read_latents(self)
         for layer in self.layers:
+            given = f"are outputs of a linear layer, {_BETWEEN}" if layer.reads else "match no basis that changes"
+            taken = f"are inputs of a linear layer, {_BETWEEN}" if layer.writes else "match no basis that changes"
+            layer.reads_why = layer.reads_why or f"its inputs {given}"
+            layer.writes_why = layer.writes_why or f"its outputs {taken}"
             layer.reads = layer.reads or f"{layer.name}.in"
             layer.writes = layer.writes or "fixed"
-            layer.reads_why = layer.reads_why or "its inputs match no basis that changes"
-            layer.writes_why = layer.writes_why or "its outputs match no basis that changes"
         self.biases = self._biases(sums, inputs)
 
     def _biases(self, sums: list[Tensor], inputs: list[tuple[str, Tensor]]) -> list[Bias]:
@@ -235,7 +240,11 @@ class BlockReader:
     def entries(self) -> Iterable[Entry]:
         """The entries of the description, with names in the block."""
         experts = expert_counts(self.model.config.get_text_config(decoder=True))
-        yield from self.norm_entries.values()
+        for norm in self.norm_entries.values():
+            self.facts.setdefault(
+                norm.name, f"reads {norm.reads}, writes {norm.writes}: it lies between two linear layers"
+            )
+            yield norm
         yield from self.biases
         for heading in self.attention:
             yield heading.entry
@@ -250,7 +259,7 @@ class BlockReader:
         shape = layer.products[0].y.shape[-1]
         experts_in_one = self.model.get_parameter(layer.param).dim() == 3
         stacked = experts_in_one or not layer.param.endswith(".weight")
-        intercepted = experts_in_one and not hasattr(module, "_apply_gate")
+        intercepted = stacked and not hasattr(module, "_apply_gate")
         if not layer.whole:
             return Kept(layer.name)
         router = shape == 1 or (shape in experts and layer.writes == "fixed")
@@ -260,6 +269,7 @@ class BlockReader:
             layer.writes,
             per_head=layer.per_head,
             alternating=layer.alternating,
+            sizes=layer.sizes,
             transposed=layer.transposed,
             stacked=stacked,
             intercepted=intercepted,
@@ -267,25 +277,67 @@ class BlockReader:
         )
 
 
-def _merged(entries: Iterable[Entry]) -> dict[str, Entry]:
-    """The entries of all blocks by name. Contradicting layers get bases of their own."""
-    merged: dict[str, Entry] = {}
-    for entry in entries:
-        other = merged.get(entry.name)
-        if other is None or isinstance(other, Kept):
-            merged[entry.name] = entry
-        elif isinstance(entry, Linear) and isinstance(other, Linear) and entry != other:
-            reads = entry.reads if entry.reads == other.reads else f"{entry.name}.in"
-            writes = entry.writes if entry.writes == other.writes else "fixed"
-            same = entry.writes == other.writes and (entry.per_head, entry.alternating) == (
-                other.per_head,
-                other.alternating,
-            )
-            quantize = entry.quantize and other.quantize
-            merged[entry.name] = replace(entry, reads=reads, writes=writes if same else "fixed", quantize=quantize)
-        elif isinstance(entry, Norm) and isinstance(other, Norm) and entry != other:
-            merged[entry.name] = Kept(f"{entry.name}.weight")
+@dataclass(frozen=True)
+class _Block:
+    """The entries of one block, and the names of its parameters."""
+
+    entries: tuple[Entry, ...]
+    params: frozenset[str]
+
+    def has(self, entry: Entry) -> bool:
+        """Whether the block has what an entry describes."""
+        return any(name == entry.name or name.startswith(f"{entry.name}.") for name in self.params)
+
+
+def _merged(blocks: Sequence[_Block]) -> list[Entry]:
+    """The entries of all blocks. Those of one name that differ apply to blocks with a certain parameter only.
+
+    If no parameter tells the blocks apart, the layer gets bases of its own.
+    """
+    found: dict[str, dict[Entry, list[_Block]]] = defaultdict(lambda: defaultdict(list))
+    for block in blocks:
+        for entry in block.entries:
+            found[entry.name][entry].append(block)
+    merged: list[Entry] = []
+    for entries in found.values():
+        known = dict(entries)
+        if not all(isinstance(entry, Kept) for entry in known):
+            known = {entry: having for entry, having in entries.items() if not isinstance(entry, Kept)}
+        merged += _told_apart(known, blocks) or [_weakest(list(known))]
     return merged
+
+
+def _told_apart(entries: Mapping[Entry, list[_Block]], blocks: Sequence[_Block]) -> list[Entry]:
+    """The entries of one name, each with the parameter that blocks need for it. Empty if there is no such parameter."""
+    apart: list[Entry] = []
+    for entry, having in entries.items():
+        others = [block for block in blocks if block not in having and block.has(entry)]
+        if len(entries) == 1 and not (isinstance(entry, Attention) and others):
+            return [entry]
+        common = frozenset.intersection(*(block.params for block in having))
+        left = sorted(common.difference(*(block.params for block in others)), key=lambda name: ("{e}" in name, name))
+        if not left or "{e}" in left[0] or isinstance(entry, (Kept, Bias, Embedding)):
+            return []
+        apart.append(replace(entry, when=left[0]))
+    return apart
+
+
+def _weakest(entries: list[Entry]) -> Entry:
+    """What is safe to say of a layer whose blocks contradict each other."""
+    first = entries[0]
+    if isinstance(first, Norm):
+        return Kept(f"{first.name}.weight")
+    linears = [entry for entry in entries if isinstance(entry, Linear)]
+    if not isinstance(first, Linear) or len(linears) < len(entries):
+        return first
+    reads, written = (
+        {entry.reads for entry in linears},
+        {(e.writes, e.per_head, e.alternating, e.sizes) for e in linears},
+    )
+    weak = replace(first, quantize=all(entry.quantize for entry in linears))
+    if len(reads) > 1:
+        weak = replace(weak, reads=f"{first.name}.in")
+    return weak if len(written) == 1 else replace(weak, writes="fixed", per_head=False, alternating=False, sizes=())
 
 
 def read_roles(model: Any, path: str, trace: Trace, width: int, tokens: int) -> Architecture:
@@ -295,7 +347,7 @@ def read_roles(model: Any, path: str, trace: Trace, width: int, tokens: int) -> 
     """
     names = dict(model.named_parameters())
     count = len(trace.inputs)
-    everything: list[Entry] = []
+    blocks: list[_Block] = []
     said: list[tuple[Entry, str]] = []
     centred = False
     for i in range(count):
@@ -308,15 +360,15 @@ def read_roles(model: Any, path: str, trace: Trace, width: int, tokens: int) -> 
         found = list(reader.entries())
         entries = [replace(entry, name=numbered(model, prefix, prefix + entry.name)) for entry in found]
         said += [(entry, reader.facts.get(old.name, "")) for entry, old in zip(entries, found, strict=True)]
-        everything += _with_kept(entries, params.values())
-    block = tuple(_tidy(_merged(everything).values()))
+        blocks.append(_Block(tuple(_with_kept(entries, params.values())), frozenset(params.values())))
+    block = tuple(_tidy(_merged(blocks)))
     more: dict[str, str] = {}
     outer = tuple(_outer(model, path, trace, width, tokens, more))
-    facts = joined(_told(block, said), _told(outer, [(entry, more.get(entry.name, _KEPT)) for entry in outer]))
+    facts = joined(told(block, said), told(outer, [(entry, more.get(entry.name, KEPT)) for entry in outer]))
     centring = [e.name for e in (*block, *outer) if isinstance(e, Norm) and e.kind == "layer" and e.reads == "residual"]
     if centring or centred:
         what = ", ".join(centring) or "a norm without a gain"
-        facts = joined(facts, {"R1": f"maps preserve the mean of the residual stream, because {what} subtracts it"})
+        facts = joined(facts, {"R1": f"maps preserve the mean of the residual stream, which is subtracted in {what}"})
     return Architecture(
         name=f"{model.config.model_type} (derived)",
         model_types=(model.config.model_type,),
@@ -326,54 +378,17 @@ def read_roles(model: Any, path: str, trace: Trace, width: int, tokens: int) -> 
         rope="unknown",
         derived=True,
         returns=trace.returns,
+        passed=tuple(trace.passed.items()),
+        batch_axis=_batch_axis(trace, tokens),
         keeps_mean=centred or bool(centring),
         facts=facts,
     )
 
 
-def _told(entries: Iterable[Entry], said: Iterable[tuple[Entry, str]]) -> dict[str, str]:
-    """How each entry is known, by name. Where blocks contradict each other: what each of them showed."""
-    found: dict[str, dict[Entry, str]] = defaultdict(dict)
-    for entry, fact in said:
-        found[entry.name].setdefault(entry, fact)
-    facts = {}
-    for entry in entries:
-        seen = found.get(entry.name) or found.get(entry.name.removesuffix(".weight"), {})
-        contrary = f"the blocks contradict each other ({' | '.join(dict.fromkeys(seen.values()))})"
-        facts[entry.name] = seen.get(entry, contrary if seen else _KEPT)
-        if isinstance(entry, Linear) and not entry.quantize:
-            facts[entry.name] += "; never rounded"
-    return facts
-
-
-def joined(facts: Mapping[str, str], more: Mapping[str, str]) -> dict[str, str]:
-    """The facts of both. What both have to say about a name is in one sentence."""
-    return {**facts, **{name: f"{facts[name]}; {text}" if name in facts else text for name, text in more.items()}}
-
-
-def corrected(old: Architecture, new: Architecture, why: str) -> Architecture:
-    """`new`, with a fact about each entry that differs from that of `old`. `why`: why that guess was withdrawn."""
-    facts = dict(new.facts)
-    for before, after in ((old.block, new.block), (old.outer, new.outer)):
-        entries = {entry.name: entry for entry in after if not isinstance(entry, tuple)}
-        for entry in before:
-            if not isinstance(entry, tuple) and entries.get(entry.name) != entry:
-                change = _changes(entry, entries.get(entry.name))
-                facts = joined(facts, {entry.name: f"withdrawn: it {change}, because {why}"})
-    return replace(new, facts=facts)
-
-
-def _changes(old: Entry, new: Entry | None) -> str:
-    if new is None:
-        return "is left out"
-    changes = [
-        f"{verb} {getattr(new, verb)} in place of {getattr(old, verb)}"
-        for verb in ("reads", "writes")
-        if getattr(new, verb, None) != getattr(old, verb, None)
-    ]
-    if isinstance(new, Linear) and isinstance(old, Linear) and new.quantize != old.quantize:
-        changes.append("is never rounded")
-    return " and ".join(changes)
+def _batch_axis(trace: Trace, tokens: int) -> int:
+    """The axis of hidden states that counts sequences: the first of two neighbours that hold all tokens."""
+    shape = trace.inputs[0].shape
+    return next((axis for axis in range(len(shape) - 2) if shape[axis] * shape[axis + 1] == tokens), 0)
 
 
 def _claims(entries: Iterable[Entry]) -> set[str]:

@@ -70,6 +70,8 @@ class Trace:
     - sums: each sum with its two terms.
     - inputs, outputs: of each block, in order.
     - returns: the length of the tuple that a block returns, or 0.
+    - passed: the arguments that a block takes from what the one before returned, by the number of the result.
+    - results: what the last block returned besides its hidden states.
     - vectors: the gradients of parameters that are vectors, by name.
     """
 
@@ -82,6 +84,8 @@ class Trace:
     outputs: list[Tensor] = field(default_factory=list)
     vectors: dict[str, Tensor] = field(default_factory=dict)
     returns: int = 0
+    passed: dict[int, str | int] = field(default_factory=dict)
+    results: tuple[Any, ...] = ()
 
 
 _ADDS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__, Tensor.add_}
@@ -139,6 +143,13 @@ def _hooked(model: nn.Module, blocks: nn.ModuleList, trace: Trace) -> Iterator[N
         given = args[0] if args else kwargs["hidden_states"]
         made = out[0] if isinstance(out, (tuple, list)) else out
         trace.returns = len(out) if isinstance(out, (tuple, list)) else 0
+        rest = args[1:] if args else ()
+        named = {key: value for key, value in kwargs.items() if key != "hidden_states"}
+        for number, result in enumerate(trace.results):
+            for place, value in (*enumerate(rest), *named.items()):
+                if isinstance(result, Tensor) and value is result:
+                    trace.passed[number] = place
+        trace.results = tuple(out[1:]) if isinstance(out, (tuple, list)) else ()
         for kept, tensor in ((trace.inputs, given), (trace.outputs, made)):
             tensor.retain_grad()
             kept.append(tensor)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from gyroquant.errors import InputError, UnsupportedModelError
 from gyroquant.models.execution.messages import quiet
-from gyroquant.models.execution.runner import BlockRunner, auto_class, evaluating
+from gyroquant.models.execution.runner import BlockRunner, auto_class, evaluating, tokens_first
 from gyroquant.models.folding.fold import fp32
 from gyroquant.models.folding.prove import worst_token_error
 from gyroquant.models.graph.model_graph import LinearOp, ModelGraph
@@ -137,8 +137,9 @@ def _compare(
     runner, outer = BlockRunner.of(store), typed(store.read(graph.outer_params()))
     hidden, calls = runner.begin(ids, outer)
     errors = [_checked(store, "the embeddings", worst_token_error(states[0], hidden), threshold)]
-    for i, call in enumerate(calls):
-        hidden = runner.run(i, typed(store.read(graph.block_params(i))), hidden, call)
+    for i in range(len(calls)):
+        hidden, *more = runner.step(i, typed(store.read(graph.block_params(i))), hidden, calls[i])
+        runner.advance(calls, i, more)
         errors.append(_checked(store, f"block {i}", worst_token_error(states[i + 1], hidden), threshold))
         progress()
     logits = runner.finish(hidden, outer)
@@ -176,10 +177,12 @@ def _states(model: Any, graph: ModelGraph, ids: Tensor) -> tuple[list[Tensor], T
     states: list[Tensor] = []
 
     def keep_input(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        states.append((args[0] if args else kwargs["hidden_states"]).clone())
+        given = args[0] if args else kwargs["hidden_states"]
+        states.append(tokens_first(given.clone(), graph.architecture))
 
     def keep_output(_: nn.Module, args: Any, out: Any) -> None:
-        states.append((out[0] if isinstance(out, (tuple, list)) else out).clone())
+        made = out[0] if isinstance(out, (tuple, list)) else out
+        states.append(tokens_first(made.clone(), graph.architecture))
 
     hooks = [blocks[0].register_forward_pre_hook(keep_input, with_kwargs=True)]
     hooks += [block.register_forward_hook(keep_output) for block in blocks]

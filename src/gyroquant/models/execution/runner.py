@@ -7,8 +7,9 @@ masks and positions. To record them, the model runs once with stubs in place of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from typing import Any, Protocol
 
 import torch
@@ -19,10 +20,34 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from gyroquant.errors import InputError, UnsupportedModelError
 from gyroquant.models.graph.model_graph import ModelGraph
+from gyroquant.models.graph.spec import Architecture
 
 _MAX_BUFFERS = 1 << 30  # bytes of one module; rotary frequencies and scales take some kilobytes
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""The arguments of a block besides its hidden states: by position, and by name."""
+Place = str | int
+"""The place of an argument in a call: its name, or its position after the hidden states."""
+Places = dict[Place, Any]
+
+
+def with_arguments(call: Call, changed: Mapping[Place, Any]) -> Call:
+    """A call with some arguments changed."""
+    if not changed:
+        return call
+    rest, named = call
+    return (
+        tuple(changed.get(place, value) for place, value in enumerate(rest)),
+        {name: changed.get(name, value) for name, value in named.items()},
+    )
+
+
+def own_mappings(call: Call) -> Call:
+    """A call with its own copies of the mappings that blocks fill, so that other runs of the block do not see them."""
+    places: Places = dict(enumerate(call[0])) | call[1]
+    return with_arguments(
+        call, {place: copy(value) for place, value in places.items() if isinstance(value, MutableMapping)}
+    )
 
 
 class _StopRun(Exception):  # noqa: N818 - not an error
@@ -148,6 +173,12 @@ def pass_back(made: Mapping[str, Tensor], leaves: Mapping[str, Tensor]) -> None:
     torch.autograd.backward([made[name] for name in moved], gradients)
 
 
+def tokens_first(hidden: Tensor, architecture: Architecture) -> Tensor:
+    """Hidden states of a model's block with the axes of sequences and positions first."""
+    axis = architecture.batch_axis
+    return hidden if axis == 0 else hidden.movedim((axis, axis + 1), (0, 1))
+
+
 class _Store(Protocol):
     """A model that can be run in pieces: a module without weights, and its graph."""
 
@@ -164,7 +195,7 @@ class BlockRunner:
         self.model = model
         self.tied = graph.tied
         self.architecture, blocks = graph.architecture, graph.architecture.blocks
-        self._returns = graph.architecture.returns
+        self._returns, self._axis = graph.architecture.returns, graph.architecture.batch_axis
         self.blocks: nn.ModuleList = model.get_submodule(blocks)
         self._parent, self._name = model.get_submodule(blocks.rpartition(".")[0]), blocks.rpartition(".")[2]
 
@@ -177,6 +208,8 @@ class BlockRunner:
     def begin(self, input_ids: Tensor, outer: Mapping[str, Tensor]) -> tuple[Tensor, list[Call]]:
         """The input of the first block, shape (batch, length, hidden), and the other arguments of each block.
 
+        A model with several residual streams has one more axis: (batch, length, streams, hidden).
+
         Raises UnsupportedModelError if the model does not run each block once and in order.
         """
         stubs = self._stubs()
@@ -187,7 +220,31 @@ class BlockRunner:
                 f"{self.model.config.model_type} does not run each of its blocks once and in order, which is not "
                 "supported: choose a model that does"
             )
-        return stubs[0].first, [stub.call for stub in stubs if stub.call is not None]
+        return self._tokens_first(stubs[0].first), [stub.call for stub in stubs if stub.call is not None]
+
+    @property
+    def passed(self) -> Mapping[int, Place]:
+        """What a block returns besides hidden states and the next one takes: places by the number of the result."""
+        return dict(self.architecture.passed)
+
+    @torch.no_grad()
+    def step(self, index: int, tensors: Mapping[str, Tensor], hidden: Tensor, call: Call) -> tuple[Any, ...]:
+        """The result of `run`, and what the block returns besides it."""
+        return self._results(index, tensors, hidden, call)
+
+    def check_separate(self, work: str) -> None:
+        """Raises UnsupportedModelError if blocks take more than hidden states from the block before."""
+        if self.passed:
+            raise UnsupportedModelError(
+                f"{self.model.config.model_type} passes more than hidden states from block to block, and {work} does "
+                "not support that: leave it out of the recipe"
+            )
+
+    def advance(self, calls: list[Call], index: int, more: Sequence[Any]) -> None:
+        """Gives the next block's call what block `index` returned besides its hidden states."""
+        if self.passed and index + 1 < len(calls):
+            given = {place: more[number] for number, place in self.passed.items() if number < len(more)}
+            calls[index + 1] = with_arguments(calls[index + 1], given)
 
     @torch.no_grad()
     def run(self, index: int, tensors: Mapping[str, Tensor], hidden: Tensor, call: Call) -> Tensor:
@@ -196,10 +253,14 @@ class BlockRunner:
 
     def differentiable(self, index: int, tensors: Mapping[str, Tensor], hidden: Tensor, call: Call) -> Tensor:
         """The result of `run`, with gradients."""
+        return self._results(index, tensors, hidden, call)[0]
+
+    def _results(self, index: int, tensors: Mapping[str, Tensor], hidden: Tensor, call: Call) -> tuple[Any, ...]:
         prefix = self.architecture.block_prefix(index)
         local = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-        out = functional_call(self.blocks[index], local, (hidden, *call[0]), call[1])
-        return out[0] if isinstance(out, (tuple, list)) else out
+        out = functional_call(self.blocks[index], local, (self._as_given(hidden), *call[0]), call[1])
+        out, *more = out if isinstance(out, (tuple, list)) else (out,)
+        return (self._tokens_first(out), *more)
 
     @torch.no_grad()
     def finish(self, hidden: Tensor, outer: Mapping[str, Tensor]) -> Tensor:
@@ -209,13 +270,20 @@ class BlockRunner:
     def logits(self, hidden: Tensor, outer: Mapping[str, Tensor]) -> Tensor:
         """The result of `finish`, with gradients."""
         stubs = self._stubs()
-        stubs[-1].answer = hidden
+        stubs[-1].answer = self._as_given(hidden)
         padding = getattr(self.model.config.get_text_config(decoder=True), "pad_token_id", None)
         any_token = 1 if padding == 0 else 0  # padding would change the mask of some models
         input_ids = torch.full(hidden.shape[:2], any_token, dtype=torch.long, device=hidden.device)
         out = self._with_stubs(stubs, input_ids, outer)
         assert out is not None
         return out
+
+    def _tokens_first(self, hidden: Tensor) -> Tensor:
+        return tokens_first(hidden, self.architecture)
+
+    def _as_given(self, hidden: Tensor) -> Tensor:
+        axis = self._axis
+        return hidden if axis == 0 else hidden.movedim((0, 1), (axis, axis + 1))
 
     def _stubs(self) -> list[_Stub]:
         return [_Stub(block, self._returns) for block in self.blocks]

@@ -153,7 +153,11 @@ class FoldPlan:
                 f"{site.label} can only run an orthogonal map online; choose a method that gives one"
             )
         self._apply(site.readers, m.contragredient())
-        self.online += [OnlineMap(hook_point, m) for hook_point in site.hook_points]
+        widths = [site.n] * len(site.hook_points)
+        if len(site.readers) == len(site.hook_points):  # a layer may read several vectors at once
+            widths = [self.graph.shapes[port.param][port.axis] for port in site.readers]
+        pairs = zip(site.hook_points, widths, strict=True)
+        self.online += [OnlineMap(hook_point, blocks(m, width)) for hook_point, width in pairs]
 
     def _undo(self, hook_point: HookPoint, span: Span, m: Map) -> None:
         """Plans a map on a span of an output. All maps of that output are joined in one block-diagonal online map."""

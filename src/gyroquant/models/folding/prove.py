@@ -20,7 +20,7 @@ from torch import Tensor
 from gyroquant.errors import ProofError
 from gyroquant.maps import Map, product
 from gyroquant.models.execution.online import attached
-from gyroquant.models.execution.runner import BlockRunner
+from gyroquant.models.execution.runner import BlockRunner, own_mappings
 from gyroquant.models.folding.fold import FoldPlan, Source, fold, folded_outer, fp32
 from gyroquant.models.graph.model_graph import LinearOp, ModelGraph
 
@@ -83,15 +83,17 @@ def prove(
     back = change.inverse().apply if change else lambda x: x
     outer = source.read(graph.outer_params())
     original, calls = runner.begin(input_ids, fp32(outer))
-    folded, _ = runner.begin(input_ids, folded_outer(plan, outer))
+    folded, folded_calls = runner.begin(input_ids, folded_outer(plan, outer))
     errors: list[float] = []
-    for i, call in enumerate(calls[:blocks]):
+    for i in range(len(calls[:blocks])):
         tensors = source.read(graph.block_params(i))
         changed = fp32(fold(plan, tensors))
         with attached(runner.model, plan.online_in(i)):
-            folded = runner.run(i, changed, folded, call)
-            alone = runner.run(i, changed, forward(original), call)
-        original = runner.run(i, fp32(tensors), original, call)
+            folded, *more = runner.step(i, changed, folded, folded_calls[i])
+            runner.advance(folded_calls, i, more)
+            alone = runner.run(i, changed, forward(original), own_mappings(calls[i]))
+        original, *more = runner.step(i, fp32(tensors), original, calls[i])
+        runner.advance(calls, i, more)
         errors.append(worst_token_error(original, back(alone)))
         progress(i + 1, len(calls))
     changed = folded_outer(plan, outer)

@@ -165,6 +165,7 @@ class _Resolver:
     def __init__(self, architecture: Architecture, config: Any, shapes: Mapping[str, Shape], tied: Mapping[str, str]):
         self.architecture, self.config, self.shapes, self.tied = architecture, config, shapes, tied
         self.heads = heads_of(config)
+        self.block: int | None = None
 
     def shape(self, name: str) -> Shape | None:
         return self.shapes.get(self.tied.get(name, name))
@@ -173,6 +174,10 @@ class _Resolver:
         if isinstance(entry.writes, str):
             return {entry.writes: None}
         heads = self.heads
+        if entry.sizes:
+            sizes = [setting(self.config, formula, self.block or 0) for formula in entry.sizes]
+            parts = torch.arange(out_features).split([*sizes, out_features - sum(sizes)])
+            return dict(zip(entry.writes, parts, strict=True))
         if entry.alternating:
             return {basis: torch.arange(out_features)[i :: len(entry.writes)] for i, basis in enumerate(entry.writes)}
         if entry.per_head:
@@ -212,8 +217,15 @@ class _Resolver:
             rows=self._rows(entry, shape[out_axis]),
         )
 
+    def _applies(self, entry: Entry, prefix: str) -> bool:
+        """Whether an entry describes this block."""
+        when = getattr(entry, "when", "")
+        return not when or self.shape(prefix + when) is not None
+
     def _resolve(self, entry: Entry, prefix: str) -> list[Op] | None:
         """The operations of an entry. None if its parameter is missing."""
+        if not self._applies(entry, prefix):
+            return None
         if isinstance(entry, Linear):
             if "{e}" in entry.name:
                 return self._listed(entry, prefix)
@@ -225,7 +237,7 @@ class _Resolver:
         if isinstance(entry, Bias):
             return None if self.shape(module) is None else [BiasOp(entry, module)]
         if isinstance(entry, Attention):
-            return [AttentionOp(entry, module, self.heads)] if self._has_module(module) else []
+            return [AttentionOp(entry, module, self.heads)] if self._is_attention(entry, prefix) else []
         if self.shape(f"{module}.weight") is None:
             return [] if isinstance(entry, Norm) and entry.optional else None
         if isinstance(entry, Embedding):
@@ -244,8 +256,9 @@ class _Resolver:
                 return experts or None
             experts.append(op)
 
-    def _has_module(self, module: str) -> bool:
-        return any(name.startswith(f"{module}.") for name in self.shapes)
+    def _is_attention(self, entry: Attention, prefix: str) -> bool:
+        module = f"{prefix}{entry.name}."
+        return self._applies(entry, prefix) and any(name.startswith(module) for name in self.shapes)
 
     def _kept(self, entry: Kept, prefix: str) -> Iterable[KeptOp]:
         """The parameters of an entry; '{e}' counts up to the first number that is missing."""
@@ -268,7 +281,7 @@ class _Resolver:
 
     def group(self, label: str, parts: tuple[Part, ...], prefix: str, block: int | None = None) -> Group:
         ops: list[Op] = []
-        self.heads = self._heads(parts, prefix, block)
+        self.block, self.heads = block, self._heads(parts, prefix, block)
         for part in parts:
             resolved = self._alternative(part, prefix) if isinstance(part, tuple) else self._resolve(part, prefix)
             if resolved is None and self.architecture.derived:
@@ -284,7 +297,7 @@ class _Resolver:
 
     def _heads(self, parts: tuple[Part, ...], prefix: str, block: int | None) -> Heads:
         """The heads of a block: those of its `Attention` entry, or those of the configuration."""
-        entry = next((e for e in parts if isinstance(e, Attention) and self._has_module(prefix + e.name)), None)
+        entry = next((e for e in parts if isinstance(e, Attention) and self._is_attention(e, prefix)), None)
         if entry is None or block is None:
             return heads_of(self.config)
         numbers = (entry.queries, entry.shared, entry.size, entry.values)

@@ -9,6 +9,7 @@ The numbers of R1 to R4 are those of SpinQuant (arXiv 2405.16406) and QuaRot.
 - attn_out: the input of o_proj, all heads together.
 - qk: queries and keys before RoPE, as their projections write them.
 - attn_in, mlp_in: the outputs of the norms.
+- latent: what one linear layer writes and another reads, with nothing or only a norm between them.
 - linear: the input of one linear layer.
 """
 
@@ -233,7 +234,7 @@ def _heads(ports: tuple[Port, ...], heads: range, size: int) -> tuple[Port, ...]
 def attention_module(group: Group) -> str | None:
     """The name of the attention module of a block. None if the block has no attention, or none that is described."""
     if group.attention is not None:
-        return group.attention.module
+        return group.attention.module if group.attention.entry.hooked else None
     return next((op.module.rpartition(".")[0] for op in group.linears if "q" in op.rows), None)
 
 
@@ -354,6 +355,30 @@ def _norm_output(basis: str) -> Callable[[ModelGraph], Iterator[Site]]:
     return build
 
 
+def _latent(graph: ModelGraph) -> Iterator[Site]:
+    """Latents: any rotation is exact, and any map at all if there is no norm."""
+    for i, group in enumerate(graph.blocks):
+        norms = {norm.entry.reads: norm for norm in group.norms}
+        for basis in sorted(basis for basis in group.bases() if basis.startswith("latent.")):
+            norm, writers = norms.get(basis), group.writers(basis)
+            ops = group.readers(basis if norm is None else norm.entry.writes)
+            if not writers or not ops:
+                continue
+            readers = tuple(op.read_port() for op in ops)
+            bias = () if norm is None else group.writers(norm.entry.writes)
+            yield Site(
+                name="latent",
+                block=i,
+                label=f"the latent that {ops[0].module} reads",
+                n=ops[0].in_features,
+                writers=(*writers, *bias),
+                readers=readers,
+                absorbs=() if norm is None else ((norm, readers),),
+                admits="any" if norm is None else "orthogonal",
+                keeps_mean=norm is not None and norm.entry.kind == "layer",
+            )
+
+
 def _linear(graph: ModelGraph) -> Iterator[Site]:
     for i, group in enumerate(graph.blocks):
         for op in group.linears:
@@ -368,7 +393,7 @@ def _r1_online(graph: ModelGraph) -> Iterator[Site]:
         for norm in group.norms:
             if norm.entry.reads == "residual":
                 yield _norm_site("R1", i, group, norm, graph.hidden)
-        direct = [op for op in group.readers("residual") if not op.entry.stacked or op.entry.quantize]
+        direct = group.readers("residual")
         if direct:
             yield Site(
                 name="R1",
@@ -431,10 +456,11 @@ _KINDS = (
     SiteKind("attn_in", _norm_output("attn_in"), inside=("R1",), basis="attn_in", learnable=True),
     SiteKind("mlp_in", _norm_output("mlp_in"), inside=("R1",), basis="mlp_in", learnable=True),
     SiteKind("R4", _r4, build_fused=_r4_fused, online_unasked=True, basis="act", learnable=True),
+    SiteKind("latent", _latent),
     SiteKind(
         "linear",
         _linear,
-        inside=("R1", "R2", "attn_out", "qk", "R3", "attn_in", "mlp_in", "R4"),
+        inside=("R1", "R2", "attn_out", "qk", "R3", "attn_in", "mlp_in", "R4", "latent"),
         online_unasked=True,
     ),
 )
@@ -452,7 +478,9 @@ def site_key(site: Site) -> str:
     """The key of a site, the same for every recipe: `R1`, `model.layers.0.self_attn.R2`."""
     if site.block is None:
         return site.name
-    module = site.readers[0].param.rpartition(".")[0].rpartition(".")[0] if site.readers else site.hook_points[0].module
+    module = site.readers[0].param.rpartition(".")[0] if site.readers else site.hook_points[0].module
+    if site.readers and site.name != "latent":  # a module may read several latents
+        module = module.rpartition(".")[0]
     return f"{module}.{site.name}"
 
 

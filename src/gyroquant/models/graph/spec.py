@@ -5,6 +5,7 @@ A *basis* is the coordinate system of the vectors that flow between two operatio
     residual        the residual stream                       attn_in, mlp_in  outputs of norms before attention, MLP
     q, k, v         per-head queries, keys, values            attn_out         the heads' mixed values, input of o_proj
     gate, up, act   of the feed-forward network               final            the output of the last norm
+    latent...       between two linear layers with nothing, or only a norm, between them
     logits, fixed   never changed                             image            output of an encoder of images or sound
 
 If a block has several feed-forward networks, a prefix distinguishes their bases: ``experts.act``, ``shared.act``.
@@ -30,11 +31,13 @@ class Linear:
     - writes: the basis of its outputs. With several, consecutive rows write them in this order.
     - per_head: the rows of several bases alternate head by head instead.
     - alternating: the rows of several bases alternate row by row instead.
+    - sizes: the settings that state the numbers of rows of all bases but the last. Default: as the bases' names imply.
     - transposed: the weight is stored as (in, out).
     - stacked: the weight is a bare parameter of shape (expert, out, in), or (out, in) without experts.
     - intercepted: no module and no experts' function of transformers multiplies by the weight, so that its products are
       intercepted.
     - quantize: False for layers that are never rounded, such as routers.
+    - when: the entry applies only to blocks that have this parameter. Empty: to all.
     """
 
     name: str
@@ -42,10 +45,12 @@ class Linear:
     writes: str | tuple[str, ...]
     per_head: bool = False
     alternating: bool = False
+    sizes: tuple[str, ...] = ()
     transposed: bool = False
     stacked: bool = False
     intercepted: bool = False
     quantize: bool = True
+    when: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,7 @@ class Norm:
 
     - offset: the number that the module adds to its stored weight to get the gain (1 for Gemma).
     - optional: models without this norm fit the description too.
+    - when: as for `Linear`.
     """
 
     name: str
@@ -62,6 +68,7 @@ class Norm:
     kind: Literal["rms", "layer"] = "rms"
     offset: float = 0.0
     optional: bool = False
+    when: str = ""
 
 
 @dataclass(frozen=True)
@@ -88,6 +95,8 @@ class Attention:
 
     - queries, shared: the numbers of query heads and of key and value heads.
     - size, values: the numbers of coordinates of a key and of a value.
+    - hooked: False if maps and rounding do not reach its queries and keys.
+    - when: as for `Linear`.
     """
 
     name: str
@@ -95,6 +104,8 @@ class Attention:
     shared: str
     size: str
     values: str
+    hooked: bool = True
+    when: str = ""
 
 
 @dataclass(frozen=True)
@@ -145,6 +156,9 @@ class Architecture:
     - derived: the description was derived from the model. Entries without a parameter are left out then.
     - r1_blocked: the reason why the residual stream must not be changed. Empty if it may be changed.
     - keeps_mean: a map of the residual stream must preserve the mean.
+    - passed: what a block returns besides its hidden states and the next one takes: the number of the result, and the
+      name or position of the argument.
+    - batch_axis: the axis of hidden states that counts sequences. It is not the first in models with several streams.
     - returns: the length of the tuple that a block returns. 0: it returns the hidden states alone.
     - facts: how the deriver knows each fact, by the name of an entry or of a site.
     """
@@ -158,6 +172,8 @@ class Architecture:
     derived: bool = False
     r1_blocked: str = ""
     keeps_mean: bool = False
+    batch_axis: int = 0
+    passed: tuple[tuple[int, str | int], ...] = ()
     returns: int = 0
     facts: Mapping[str, str] = field(default_factory=dict, compare=False)
     refuse: Callable[[Any], str | None] = lambda config: None

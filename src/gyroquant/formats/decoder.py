@@ -19,6 +19,7 @@ from gyroquant.models.stores.packed import PackedStore
 
 MODEL_TYPES = ("llama", "mistral", "smollm3", "granite", "seed_oss", "qwen2", "qwen3", "gemma3_text")
 POINTS = frozenset({"input", "output", "qk"})
+EXPERT_POINTS = frozenset({"experts_in", "experts_act"})
 _ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 _FIXED_ROPE = ("default", "linear", "llama3", "yarn")  # angles that do not change with the length of the text
 

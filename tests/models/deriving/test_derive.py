@@ -93,7 +93,7 @@ def test_families_without_a_description(model_type: str, level: str, sites: set[
     derivation = derive(model, tiny_tokens(model))
     assert derivation.level == level
     assert sites <= set(derivation.proofs)
-    assert max(derivation.proofs.values()) < 1e-5
+    assert max(derivation.proofs.values()) < 5e-5  # of Qwen3.5: its recurrence amplifies the last digits
 
 
 def test_r2_is_withdrawn_where_a_gate_multiplies_the_heads() -> None:

@@ -6,6 +6,7 @@ This file imports OpenVINO, which is optional. So `gyroquant.formats.openvino.wr
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,11 @@ from openvino import PartialShape, Type, opset13
 from openvino.op.util import Variable, VariableInfo
 from torch import Tensor
 
+from gyroquant.formats.base import halves
 from gyroquant.formats.openvino.layout import held_group
 from gyroquant.formats.operations import Operations
-from gyroquant.grids import IntegerGrid, QuantizedWeight
+from gyroquant.grids import GroupParams, IntegerGrid, QuantizedWeight
+from gyroquant.models.graph.model_graph import LinearOp
 
 _DTYPES = {torch.float16: Type.f16, torch.bfloat16: Type.bf16, torch.float32: Type.f32}
 
@@ -68,9 +71,11 @@ def stored_type(grid: IntegerGrid) -> tuple[Any, int]:
     return (Type.i8 if centred else Type.u8), 2 ** (grid.bits - 1) if centred else 0
 
 
-def matrix(weight: QuantizedWeight) -> Any:
+def matrix(weight: QuantizedWeight, experts: int = 0) -> Any:
     """A matrix, (out, in), of exact codes, scales and zero points, in the form that plugins run without unpacking.
     Groups of a size that plugins compute wrongly become several smaller ones with the same scale and zero point.
+
+    `experts` is the number of matrices, one after another. The result has shape (experts, out, in) then. 0: one matrix.
     """
     assert isinstance(weight.grid, IntegerGrid)
     grid, (rows, columns) = weight.grid, weight.codes.shape
@@ -80,15 +85,26 @@ def matrix(weight: QuantizedWeight) -> Any:
     kind, centre = stored_type(grid)
     codes = weight.codes.view(rows, -1, held).to(torch.int16) - centre
     stored = codes.numpy().astype(np.int8 if kind in (Type.i4, Type.i8) else np.uint8)
-    result = opset13.convert(opset13.constant(stored, dtype=kind), np.float16)
+    sizes = (experts, rows // experts) if experts else (rows,)
+    result = opset13.convert(opset13.constant(stored.reshape(*sizes, -1, held), dtype=kind), np.float16)
     if not grid.symmetric:
-        zeros = opset13.constant(zero.to(torch.uint8).numpy(), dtype=kind)
+        zeros = opset13.constant(zero.to(torch.uint8).reshape(*sizes, -1, 1).numpy(), dtype=kind)
         result = opset13.subtract(result, opset13.convert(zeros, np.float16))
     elif not centre:
-        middle = np.full((1, 1, 1), 2 ** (grid.bits - 1), np.uint8)
+        middle = np.full([1] * (len(sizes) + 2), 2 ** (grid.bits - 1), np.uint8)
         result = opset13.subtract(result, opset13.convert(opset13.constant(middle, dtype=Type.u8), np.float16))
-    result = opset13.multiply(result, opset13.constant(scale.half().numpy()))
-    return opset13.convert(opset13.reshape(result, shape(rows, columns), False), np.float32)
+    result = opset13.multiply(result, opset13.constant(scale.half().reshape(*sizes, -1, 1).numpy()))
+    return opset13.convert(opset13.reshape(result, shape(*sizes, columns), False), np.float32)
+
+
+def _part(weight: QuantizedWeight, experts: int, part: tuple[int, int]) -> QuantizedWeight:
+    """A part of the rows of each expert; see `OpenVinoOperations.rounded_experts`."""
+
+    def chosen(x: Tensor) -> Tensor:
+        return x.unflatten(0, (experts, part[1], -1))[:, part[0]].flatten(0, 1)
+
+    params = GroupParams(chosen(weight.params.scale), chosen(weight.params.zero))
+    return replace(weight, codes=chosen(weight.codes), params=params)
 
 
 class OpenVinoOperations(Operations):
@@ -146,6 +162,34 @@ class OpenVinoOperations(Operations):
 
     def coded(self, x: Any, weight: QuantizedWeight) -> Any:
         return self.product(x, matrix(weight), transposed=True)
+
+    def rounded_experts(self, x: Any, weight: QuantizedWeight, experts: int, part: tuple[int, int]) -> Any:
+        """``x @ W.T`` for every expert, x of shape (experts, tokens, in). `part` is the number of a part of the rows of
+        each expert, and the number of equal parts. The matrix is rounded in its own basis.
+        """
+        chosen = _part(weight, experts, part)
+        y = self.product(x, matrix(chosen, experts), transposed=True)
+        assert isinstance(weight.grid, IntegerGrid)
+        if not halves(weight.grid):
+            return y
+        steps = chosen.params.scale[..., 0].float().reshape(experts, -1, chosen.params.scale.shape[1]) / 2
+        sums = self.summed(self.split(x, steps.shape[-1]), False)
+        return self.add(y, self.product(sums, self.numbers(steps), transposed=True))
+
+    def parameter(self, weight: QuantizedWeight, op: LinearOp) -> Any:
+        """A rounded parameter in its stored shape, for code that reads it. Rounded in its own basis."""
+        values = matrix(weight)
+        assert isinstance(weight.grid, IntegerGrid)
+        if halves(weight.grid):
+            steps = weight.params.scale[..., 0].float() / 2
+            groups, (rows, columns) = steps.shape[1], op.matrix_shape
+            split = opset13.reshape(values, shape(rows, groups, columns // groups), False)
+            values = opset13.add(split, self.numbers(steps[..., None]))
+        sizes = op.shape
+        if not op.entry.transposed:
+            return opset13.reshape(values, shape(*sizes), False)
+        turned = opset13.reshape(values, shape(*sizes[:-2], sizes[-1], sizes[-2]), False)
+        return self.swapped(turned)
 
     def normed(self, x: Any, gain: Tensor, eps: float) -> Any:
         squares = opset13.reduce_mean(opset13.power(x, scalar(2.0)), shape(-1), keep_dims=True)

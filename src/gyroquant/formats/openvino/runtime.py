@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,19 +45,26 @@ class OpenVinoRuntime(Runtime):
         self._length = 0
 
     def feed(self, ids: Tensor) -> Tensor:
-        before, self._length = self._length, self._length + ids.shape[1]
-        mask = torch.ones(1, self._length, dtype=torch.long)
-        return self._infer(ids, mask, torch.arange(before, self._length)[None])[0]
+        self._length += ids.shape[1]
+        return infer(self._request, ids, torch.ones(1, self._length, dtype=torch.long))[0]
 
     def _batch(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         self.start()
-        return self._infer(ids, mask, positions)
+        return infer(self._request, ids, mask)
 
-    def _infer(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-        inputs["beam_idx"] = torch.arange(len(ids), dtype=torch.int32)
-        self._request.infer({name: tensor.numpy() for name, tensor in inputs.items()})
-        return torch.from_numpy(self._request.get_tensor("logits").data.copy()).float()
+
+
+def infer(request: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    """The logits of new tokens, (batch, new, words), by an inference request that keeps its state.
+
+    ids: the new tokens, (batch, new).
+    mask: 1 for tokens and 0 for padding, for all tokens so far, (batch, all).
+    """
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    inputs["beam_idx"] = torch.arange(len(ids), dtype=torch.int32)
+    request.infer({name: tensor.numpy() for name, tensor in inputs.items()})
+    return torch.from_numpy(request.get_tensor("logits").data.copy()).float()
 
 
 def exact_settings() -> dict[str, str]:

@@ -1,16 +1,16 @@
 """A decoder as an OpenVINO graph, traced from transformers' own code, for architectures that `Decoder` cannot build.
 
-The inside of rounded layers is not traced. Each is one operation of ours in the trace, and OpenVINO's frontend replaces
-it by the same piece of graph as in built graphs. So the dense matrices are never made: memory holds the codes, and in
-fp32 the parameters that are not rounded. Online maps are traced as they run. The graph keeps keys and values as its
+The inside of replaced modules (`Replaced`) is not traced: each is one operation of ours in the trace, and OpenVINO's
+frontend replaces it by a piece of graph. Online maps are traced as they run. The graph keeps keys and values as its
 state, and has the same inputs and outputs as built graphs.
 """
 
 from __future__ import annotations
 
+import inspect
 import warnings
-from copy import deepcopy
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -25,108 +25,120 @@ from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 from torch import Tensor, nn
 from torch.jit import TracerWarning  # type: ignore[attr-defined]
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DummyLayer, DynamicLayer
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
-from gyroquant.formats.openvino.operations import OpenVinoOperations, named, remembered
-from gyroquant.models.execution.online import AttentionState, attach, mark_ready
-from gyroquant.models.execution.runner import build_skeleton
-from gyroquant.models.graph.model_graph import LinearOp
-from gyroquant.models.stores.packed import PackedStore
+from gyroquant.formats.openvino.operations import named, remembered
+from gyroquant.formats.openvino.traceable import CachedSizes, cached_sizes
+from gyroquant.models.execution.online import AttentionState, mark_ready
 
-_OPERATION = "GyroquantLinear"
+_OPERATION = "GyroquantPiece"
 _INPUTS = ("input_ids", "attention_mask", "position_ids")
 # Sizes of the example. They differ, and none is 1, because transformers treats 1 differently.
 _BATCH, _PAST, _NEW = 2, 3, 4
+_MASKS = ("sdpa", "gyroquant_sdpa")
+_MASKED = -65504.0  # added to masked scores: the lowest number of fp16
 
 
-def traced(store: PackedStore) -> Any:
-    """The graph of a model. Its rounded parameters must all be weights of separate linear layers, not experts."""
-    config = deepcopy(store.config)
-    del config.quantization_config  # otherwise OpenVINO searches for quantized layers of other programs
-    model = build_skeleton(config)
-    linears = _Linears(store)
-    kept = linears.fill(model)
-    attach(model, store.online)
-    with_cache = _FlatCache(model, len(store.graph.blocks))
-    sizes = (store.graph.kv_heads, store.graph.head_dim)
+class Replaced:
+    """The modules that the trace replaces by one operation each, and what each operation becomes in the graph."""
+
+    def __init__(self) -> None:
+        self.extensions: dict[nn.Module, ModuleExtension] = {}
+        self._stand_ins: dict[nn.Module, Callable[..., Tensor]] = {}
+        self._pieces: list[Callable[[Any], Any]] = []
+
+    def add(self, module: nn.Module, stand_in: Callable[[Tensor], Tensor], piece: Callable[[Any], Any]) -> None:
+        """Replaces a module. `stand_in` gives an output of the right shape, whatever its values, for the trace. `piece`
+        takes the module's input as a node, and returns its output as a node.
+        """
+        number = len(self._pieces)
+
+        def evaluate(_: nn.Module, x: Tensor, *rest: Tensor) -> Tensor:
+            return stand_in(x)
+
+        def convert(_: nn.Module, operation: Any, x: Tensor) -> Any:
+            return operation(x, torch.tensor(number))
+
+        self.extensions[module] = ModuleExtension(module, _OPERATION, evaluate, convert)
+        self._stand_ins[module] = stand_in
+        self._pieces.append(piece)
+
+    def converted(self, context: Any) -> Any:
+        """The outputs of the piece of graph for one of our operations."""
+        return self._pieces[int(context.get_values_from_const_input(1))](context.get_input(0)).outputs()
+
+    @contextmanager
+    def standing_in(self) -> Iterator[None]:
+        """Within a with block, replaced modules compute nothing: they return outputs of the right shape."""
+        for module, stand_in in self._stand_ins.items():
+            module.forward = partial(stand_in)
+        try:
+            yield
+        finally:
+            for module in self._stand_ins:
+                del module.forward
+
+
+def traced(model: Any, replaced: Replaced) -> Any:
+    """The graph of a model in which all parameters have values, except those of replaced modules.
+
+    Raises UnsupportedModelError if its cache has more than keys and values.
+    """
+    with replaced.standing_in():
+        layers = cached_sizes(model)
+    with_cache = _FlatCache(model, layers)
     # The steps of `ov.convert_model`, without its second trace, its preprocessing and its telemetry.
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), warnings.catch_warnings(), _finite_masks():
         for kind in (TracerWarning, FutureWarning):  # tests cover the traced graph; OpenVINO reads every attribute
             warnings.simplefilter("ignore", kind)
         decoder = TorchScriptPythonDecoder(
             with_cache,
-            example_input=_example(len(store.graph.blocks), *sizes),
-            module_extensions=kept,
+            example_input=_example(layers),
+            module_extensions=replaced.extensions,
             trace_kwargs={"check_trace": False},
         )
         frontend = FrontEndManager().load_by_framework("pytorch")
-        frontend.add_extension(ConversionExtension(_OPERATION, linears.convert))
-        graph = _stateful(frontend.convert(frontend.load(decoder)), *sizes)
+        frontend.add_extension(ConversionExtension(_OPERATION, replaced.converted))
+        graph = _stateful(frontend.convert(frontend.load(decoder)), layers)
     apply_moc_transformations(graph, cf=False)
-    _restore_dtype(graph, store.dtype)
     return graph
 
 
-def _example(layers: int, kv_heads: int, head_dim: int) -> tuple[Tensor, ...]:
+def _example(layers: Sequence[CachedSizes]) -> tuple[Tensor, ...]:
     """The inputs on which a model is traced: two texts, with some tokens already in the cache."""
     length = _PAST + _NEW
     return (
         torch.zeros(_BATCH, _NEW, dtype=torch.long),
         torch.ones(_BATCH, length, dtype=torch.long),
         torch.arange(_PAST, length).repeat(_BATCH, 1),
-        *(torch.zeros(_BATCH, kv_heads, _PAST, head_dim) for _ in range(2 * layers)),
+        *(torch.zeros(_BATCH, heads, _PAST, width) for sizes in layers for heads, width in sizes),
     )
 
 
-@dataclass
-class _Linears:
-    """The rounded layers of a model, numbered in the order of its parameters."""
+@contextmanager
+def _finite_masks() -> Iterator[None]:
+    """Within a with block, masks of attention are numbers that are added to scores. A row of padding then attends to
+    all tokens alike. With masks of true and false, OpenVINO computes NaN for it in some architectures.
+    """
 
-    store: PackedStore
+    def added(*args: Any, **kwargs: Any) -> Tensor | None:
+        mask = sdpa_mask(*args, **kwargs | {"allow_is_causal_skip": False})
+        return mask if mask is None else torch.where(mask, torch.tensor(0.0), torch.tensor(_MASKED))
 
-    def __post_init__(self) -> None:
-        packed = self.store.description["tensors"]
-        self.ops = [op for op in self.store.graph.linears if op.weight in packed]
-
-    def fill(self, model: nn.Module) -> dict[nn.Module, Any]:
-        """Sets the parameters of a model on the meta device. A rounded parameter becomes a zero, expanded to its shape.
-        Returns the extensions that make the frontend keep each rounded layer as one operation.
-        """
-        rounded_names = {op.weight for op in self.ops}
-        for name, sizes in self.store.shapes.items():
-            parent, _, last = name.rpartition(".")
-            value = torch.zeros(1).expand(sizes) if name in rounded_names else self.store.read([name])[name].float()
-            setattr(model.get_submodule(parent), last, nn.Parameter(value, requires_grad=False))
-        model.tie_weights()  # type: ignore[operator]
-        kept = {}
-        for number, op in enumerate(self.ops):
-            module = model.get_submodule(op.module)
-            evaluate, convert = partial(_zeros, op.out_features), partial(_called, number)
-            kept[module] = ModuleExtension(module, _OPERATION, evaluate, convert)
-        return kept
-
-    def convert(self, context: Any) -> Any:
-        """The graph of the layer that one of our operations represents."""
-        return self._layer(self.ops[int(context.get_values_from_const_input(1))], context.get_input(0)).outputs()
-
-    def _layer(self, op: LinearOp, x: Any) -> Any:
-        ops = OpenVinoOperations()
-        y = ops.rounded(x, self.store.quantized(op.weight))
-        return y if op.bias is None else ops.add(y, ops.numbers(self.store.read([op.bias])[op.bias]))
-
-
-def _zeros(features: int, module: nn.Module, x: Tensor, number: Tensor) -> Tensor:
-    """The output of a layer during the trace, where only its shape matters."""
-    return x.new_zeros((*x.shape[:-1], features))
-
-
-def _called(number: int, module: nn.Module, operation: Any, x: Tensor) -> Any:
-    return operation(x, torch.tensor(number))
+    before = {name: ALL_MASK_ATTENTION_FUNCTIONS[name] for name in _MASKS}
+    for name in _MASKS:
+        ALL_MASK_ATTENTION_FUNCTIONS[name] = added
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            ALL_MASK_ATTENTION_FUNCTIONS[name] = function
 
 
 class _CachedLayer(DynamicLayer):
-    """Keys and values of one layer, (batch, kv heads, length, head_dim). They are set at the start: if they were joined
-    to the empty ones with which transformers starts, they would lose their rank. Keys are stored rotated (R3).
+    """Keys and values of one layer, (batch, heads, length, width). They are set at the start: if they were joined to
+    the empty ones with which transformers starts, they would lose their rank. Keys are stored rotated (R3).
     """
 
     def __init__(self, keys: Tensor, values: Tensor, state: AttentionState | None):
@@ -148,10 +160,11 @@ class _CachedLayer(DynamicLayer):
 class _FlatCache(nn.Module):
     """A model whose cache is a flat list of arguments and results: keys and values of each layer in turn."""
 
-    def __init__(self, model: nn.Module, layers: int):
+    def __init__(self, model: nn.Module, layers: Sequence[CachedSizes]):
         super().__init__()
-        self.decoder = model
-        self._states: list[AttentionState | None] = [None] * layers
+        self.decoder, self._layers = model, layers
+        self._has_positions = "position_ids" in inspect.signature(model.forward).parameters
+        self._states: list[AttentionState | None] = [None] * len(layers)
         for module in model.modules():
             state = module.__dict__.get("_gyroquant_attention")
             if state is not None:
@@ -160,37 +173,20 @@ class _FlatCache(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *before: Tensor
     ) -> tuple[Tensor, ...]:
-        cache = DynamicCache()
-        pairs = zip(before[::2], before[1::2], self._states, strict=True)
-        cache.layers = [_CachedLayer(keys, values, state) for keys, values, state in pairs]
-        out = self.decoder(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        return (out.logits, *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values)))
+        cache, pairs = DynamicCache(), zip(before[::2], before[1::2], strict=True)
+        cache.layers = [
+            _CachedLayer(*next(pairs), state) if sizes else DummyLayer()
+            for sizes, state in zip(self._layers, self._states, strict=True)
+        ]
+        arguments = {"input_ids": input_ids, "attention_mask": attention_mask, "past_key_values": cache}
+        if self._has_positions:
+            arguments["position_ids"] = position_ids
+        out = self.decoder(**arguments, use_cache=True)
+        kept = [layer for layer in cache.layers if isinstance(layer, _CachedLayer)]
+        return (out.logits, *(tensor for layer in kept for tensor in (layer.keys, layer.values)))
 
 
-def _restore_dtype(model: Any, dtype: torch.dtype) -> None:
-    """Stores matrices in the dtype of the stored model, if that holds them exactly."""
-    if dtype == torch.float32:
-        return
-    for op in model.get_ops():
-        if op.get_type_name() != "Constant" or op.get_element_type() != Type.f32:
-            continue
-        if sum(size > 1 for size in op.get_output_shape(0)) < 2:
-            continue
-        values = torch.from_numpy(op.get_data().copy())
-        short = values.to(dtype)
-        if torch.equal(short.float(), values):
-            readers, constant = list(op.output(0).get_target_inputs()), OpenVinoOperations().numbers(short)
-            for reader in readers:
-                reader.replace_source_output(constant.output(0))
-
-
-def _stateful(model: Any, kv_heads: int, head_dim: int) -> Any:
+def _stateful(model: Any, layers: Sequence[CachedSizes]) -> Any:
     """The graph with keys and values as its state, as in built graphs, instead of as inputs and results."""
     inputs, results = model.get_parameters(), model.get_results()
     for parameter, name in zip(inputs, _INPUTS, strict=False):
@@ -198,10 +194,15 @@ def _stateful(model: Any, kv_heads: int, head_dim: int) -> Any:
         parameter.set_element_type(Type.i64)
         named(parameter, name)
     beams = named(opset13.parameter(PartialShape([-1]), np.int32), "beam_idx")
+    states = [
+        (f"past_key_values.{i}.{kind}", *size)
+        for i, sizes in enumerate(layers)
+        for kind, size in zip(("key", "value"), sizes, strict=False)
+    ]
     sinks, variables = [], []
-    for i, (parameter, result) in enumerate(zip(inputs[len(_INPUTS) :], results[1:], strict=True)):
-        name = f"past_key_values.{i // 2}.{('key', 'value')[i % 2]}"
-        past, variable = remembered(name, inputs[0], beams, kv_heads, head_dim)
+    for state, parameter, result in zip(states, inputs[len(_INPUTS) :], results[1:], strict=True):
+        name, heads, width = state
+        past, variable = remembered(name, inputs[0], beams, heads, width)
         variables.append(variable)
         for reader in list(parameter.output(0).get_target_inputs()):
             reader.replace_source_output(past.output(0))

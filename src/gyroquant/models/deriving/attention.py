@@ -6,19 +6,17 @@ keys pass RoPE, which keeps the length of a head, so their rows are found by the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gyroquant.models.deriving.directions import columns_of
-from gyroquant.models.deriving.trace import AttentionCall
+from gyroquant.models.deriving.block import Block, Layer
+from gyroquant.models.deriving.directions import PARALLEL, columns_of
+from gyroquant.models.deriving.trace import AttentionCall, Trace
 from gyroquant.models.graph.heads import Heads, setting
 from gyroquant.models.graph.spec import Attention, Norm
-
-if TYPE_CHECKING:
-    from gyroquant.models.deriving.roles import BlockReader, Layer
 
 _QUERIES = ("num_attention_heads", "swa_num_attention_heads", "num_attention_heads_per_layer", "n_head", "num_heads")
 _SHARED = ("num_key_value_heads", "swa_num_key_value_heads", "num_kv_heads", "num_query_groups", *_QUERIES)
@@ -48,7 +46,7 @@ def formula(config: Any, candidates: tuple[str, ...], number: int, block: int) -
     return None
 
 
-def _entry(reader: BlockReader, call: AttentionCall) -> Heading | None:
+def _entry(reader: Block, call: AttentionCall) -> Heading | None:
     queries, size = call.query.shape[1], call.query.shape[3]
     shared, values = call.value.shape[1], call.value.shape[3]
     config = reader.model.config.get_text_config(decoder=True)
@@ -70,9 +68,8 @@ def _entry(reader: BlockReader, call: AttentionCall) -> Heading | None:
     )
 
 
-def read_attention(reader: BlockReader) -> list[Heading]:
+def read_attention(reader: Block) -> list[Heading]:
     """Sets the roles of the layers around each call of attention in a block, and returns the calls' entries."""
-    headings = []
     calls = [call for call in reader.trace.attention if reader.prefix and call.name.startswith(reader.prefix)]
     if len({call.name for call in calls}) != 1 or len(calls) > 1:
         return []
@@ -80,7 +77,6 @@ def read_attention(reader: BlockReader) -> list[Heading]:
     heading = _entry(reader, call)
     if heading is None:
         return []
-    headings.append(heading)
     rows = [layer for layer in reader.layers if len(layer.products) == 1 and layer.whole]
     mixed = call.output.detach().reshape(-1, heading.heads.queries * heading.heads.values)
     for layer in rows:
@@ -91,9 +87,11 @@ def read_attention(reader: BlockReader) -> list[Heading]:
     for layer in rows:
         y = layer.products[0].y.detach().reshape(-1, layer.products[0].y.shape[-1])
         _values(layer, y, call, heading.heads)
+        if not layer.writes and _normed_values(layer, y, call, heading.heads):
+            heading = replace(heading, entry=replace(heading.entry, normed_values=True))
         if not layer.writes:
             _lengths(reader, layer, y, call, heading.heads)
-    return headings
+    return [heading]
 
 
 def _columns(tensor: Tensor) -> Tensor:
@@ -126,6 +124,43 @@ def _values(layer: Layer, y: Tensor, call: AttentionCall, heads: Heads) -> None:
             layer.writes = ("q", "k", "v") if full else ("heads", "v")
 
 
+def _normed_values(layer: Layer, y: Tensor, call: AttentionCall, heads: Heads) -> bool:
+    """Whether a layer's rows are the values before a norm without a gain: multiples of them, head by head."""
+    value = _columns(call.value)
+    if value.shape != y.shape:
+        return False
+    first, second = (t.double().reshape(-1, heads.values) for t in (value, y))
+    along = (first * second).sum(1, keepdim=True) / (second * second).sum(1, keepdim=True).clamp_min(1e-30)
+    if float((first - along * second).norm(dim=1).max()) > PARALLEL * float(first.norm(dim=1).max()):
+        return False
+    layer.writes = "v"
+    layer.writes_why = "its outputs are multiples of the values that attention takes, head by head"
+    return True
+
+
+def shared_values(trace: Trace, config: Any, path: str) -> str:
+    """The setting that tells which blocks take the values of a block before them; see `Architecture.shares_values`.
+
+    Empty if no blocks share values, or if no setting tells.
+    """
+    calls = {int(call.name.removeprefix(f"{path}.").partition(".")[0]): call.value for call in trace.attention}
+    source: dict[int, int] = {}
+    for block in sorted(calls):
+        value = calls[block]
+        equal = [o for o in sorted(calls) if o < block and o not in source and calls[o].shape == value.shape]
+        found = next((other for other in equal if torch.equal(calls[other], value)), None)
+        if found is not None:
+            source[block] = found
+    for name in ("layer_types", "layers_block_type"):
+        kinds = getattr(config, name, None)
+        if source and isinstance(kinds, (list, tuple)) and len(kinds) == len(trace.inputs):
+            own = [block for block in calls if block not in source]
+            last = {b: max((o for o in own if o < b and kinds[o] == kinds[b]), default=-1) for b in source}
+            if last == source:
+                return name
+    return ""
+
+
 def _head_lengths(rows: Tensor, heads: int) -> Tensor:
     return rows.reshape(rows.shape[0], heads, -1).norm(dim=-1)
 
@@ -137,7 +172,7 @@ def _proportional(lengths: Tensor, others: Tensor) -> bool:
     return bool((ratio - ratio.mean()).abs().max() <= 1e-4 * ratio.mean().abs())
 
 
-def _lengths(reader: BlockReader, layer: Layer, y: Tensor, call: AttentionCall, heads: Heads) -> None:
+def _lengths(reader: Block, layer: Layer, y: Tensor, call: AttentionCall, heads: Heads) -> None:
     """Whether a layer's rows are the queries or the keys, perhaps before a norm."""
     taken = {"q": "the queries that attention takes", "k": "the keys that attention takes"}
     for basis, tensor, count in (("q", call.query, heads.queries), ("k", call.key, heads.shared)):

@@ -6,16 +6,13 @@ gradient shows which. It depends on up linearly: then the gradient times up is t
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
-if TYPE_CHECKING:
-    from gyroquant.models.deriving.roles import BlockReader, Layer
-    from gyroquant.models.deriving.trace import Product
+from gyroquant.models.deriving.block import Block, Layer
+from gyroquant.models.deriving.trace import Product
 
 
-def read_feed_forward(reader: BlockReader) -> None:
+def read_feed_forward(reader: Block) -> None:
     """Sets the roles of the layers of every feed-forward network in a block."""
     order = {id(product): place for place, product in enumerate(reader.trace.products)}
     for down in reader.layers:
@@ -37,7 +34,7 @@ def read_feed_forward(reader: BlockReader) -> None:
             _read(down, product, candidates)
 
 
-def _last_writer(reader: BlockReader, product: Product, order: dict[int, int]) -> int:
+def _last_writer(reader: Block, product: Product, order: dict[int, int]) -> int:
     """The place of the last product before this one that wrote to the stream. An expert's own products come after."""
     places = [
         order[id(other)]

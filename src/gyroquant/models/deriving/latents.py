@@ -5,23 +5,21 @@ Examples are the query and key-value latents of multi-head latent attention, and
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from gyroquant.models.deriving.block import Block, Layer
 from gyroquant.models.deriving.directions import among, columns_of, directions, norm_form
 from gyroquant.models.deriving.trace import NormCall
 from gyroquant.models.graph.spec import Norm
-
-if TYPE_CHECKING:
-    from gyroquant.models.deriving.roles import BlockReader, Layer
 
 PREFIX = "latent."
 REST = "rest"
 """The basis of the rows that follow those of a latent, such as the key that all heads share."""
 
 
-def read_latents(reader: BlockReader) -> None:
+def read_latents(reader: Block) -> None:
     """Sets the roles of layers that write and read a latent in a block. Layers with a role are left alone."""
     norms = [norm for norm in reader.norms if norm.name.removeprefix(reader.prefix) not in reader.norm_entries]
     for layer in reader.layers:
@@ -29,7 +27,7 @@ def read_latents(reader: BlockReader) -> None:
             _ = any(_through_norm(reader, layer, norm) for norm in norms) or _directly(reader, layer)
 
 
-def _through_norm(reader: BlockReader, layer: Layer, norm: NormCall) -> bool:
+def _through_norm(reader: Block, layer: Layer, norm: NormCall) -> bool:
     """Whether a layer reads a norm whose input is what other layers write; sets the roles if so."""
     width = norm.y.shape[-1]
     name = norm.name.removeprefix(reader.prefix)
@@ -48,7 +46,7 @@ def _through_norm(reader: BlockReader, layer: Layer, norm: NormCall) -> bool:
     return True
 
 
-def _written(reader: BlockReader, layer: Layer, rows: torch.Tensor, basis: str) -> bool:
+def _written(reader: Block, layer: Layer, rows: torch.Tensor, basis: str) -> bool:
     """Whether the first outputs of one layer are these rows; sets what it writes if so."""
     for writer in reader.layers:
         if writer is layer or writer.writes or len(writer.products) != 1 or not writer.whole:
@@ -67,7 +65,7 @@ def _written(reader: BlockReader, layer: Layer, rows: torch.Tensor, basis: str) 
     return False
 
 
-def _directly(reader: BlockReader, layer: Layer) -> bool:
+def _directly(reader: Block, layer: Layer) -> bool:
     """Whether a layer reads what other layers write, as it is or summed with weights; sets the roles if so."""
     rows = layer.rows
     basis, found = f"{PREFIX}{layer.name.removesuffix('.weight')}", False

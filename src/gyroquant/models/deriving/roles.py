@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from gyroquant.models.deriving.attention import Heading, read_attention
+from gyroquant.models.deriving.attention import Heading, read_attention, shared_values
+from gyroquant.models.deriving.block import Block, Layer
 from gyroquant.models.deriving.directions import Space, among, centres, directions, norm_form
-from gyroquant.models.deriving.facts import KEPT, joined, listed, told
+from gyroquant.models.deriving.facts import KEPT, joined, told
 from gyroquant.models.deriving.feed_forward import read_feed_forward
 from gyroquant.models.deriving.latents import read_latents
 from gyroquant.models.deriving.names import expert_counts, numbered
-from gyroquant.models.deriving.trace import NormCall, Product, Trace
+from gyroquant.models.deriving.trace import NormCall, Trace
 from gyroquant.models.graph.spec import Architecture, Attention, Bias, Embedding, Entry, Kept, Linear, Norm
 
 _INPUTS = "its inputs are multiples of vectors of the residual stream"
@@ -29,77 +30,15 @@ _BETWEEN = "as they are, summed, or through a norm"
 _GRADIENTS = "the gradients of its outputs are multiples of those of the residual stream"
 
 
-@dataclass
-class Layer:
-    """A parameter that multiplies vectors, all its products in one block together, and the roles found so far."""
-
-    param: str
-    name: str
-    products: list[Product]
-    reads: str = ""
-    writes: str | tuple[str, ...] = ""
-    per_head: bool = False
-    alternating: bool = False
-    sizes: tuple[str, ...] = ()
-    reads_why: str = ""
-    writes_why: str = ""
-
-    @property
-    def rows(self) -> Tensor:
-        return torch.cat([product.rows for product in self.products])
-
-    @property
-    def module(self) -> str:
-        return self.name.removesuffix(".weight")
-
-    @property
-    def grads(self) -> Tensor | None:
-        grads = [product.grad for product in self.products]
-        return None if any(grad is None for grad in grads) else torch.cat([g for g in grads if g is not None])
-
-    @property
-    def transposed(self) -> bool:
-        return self.products[0].transposed
-
-    @property
-    def whole(self) -> bool:
-        """Whether each product used the whole parameter, or the whole matrix of an expert."""
-        return all(product.view.whole for product in self.products)
-
-    @property
-    def fact(self) -> str:
-        """How its roles are known."""
-        if not self.whole:
-            return f"{KEPT}; only parts of it multiply vectors"
-        return f"reads {self.reads}: {self.reads_why}; writes {listed(self.writes)}: {self.writes_why}"
-
-
-class BlockReader:
+class BlockReader(Block):
     """Reads one block, or what lies around the blocks."""
 
     def __init__(self, model: Any, trace: Trace, prefix: str, params: Mapping[str, str], width: int):
-        self.model, self.trace, self.prefix, self.width = model, trace, prefix, width
-        self.params = params
-        """The parameters of this block: name in the block by full name."""
-        self.norms = [norm for norm in trace.norms if self._mine(norm.name)]
-        self.layers = self._layers()
-        self.norm_entries: dict[str, Norm] = {}
+        super().__init__(model, trace, prefix, params, width)
         self.attention: list[Heading] = []
         self.biases: list[Bias] = []
-        self.facts: dict[str, str] = {}
-        """How the roles are known, by the name of the entry."""
         self.centred = False
         """Whether a norm without a gain takes the mean from the residual stream."""
-
-    def _mine(self, name: str) -> bool:
-        return name.startswith(self.prefix) if self.prefix else False
-
-    def _layers(self) -> list[Layer]:
-        products: dict[str, list[Product]] = defaultdict(list)
-        for product in self.trace.products:
-            if product.view.param in self.params:
-                products[product.view.param].append(product)
-        return [Layer(param, self.params[param], found) for param, found in products.items()]
 
     def stream(self, inputs: Tensor, output: Tensor, tokens: int) -> tuple[Space, Space]:
         """The residual stream in this block (its input, its output, the sums between them) and its gradients."""
@@ -379,6 +318,7 @@ def read_roles(model: Any, path: str, trace: Trace, width: int, tokens: int) -> 
         derived=True,
         returns=trace.returns,
         passed=tuple(trace.passed.items()),
+        shares_values=shared_values(trace, model.config.get_text_config(decoder=True), path),
         batch_axis=_batch_axis(trace, tokens),
         keeps_mean=centred or bool(centring),
         facts=facts,

@@ -95,6 +95,7 @@ class Attention:
 
     - queries, shared: the numbers of query heads and of key and value heads.
     - size, values: the numbers of coordinates of a key and of a value.
+    - normed_values: values pass a norm without a gain, head by head, so that only rotations of a head are exact.
     - hooked: False if maps and rounding do not reach its queries and keys.
     - when: as for `Linear`.
     """
@@ -104,6 +105,7 @@ class Attention:
     shared: str
     size: str
     values: str
+    normed_values: bool = False
     hooked: bool = True
     when: str = ""
 
@@ -156,6 +158,8 @@ class Architecture:
     - derived: the description was derived from the model. Entries without a parameter are left out then.
     - r1_blocked: the reason why the residual stream must not be changed. Empty if it may be changed.
     - keeps_mean: a map of the residual stream must preserve the mean.
+    - shares_values: a setting with one entry for each block. A block that writes no values takes those of the last
+      block before it that writes some and has the same entry. Empty: blocks do not share values.
     - passed: what a block returns besides its hidden states and the next one takes: the number of the result, and the
       name or position of the argument.
     - batch_axis: the axis of hidden states that counts sequences. It is not the first in models with several streams.
@@ -172,6 +176,7 @@ class Architecture:
     derived: bool = False
     r1_blocked: str = ""
     keeps_mean: bool = False
+    shares_values: str = ""
     batch_axis: int = 0
     passed: tuple[tuple[int, str | int], ...] = ()
     returns: int = 0

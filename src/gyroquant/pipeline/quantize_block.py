@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gyroquant.calibration.observers import Key, SecondMoments, observing
 from gyroquant.calibration.stream import Stream
-from gyroquant.models.execution.online import CacheQuantizer, attached, observing_keys
+from gyroquant.models.execution.online import CacheQuantizer, all_experts, attached, observing_keys
 from gyroquant.models.graph.model_graph import LinearOp
 from gyroquant.models.graph.rounded_layer import RoundedLayer
 from gyroquant.models.graph.sites import attention_module
@@ -85,7 +85,9 @@ def _round_in_turn(
             current = {**tensors, **{name: layer.param for name, layer in layers.items()}}
             last, keys = number == len(turns) - 1, by_shared_input(group, targets, online).keys()
             model = job.store.skeleton()
-            with attached(model, online), observing(model, group, online, stream.observer, keys, stop=not last) as new:
+            every = all_experts(job.recipe.calibration.all_experts)
+            watching = observing(model, group, online, stream.observer, keys, stop=not last)
+            with every, attached(model, online), watching as new:
                 stream.observe(index, current, advance, tensors, move=last)
             observed |= new
         if job.rounded:

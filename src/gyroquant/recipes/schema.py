@@ -165,6 +165,8 @@ class Calibration(BaseModel):
     - `inputs` (rounded): the inputs of a block. rounded: outputs of the rounded blocks before it, as in GPTQ.
       original: outputs of the original blocks, as in the parallel form of AdaQuant (arXiv 2006.10518). Then blocks do
       not depend on each other's errors and can be rounded in parallel.
+    - `all_experts` (false): the statistics of every expert are of all tokens, not only of those that its router sends
+      there. Each expert then sees every token, so a mixture of experts takes longer.
     """
 
     model_config = _STRICT
@@ -175,6 +177,7 @@ class Calibration(BaseModel):
     add_bos: bool = True
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     inputs: Literal["rounded", "original"] = "rounded"
+    all_experts: bool = False
 
 
 class ProofSettings(BaseModel):

@@ -58,7 +58,7 @@ class RoundingConfig:
         if basis is None:
             return PreparedWeight(name, matrix, statistics, None)
         if statistics is None and basis.scale is not None:
-            self.warn(f"{name}: no calibration token reached this expert; its basis is not scaled")
+            self.warn(f"{name}: {_NOT_REACHED}; its basis is not scaled")
         moved = None if statistics is None else statistics.moved(basis.second_moments)
         return PreparedWeight(name, basis.encode(matrix), moved, basis)
 
@@ -85,7 +85,7 @@ class RoundingConfig:
         if prepared.statistics is not None:
             return self.steps
         if any(step.needs_statistics for step in self.steps if step.when >= When.SOLVER):
-            warn("no calibration token reached this expert; it is rounded to nearest")
+            warn(f"{_NOT_REACHED}; it is rounded to nearest. calibration.all_experts=true sends it every token")
             return [Solver.registry["rtn"](name="rtn")]
         return [step for step in self.steps if not step.needs_statistics]
 
@@ -113,6 +113,7 @@ def is_ignored(module: str, patterns: Iterable[str]) -> bool:
     return False
 
 
+_NOT_REACHED = "no calibration token reached this expert"
 HEAD = "lm_head"
 """The usual name of the head, which recipes do not round by default."""
 

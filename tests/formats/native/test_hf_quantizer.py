@@ -11,10 +11,12 @@ import pytest
 import saved_models
 import tiny_models
 import torch
+from tiny_runs import run, streamed_logits
 from transformers import AutoConfig
 
 import gyroquant as gq
 from gyroquant.formats.native.hf_quantizer import GyroquantHfQuantizer
+from gyroquant.models.deriving.tiny import default_config, tiny_model, tiny_tokens
 from gyroquant.models.stores.packed_description import IMPORT_FIRST
 from gyroquant.models.stores.source import open_model
 
@@ -93,3 +95,16 @@ def test_what_is_made_of_a_folder_does_not_keep_the_refusal(packed: Path, tmp_pa
         atol=1e-4,
     )
     assert open_model(tmp_path / "saved").shapes == open_model(packed).shapes
+
+
+def test_names_that_a_renaming_would_change_are_read_as_they_are(corpus: Path, tmp_path: Path) -> None:
+    """transformers renames Laguna's `shared_expert` of older files with a pattern that also matches `shared_experts`."""
+    model = tiny_model(default_config("laguna"))
+    small = ("weights.group_size=-1", "calibration.seqlen=24", "proof.seqlen=24")
+    run(model, tmp_path / "out", "rtn-w4", corpus, *small)
+    loaded = gq.load(tmp_path / "out", dtype=torch.float32)
+    ids = tiny_tokens(model)
+    with torch.no_grad():
+        logits = loaded(input_ids=ids, use_cache=False).logits
+    assert torch.allclose(logits, streamed_logits(tmp_path / "out", ids), atol=1e-3)
+    assert not loaded.is_custom_code()

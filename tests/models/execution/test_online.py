@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from gyroquant.calibration.observers import SecondMoments, observing
 from gyroquant.errors import UnsupportedModelError
 from gyroquant.maps import Identity
 from gyroquant.models.deriving.tiny import default_config, tiny_model, tiny_tokens
-from gyroquant.models.execution.online import OnlineMap, attach, attached
+from gyroquant.models.execution.online import OnlineMap, all_experts, attach, attached
 from gyroquant.models.graph.sites import HookPoint
+from gyroquant.models.stores.base import ModuleStore
 
 
 @pytest.mark.parametrize("model_type", ["gpt_oss", "nemotron_h", "qwen3_moe", "aria_text"])
@@ -33,3 +35,20 @@ def test_nothing_stays_attached_when_one_operation_fails() -> None:
     with pytest.raises(UnsupportedModelError, match="LlamaMLP"):
         attach(model, [first, second])
     assert not model.model.layers[0].mlp.down_proj._forward_pre_hooks
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
+def test_every_expert_can_see_every_token(model_type: str) -> None:
+    model = tiny_model(default_config(model_type))
+    ids = tiny_tokens(model)
+    store = ModuleStore(model)
+    counts, logits = {}, {}
+    for every in (False, True):
+        group = store.graph.blocks[0]
+        with all_experts(every), observing(model, group, [], SecondMoments) as observed, torch.no_grad():
+            logits[every] = model(input_ids=ids, use_cache=False).logits
+        counts[every] = [moments.count for (name, _), moments in observed.items() if "experts" in name]
+    assert torch.allclose(logits[True], logits[False], atol=1e-5)
+    assert min(counts[False]) < ids.numel()
+    experts = model.config.num_local_experts
+    assert counts[True] == [ids.numel()] * 2 * experts

@@ -7,11 +7,13 @@ Rounded weights are decoded while they are loaded, into the modules of the origi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import transformers
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import (
@@ -104,6 +106,8 @@ class GyroquantHfQuantizer(HfQuantizer):
         for file in files:
             check_files(file.parent, [file.name])
         self._online = attachments(description, files)
+        for part in _models(model):
+            part.is_custom_code = lambda: True
         model._keys_to_ignore_on_load_unexpected = {
             *(model._keys_to_ignore_on_load_unexpected or ()),
             MAPS.replace(".", r"\."),
@@ -118,6 +122,8 @@ class GyroquantHfQuantizer(HfQuantizer):
                 f"numbers, such as {missing[0]}: open the folder with a version that gyroquant is "
                 "tested with, 5.20 to 5.24"
             )
+        for part in _models(model):
+            del part.is_custom_code
         model._weight_conversions = None  # decoding has no inverse; saving then uses the architecture's own conversions
         check_places(model, self._online, "the saved model")
         keep_online(model, self._online)
@@ -129,6 +135,15 @@ class GyroquantHfQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def _models(model: Any) -> Iterator[Any]:
+    """A model and the models in it.
+
+    While their weights load, they pass as code of a user's own. Then transformers does not rename what it reads: the
+    folder has the names of the model, and some renamings for older checkpoints (of Laguna) would change these too.
+    """
+    return (module for module in model.modules() if isinstance(module, PreTrainedModel))
 
 
 def keep_online(model: Any, online: Any) -> None:

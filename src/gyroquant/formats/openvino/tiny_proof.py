@@ -53,9 +53,9 @@ def _difference(model: Any) -> str:
     mask = torch.ones_like(ids)
     mask[1, :_PADDED] = 0
     whole = model(input_ids=ids[:1], use_cache=False).logits[0]
-    if not _close(_in_pieces(model, ids[:1]), whole):
-        return f"transformers gives other logits for {name} with its cache than without"
     try:
+        if not _close(_in_pieces(model, ids[:1]), whole):
+            return f"transformers gives other logits for {name} with its cache than without"
         found = _traced_logits(model, ids, mask)
     except Exception as error:  # OpenVINO raises RuntimeError for whatever it cannot do, traces raise many kinds
         return f"the code of {name} cannot be traced ({_short(error)})"
@@ -111,5 +111,6 @@ def _close(found: Tensor, wanted: Tensor) -> bool:
 
 
 def _short(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[-160:]}"
+    cause = error.__cause__ or error  # OpenVINO wraps the errors of a trace in a page of advice
+    text = " ".join(str(cause).split())
+    return f"{type(cause).__name__}: {text[:160] if cause is not error else text[-160:]}"

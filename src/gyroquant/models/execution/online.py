@@ -89,6 +89,7 @@ class _Switch:
 
     rounding = True
     scaled_ste = False
+    all_experts = False
 
 
 @contextmanager
@@ -104,6 +105,14 @@ def _switched(name: str, value: bool) -> Iterator[None]:
 def no_fake_quant() -> AbstractContextManager[None]:
     """Turns off rounding of activations and of the KV cache for the duration of a with block."""
     return _switched("rounding", False)
+
+
+def all_experts(on: bool) -> AbstractContextManager[None]:
+    """Within a with block, chooses whether observers of stacked experts see every token, not only those routed there.
+
+    The output of the experts does not change.
+    """
+    return _switched("all_experts", on)
 
 
 def scaled_ste(on: bool) -> AbstractContextManager[None]:
@@ -192,11 +201,12 @@ def experts_forward(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weig
     maps, grids = module.__dict__.get("_gyroquant_maps", {}), module.__dict__.get("_gyroquant_grids", {})
     observe = module.__dict__.get("_gyroquant_observe")
     out = torch.zeros_like(hidden)
+    everyone = _Switch.all_experts and observe is not None
     for expert in range(module.num_experts):
         token, position = torch.where(top_k_index == expert)
-        if token.numel() == 0:
+        if token.numel() == 0 and not everyone:
             continue
-        x = hidden[token]
+        x = hidden if everyone else hidden[token]
         for name, point in ((first, "experts_in"), ("down_proj", "experts_act")):
             if point in maps:
                 x = run_map(maps[point], x)
@@ -212,6 +222,7 @@ def experts_forward(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weig
                 x = nonlinearity(x)
         if module.has_post_expert_norm:
             x = module.post_expert_norm(x)
+        x = x[token] if everyone else x
         out.index_add_(0, token, (x * top_k_weights[token, position, None]).to(out.dtype))
     return out
 

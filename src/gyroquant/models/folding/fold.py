@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from gyroquant.errors import UnsupportedModelError
 from gyroquant.maps import BlockDiagonal, Identity, Map, blocks, preserve_mean, product
 from gyroquant.models.execution.online import OnlineMap
-from gyroquant.models.graph.model_graph import ModelGraph, NormOp, Port
+from gyroquant.models.graph.model_graph import LinearOp, ModelGraph, NormOp, Port
 from gyroquant.models.graph.sites import HookPoint, Site, Span
 
 # A parameter whose rows can be edited independently of each other is folded in pieces of about this many entries.
@@ -103,12 +103,16 @@ class FoldPlan:
     - edits: the edits of each parameter, in order.
     - online: the maps that run online.
     - folded: for each planned map: its site, the map, and whether it runs online.
+    - keeps_ties: a head that is tied to the embedding stays tied when R1 is fused. The gain of the last norm then cannot
+      go into the head. Instead the residual stream is turned back before the last norm, and turned again after it: two
+      online maps, once a token.
     """
 
     graph: ModelGraph
     edits: dict[str, list[Edit]] = field(default_factory=lambda: defaultdict(list))
     online: list[OnlineMap] = field(default_factory=list)
     folded: list[tuple[Site, Map, bool]] = field(default_factory=list)
+    keeps_ties: bool = False
     _absorbed: set[str] = field(default_factory=set)
     _inverses: dict[HookPoint, dict[int, tuple[Span, Map]]] = field(default_factory=lambda: defaultdict(dict))
 
@@ -181,12 +185,42 @@ class FoldPlan:
     def _add_fused(self, site: Site, m: Map) -> Map:
         if site.keeps_mean:
             m = preserve_mean(m)
+        kept = self._tied_head() if site.name == "R1" else None
+        if kept is not None:
+            site = _without(site, *kept)
+            self._turn_around(*kept, m)
         if not m.diagonal:
             for norm, readers in site.absorbs:
                 self._absorb(norm, readers)
         self._apply(site.writers, m)
         self._apply(site.readers, m.contragredient())
         return m
+
+    def _tied_head(self) -> tuple[NormOp, LinearOp] | None:
+        """The last norm and the head, if the head is tied to the embedding and the plan keeps it so."""
+        if not self.keeps_ties:
+            return None
+        for alias in self.graph.tied:
+            head = self.graph.find_op(alias)
+            norms = [norm for norm in self.graph.outer.norms if head and norm.entry.writes == head.entry.reads]
+            if head is not None and len(norms) == 1 and self.graph.outer.readers(head.entry.reads) == (head,):
+                return norms[0], head
+        return None
+
+    @property
+    def kept_tied(self) -> tuple[str, ...]:
+        """The tied parameters that stay tied because of `keeps_ties`."""
+        head = self._tied_head()
+        return () if head is None else (head[1].weight,)
+
+    def _turn_around(self, norm: NormOp, head: LinearOp, m: Map) -> None:
+        """Plans the maps around the last norm, for a map of the residual stream that comes after those of the plan."""
+        points = (HookPoint("input", norm.module), HookPoint("input", head.module))
+        maps = {op.hook_point: op.map for op in self.online if op.hook_point in points}
+        self.online = [op for op in self.online if op.hook_point not in points]
+        back = m.inverse() if points[0] not in maps else product(m.inverse(), maps[points[0]])
+        again = m if points[1] not in maps else product(maps[points[1]], m)
+        self.online += [OnlineMap(points[0], back.in_fp32()), OnlineMap(points[1], again.in_fp32())]
 
     def _absorb(self, norm: NormOp, readers: tuple[Port, ...]) -> None:
         if norm.module in self._absorbed:
@@ -230,7 +264,21 @@ class FoldPlan:
                     changes.append((edit.port.axis, id(edit)))
             return changes
 
-        return tuple(alias for alias, name in self.graph.tied.items() if effective(alias) != effective(name))
+        return tuple(
+            alias
+            for alias, name in self.graph.tied.items()
+            if alias not in self.kept_tied and effective(alias) != effective(name)
+        )
+
+
+def _without(site: Site, norm: NormOp, head: LinearOp) -> Site:
+    """R1 without the last norm and a tied head, which read the stream in its own basis."""
+    return replace(
+        site,
+        writers=tuple(port for port in site.writers if port.param != norm.bias),
+        readers=tuple(port for port in site.readers if port.param != head.weight),
+        absorbs=tuple((other, ports) for other, ports in site.absorbs if other.module != norm.module),
+    )
 
 
 def fold(plan: FoldPlan, tensors: Mapping[str, Tensor], names: Iterable[str] | None = None) -> dict[str, Tensor]:

@@ -98,7 +98,8 @@ def prove(
         progress(i + 1, len(calls))
     changed = folded_outer(plan, outer)
     expected = runner.finish(original, fp32(outer))
-    logits = runner.finish(folded, changed)
+    with attached(runner.model, graph.around_blocks(plan.online)):
+        logits = runner.finish(folded, changed)
     error = float(torch.nan_to_num((logits - expected).norm() / expected.norm(), nan=torch.inf))
     image_error = _image_error(graph, outer, changed, back)
     worst = max(range(len(errors)), key=errors.__getitem__)

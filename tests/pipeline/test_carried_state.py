@@ -17,7 +17,7 @@ from gyroquant.pipeline import quantize_model
 
 
 def model_of(model_type: str) -> PreTrainedModel:
-    """A tiny model whose layers share keys and values (Gemma), a router's states (ZAYA) or an indexer's choices (HY)."""
+    """A tiny model whose layers share keys and values (Gemma), a router's states (ZAYA) or an index of tokens (HY)."""
     config = default_config(model_type)
     if model_type == "gemma4_text":
         config.num_kv_shared_layers = 12

@@ -45,7 +45,7 @@ def learnable(plan: FoldPlan, sites: Iterable[str]) -> dict[str, Place]:
 
 def with_values(plan: FoldPlan, places: Mapping[str, Place], values: Mapping[str, Tensor]) -> FoldPlan:
     """The same plan with the maps for the learned tensors at their places."""
-    learned = FoldPlan(plan.graph)
+    learned = FoldPlan(plan.graph, keeps_ties=plan.keeps_ties)
     new = {place.index: place.parameter.map(values[label]) for label, place in places.items()}
     for i, (site, m, online) in enumerate(plan.folded):
         learned.add(site, new.get(i, m), online)

@@ -348,7 +348,9 @@ class Kurtosis(Loss):
         progress: Progress,
     ):
         super().__init__(store, plan, places)
-        before = FoldPlan(plan.graph)  # the maps before the learned ones, which change the vectors that these act on
+        before = FoldPlan(
+            plan.graph, keeps_ties=plan.keeps_ties
+        )  # the maps before the learned ones, which change the vectors that these act on
         for site, m, online in plan.folded[: max(place.index for place in places.values())]:
             if site.label in places and plan.folded[places[site.label].index][1] is not m:
                 before.add(site, m, online)

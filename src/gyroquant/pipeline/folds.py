@@ -47,7 +47,7 @@ def plan_folds(
     Without `measure`, methods that need statistics get placeholder maps, which can be checked but must not be folded.
     Raises UnsupportedModelError or RecipeError, with the reason, if a fold cannot be exact. The model does not change.
     """
-    plan, choose = FoldPlan(graph), choose or _choose
+    plan, choose = FoldPlan(graph, keeps_ties=recipe.keep_ties), choose or _choose
     pending = [_Pending(name, step) for name in SITE_NAMES for step in recipe.transform.get(name, ())]
     while pending:
         measured: list[tuple[_Pending, SiteMeasurement]] = []

@@ -27,7 +27,7 @@ from gyroquant.models.graph.model_graph import LinearOp, ModelGraph
 from gyroquant.models.stores.base import WeightStore
 from gyroquant.models.stores.source import open_original
 from gyroquant.pipeline.options import OutputOptions
-from gyroquant.pipeline.planning import grids_of, plan_all
+from gyroquant.pipeline.planning import grids_of, plan_all, plan_tables
 from gyroquant.pipeline.state import RunState
 from gyroquant.pipeline.validation import (
     check_budget,
@@ -104,6 +104,11 @@ class JobSpec:
         return self.planned.graph
 
     @cached_property
+    def tables(self) -> dict[str, LinearOp]:
+        """The tables of embeddings to round, by name."""
+        return plan_tables(self.graph, self.recipe, self.planned)
+
+    @cached_property
     def grids(self) -> dict[str, Grid]:
         """The grid of each target according to the recipe, before bits are allocated."""
         return grids_of(self.recipe, self.targets)
@@ -130,9 +135,9 @@ class JobSpec:
 
     @property
     def rounds_head(self) -> bool:
-        """Whether a layer outside the blocks is rounded too."""
+        """Whether a layer or a table outside the blocks is rounded too."""
         inside = {op.weight for group in self.graph.blocks for op in group.linears}
-        return any(name not in inside for name in self.targets)
+        return bool(self.tables) or any(name not in inside for name in self.targets)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -227,6 +232,10 @@ class Job:
         return self.spec.needs_stream
 
     @property
+    def tables(self) -> dict[str, LinearOp]:
+        return self.spec.tables
+
+    @property
     def rounds_head(self) -> bool:
         return self.spec.rounds_head
 
@@ -275,8 +284,8 @@ class Job:
         return [*self.plan.online_in(block), *self.graph.in_block(block, self._calibration_quantizers())]
 
     def running_around(self) -> list[OnlineOp]:
-        """The online operations of the head during calibration."""
-        return self.graph.around_blocks(self._calibration_quantizers())
+        """The online operations around the blocks during calibration."""
+        return self.graph.around_blocks([*self.plan.online, *self._calibration_quantizers()])
 
 
 def prepare(
@@ -321,6 +330,7 @@ def prepare(
     words = loaded is not None and not isinstance(loaded, TokenBatch)
     tokenizer = tokenizer or _tokenizer(store, words)
     spec = _with_windows(JobSpec(store, recipe, plan, targets, output, tokenizer, tuple(quantizers), loaded))
+    _ = spec.tables  # raises an error for tables that cannot be rounded
     check_budget(store.graph, targets, recipe)
     check_held_out(recipe, spec.tokens)
     check_steps(store.graph, targets, recipe)
@@ -365,6 +375,13 @@ def expected_bytes(job: Job) -> int:
         each_group = 0.0 if grid.group_size == -1 else grid.group_bits / grid.group_size
         rounded, bits = rounded + count, bits + count * order / op.in_features * (each + each_group)
         bits += 16 * order if basis is not None and basis.needs_statistics else 0
+    for op in job.tables.values():
+        assert job.recipe.embeddings is not None
+        grid = job.recipe.embeddings.grid
+        rounded, bits = (
+            rounded + op.numel,
+            bits + op.numel * (grid.bits + grid.group_bits / grid.group_of(op.in_features)),
+        )
     everything = sum(prod(shape) for shape in job.store.shapes.values())
     everything += sum(prod(job.store.shapes[name]) for name in job.graph.tied.values())  # if untied
     bits = rounded * 8 * job.output.dtype.itemsize if job.output.dense else bits

@@ -42,6 +42,27 @@ def plan_all(graph: ModelGraph, recipe: Recipe) -> tuple[FoldPlan, dict[str, Lin
     return plan, targets, quantizers
 
 
+def plan_tables(graph: ModelGraph, recipe: Recipe, plan: FoldPlan) -> dict[str, LinearOp]:
+    """The tables of embeddings to round, by name.
+
+    Raises RecipeError if a group size does not fit, or if a fold unties the head, so that it would be left as it is.
+    """
+    if recipe.embeddings is None:
+        return {}
+    tables = {op.weight: op for op in graph.tables}
+    if not tables:
+        raise RecipeError(f"{graph.config.model_type} has no table of embeddings that is described: remove embeddings")
+    for op in tables.values():
+        recipe.embeddings.grid.group_of(op.in_features, op.name)
+    tied = [alias for alias, name in graph.tied.items() if name in tables]
+    if tied and not recipe.keep_ties and any(site.name == "R1" and not online for site, _, online in plan.folded):
+        raise RecipeError(
+            f"R1 unties {tied[0]} from the embedding, so the head would stay as it is: set keep_ties=true, or leave "
+            "embeddings out"
+        )
+    return tables
+
+
 def plan_quantizers(graph: ModelGraph, recipe: Recipe) -> list[OnlineOp]:
     """The quantizers that run with the model. Raises RecipeError if a group size does not fit."""
     sections = [section for section in (recipe.activations, recipe.kv_cache) if section is not None]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gyroquant.calibration.observers import Key, SecondMoments, observing
+from gyroquant.calibration.observers import Key, SecondMoments, input_key, observing
 from gyroquant.calibration.stream import Stream
 from gyroquant.errors import InputError
 from gyroquant.formats.native.writer import DenseWriter, PackedWriter, Writer
@@ -21,8 +21,8 @@ from gyroquant.models.graph.sites import attention_module
 from gyroquant.models.stores.ranges import Ranges
 from gyroquant.pipeline.job import Job
 from gyroquant.pipeline.quantize_block import observed_in_turn, quantize_block
-from gyroquant.rounding.layer_report import LayerReport, layer_reports
-from gyroquant.rounding.layers import LayerGroup, round_layers
+from gyroquant.rounding.layer_report import LayerReport, layer_reports, table_report
+from gyroquant.rounding.layers import LayerGroup, RoundingConfig, round_layers
 from gyroquant.system.journal import Journal
 from gyroquant.system.progress import Advance, Progress
 
@@ -222,7 +222,26 @@ def _round_head(
             stream.observe_head(outer)
     layers = LayerGroup(group, job.targets, outer, observed, [])
     rounded = round_layers(layers, job.rounding(warnings.append))
-    return rounded, layer_reports(layers, rounded)
+    tables, reports = _round_tables(job, layers, job.rounding(warnings.append))
+    return rounded | tables, [*layer_reports(layers, rounded), *reports]
+
+
+def _round_tables(
+    job: Job, layers: LayerGroup, config: RoundingConfig
+) -> tuple[dict[str, RoundedLayer], list[LayerReport]]:
+    """Rounds the tables of embeddings. Those that are tied to a head are rounded for the inputs of the head."""
+    rounded, reports = dict[str, RoundedLayer](), list[LayerReport]()
+    for name, op in job.tables.items():
+        assert job.recipe.embeddings is not None
+        heads = [job.graph.find_op(alias) for alias, stored in job.graph.tied.items() if stored == name]
+        keys = [input_key(head, frozenset()) for head in heads if head is not None]
+        statistics = layers.statistics(keys[0]) if keys else None
+        matrix = layers.matrix(op)
+        prepared = config.prepare(op.name, matrix, statistics)
+        weight = config.solve(prepared, job.recipe.embeddings.grid.with_tensor_scale(prepared.matrix))
+        rounded[name] = RoundedLayer(op, weight)
+        reports.append(table_report(op.name, matrix, rounded[name], statistics))
+    return rounded, reports
 
 
 def _stored(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    SerializeAsAny,
     ValidationError,
     field_serializer,
     model_validator,
@@ -153,6 +154,18 @@ class Weights(StepOptions):
         return self.needs_input_error if self.true_sequential is None else self.true_sequential
 
 
+class Embeddings(BaseModel):
+    """How the table of embeddings is rounded, and with it a head that is tied to it.
+
+    A tied table is rounded for its head, by the solver of the layers: nearly all of the error comes from there.
+
+    - `grid`: the numbers to round to.
+    """
+
+    model_config = _STRICT
+    grid: SerializeAsAny[Grid]
+
+
 class Calibration(BaseModel):
     """The calibration text.
 
@@ -257,6 +270,9 @@ class Recipe(BaseModel):
     - `transform` (none): the maps at each site, first to last.
     - `learn` (None): learns rotations and scales before anything is rounded.
     - `weights`: how weights are rounded.
+    - `embeddings` (None): how the table of embeddings is rounded. None: it is not.
+    - `keep_ties` (false): a head tied to the embedding stays so under a fused R1, at the cost of two online maps
+      for each token. false: the head becomes a matrix of its own.
     - `activations` (None): how inputs of layers are rounded while the model runs.
     - `kv_cache` (None): how keys and values are rounded while the model runs.
     - `finetune` (None): tunes the rounded model end to end.
@@ -273,6 +289,8 @@ class Recipe(BaseModel):
     weights: Annotated[Weights, _FlatWeights("holds bits, group_size, symmetric, solver and so on")] = Field(
         default_factory=Weights
     )
+    embeddings: Annotated[Embeddings, BesideGrid()] | None = None
+    keep_ties: bool = False
     activations: Annotated[Activations, _DYNAMIC] | None = None
     kv_cache: Annotated[KvCache, _DYNAMIC] | None = None
     finetune: Section[Finetune] | None = None
@@ -290,6 +308,8 @@ class Recipe(BaseModel):
             transform: Mapping[str, Method | Step | Sequence[Method | Step]] = ...,
             learn: Learn | None = ...,
             weights: Weights = ...,
+            embeddings: Embeddings | None = ...,
+            keep_ties: bool = ...,
             activations: Activations | None = ...,
             kv_cache: KvCache | None = ...,
             finetune: Finetune | None = ...,
@@ -362,7 +382,7 @@ class Recipe(BaseModel):
     def to_dict(self) -> dict[str, Any]:
         """The recipe as it would be written in YAML; `parse` reads it back."""
         data = self.model_dump(mode="json")
-        for section in ("weights", "activations", "kv_cache"):
+        for section in ("weights", "embeddings", "activations", "kv_cache"):
             if data[section] is not None:
                 data[section] = data[section].pop("grid") | data[section]
         if overrides := data["weights"].pop("overrides"):

@@ -53,6 +53,12 @@ def layer_reports(group: LayerGroup, rounded: Mapping[str, RoundedLayer]) -> lis
     return [reports[op.weight] for ops in readers.values() for op in ops]
 
 
+def table_report(name: str, matrix: Tensor, layer: RoundedLayer, statistics: InputStatistics | None) -> LayerReport:
+    """The report of a table of embeddings, shape (tokens, hidden). `statistics` are those of the head tied to it."""
+    eigenvalues = None if statistics is None else spectrum(statistics.second_moments)
+    return _report(name, matrix, layer.matrix, layer.weight.bits / layer.op.numel, statistics, eigenvalues)
+
+
 def _experts(group: LayerGroup, key: str, layer: RoundedLayer) -> LayerReport:
     """The means over the experts of one stacked weight. Output errors are averaged over the experts that got tokens."""
     reports, matrices, rest = [], group.experts(layer.op), layer.matrix

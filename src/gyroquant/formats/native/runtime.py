@@ -13,6 +13,8 @@ from gyroquant.errors import InputError
 from gyroquant.formats.runtime import Runtime
 from gyroquant.models.execution.runner import auto_class
 
+_CACHES = ("past_key_values", "cache_params")
+
 
 class TransformersRuntime(Runtime):
     """transformers, with the packages that it needs for a format. For the folders of gyroquant, that is gyroquant."""
@@ -23,7 +25,8 @@ class TransformersRuntime(Runtime):
         super().__init__(folder, exact)
         self._model = self.open_model()
         self._takes_positions = "position_ids" in signature(self._model.forward).parameters
-        self._past: Any = None
+        self._cache = self._cache_name()
+        self.start()
 
     def open_model(self) -> Any:
         """The model of the folder as transformers runs it. Subclasses with another reader override this. Raises
@@ -39,13 +42,25 @@ class TransformersRuntime(Runtime):
         except (OSError, ImportError, ValueError, KeyError) as error:
             raise InputError(f"transformers cannot open {self.folder}: {error}") from error
 
+    @torch.no_grad()
+    def _cache_name(self) -> str | None:
+        """The name of the argument and result of the model that holds what it has read. None: it has none."""
+        accepted = [name for name in _CACHES if name in signature(self._model.forward).parameters]
+        if not accepted:
+            return None
+        out = self._model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=True)
+        return next((name for name in accepted if out.get(name) is not None), None)
+
     def start(self) -> None:
-        self._past = None
+        self._past, self._read = None, torch.empty(1, 0, dtype=torch.long)
 
     @torch.no_grad()
     def feed(self, ids: Tensor) -> Tensor:
-        out = self._model(input_ids=ids, past_key_values=self._past, use_cache=True)
-        self._past = out.past_key_values
+        if self._cache is None:  # the model reads the whole text again
+            self._read = torch.cat((self._read, ids), 1)
+            return self._model(input_ids=self._read, use_cache=False).logits[0, -ids.shape[1] :].float()
+        out = self._model(input_ids=ids, use_cache=True, **{self._cache: self._past})
+        self._past = out[self._cache]
         return out.logits[0].float()
 
     @torch.no_grad()

@@ -20,7 +20,7 @@ from gyroquant.formats.config import write_config
 from gyroquant.formats.output_folder import OutputFolder
 from gyroquant.grids import stored_bits
 from gyroquant.models.execution.online import OnlineOp
-from gyroquant.models.graph.model_graph import LinearOp
+from gyroquant.models.graph.model_graph import TOKENS, LinearOp
 from gyroquant.models.graph.rounded_layer import RoundedLayer
 from gyroquant.models.stores.base import WeightStore, untie
 from gyroquant.models.stores.packed_description import IMPORT_FIRST, PackedDescription
@@ -71,13 +71,22 @@ class Piece:
     stored_bits: dict[str, int] = field(default_factory=dict)
     rounded_weights: int = 0
     other_bits: int = 0
+    table_weights: int = 0
+    table_bits: int = 0
 
     @property
     def notes(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if key != "arrays"}
 
     def count(self, op: LinearOp, arrays: Mapping[str, Tensor]) -> None:
-        """Adds the stored bits of a rounded parameter, by the last part of its arrays' names."""
+        """Adds the stored bits of a rounded parameter, by the last part of its arrays' names.
+
+        Tables of embeddings are counted separately from layers.
+        """
+        if op.entry.reads == TOKENS:
+            self.table_weights += op.numel
+            self.table_bits += sum(stored_bits({name: array}) for name, array in arrays.items())
+            return
         self.rounded_weights += op.numel
         for name, array in arrays.items():
             part = name.rpartition("_")[2]
@@ -92,6 +101,7 @@ class Writer(ABC):
         self._rounded_weights = 0
         self._parts: dict[str, int] = {}
         self._plain_bits = 0
+        self._table_weights, self._table_bits = 0, 0
 
     @property
     def folder(self) -> OutputFolder:
@@ -108,6 +118,8 @@ class Writer(ABC):
         self.folder.add_piece(file)
         self._rounded_weights += notes["rounded_weights"]
         self._plain_bits += notes["other_bits"]
+        self._table_weights += notes.get("table_weights", 0)
+        self._table_bits += notes.get("table_bits", 0)
         for part, bits in notes["stored_bits"].items():
             self._parts[part] = self._parts.get(part, 0) + bits
 
@@ -144,15 +156,20 @@ class Writer(ABC):
         copy_companions(self.store, self.folder.partial)
 
     def bits(self) -> dict[str, Any]:
-        """The stored bits. `per_weight` is bits per rounded weight, with online maps and padding."""
+        """The stored bits. `per_weight` is bits per weight of the rounded layers, with online maps and padding.
+
+        `embeddings` are bits per weight of the rounded tables of embeddings.
+        """
         rounded = sum(self._parts.values())
+        tables = {"weights": self._table_weights, "per_weight": self._table_bits / max(1, self._table_weights)}
         original = sum(prod(shape) for shape in self.store.shapes.values())
         return {
             "per_weight": rounded / self._rounded_weights,
             "rounded_weights": self._rounded_weights,
             "stored_bits": dict(self._parts),
             "other_bits": self._plain_bits,
-            "whole_model_per_weight": (rounded + self._plain_bits) / original,
+            **({"embeddings": tables} if self._table_weights else {}),
+            "whole_model_per_weight": (rounded + self._table_bits + self._plain_bits) / original,
         }
 
 

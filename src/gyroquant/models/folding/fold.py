@@ -103,7 +103,7 @@ class FoldPlan:
     - edits: the edits of each parameter, in order.
     - online: the maps that run online.
     - folded: for each planned map: its site, the map, and whether it runs online.
-    - keeps_ties: a head that is tied to the embedding stays tied when R1 is fused. The gain of the last norm then cannot
+    - keeps_ties: a head that is tied to the embedding stays so when R1 is fused. The gain of the last norm then cannot
       go into the head. Instead the residual stream is turned back before the last norm, and turned again after it: two
       online maps, once a token.
     """

@@ -58,6 +58,8 @@ __all__ = [
 ]
 
 Item = TypeVar("Item", bound=InModule)
+TOKENS = "tokens"
+"""The basis that a table of embeddings reads: one coordinate for each token."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +112,26 @@ class ModelGraph:
         return (*self.block_linears, *self.outer.linears)
 
     @cached_property
+    def tables(self) -> tuple[LinearOp, ...]:
+        """The tables of embeddings that write to the residual stream, as layers of shape (tokens, hidden)."""
+        return tuple(
+            LinearOp(
+                entry=Linear(op.weight.removesuffix(".weight"), TOKENS, op.entry.writes),
+                module=op.weight.removesuffix(".weight"),
+                weight=op.weight,
+                bias=None,
+                shape=self.shapes[op.weight],
+                in_axis=1,
+                out_axis=0,
+                rows={op.entry.writes: None},
+            )
+            for op in self.outer.ops
+            if isinstance(op, EmbeddingOp) and op.weight in self.shapes
+        )
+
+    @cached_property
     def _ops(self) -> dict[str, LinearOp]:
-        return {op.weight: op for op in self.linears}
+        return {op.weight: op for op in (*self.linears, *self.tables)}
 
     def op(self, weight: str) -> LinearOp:
         """The linear layer with this weight. Raises KeyError if no linear layer has it."""

@@ -1,0 +1,77 @@
+"""Tables of embeddings that are rounded, tied to the head or not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from tiny_runs import run
+
+import gyroquant as gq
+
+TABLE = ("embeddings.bits=8", "embeddings.group_size=16", "keep_ties=true")
+
+
+def error(model: Any, folder: Path) -> float:
+    ids = tiny_models.tokens(model)
+    loaded = gq.load(folder, dtype=torch.float32)
+    with torch.no_grad():
+        expected, logits = model(input_ids=ids).logits, loaded(input_ids=ids).logits
+    return float((logits - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "gpt2", "opt", "granite"])
+def test_one_table_serves_embedding_and_head_after_a_rotation(name: str, corpus: Path, tmp_path: Path) -> None:
+    model = tiny_models.build(name)
+    manifest: Any = run(model, tmp_path / "out", "gsr-w4", corpus, "weights.bits=8", *TABLE)
+    assert manifest["untied"] == []
+    loaded = gq.load(tmp_path / "out")
+    assert loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight
+    assert error(model, tmp_path / "out") < 0.03
+    bits = manifest["bits"]
+    assert bits["whole_model_per_weight"] < 10.5
+    stored = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
+    untied: Any = run(model, tmp_path / "untied", "gsr-w4", corpus, "weights.bits=8")
+    assert untied["untied"]
+    assert stored < sum(path.stat().st_size for path in (tmp_path / "untied").glob("*.safetensors"))
+
+
+def test_a_tied_table_is_rounded_for_its_head(corpus: Path, tmp_path: Path) -> None:
+    """At few bits, GPTQ on the inputs of the head beats rounding to nearest where it counts."""
+    model = tiny_models.build("llama_tied")
+    few = ("weights.bits=8", "embeddings.bits=3", "embeddings.group_size=16", "keep_ties=true")
+    reports: dict[str, Any] = {}
+    for solver in ("gptq", "rtn"):
+        manifest: Any = run(model, tmp_path / solver, f"{solver}-w4", corpus, "weights.measure=true", *few)
+        reports[solver] = manifest["layers"][-1]
+        assert reports[solver]["name"] == "model.embed_tokens"
+    assert reports["gptq"]["output_error"] < 0.95 * reports["rtn"]["output_error"]
+
+
+def test_rows_of_zeros_stay_zeros(corpus: Path, tmp_path: Path) -> None:
+    """Padding of the vocabulary, and tokens that were added and never trained."""
+    model = tiny_models.build("llama_tied")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[90:] = 0
+    run(model, tmp_path / "out", "gptq-w4", corpus, *TABLE)
+    loaded = gq.load(tmp_path / "out", dtype=torch.float32)
+    assert not loaded.get_input_embeddings().weight[90:].any()
+
+
+def test_a_table_of_its_own_is_rounded_to_nearest(corpus: Path, tmp_path: Path) -> None:
+    model = tiny_models.build("llama")
+    manifest: Any = run(model, tmp_path / "out", "gsr-w4", corpus, "weights.bits=8", *TABLE[:2])
+    assert error(model, tmp_path / "out") < 0.03
+    assert manifest["bits"]["embeddings"]["weights"] == 96 * 64
+
+
+def test_what_does_not_fit_is_refused_before_any_work(corpus: Path, tmp_path: Path) -> None:
+    model = tiny_models.build("llama_tied")
+    with pytest.raises(gq.RecipeError, match="set keep_ties=true"):
+        run(model, tmp_path / "out", "gsr-w4", corpus, *TABLE[:2])
+    with pytest.raises(gq.GyroquantError, match=r"48.*model\.embed_tokens"):
+        run(model, tmp_path / "out", "rtn-w4", corpus, "embeddings.bits=4", "embeddings.group_size=48")
+    assert not (tmp_path / "out").exists()

@@ -36,7 +36,16 @@ if TYPE_CHECKING:
     from gyroquant.models.folding.prove import Proof
     from gyroquant.pipeline.options import OutputOptions
     from gyroquant.pipeline.transform import transform
-    from gyroquant.recipes.schema import Calibration, Override, ProofSettings, Recipe, Step, Weights, load_recipe
+    from gyroquant.recipes.schema import (
+        Calibration,
+        Embeddings,
+        Override,
+        ProofSettings,
+        Recipe,
+        Step,
+        Weights,
+        load_recipe,
+    )
     from gyroquant.rounding.activations import Activations, KvCache
     from gyroquant.rounding.bit_allocation import Allocate
     from gyroquant.rounding.solvers.auto_round import AutoRound
@@ -57,6 +66,7 @@ __all__ = [
     "Allocate",
     "AutoRound",
     "Calibration",
+    "Embeddings",
     "Finetune",
     "Fp4Grid",
     "Fp8Grid",
@@ -109,6 +119,7 @@ _MODULES = {
     "Allocate": "rounding.bit_allocation",
     "AutoRound": "rounding.solvers.auto_round",
     "Calibration": "recipes.schema",
+    "Embeddings": "recipes.schema",
     "Finetune": "finetuning.scales",
     "Fp4Grid": "grids.floating",
     "Fp8Grid": "grids.floating",

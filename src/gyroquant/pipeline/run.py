@@ -126,6 +126,12 @@ def _facts(job: Job, model: str) -> dict[str, Any]:
     return {"model": model, "text": text, "recipe": recipe, "output": output_facts, "versions": machine}
 
 
+def _rotation(job: Job) -> str:
+    """How R1 is used: `fused` into the weights, `online`, or `unrotated` if it is not used."""
+    online = [online for site, _, online in job.plan.folded if site.name == "R1"]
+    return "unrotated" if not online else "online" if any(online) else "fused"
+
+
 def _manifest(job: Job, model: str) -> dict[str, Any]:
     """The manifest: a description of the job, and the `results` of its stages."""
     recipe, text, results = job.recipe, job.text, job.state.results
@@ -139,6 +145,8 @@ def _manifest(job: Job, model: str) -> dict[str, Any]:
         "seed": recipe.seed,
         "text": None if text is None else text.about() | {"bos": bos_text(job.bos, job.tokenizer)},
         "calibration_dtype": str(job.compute_dtype).removeprefix("torch.") if job.needs_stream else None,
+        "described_by": job.graph.architecture.name,
+        "rotation": _rotation(job),
         "sites": [{"site": site.label, "map": dump(m, {}), "online": online} for site, m, online in job.plan.folded],
         "untied": results["untied"],
         "proof": results["proof"],

@@ -38,6 +38,14 @@ def _begins(bos: str | None) -> str:
     return f", each beginning with {bos}" if bos else ""
 
 
+_ROTATION = {
+    "fused": "rotated, the map is fused into the weights",
+    "online": "rotated, the map runs with the model",
+    "unrotated": "not rotated",
+    "": "not recorded",
+}
+
+
 def quantized(manifest: Mapping[str, Any], out: str) -> list[Table]:
     """The table of `quantize`: proof, bits, errors, time and memory."""
     proof, bits = manifest["proof"], manifest["bits"]
@@ -48,9 +56,11 @@ def quantized(manifest: Mapping[str, Any], out: str) -> list[Table]:
     rows = [
         ("written to", out),
         ("recipe", manifest["recipe"]["name"]),
+        ("residual stream", _ROTATION[manifest.get("rotation", "")]),
         ("proof: relative logit error", _proof(proof) if folded else "0 (nothing folded)"),
         ("proof: worst block", f"{proof['worst_block']} ({proof['worst_block_error']:.1e})" if folded else "-"),
         ("true bits per rounded weight", f"{bits['per_weight']:.4f}"),
+        *_table_row(bits),
         ("bits per weight, whole model", f"{bits['whole_model_per_weight']:.2f}"),
         ("squared relative error of the weights", f"{_mean(weights):.2g} (mean of {len(weights)} layers)"),
         ("squared relative error of the outputs", f"{_mean(outputs):.2g}" if outputs else "not measured"),
@@ -63,6 +73,12 @@ def quantized(manifest: Mapping[str, Any], out: str) -> list[Table]:
     if manifest["untied"]:
         rows.append(("untied", ", ".join(manifest["untied"]) + " (its norm's gain was folded into it)"))
     return [table("", ("quantized", ""), rows)]
+
+
+def _table_row(bits: Mapping[str, Any]) -> list[tuple[str, str]]:
+    if "embeddings" not in bits:
+        return []
+    return [("true bits per weight of embeddings", f"{bits['embeddings']['per_weight']:.4f}")]
 
 
 def exported(manifest: Mapping[str, Any], destination: str) -> list[Table]:

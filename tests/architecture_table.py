@@ -1,6 +1,6 @@
 """The table of docs/architectures.md: every architecture, every site, the error of the proof or why it is refused.
 
-python tests/architecture_table.py > docs/architectures.md
+make architectures
 """
 
 from __future__ import annotations

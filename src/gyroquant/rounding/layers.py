@@ -146,7 +146,12 @@ def find_targets(
     _check_patterns(ignore, linears, "weights.ignore", graph.config.model_type)
     for i, patterns in enumerate(overridden):
         _check_patterns(patterns, linears, f"weights.overrides.{i}.layers", graph.config.model_type)
-    targets = {op.weight: op for op in linears if op.entry.quantize and not is_ignored(op.name, ignore)}
+    head = HEAD in ignore  # models have other names for it
+    targets = {
+        op.weight: op
+        for op in linears
+        if op.entry.quantize and not is_ignored(op.name, ignore) and not (head and op.entry.writes == "logits")
+    }
     if not targets:
         raise RecipeError("weights.ignore leaves no layer to round: shorten it")
     for op in targets.values():

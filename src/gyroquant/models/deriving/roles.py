@@ -198,7 +198,8 @@ class BlockReader(Block):
         shape = layer.products[0].y.shape[-1]
         experts_in_one = self.model.get_parameter(layer.param).dim() == 3
         stacked = experts_in_one or not layer.param.endswith(".weight")
-        intercepted = stacked and not hasattr(module, "_apply_gate")
+        called = layer.param.rpartition(".")[0] in self.trace.called
+        intercepted = not called or (stacked and not hasattr(module, "_apply_gate"))
         if not layer.whole:
             return Kept(layer.name)
         router = shape == 1 or (shape in experts and layer.writes == "fixed")

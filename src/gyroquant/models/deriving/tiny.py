@@ -35,11 +35,11 @@ def _sizes() -> dict[str, int]:
         96: "intermediate_size ffn_dim n_inner ffn_hidden_size encoder_ffn_dim decoder_ffn_dim dff dim_ff "
         "feed_forward_size intermediate_size_mlp dense_intermediate_size",
         _HEADS: "num_attention_heads n_head n_heads num_heads attention_heads encoder_attention_heads "
-        "decoder_attention_heads num_encoder_attention_heads num_decoder_attention_heads"
+        "decoder_attention_heads num_encoder_attention_heads num_decoder_attention_heads "
         "swa_num_attention_heads num_experts num_local_experts n_routed_experts moe_num_experts linear_num_heads "
         "linear_num_value_heads zero_expert_num",
         2: "num_key_value_heads num_kv_heads n_kv_heads num_query_groups swa_num_key_value_heads num_experts_per_tok "
-        "num_experts_per_token moe_topk moe_k linear_num_key_heads index_n_heads n_groups mamba_n_groups "
+        "num_experts_per_token moe_topk moe_k linear_num_key_heads n_groups mamba_n_groups "
         "n_group num_expert_group attn_layer_period expert_layer_period heads_per_ngram o_groups "
         "adapter_reduction_factor n_layers_per_attn_res_block split_ngram_parts rescale_every "
         "global_attn_every_n_layers full_attention_interval "
@@ -47,7 +47,7 @@ def _sizes() -> dict[str, int]:
         "interleave_moe_layer_step index_topk_blocks attention_every_k_layers moe_layer_interval",
         1: "n_shared_experts num_shared_experts moe_num_shared_experts topk_group "
         "attn_layer_offset expert_layer_offset cross_attn_k encoder_layerdrop",
-        _HEAD: "head_dim v_head_dim query_pre_attn_scalar swa_head_dim linear_head_dim linear_key_head_dim "
+        _HEAD: "index_n_heads head_dim v_head_dim query_pre_attn_scalar swa_head_dim linear_head_dim linear_key_head_dim "
         "linear_value_head_dim index_head_dim mamba_d_head mamba_headdim mamba_head_dim d_head dim_head "
         "hidden_size_per_layer_input laurel_rank hc_lowrank gated_norm_rank o_lora_rank router_hidden_size d_rel "
         "rel_extent state_size mamba_d_state ssm_state_size attention_head_size kv_channels adapter_rank "
@@ -293,10 +293,12 @@ def tiny_model(config: Any, build: Callable[[Any], nn.Module] | None = None, see
 
 
 def _built(config: Any, build: Callable[[Any], nn.Module] | None, seed: int) -> Any:
-    if build is not None:
-        model = build(deepcopy(config))
-    else:
-        model = auto_class(config).from_config(config, dtype=torch.float32, trust_remote_code=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # some parameters keep their initial values
+        if build is not None:
+            model = build(deepcopy(config))
+        else:
+            model = auto_class(config).from_config(config, dtype=torch.float32, trust_remote_code=False)
     model = randomise(model.float(), seed).eval()
     with torch.no_grad():
         logits = model(input_ids=tiny_tokens(model), use_cache=False).logits

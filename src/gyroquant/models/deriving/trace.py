@@ -67,6 +67,7 @@ class Trace:
     """What one pass recorded, in order.
 
     - tables: the outputs of embeddings, by the name of the parameter.
+    - called: the names of the modules that ran.
     - sums: each sum with its two terms.
     - inputs, outputs: of each block, in order.
     - returns: the length of the tuple that a block returns, or 0.
@@ -79,6 +80,7 @@ class Trace:
     norms: list[NormCall] = field(default_factory=list)
     attention: list[AttentionCall] = field(default_factory=list)
     tables: list[tuple[str, Tensor]] = field(default_factory=list)
+    called: set[str] = field(default_factory=set)
     sums: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
     inputs: list[Tensor] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
@@ -156,6 +158,7 @@ def _hooked(model: nn.Module, blocks: nn.ModuleList, trace: Trace) -> Iterator[N
 
     hooks += [block.register_forward_hook(block_hook, with_kwargs=True) for block in blocks]
     for name, module in model.named_modules():
+        hooks.append(module.register_forward_hook(lambda *_, name=name: trace.called.add(name)))
         if _is_norm(module):
             hooks.append(module.register_forward_hook(norm_hook(name)))
     names = {id(module): name for name, module in model.named_modules()}

@@ -105,13 +105,15 @@ def _stacked(store: WeightStore) -> list[LinearOp]:
 def _blocks_on_disk(model: nn.Module, graph: ModelGraph) -> dict[str, str]:
     """The device map of a model for transformers: blocks are on disk, all other modules in memory.
 
-    accelerate does not load parameters of a module that also has children, so blocks with such a module stay in memory.
+    accelerate fills a parameter when the module that holds it runs. Blocks with a parameter that may be used without its
+    module stay in memory: one that is beside other modules, or whose products are intercepted.
     """
     blocks = graph.architecture.blocks
     devices = {}
     for i in range(len(graph.blocks)):
         inside = model.get_submodule(f"{blocks}.{i}").modules()
         mixed = any([*module.children()] and [*module.parameters(recurse=False)] for module in inside)
+        mixed |= any(op.entry.intercepted for op in graph.blocks[i].linears)
         devices[f"{blocks}.{i}"] = "cpu" if mixed else "disk"
     parents = [""] + [blocks[:i] for i, letter in enumerate(blocks) if letter == "."]
     for parent in parents:

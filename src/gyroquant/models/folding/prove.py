@@ -89,9 +89,10 @@ def prove(
         tensors = source.read(graph.block_params(i))
         changed = fp32(fold(plan, tensors))
         with attached(runner.model, plan.online_in(i)):
+            # blocks may share values, whose basis may have changed: this run reads those of the folded model
+            alone = runner.run(i, changed, forward(original), own_mappings(folded_calls[i]))
             folded, *more = runner.step(i, changed, folded, folded_calls[i])
             runner.advance(folded_calls, i, more)
-            alone = runner.run(i, changed, forward(original), own_mappings(calls[i]))
         original, *more = runner.step(i, fp32(tensors), original, calls[i])
         runner.advance(calls, i, more)
         errors.append(worst_token_error(original, back(alone)))

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config, GptOssConfi
 
 import gyroquant as gq
 from gyroquant.benchmark.shared_measurements import SharedMeasurements, plain_folder
-from gyroquant.errors import InputError, UnsupportedModelError
+from gyroquant.errors import InputError
 from gyroquant.inspection.model import inspect_model
 from gyroquant.models.stores.fingerprint import fingerprint
 from gyroquant.models.stores.prequantized.base import PrequantizedStore
@@ -118,7 +118,7 @@ def test_fp8_agrees_with_transformers(folders: Any, tmp_path: Path) -> None:
         assert torch.equal(tensor, theirs[name])
 
 
-def test_mxfp4_experts_agree_with_transformers_though_their_architecture_is_not_described(tmp_path: Path) -> None:
+def test_mxfp4_experts_agree_with_transformers(tmp_path: Path) -> None:
     sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "rope_parameters": {"rope_theta": 1e4}}
     model = AutoModelForCausalLM.from_config(GptOssConfig(**tiny_models.COMMON, **sizes), dtype=torch.bfloat16)
     model.save_pretrained(tmp_path)
@@ -138,8 +138,8 @@ def test_mxfp4_experts_agree_with_transformers_though_their_architecture_is_not_
         assert torch.equal(store.read([name])[name].float(), theirs[name].float())
     assert store.source_quantization is not None
     assert store.source_quantization["group_size"] == [32]
-    with pytest.raises(UnsupportedModelError, match="'gpt_oss' is not described"):
-        _ = store.graph
+    assert store.derivation is not None
+    assert store.derivation.level == "fused"
 
 
 def test_experts_that_are_listed_in_the_file_are_decoded_one_by_one(folders: Any, tmp_path: Path) -> None:

@@ -45,6 +45,14 @@ def test_chosen_sequences_have_their_own_arguments() -> None:
     assert not torch.allclose(other[0], stream.hidden[2], atol=1e-2)
 
 
+def test_a_model_that_adds_positions_is_refused() -> None:
+    """CPM-Ant puts 32 positions of a prompt before the text."""
+    model = tiny_model(default_config("cpmant"))
+    store, ids = ModuleStore(model), tiny_tokens(model)
+    with pytest.raises(UnsupportedModelError, match="on 56 positions for 24 tokens"):
+        Stream(BlockRunner.of(store), ids, store.read(store.graph.outer_params()))
+
+
 def test_an_argument_that_cannot_be_kept_is_refused() -> None:
     first, second = torch.zeros(2), torch.ones(2)
     assert varying(((first,), {"a": first, "b": 1}), ((first,), {"a": second, "b": 1})).keys() == {"a"}

@@ -210,7 +210,7 @@ class BlockRunner:
 
         A model with several residual streams has one more axis: (batch, length, streams, hidden).
 
-        Raises UnsupportedModelError if the model does not run each block once and in order.
+        Raises UnsupportedModelError if the model does not run each block once and in order, or adds positions.
         """
         stubs = self._stubs()
         stubs[-1].stop = True
@@ -220,7 +220,13 @@ class BlockRunner:
                 f"{self.model.config.model_type} does not run each of its blocks once and in order, which is not "
                 "supported: choose a model that does"
             )
-        return self._tokens_first(stubs[0].first), [stub.call for stub in stubs if stub.call is not None]
+        first = self._tokens_first(stubs[0].first)
+        if first.shape[:2] != input_ids.shape:
+            raise UnsupportedModelError(
+                f"{self.model.config.model_type} runs its blocks on {first.shape[1]} positions for {input_ids.shape[1]} "
+                "tokens, which is not supported: choose a model that adds none"
+            )
+        return first, [stub.call for stub in stubs if stub.call is not None]
 
     @property
     def passed(self) -> Mapping[int, Place]:

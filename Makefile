@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all check lint bench clean
+.PHONY: demo test test-all check lint architectures bench clean
 
 # PyTorch goes first: the CPU build where pip knows one, and nothing later replaces it.
 $(READY): pyproject.toml constraints.txt
@@ -35,6 +35,10 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Makes docs/architectures.md again. Its second table rounds a tiny model of every class of transformers: some minutes.
+architectures: $(READY)
+	PYTHONPATH=tests/helpers $(BIN)/python tests/every_architecture.py docs/architectures.md
 
 bench: $(READY)
 	$(BIN)/python benchmarks/hadamard.py

@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -45,7 +46,7 @@ from gyroquant.pipeline.job import prepare
 from gyroquant.recipes.schema import load_recipe
 from gyroquant.testing.models import prose, tokenizer
 
-SITES = ("R2", "R3", "R4", "qk", "attn_out", "attn_in", "mlp_in")
+SITES = ("R2", "R3", "R4", "qk", "attn_out", "attn_in", "mlp_in", "latent")
 LEVELS = ("fused", "online", "unrotated", "refused")
 COLUMNS = ("class", "kind", "R1", *SITES, "error", "why R1 is not fused", "rounded with", "reloaded", "cache")
 Row = dict[str, str]
@@ -66,15 +67,18 @@ SAME = 1e-5
 """The largest relative error of logits in fp32 at which a model counts as reloaded unchanged."""
 STEPS = 8
 """The number of tokens that are decoded one by one."""
+DIFFERS = "differs in the original too"
 NO_CACHE = ("no cache", "not causal")
-_STEPS_OF_TRANSFORM = (("R1", False), ("R1", True), ("R2", False), ("R3", True), ("R4", True))
+_STEPS_OF_TRANSFORM = (("R1", False), ("R1", True), ("R2", False), ("latent", False), ("R3", True), ("R4", True))
 _CACHES = ("past_key_values", "cache_params", "state")
 _REASONS = {
     "are not described": "other parts write to the stream",
     "changed the logits": "a rotation is not exact",
     "does not run each": "blocks do not run once each",
     "share parameters": "blocks share parameters",
-    "requires the PIL": "needs a package: PIL",
+    "requires the PIL": "needs a package, PIL",
+    "was not read as": "differs, block by block, from the pass of transformers",
+    "has no language model of the type": "no automatic class opens its configuration",
 }
 _ALONE = """
 import json, pathlib, sys
@@ -93,6 +97,14 @@ assert not [name for name in sys.modules if name.startswith("gyroquant.")]
 """
 
 
+@contextmanager
+def repeatable() -> Iterator[None]:
+    """Random numbers are the same each time, and the messages of transformers are off, in a with block."""
+    with torch.random.fork_rng(devices=[]), quiet():
+        torch.manual_seed(0)
+        yield
+
+
 def kind(family: str) -> str:
     """`text` for a text decoder that stands alone, `other` for encoders and for parts of other models."""
     try:
@@ -103,18 +115,16 @@ def kind(family: str) -> str:
     return "other" if other else "text"
 
 
-def short_reason(error: Exception | str) -> str:
-    """A reason in a few words."""
-    text = " ".join(str(error).split()).replace("|", "/")
+def short_reason(text: str) -> str:
+    """A reason in a few words. Of errors that were caused by others, the first cause."""
+    text = " ".join(text.split()).replace("|", "/")
     gain = re.search(r"(\S+) has a gain and writes to the residual stream", text)
     if gain:
         return "post-norm" if re.search(r"\.\d+\.|\.\d+$", gain[1]) else "norm after the embedding"
-    found = next((short for part, short in _REASONS.items() if part in text), "")
-    if not found and isinstance(error, Exception):
-        inner = re.search(r"\((.*)\)$", text)
-        start = "no tiny model" if isinstance(error, GyroquantError) and inner else type(error).__name__
-        found = f"{start}: {_cut(inner[1] if inner else text)}"
-    return found or _cut(text)
+    cause = re.sub(r".*\b(?=\w+Error: )", "", text).removeprefix("UnsupportedModelError: ")
+    while cause.endswith(")") and cause.count(")") > cause.count("("):  # those around the message of a cause
+        cause = cause[:-1]
+    return next((short for part, short in _REASONS.items() if part in text), _cut(cause))
 
 
 def _cut(text: str, length: int = 90) -> str:
@@ -133,14 +143,15 @@ def site_cell(derivation: Derivation, site: str) -> str:
 def derived_row(family: str) -> tuple[Row, float]:
     """The derived half of the row of one class, and the seconds that the derivation took."""
     row = dict.fromkeys(COLUMNS, "") | {"class": family, "kind": kind(family), "R1": "refused"}
-    start = time.perf_counter()
+    problem, start = "no tiny model", time.perf_counter()
     try:
-        with quiet():
+        with repeatable():
             model = tiny_model(default_config(family))
-            start = time.perf_counter()
+            problem, start = "not derived", time.perf_counter()
             derivation = derive(model, tiny_tokens(model))
     except Exception as error:  # whatever it is, the table shows it
-        return row | {"why R1 is not fused": short_reason(error)}, time.perf_counter() - start
+        row["why R1 is not fused"] = f"{problem}: {short_reason(_message(error))}"
+        return row, time.perf_counter() - start
     row |= {"R1": derivation.level} | {site: site_cell(derivation, site) for site in SITES}
     row["error"] = f"{max(derivation.proofs.values()):.0e}" if derivation.proofs else ""
     if derivation.level != "fused":
@@ -177,15 +188,15 @@ class Rounded:
     def cells(self) -> Row:
         """The cells of this half of a row."""
         if self.problem:
-            return {"rounded with": f"not rounded: {_cut(self.problem)}".replace("|", "/")}
+            return {"rounded with": f"not rounded: {short_reason(self.problem)}"}
         row = {"rounded with": self.transform or "no map"}
         if self.reloaded is None:
-            return row | {"reloaded": f"fails: {_cut(self.reload_problem)}".replace("|", "/")}
+            return row | {"reloaded": f"fails: {short_reason(self.reload_problem)}"}
         row["reloaded"] = "equal" if self.reloaded <= SAME else f"{self.reloaded:.0e}"
         equal, original = _equal(self.cache), _equal(self.original)
         if self.cache in NO_CACHE:
             return row | {"cache": self.cache}
-        return row | {"cache": "equal" if equal else "differs" if original else "differs in the original too"}
+        return row | {"cache": "equal" if equal else "differs" if original else DIFFERS}
 
 
 def _equal(cache: str) -> bool:
@@ -243,7 +254,7 @@ def recipe(transform: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def chosen_transform(graph: ModelGraph) -> dict[str, Any]:
-    """Hadamard maps at R1, R2, R3 and R4, wherever the model takes them: R1 fused if possible, R3 and R4 online."""
+    """Hadamard maps at the sites where the model takes them: R1 fused if possible, R3 and R4 online."""
     transform: dict[str, Any] = {}
     for site, online in _STEPS_OF_TRANSFORM:
         if site in transform:
@@ -308,7 +319,7 @@ def quantized_rows(root: Path, families: Sequence[str] | None = None) -> dict[st
     """What became of every class; the results are saved below `root`."""
     results: dict[str, Rounded] = {}
     for family in families or causal_model_types():
-        with quiet():
+        with repeatable():
             results[family] = round_tiny(family, root / family)
         print(family, results[family].transform, results[family].problem, file=sys.stderr, flush=True)
     for family, error, cache, problem in _lines([sys.executable, __file__, "reload", str(root)]):
@@ -329,7 +340,7 @@ def _lines(command: list[str]) -> Iterator[list[Any]]:
     return (json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
 
 
-COUNTS = ("classes", "all", *LEVELS, "rounded", "reloaded equal", "with a cache", "cache equal", "as the original")
+COUNTS = ("classes", "all", *LEVELS, "rounded", "reloaded equal", "with a cache", "cache equal", DIFFERS)
 
 
 def counts(rows: Sequence[Row]) -> list[str]:
@@ -340,7 +351,7 @@ def counts(rows: Sequence[Row]) -> list[str]:
         numbers = [len(chosen), *(sum(row["R1"] == level for row in chosen) for level in LEVELS), len(rounded)]
         numbers.append(sum(row["reloaded"] == "equal" for row in rounded))
         caches = [row["cache"] for row in rounded if row["cache"] not in ("", *NO_CACHE)]
-        numbers += [len(caches), caches.count("equal"), caches.count("differs in the original too")]
+        numbers += [len(caches), caches.count("equal"), caches.count(DIFFERS)]
         lines.append(line((name, *map(str, numbers))))
     return lines
 
@@ -358,20 +369,21 @@ time. A test derives every class again and compares R1 and the proven sites.
 
 transformers has {classes} classes with a causal language model. Most of them have no hand-written description, so
 gyroquant derives one from a tiny random model of the class. Each such model has the default settings of the class, but
-small sizes and few layers of each kind. Random maps are folded into every kind of site, all places at once, and the
+small sizes and few layers of each kind. Random maps are folded into each kind of site, at all its places, and the
 logits in fp32 are compared with those of the original. The table shows what was derived for each class, also where a
 hand-written description exists. One derivation takes at most {seconds:.1f} seconds ({slowest}).
 
 - *kind*: `text` is a decoder of text that stands alone. `other` is an encoder, or a part of another model.
 - *R1*: `fused`; `online` if R1 can only run with the model; `unrotated` if the stream takes no map, so that the model
   can only be rounded and use other sites; `refused` if there is no description.
-- *R2 to mlp_in*: `fused`, `online` or `both`, if proven. Fused maps at R4 are permutations or scales, at attn_in and
+- *R2 to latent*: `fused`, `online` or `both`, if proven. Fused maps at R4 are permutations or scales, at attn_in and
   mlp_in scales, and at qk rotations of the pairs that RoPE turns. An empty cell: no proof, so such maps are refused.
 - *error*: the largest relative error of the logits among all proofs.
 - *why R1 is not fused*: *post-norm* as above; *norm after the embedding*, which has a gain too; *a rotation is not
   exact*, because something else than linear layers and norms reads, writes or scales the stream (fixed positions, for
   example).
-- *rounded with*: the tiny model was rounded at 8 bits with Hadamards at these sites. R3 and R4 ran online.
+- *rounded with*: the tiny model was rounded at 8 bits with Hadamards at these sites. R3 and R4 ran online. So did R1
+  where parts around the decoder, such as those for images, write into the stream.
 - *reloaded*: a new process loaded the result. `equal`: the relative difference from the logits of the saved model, run
   block by block, is at most {same:.0e}.
 - *cache*: the last {steps} tokens were decoded one by one with the cache, and the logits compared with those of a pass
@@ -385,11 +397,17 @@ name the remedy, `import gyroquant`.
 """
 
 
+def joined(row: Row, result: Rounded) -> Row:
+    """A whole row. The reason why a class is refused stands there once."""
+    refused = row["R1"] == "refused" and result.problem
+    return row | ({"rounded with": "not rounded"} if refused else result.cells)
+
+
 def page(root: Path, families: Sequence[str] | None = None) -> str:
     """The whole page: both tables."""
     rows, seconds = derived_rows(families)
     results = quantized_rows(root, families)
-    rows = [row | results[row["class"]].cells for row in rows]
+    rows = [joined(row, results[row["class"]]) for row in rows]
     saved = [result for result in results.values() if not result.problem]
     slowest = max(seconds, key=lambda family: seconds[family])
     first = architecture_table.page()

@@ -98,7 +98,7 @@ def test_what_is_made_of_a_folder_does_not_keep_the_refusal(packed: Path, tmp_pa
 
 
 def test_names_that_a_renaming_would_change_are_read_as_they_are(corpus: Path, tmp_path: Path) -> None:
-    """transformers renames Laguna's `shared_expert` of older files with a pattern that also matches `shared_experts`."""
+    """transformers renames Laguna's `shared_expert` of older files by a pattern that also matches `shared_experts`."""
     model = tiny_model(default_config("laguna"))
     small = ("weights.group_size=-1", "calibration.seqlen=24", "proof.seqlen=24")
     run(model, tmp_path / "out", "rtn-w4", corpus, *small)
@@ -108,3 +108,15 @@ def test_names_that_a_renaming_would_change_are_read_as_they_are(corpus: Path, t
         logits = loaded(input_ids=ids, use_cache=False).logits
     assert torch.allclose(logits, streamed_logits(tmp_path / "out", ids), atol=1e-3)
     assert not loaded.is_custom_code()
+
+
+def test_buffers_that_no_file_holds_are_filled(corpus: Path, tmp_path: Path) -> None:
+    """Those of Falcon-H1 are filled by a module that has no parameters of its own."""
+    model = tiny_model(default_config("falcon_h1"))
+    run(model, tmp_path / "out", "rtn-w4", corpus, "weights.group_size=-1", "calibration.seqlen=24", "proof.seqlen=24")
+    filled = {name for name, buffer in model.named_buffers() if "mup_vector" in name and bool((buffer == 1).all())}
+    loaded = gq.load(tmp_path / "out", dtype=torch.float32)
+    assert filled
+    assert filled == {
+        name for name, buffer in loaded.named_buffers() if "mup_vector" in name and bool((buffer == 1).all())
+    }

@@ -47,7 +47,8 @@ def _sizes() -> dict[str, int]:
         "interleave_moe_layer_step index_topk_blocks attention_every_k_layers moe_layer_interval",
         1: "n_shared_experts num_shared_experts moe_num_shared_experts topk_group "
         "attn_layer_offset expert_layer_offset cross_attn_k encoder_layerdrop",
-        _HEAD: "index_n_heads head_dim v_head_dim query_pre_attn_scalar swa_head_dim linear_head_dim linear_key_head_dim "
+        _HEAD: "index_n_heads head_dim v_head_dim query_pre_attn_scalar swa_head_dim "
+        "linear_head_dim linear_key_head_dim "
         "linear_value_head_dim index_head_dim mamba_d_head mamba_headdim mamba_head_dim d_head dim_head "
         "hidden_size_per_layer_input laurel_rank hc_lowrank gated_norm_rank o_lora_rank router_hidden_size d_rel "
         "rel_extent state_size mamba_d_state ssm_state_size attention_head_size kv_channels adapter_rank "

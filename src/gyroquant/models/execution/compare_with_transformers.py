@@ -105,8 +105,8 @@ def _stacked(store: WeightStore) -> list[LinearOp]:
 def _blocks_on_disk(model: nn.Module, graph: ModelGraph) -> dict[str, str]:
     """The device map of a model for transformers: blocks are on disk, all other modules in memory.
 
-    accelerate fills a parameter when the module that holds it runs. Blocks with a parameter that may be used without its
-    module stay in memory: one that is beside other modules, or whose products are intercepted.
+    accelerate fills a parameter when the module that holds it runs. Blocks with a parameter that may be used without
+    its module stay in memory: one that is beside other modules, or whose products are intercepted.
     """
     blocks = graph.architecture.blocks
     devices = {}

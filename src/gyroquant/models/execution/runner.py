@@ -223,8 +223,8 @@ class BlockRunner:
         first = self._tokens_first(stubs[0].first)
         if first.shape[:2] != input_ids.shape:
             raise UnsupportedModelError(
-                f"{self.model.config.model_type} runs its blocks on {first.shape[1]} positions for {input_ids.shape[1]} "
-                "tokens, which is not supported: choose a model that adds none"
+                f"{self.model.config.model_type} runs its blocks on {first.shape[1]} positions for "
+                f"{input_ids.shape[1]} tokens, which is not supported: choose a model that adds none"
             )
         return first, [stub.call for stub in stubs if stub.call is not None]
 

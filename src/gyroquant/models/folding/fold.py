@@ -249,7 +249,7 @@ class FoldPlan:
         return folded_outer(self, source.read(self.graph.outer_params()))
 
     def unties(self, tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
-        """The names of tied parameters that are no longer equal to their stored parameter after the plan's edits.
+        """The names of tied parameters, if one is no longer equal to its stored parameter after the plan's edits.
 
         `tensors` are the original parameters around the blocks.
         """
@@ -264,11 +264,10 @@ class FoldPlan:
                     changes.append((edit.port.axis, id(edit)))
             return changes
 
-        return tuple(
-            alias
-            for alias, name in self.graph.tied.items()
-            if alias not in self.kept_tied and effective(alias) != effective(name)
-        )
+        aliases = {alias: name for alias, name in self.graph.tied.items() if alias not in self.kept_tied}
+        if all(effective(alias) == effective(name) for alias, name in aliases.items()):
+            return ()
+        return tuple(aliases)  # one setting ties all of them, such as the head and its bias
 
 
 def _without(site: Site, norm: NormOp, head: LinearOp) -> Site:

@@ -22,6 +22,7 @@ from gyroquant.formats.export import export
 from gyroquant.formats.runtime import open_runtime
 from gyroquant.grids import Basis, Fp4Grid, IntegerGrid, QuantizedWeight
 from gyroquant.maps import Map
+from gyroquant.models.deriving.tiny import default_config
 
 NAMES = (
     "llama",
@@ -202,7 +203,8 @@ def test_what_it_cannot_hold_is_said_before_any_work(graphs: GraphFormat, tmp_pa
     one = format_named(graphs.name)
     fp4 = Layer("a", Fp4Grid(), 128)
     assert "no type for the grid fp4" in one.incompatibilities(ModelRequirements("llama", (fp4,)))[0]
-    assert "does not support mixtral" in one.incompatibilities(ModelRequirements("mixtral", ()))[0]
+    mamba = default_config("mamba")
+    assert "does not support mamba" in one.incompatibilities(ModelRequirements("mamba", (), (), mamba))[0]
     config = tiny_models.CONFIGS["llama"]()
     config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     assert "RoPE of type dynamic" in one.incompatibilities(ModelRequirements("llama", (), (), config))[0]

@@ -11,14 +11,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+from torch import Tensor
 from typing_extensions import Self
 
-from gyroquant.errors import InputError
+from gyroquant.errors import InputError, UnsupportedModelError
 from gyroquant.formats.output_folder import OutputFolder
 from gyroquant.formats.runtime import Runtime
 from gyroquant.grids import Grid, GroupParams, IntegerGrid, QuantizedWeight
 from gyroquant.grids.error import weight_error
+from gyroquant.models.deriving.derive import derived
 from gyroquant.models.execution.online import CacheQuantizer, InputQuantizer, OnlineOp
+from gyroquant.models.graph.model_graph import TOKENS, ModelGraph
+from gyroquant.models.graph.spec import Architecture, described
 from gyroquant.models.stores.packed import PackedStore
 from gyroquant.registry import Registry
 
@@ -43,6 +47,7 @@ class Layer:
     stacked: whether it holds several experts.
     wide: whether fp16 cannot hold its scales.
     rows: the number of rows, or 0 if it is unknown.
+    table: whether it is a table of embeddings.
     """
 
     name: str
@@ -52,16 +57,38 @@ class Layer:
     stacked: bool = False
     wide: bool = False
     rows: int = 0
+    table: bool = False
 
 
 @dataclass(frozen=True)
 class ModelRequirements:
-    """What a format must hold of a model: rounded layers, online operations, and the configuration, if known."""
+    """What a format must hold of a model.
+
+    model_type: the architecture.
+    layers: the rounded layers.
+    online: the online operations.
+    config: the configuration, or None if it is unknown.
+    graph: the model matched with its description, or None if it is unknown; see `architecture`.
+    """
 
     model_type: str
     layers: tuple[Layer, ...]
     online: tuple[OnlineOp, ...] = ()
     config: Any = None
+    graph: ModelGraph | None = None
+
+    @property
+    def architecture(self) -> Architecture | None:
+        """The description of the architecture: that of `graph`, or the registered or derived one. None: unknown."""
+        if self.graph is not None:
+            return self.graph.architecture
+        found = described(self.model_type)
+        if found is not None or self.config is None:
+            return found
+        try:
+            return derived(self.config.get_text_config(decoder=True)).architecture
+        except UnsupportedModelError:  # a class that transformers does not have
+            return None
 
 
 def requirements_of(store: PackedStore) -> ModelRequirements:
@@ -77,8 +104,9 @@ def requirements_of(store: PackedStore) -> ModelRequirements:
             Grid.registry[spec["grid"]](**spec),
             bool(entry.get("tensor_scale")) and _wide(store.quantized(name)),
         )
-        layers.append(Layer(name, grid, columns, "basis" not in entry, op.entry.stacked, wide, rows))
-    return ModelRequirements(store.config.model_type, tuple(layers), store.online, store.config)
+        plain, table = "basis" not in entry, op.entry.reads == TOKENS
+        layers.append(Layer(name, grid, columns, plain, op.entry.stacked, wide, rows, table))
+    return ModelRequirements(store.config.model_type, tuple(layers), store.online, store.config, store.graph)
 
 
 def _wide(weight: QuantizedWeight) -> bool:
@@ -139,6 +167,7 @@ class FormatCapabilities:
     any_grid: whether it holds the codes and scales of every grid, as the grid packs them.
     basis: whether weights may be rounded in a basis of their inputs.
     experts: whether it holds stacked experts.
+    tables: whether it holds rounded tables of embeddings.
     wrappers: whether it holds models that contain the decoder and also take images.
     wide_scales: whether it holds scales that fp16 cannot hold.
     """
@@ -150,6 +179,7 @@ class FormatCapabilities:
     any_grid: bool = False
     basis: bool = False
     experts: bool = False
+    tables: bool = False
     wrappers: bool = False
     wide_scales: bool = False
 
@@ -194,6 +224,10 @@ class Format(ABC):
     def write(self, store: PackedStore, folder: OutputFolder) -> dict[str, Any]:
         """Writes all files of a model that fits (see `incompatibilities`). Returns facts for the manifest."""
 
+    def weight_in_file(self, store: PackedStore, name: str) -> Tensor | None:
+        """A rounded parameter with the numbers that the file stands for. None: exactly those of the saved model."""
+        return None
+
     def incompatibilities(self, needs: ModelRequirements) -> list[str]:
         """Every reason why a model does not fit. Empty if it fits."""
         return [
@@ -218,7 +252,12 @@ class Format(ABC):
         if self.capabilities.dense:
             return
         for layer in layers:
-            if layer.stacked and not self.capabilities.experts:
+            if layer.table and not self.capabilities.tables:
+                yield (
+                    "tables",
+                    f"{self.title} cannot hold the rounded embedding {layer.name}; leave embeddings out of the recipe",
+                )
+            elif layer.stacked and not self.capabilities.experts:
                 yield "experts", f"{self.title} cannot hold the stacked experts {layer.name}"
             elif not layer.plain and not self.capabilities.basis:
                 yield "basis", f"{self.title} cannot hold {layer.name}, which is rounded in its own weights.basis"

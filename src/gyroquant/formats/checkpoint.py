@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,11 +15,13 @@ from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
-from gyroquant.errors import InputError
+from gyroquant.errors import InputError, UnsupportedModelError
 from gyroquant.formats.config import write_config
 from gyroquant.formats.native.writer import copy_companions
 from gyroquant.formats.output_folder import OutputFolder
 from gyroquant.grids import QuantizedWeight
+from gyroquant.models.deriving.tiny import tiny_model, tiny_tokens
+from gyroquant.models.execution.messages import quiet
 from gyroquant.models.graph.model_graph import LinearOp
 from gyroquant.models.stores.packed import PackedStore
 
@@ -75,6 +78,31 @@ def write_companions(store: PackedStore, folder: OutputFolder) -> None:
 def linear_modules(store: PackedStore) -> list[str]:
     """Every module that loaders treat as a linear layer, in the order of the model."""
     return [name for name, module in store.skeleton().named_modules() if isinstance(module, nn.Linear | Conv1D)]
+
+
+def weights_are_read(config: Any) -> bool:
+    """Whether the code of an architecture reads the weights of linear layers itself, instead of running the layers.
+
+    A tiny model without these weights shows it.
+    """
+    try:
+        with torch.random.fork_rng(devices=[]), quiet():
+            model = tiny_model(config)
+    except UnsupportedModelError:
+        return False
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            run = partial(nn.functional.linear, weight=module.weight, bias=module.bias)
+            module.forward = run  # type: ignore[method-assign]
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            del module.weight
+    try:
+        with torch.no_grad():
+            model(input_ids=tiny_tokens(model), use_cache=False)
+    except AttributeError:
+        return True
+    return False
 
 
 def rounded_modules(store: PackedStore) -> list[str]:

@@ -27,14 +27,14 @@ from gyroquant.formats.checkpoint import (
     dtype_name,
     linear_modules,
     original_names,
+    weights_are_read,
     write_rest,
     write_tensors,
 )
 from gyroquant.formats.native.runtime import TransformersRuntime
 from gyroquant.formats.output_folder import OutputFolder
-from gyroquant.grids import Grid, IntegerGrid, QuantizedWeight
+from gyroquant.grids import Grid, IntegerGrid, QuantizedWeight, grid_from
 from gyroquant.models.graph.model_graph import LinearOp
-from gyroquant.models.graph.spec import described
 from gyroquant.models.stores.packed import PackedStore
 
 _FORMAT = "pack-quantized"
@@ -49,7 +49,8 @@ class CompressedTensors(Format):
     Its tensors stay in the dtype in which they are stored.
 
     transformers loads asymmetric weights only if it decompresses them at once, and then in the dtype of the stored
-    scales. So those scales are stored in fp32, and the configuration requests the decompression.
+    scales. So those scales are stored in fp32, and the configuration requests the decompression. It also does so if the
+    code of the architecture reads the weights of linear layers itself, as that of Mamba does.
     """
 
     name = "compressed-tensors"
@@ -65,16 +66,17 @@ class CompressedTensors(Format):
     def write(self, store: PackedStore, folder: OutputFolder) -> dict[str, Any]:
         layers: dict[Grid, list[str]] = {}
         negative = NegativeScales()
+        grids = [grid_from(spec) for spec in store.description["grids"]]
+        at_once = not all(_symmetric(grid) for grid in grids) or weights_are_read(store.text_config)
 
         def encode(op: LinearOp, weight: QuantizedWeight) -> dict[str, Tensor]:
             layers.setdefault(_scheme_grid(weight.grid), []).append(op.module)
             negative.look(weight)
-            return {f"{op.module}.{part}": tensor for part, tensor in _arrays(weight).items()}
+            return {f"{op.module}.{part}": tensor for part, tensor in _arrays(weight, at_once).items()}
 
         write_tensors(store, folder, encode)
         folder.merge()
         dtype = torch.float16 if store.dtype == torch.float16 else torch.float32
-        at_once = not all(_symmetric(grid) for grid in layers)
         write_rest(store, folder, dtype, _config(store, layers) | ({"dequantize": True} if at_once else {}))
         return {
             "format": _FORMAT,
@@ -98,8 +100,10 @@ def _symmetric(grid: Grid) -> bool:
     return isinstance(grid, IntegerGrid) and grid.symmetric
 
 
-def _arrays(weight: QuantizedWeight) -> dict[str, Tensor]:
-    """The tensors that are stored for a layer, by the last part of their names."""
+def _arrays(weight: QuantizedWeight, at_once: bool) -> dict[str, Tensor]:
+    """The tensors that are stored for a layer, by the last part of their names. With `at_once`, they are decompressed
+    when they are loaded.
+    """
     pack = import_module("compressed_tensors.compressors.pack_quantized").pack_to_int32
     bits, scale = weight.grid.bits, weight.params.scale.squeeze(-1)
 
@@ -109,7 +113,7 @@ def _arrays(weight: QuantizedWeight) -> dict[str, Tensor]:
     arrays = {
         "weight_packed": pack(signed(weight.codes), bits),
         "weight_shape": torch.tensor(weight.codes.shape),
-        "weight_scale": scale.half() if _symmetric(weight.grid) else scale,
+        "weight_scale": scale if at_once else scale.half(),
     }
     if not _symmetric(weight.grid):
         arrays["weight_zero_point"] = pack(signed(weight.params.zero.squeeze(-1)), bits, packed_dim=0)
@@ -167,7 +171,7 @@ def _both_names(store: PackedStore, modules: list[str]) -> list[str]:
 
 
 def _known_modules(needs: ModelRequirements) -> Iterable[str]:
-    architecture = described(needs.model_type)
+    architecture = needs.architecture
     linears = () if architecture is None else tuple(architecture.linears())
     if any(linear.transposed for linear in linears):
         yield f"compressed-tensors does not support the transposed linear weights of {needs.model_type}"

@@ -21,17 +21,18 @@ MODEL_TYPES = ("llama", "mistral", "smollm3", "granite", "seed_oss", "qwen2", "q
 POINTS = frozenset({"input", "output", "qk"})
 EXPERT_POINTS = frozenset({"experts_in", "experts_act"})
 _ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
-_FIXED_ROPE = ("default", "linear", "llama3", "yarn")  # angles that do not change with the length of the text
+_BUILT_ROPE = ("default", "linear", "llama3", "yarn")
+_CHANGING_ROPE = ("dynamic", "longrope")  # angles that change with the length of the text
 
 
 def impossible_settings(title: str, config: Any) -> Iterable[str]:
     """The settings of a configuration that neither a built nor a traced graph supports, one sentence each."""
-    if getattr(config, "use_bidirectional_attention", None):
+    if getattr(config, "use_bidirectional_attention", None) in (True, "all"):  # others concern tokens of images
         yield f"{title} does not support attention in both directions (use_bidirectional_attention)"
     for settings in rope_settings(config):
         kind = settings.get("rope_type", "default")
-        if kind not in _FIXED_ROPE:
-            yield f"{title} does not support RoPE of type {kind}; it supports {', '.join(_FIXED_ROPE)}"
+        if kind in _CHANGING_ROPE:
+            yield f"{title} does not support RoPE of type {kind}, whose angles change with the length of the text"
 
 
 def unknown_settings(title: str, config: Any) -> Iterable[str]:
@@ -39,6 +40,9 @@ def unknown_settings(title: str, config: Any) -> Iterable[str]:
     if config is None:
         return
     yield from impossible_settings(title, config)
+    for kind in {settings.get("rope_type", "default") for settings in rope_settings(config)} - {*_CHANGING_ROPE}:
+        if kind not in _BUILT_ROPE:
+            yield f"{title} does not support RoPE of type {kind}; it supports {', '.join(_BUILT_ROPE)}"
     act = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
     if act not in _ACTIVATIONS:
         yield f"{title} does not support the activation {act}; it supports {' and '.join(_ACTIVATIONS)}"

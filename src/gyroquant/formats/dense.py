@@ -48,6 +48,10 @@ class Dense(Format):
         write_rest(store, folder, dtype)
         return {"dtype": dtype_name(dtype), "largest_relative_deviation": relative, "deviation": deviation}
 
+    def weight_in_file(self, store: PackedStore, name: str) -> Tensor | None:
+        op = store.graph.op(name)
+        return op.to_param(store.quantized(name).dequantize()).to(self.dtype or store.dtype).float()
+
 
 def _relative_deviation(written: Tensor, exact: Tensor) -> float:
     """The largest relative deviation from the exact numbers; absolute where the exact number is 0."""

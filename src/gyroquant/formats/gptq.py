@@ -35,7 +35,6 @@ from gyroquant.formats.native.runtime import TransformersRuntime
 from gyroquant.formats.output_folder import OutputFolder
 from gyroquant.grids import Grid, IntegerGrid, QuantizedWeight
 from gyroquant.models.graph.model_graph import LinearOp
-from gyroquant.models.graph.spec import described
 from gyroquant.models.stores.packed import PackedStore
 from gyroquant.system.version import gyroquant_version
 
@@ -155,7 +154,7 @@ def _one_kind(needs: ModelRequirements) -> Iterable[str]:
 
 
 def _in_blocks(needs: ModelRequirements) -> Iterable[str]:
-    architecture = described(needs.model_type)
+    architecture = needs.architecture
     if architecture is None:
         return
     outside = [layer.name for layer in needs.layers if not architecture.in_blocks(layer.name)]
@@ -171,6 +170,11 @@ def _whole_words(needs: ModelRequirements) -> Iterable[str]:
     if odd is not None:
         yield (
             f"a {Gptq.title} packs {_WORD} inputs at a time, and {odd.name} has {odd.columns}; add it to weights.ignore"
+        )
+    odd = next((layer for layer in needs.layers if layer.rows % _WORD), None)
+    if odd is not None:
+        yield (
+            f"a {Gptq.title} packs {_WORD} outputs at a time, and {odd.name} has {odd.rows}; add it to weights.ignore"
         )
 
 

@@ -346,7 +346,7 @@ def test_what_fits_has_no_problems() -> None:
 @pytest.mark.parametrize(
     ("wanted", "reason"),
     [
-        (needs("gemma3_text"), "does not support gemma3_text; it supports llama, mistral, qwen2, qwen3"),
+        (needs("helium"), "does not support helium; it supports llama, mistral, ministral, "),
         (
             needs(group_size=16),
             r"has no type for 4-bit symmetric weights in groups of 16 .*; it has Q4_0 \(4 bits, symmetric, groups of "

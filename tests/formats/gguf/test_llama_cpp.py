@@ -19,7 +19,7 @@ from gyroquant.errors import InputError, ProofError
 from gyroquant.formats.export import relative_error
 from gyroquant.formats.gguf import header as gguf_header
 from gyroquant.formats.gguf import llama_cpp_runtime as llama_cpp
-from gyroquant.formats.gguf import writer as gguf
+from gyroquant.formats.gguf import tensors
 from gyroquant.formats.gguf.llama_cpp_runtime import LlamaCppRuntime, LlamaModel, LlamaTokenizer
 from gyroquant.models.stores.packed import PackedStore
 from gyroquant.report import console, summaries
@@ -97,7 +97,7 @@ def test_longer_texts_get_more_room(tmp_path: Path) -> None:
 
 
 def test_a_file_with_rows_out_of_order_is_not_put_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gguf, "_row_order", lambda store, name: slice(None))
+    monkeypatch.setattr(tensors._Plan, "_order", lambda self, part: slice(None))
     with pytest.raises(ProofError, match=r"another model .* when llama.cpp runs it in fp32: .* No export was written"):
         exported("llama", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["ours"]
@@ -144,7 +144,7 @@ def test_rounded_again(kind: str, main: str, bits: float, wide: PackedStore, tmp
     if main != "Q2_0":  # which transformers does not read
         ids, read = (
             tiny_models.tokens(tiny_models.build("llama", **HUGE))[0],
-            saved_models.logits(tmp_path / "x", gguf_file=gguf.GGUF_FILE)[0],
+            saved_models.logits(tmp_path / "x", gguf_file=gguf_header.GGUF_FILE)[0],
         )
         assert relative_error(LlamaCppRuntime(tmp_path / "x", exact=True).logits(ids), read) < 1e-5
     assert 1e-3 < check["relative_logit_error"] < 2
@@ -193,7 +193,7 @@ def talking(tokenizer: PreTrainedTokenizerFast, out: Path) -> Path:
 @pytest.mark.parametrize("cut", ["gpt-2", "smollm", "qwen2", "llama-bpe", "smaug-bpe", "sentencepiece"])
 def test_tokenizers_give_the_same_ids_and_texts(cut: str, tmp_path: Path) -> None:
     wanted = pieces() if cut == "sentencepiece" else byte_level(cut)
-    found = LlamaTokenizer(LlamaModel(talking(wanted, tmp_path) / gguf.GGUF_FILE))
+    found = LlamaTokenizer(LlamaModel(talking(wanted, tmp_path) / gguf_header.GGUF_FILE))
     texts = TEXTS if cut != "sentencepiece" else [text for text in TEXTS if "<" not in text]
     for text in texts:
         ids = wanted(text)["input_ids"]

@@ -11,7 +11,8 @@ from gyroquant.errors import InputError
 from gyroquant.formats.base import Format
 from gyroquant.formats.gguf.header import GGUF_FILE, stored_tensors
 from gyroquant.formats.gguf.llama_cpp import file_types, rewrite
-from gyroquant.formats.gguf.writer import Gguf, plain_type, tensor_names, write_file
+from gyroquant.formats.gguf.tensors import tensor_pieces
+from gyroquant.formats.gguf.writer import Gguf, plain_type, write_file
 from gyroquant.formats.output_folder import OutputFolder, check_room
 from gyroquant.models.stores.packed import PackedStore
 
@@ -41,8 +42,8 @@ class RequantizedGguf(Gguf, variant=True):
             raise InputError(f"{error}; choose another type") from error
         finally:
             plain.unlink()
-        stored, names = stored_tensors(path), tensor_names(store)
-        rounded = [stored[names[name]] for name in store.description["tensors"]]
+        stored, pieces = stored_tensors(path), tensor_pieces(store)
+        rounded = [stored[piece.tensor] for name in store.description["tensors"] for piece in pieces[name]]
         return {
             "file": GGUF_FILE,
             "requantized": self.kind,

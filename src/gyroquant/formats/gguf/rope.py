@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import gguf
@@ -18,15 +18,24 @@ _WITH_TENSORS = (*_EVERYWHERE, "llama3", "longrope")  # for architectures that r
 _CLOSE = 1e-6
 
 
-def rope_problems(config: Any, name: str, tensors: bool) -> Iterable[str]:
-    """The RoPE settings that llama.cpp would not follow, one sentence each. `name` is llama.cpp's architecture, and
-    `tensors` states whether that reads factors from tensors.
+def full_rope(config: Any) -> Mapping[str, Any]:
+    """The RoPE settings of a model, or those of its layers without a window if layers differ."""
+    settings: Mapping[str, Any] = config.rope_parameters
+    full: Mapping[str, Any] = settings.get("full_attention", settings)
+    return full
+
+
+def rope_problems(config: Any, name: str, tensors: bool, partial: bool) -> Iterable[str]:
+    """The RoPE settings that llama.cpp would not follow, one sentence each.
+
+    `name` is llama.cpp's architecture. `tensors` states whether it reads factors from tensors, `partial` whether RoPE
+    may turn a part of a head.
     """
-    rope = config.rope_parameters
+    rope = full_rope(config)
     kinds = _WITH_TENSORS if tensors else _EVERYWHERE
     if rope["rope_type"] not in kinds:
         yield f"llama.cpp does not support RoPE of type {rope['rope_type']} for {name}; it supports {', '.join(kinds)}"
-    if rope.get("partial_rotary_factor", 1.0) != 1:
+    if rope.get("partial_rotary_factor", 1.0) != 1 and not partial:
         yield f"llama.cpp turns whole heads of {name}, but this RoPE turns a part of each (partial_rotary_factor)"
     if rope["rope_type"] == "yarn":
         bounds = rope.get("beta_fast") or 32, rope.get("beta_slow") or 1
@@ -39,7 +48,7 @@ def rope_problems(config: Any, name: str, tensors: bool) -> Iterable[str]:
 
 def describe_rope(writer: gguf.GGUFWriter, config: Any) -> list[str]:
     """Writes the metadata of RoPE. Returns notes."""
-    rope = config.rope_parameters
+    rope = full_rope(config)
     writer.add_rope_freq_base(rope["rope_theta"])
     kind = rope["rope_type"]
     if kind == "linear":
@@ -70,7 +79,7 @@ def rope_tensors(config: Any, width: int) -> dict[str, Tensor]:
     """The divisors of RoPE's frequencies, by the names of their tensors. Empty unless the frequencies have different
     factors. `width` is the size of a head.
     """
-    rope = config.rope_parameters
+    rope = full_rope(config)
     if rope["rope_type"] == "longrope":
         short, long = _long(config)
         return {LONG: long, SHORT: short}
@@ -82,13 +91,15 @@ def rope_tensors(config: Any, width: int) -> dict[str, Tensor]:
 
 def _scaled(config: Any) -> tuple[Tensor, float]:
     """RoPE's frequencies, and the factor of queries and keys."""
-    frequencies, attention = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](config, torch.device("cpu"))
+    kind = "full_attention" if "full_attention" in config.rope_parameters else None
+    make = ROPE_INIT_FUNCTIONS[full_rope(config)["rope_type"]]
+    frequencies, attention = make(config, torch.device("cpu"), layer_type=kind)
     return frequencies, float(attention)
 
 
 def _long(config: Any) -> tuple[Tensor, Tensor]:
     """LongRoPE's factors for short and for long texts."""
-    rope = config.rope_parameters
+    rope = full_rope(config)
     return torch.tensor(rope["short_factor"]).float(), torch.tensor(rope["long_factor"]).float()
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import closing
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -30,22 +31,20 @@ from gyroquant.errors import InputError
 from gyroquant.formats.base import Format, FormatCapabilities, Layer, ModelRequirements, WeightType, requirements_of
 from gyroquant.formats.gguf.header import GGUF_FILE
 from gyroquant.formats.gguf.llama_cpp_runtime import LlamaCppRuntime
-from gyroquant.formats.gguf.rope import describe_rope, rope_problems, rope_tensors
+from gyroquant.formats.gguf.rope import describe_rope, full_rope, rope_tensors
+from gyroquant.formats.gguf.targets import TARGETS, Target, target_of, target_problems
+from gyroquant.formats.gguf.tensors import Piece, tensor_pieces
 from gyroquant.formats.gguf.tokenizer import add_tokenizer
 from gyroquant.formats.gguf.tokenizer_check import compare_tokenizers
 from gyroquant.formats.output_folder import OutputFolder
-from gyroquant.grids import QuantizedWeight
+from gyroquant.grids import GroupParams, QuantizedWeight
+from gyroquant.models.graph.heads import heads_of
 from gyroquant.models.stores.packed import PackedStore
 
 _ROWS = 4096  # rows that are compared at once when a dtype is chosen
 _KINDS = ("symmetric", "asymmetric", "midrise")
+_FRACTIONS = ("_scale", "softcapping", "epsilon", "clamp_kqv", "freq_base_swa")  # keys whose values are not whole
 _RESERVED = ("phi-3", "phi3", "modern-bert")  # for models with such a name, llama.cpp changes rules of special tokens
-
-
-# llama.cpp's name of a model type. In its "llama", RoPE turns neighbouring coordinates, so the rows of queries and keys
-# are put in that order. This architecture may also have factors of RoPE's frequencies, and biases.
-_LLAMA = "llama"
-_ARCHITECTURES = {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": "qwen2", "qwen3": "qwen3"}
 
 
 class _Type(NamedTuple):
@@ -97,12 +96,15 @@ class Gguf(Format):
             _holds("Q8_0", (5, 6, 7), *_KINDS),
             _holds("Q8_0", (8,), "symmetric"),
         ),
-        model_types=tuple(_ARCHITECTURES),
+        model_types=tuple(TARGETS),
+        experts=True,
+        tables=True,
     )
 
     def incompatibilities(self, needs: ModelRequirements) -> list[str]:
-        supported = needs.config is not None and needs.model_type in _ARCHITECTURES
-        return [*super().incompatibilities(needs), *(_unsupported_settings(needs.config) if supported else ())]
+        supported = needs.config is not None and needs.model_type in TARGETS
+        settings = (*target_problems(needs.config), *_head_problems(needs)) if supported else ()
+        return [*super().incompatibilities(needs), *settings]
 
     def write(self, store: PackedStore, folder: OutputFolder) -> dict[str, Any]:
         """As in `Format`. Returns the number of tensors of each type, the largest deviation of a rounded weight
@@ -113,8 +115,15 @@ class Gguf(Format):
         rounded = {layer.name: kind.name for layer in layers if (kind := self.capabilities.type_of(layer))}
         types = {name: rounded.get(name) or plain_type(store, name) for name in store.shapes}
         deviation, described = write_file(store, folder.partial / GGUF_FILE, types)
-        counts = dict(Counter(types.values()).most_common())
+        pieces = tensor_pieces(store)
+        written = [_kind(piece, kind) for name, kind in types.items() for piece in pieces[name]]
+        counts = dict(Counter(written).most_common())
         return {"file": GGUF_FILE, "types": counts, "deviation": deviation, **described}
+
+    def weight_in_file(self, store: PackedStore, name: str) -> Tensor | None:
+        op, weight = store.graph.op(name), store.quantized(name)
+        kind = self.capabilities.type_of(Layer(name, weight.grid, op.in_features))
+        return op.to_param(_decoded_q4_1(weight)) if kind is not None and kind.name == "Q4_1" else None
 
     def _layers(self, layers: Iterable[Layer]) -> Iterable[tuple[str, str]]:
         for kind, text in super()._layers(layers):
@@ -129,7 +138,7 @@ def write_file(store: PackedStore, path: Path, types: Mapping[str, str]) -> tupl
     for name in store.description["tensors"]:
         sizes[types[name]] += prod(store.shapes[name])
     main = sizes.most_common(1)[0][0]
-    with closing(gguf.GGUFWriter(None, _ARCHITECTURES[store.config.model_type])) as writer:
+    with closing(gguf.GGUFWriter(None, target_of(store.config).name)) as writer:
         notes = _describe(writer, store, _TYPES[main].file_type)
         tokenizer, more = add_tokenizer(writer, store)
         deviation = _write_tensors(writer, store, types, path)
@@ -139,40 +148,65 @@ def write_file(store: PackedStore, path: Path, types: Mapping[str, str]) -> tupl
     return deviation, {"notes": notes + more + differences, "tokenizer": facts}
 
 
-def _unsupported_settings(config: Any) -> Iterable[str]:
-    """The settings of a model that llama.cpp would not follow, one sentence each."""
-    name = _ARCHITECTURES[config.model_type]
-    if config.hidden_act != "silu":
-        yield f"llama.cpp does not support the activation {config.hidden_act} for {name}; it supports silu"
-    yield from rope_problems(config, name, tensors=name == _LLAMA)
-    if getattr(config, "attention_bias", False) and name != _LLAMA:
-        yield f"llama.cpp does not support the biases (attention_bias) of {config.model_type}"
+def _head_problems(needs: ModelRequirements) -> Iterable[str]:
+    """Whether llama.cpp takes the embedding as the head of an architecture although the model has a head of its own."""
+    if TARGETS[needs.model_type].own_head is False and not needs.config.tie_word_embeddings:
+        yield (
+            f"llama.cpp always takes the embedding as the head of {needs.model_type}, and this model has a head of its "
+            "own; leave R1 out of the recipe, which unties it, or set keep_ties=true"
+        )
 
 
 def _describe(writer: gguf.GGUFWriter, store: PackedStore, file_type: int) -> list[str]:
     """Writes all metadata of a model except the tokenizer. Returns notes."""
-    config, graph = store.config, store.graph
+    config = store.config
+    target = target_of(config)
     writer.add_type("model")
     name = store.folder.resolve().name
     if not any(part in name.lower() for part in _RESERVED):
         writer.add_name(name)
     writer.add_file_type(file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_block_count(len(graph.blocks))
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(graph.hidden)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(graph.heads)
-    writer.add_head_count_kv(graph.kv_heads)
-    writer.add_key_length(graph.head_dim)
-    writer.add_value_length(graph.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_rope_dimension_count(graph.head_dim)
-    notes = describe_rope(writer, config)
+    for key, value in _settings(store, target).items():
+        _add(writer, f"{target.name}.{key}", value)
+    notes = describe_rope(writer, config) if target.rope else []
     window = getattr(config, "sliding_window", None) or config.max_position_embeddings
     note = f"llama.cpp attends to all tokens, not to the last {window}: longer texts give other results"
-    return [*notes, note] if window < config.max_position_embeddings else notes
+    return [*notes, note] if window < config.max_position_embeddings and not target.windows else notes
+
+
+def _settings(store: PackedStore, target: Target) -> dict[str, Any]:
+    """The settings of an architecture, by their keys without its name. Those of the target replace the usual ones."""
+    config, heads = store.config, heads_of(store.config)
+    key, epsilon = target.epsilon
+    widths = (getattr(config, name, None) for name in ("intermediate_size", "n_inner"))
+    found = {
+        "block_count": len(store.graph.blocks),
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": next(filter(None, widths), 4 * config.hidden_size),
+        "attention.head_count": heads.queries,
+        "attention.head_count_kv": heads.shared,
+        "attention.key_length": heads.size,
+        "attention.value_length": heads.size,
+        "vocab_size": config.vocab_size,
+    }
+    if key:
+        found[key] = float(getattr(config, epsilon))
+    if target.rope:
+        found["rope.dimension_count"] = int(heads.size * full_rope(config).get("partial_rotary_factor", 1.0))
+    return found | target.settings(config)
+
+
+def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, list):
+        writer.add_array(key, value)
+    elif isinstance(value, int) and not key.endswith(_FRACTIONS):
+        writer.add_uint32(key, value)
+    else:
+        writer.add_float32(key, value)
 
 
 def plain_type(store: PackedStore, name: str) -> str:
@@ -185,19 +219,17 @@ def plain_type(store: PackedStore, name: str) -> str:
 
 
 def tensor_names(store: PackedStore) -> dict[str, str]:
-    """llama.cpp's name of every parameter of a model."""
-    label = _ARCHITECTURES[store.config.model_type]
-    architecture = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == label)
-    names = gguf.get_tensor_name_map(architecture, len(store.graph.blocks))
-    return {name: names.get_name(name, (".weight", ".bias")) for name in store.shapes}
+    """llama.cpp's name of every parameter of a model. Of a parameter that becomes several tensors, the first."""
+    return {name: pieces[0].tensor for name, pieces in tensor_pieces(store).items()}
 
 
 def _write_tensors(writer: gguf.GGUFWriter, store: PackedStore, types: Mapping[str, str], path: Path) -> float:
     """Writes the header, the metadata and all tensors to the file. Returns the largest relative deviation."""
-    names = tensor_names(store)
-    extra = rope_tensors(store.config, store.graph.head_dim)
+    pieces = tensor_pieces(store)
+    target = target_of(store.config)
+    extra = rope_tensors(store.config, heads_of(store.config).size) if target.rope else {}
     table = [(name, "F32", tuple(tensor.shape)) for name, tensor in extra.items()]
-    table += [(names[name], types[name], store.shapes[name]) for name in types]
+    table += [(piece.tensor, _kind(piece, types[name]), piece.shape) for name in types for piece in pieces[name]]
     for name, kind, shape in table:
         number, _, block, size = _TYPES[kind]  # with `number`, the writer ignores the numpy dtype
         writer.add_tensor_info(name, shape, np.dtype(np.float32), prod(shape) // block * size, number)
@@ -208,40 +240,53 @@ def _write_tensors(writer: gguf.GGUFWriter, store: PackedStore, types: Mapping[s
         writer.write_tensor_data(_plain(tensor, "F32"))
     largest = 0.0
     for name, kind in types.items():
-        order = _row_order(store, name)
-        if _TYPES[kind].block > 1:
-            data, deviation = _encode(name, kind, store.quantized(name), order)
-            largest = max(largest, deviation)
-        else:
-            data = _plain(store.read([name])[name][order], kind)
-        writer.write_tensor_data(data)
+        for piece in pieces[name]:
+            if _TYPES[_kind(piece, kind)].block > 1:
+                data, deviation = _encode(name, kind, _chosen(store, name, piece))
+                largest = max(largest, deviation)
+            else:
+                data = _plain(_chosen_numbers(store, name, piece), _kind(piece, kind))
+            writer.write_tensor_data(data)
     return largest
 
 
-def _row_order(store: PackedStore, name: str) -> Tensor | slice:
-    """The order of rows that makes the pairs of RoPE neighbours, for weights and biases of queries and keys. In our
-    order, the first half of each head is paired with the second. Other parameters, and architectures of llama.cpp in
-    which RoPE turns halves, keep their order.
-    """
-    heads = {"q_proj": store.graph.heads, "k_proj": store.graph.kv_heads}.get(name.split(".")[-2])
-    if heads is None or _ARCHITECTURES[store.config.model_type] != _LLAMA:
-        return slice(None)
-    rows = torch.arange(heads * store.graph.head_dim)
-    return rows.view(heads, 2, -1).transpose(1, 2).reshape(-1)
+def _kind(piece: Piece, kind: str) -> str:
+    return "F32" if piece.in_fp32 else kind
+
+
+def _chosen(store: PackedStore, name: str, piece: Piece) -> QuantizedWeight:
+    """The rows of a rounded matrix that a tensor of the file holds."""
+    weight, op = store.quantized(name), store.graph.op(name)
+
+    def rows(x: Tensor) -> Tensor:
+        return x.unflatten(0, (-1, op.out_features))[:, piece.rows].flatten(0, 1)
+
+    params = GroupParams(rows(weight.params.scale), rows(weight.params.zero))
+    return replace(weight, codes=rows(weight.codes), params=params)
+
+
+def _chosen_numbers(store: PackedStore, name: str, piece: Piece) -> Tensor:
+    """The numbers of a parameter that a tensor of the file holds."""
+    tensor, op = store.read([name])[name], store.graph.find_op(name)
+    if op is not None and op.entry.transposed:
+        tensor = tensor.transpose(-1, -2)
+    stacked = len(piece.shape) == 3 or piece.tensor.endswith("_exps.bias")
+    chosen = tensor[:, piece.rows] if stacked else tensor[piece.rows]
+    return (chosen if piece.change is None else piece.change(chosen.float())).reshape(piece.shape)
 
 
 def _plain(tensor: Tensor, kind: str) -> np.ndarray:
     """A tensor as plain numbers, little-endian."""
     if kind == "BF16":
         return tensor.bfloat16().contiguous().view(torch.int16).numpy().astype("<i2")
-    return tensor.float().numpy().astype("<f2" if kind == "F16" else "<f4")
+    return tensor.float().contiguous().numpy().astype("<f2" if kind == "F16" else "<f4")
 
 
-def _encode(name: str, kind: str, weight: QuantizedWeight, order: Tensor | slice) -> tuple[np.ndarray, float]:
+def _encode(name: str, kind: str, weight: QuantizedWeight) -> tuple[np.ndarray, float]:
     """A rounded matrix as the bytes of its blocks, shape (rows, bytes), and its largest deviation relative to its
     largest weight. Raises InputError for scales and offsets that fp16 cannot hold.
     """
-    codes, scale, zero = weight.codes[order], weight.params.scale[order], weight.params.zero[order]
+    codes, scale, zero = weight.codes, weight.params.scale, weight.params.zero
     half = 1 if torch.equal(zero, zero.round()) else 2  # numbers at odd multiples of half a step are counted in halves
     heads, deviation = [scale / half], 0.0
     if not torch.equal(heads[0].half().float(), heads[0]):
@@ -255,10 +300,8 @@ def _encode(name: str, kind: str, weight: QuantizedWeight, order: Tensor | slice
     if kind == "Q2_0":  # our steps are -2 .. 1 and the type has -1 .. 2, so steps and scale are negated
         steps, heads = -steps, [-heads[0]]
     if kind == "Q4_1":
-        offset, other = -zero * scale, (15 - zero) * scale  # m, and m of codes counted from the other end
-        flip = (other.half().float() - other).abs() < (offset.half().float() - offset).abs()
+        flip, exact = _offsets(weight)
         steps = torch.where(flip.repeat_interleave(repeat, 1), 15 - blocks, blocks)
-        exact = torch.where(flip, other, offset)
         heads = [torch.where(flip, -scale, scale), exact.half().float()]
         if not bool(heads[1].isfinite().all()):
             raise InputError(
@@ -268,6 +311,25 @@ def _encode(name: str, kind: str, weight: QuantizedWeight, order: Tensor | slice
     numbers = [head.squeeze(-1).repeat_interleave(repeat, 1).numpy().astype("<f2") for head in heads]
     parts = (np.stack(numbers, -1).view(np.uint8), _pack(kind, steps).to(torch.uint8).numpy())
     return np.concatenate(parts, -1).reshape(len(codes), -1), deviation
+
+
+def _offsets(weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
+    """Whether the codes of each group of a Q4_1 matrix are counted from the other end, where fp16 holds the offset m
+    better, and m.
+    """
+    scale, zero = weight.params.scale, weight.params.zero
+    offset, other = -zero * scale, (15 - zero) * scale
+    flip = (other.half().float() - other).abs() < (offset.half().float() - offset).abs()
+    return flip, torch.where(flip, other, offset)
+
+
+def _decoded_q4_1(weight: QuantizedWeight) -> Tensor:
+    """The numbers that a Q4_1 matrix in a file stands for."""
+    flip, exact = _offsets(weight)
+    codes = weight.codes.unflatten(1, (exact.shape[1], -1)).float()
+    scale = weight.params.scale
+    values = torch.where(flip, 15 - codes, codes) * torch.where(flip, -scale, scale) + exact.half().float()
+    return values.flatten(1)
 
 
 def _pack(kind: str, steps: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ Rounded weights are decoded while they are loaded, into the modules of the origi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +105,7 @@ class GyroquantHfQuantizer(HfQuantizer):
         for file in files:
             check_files(file.parent, [file.name])
         self._online = attachments(description, files)
-        for part in _models(model):
-            part.is_custom_code = lambda: True
+        _without_renaming(model)
         model._keys_to_ignore_on_load_unexpected = {
             *(model._keys_to_ignore_on_load_unexpected or ()),
             MAPS.replace(".", r"\."),
@@ -122,8 +120,6 @@ class GyroquantHfQuantizer(HfQuantizer):
                 f"numbers, such as {missing[0]}: open the folder with a version that gyroquant is "
                 "tested with, 5.20 to 5.24"
             )
-        for part in _models(model):
-            del part.is_custom_code
         model._weight_conversions = None  # decoding has no inverse; saving then uses the architecture's own conversions
         check_places(model, self._online, "the saved model")
         keep_online(model, self._online)
@@ -137,13 +133,24 @@ class GyroquantHfQuantizer(HfQuantizer):
         return False
 
 
-def _models(model: Any) -> Iterator[Any]:
-    """A model and the models in it.
+def _without_renaming(model: Any) -> None:
+    """Lets a model read its weights under the names of the model.
 
-    While their weights load, they pass as code of a user's own. Then transformers does not rename what it reads: the
-    folder has the names of the model, and some renamings for older checkpoints (of Laguna) would change these too.
+    While weights load, the model and the models in it pass as code of a user's own. Then transformers does not rename
+    what it reads: some renamings for older checkpoints (of Laguna) would change our names too. This ends before
+    transformers fills the buffers that no file holds, because it does not fill all of them for a user's own code.
     """
-    return (module for module in model.modules() if isinstance(module, PreTrainedModel))
+    parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    for part in parts:
+        part.is_custom_code = lambda: True
+
+    def initialize_weights() -> None:
+        for part in parts:
+            del part.is_custom_code
+        del model.initialize_weights
+        model.initialize_weights()
+
+    model.initialize_weights = initialize_weights
 
 
 def keep_online(model: Any, online: Any) -> None:

@@ -25,7 +25,7 @@ class TransformersRuntime(Runtime):
         super().__init__(folder, exact)
         self._model = self.open_model()
         self._takes_positions = "position_ids" in signature(self._model.forward).parameters
-        self._cache = self._cache_name()
+        self._cache = self._cache_name()  # without one, the model reads the whole text in each call
         self.start()
 
     def open_model(self) -> Any:
@@ -44,19 +44,30 @@ class TransformersRuntime(Runtime):
 
     @torch.no_grad()
     def _cache_name(self) -> str | None:
-        """The name of the argument and result of the model that holds what it has read. None: it has none."""
-        accepted = [name for name in _CACHES if name in signature(self._model.forward).parameters]
-        if not accepted:
-            return None
-        out = self._model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=True)
-        return next((name for name in accepted if out.get(name) is not None), None)
+        """The name of the argument and result of the model that holds what it has read. None: it cannot continue."""
+        ids = torch.zeros(1, 3, dtype=torch.long)
+        for name in _CACHES:
+            if name in signature(self._model.forward).parameters:
+                try:
+                    past = self._model(input_ids=ids[:, :2], use_cache=True).get(name)
+                    if past is not None:
+                        self._model(input_ids=ids[:, 2:], use_cache=True, **{name: past})
+                        return name
+                except Exception:  # models that cannot continue a text raise many kinds
+                    continue
+        return None
+
+    def set_parameter(self, name: str, value: Tensor | None) -> None:
+        """Gives a parameter other numbers. None: it keeps its own."""
+        if value is not None:
+            self._model.get_parameter(name).data.copy_(value)
 
     def start(self) -> None:
         self._past, self._read = None, torch.empty(1, 0, dtype=torch.long)
 
     @torch.no_grad()
     def feed(self, ids: Tensor) -> Tensor:
-        if self._cache is None:  # the model reads the whole text again
+        if self._cache is None:
             self._read = torch.cat((self._read, ids), 1)
             return self._model(input_ids=self._read, use_cache=False).logits[0, -ids.shape[1] :].float()
         out = self._model(input_ids=ids, use_cache=True, **{self._cache: self._past})

@@ -33,7 +33,7 @@ class Onnx(Format):
     packages = ("onnx",)
     extra = "onnx"
     capabilities = FormatCapabilities(
-        weights=tuple(TYPES.values()), points=POINTS, basis=True, model_types=MODEL_TYPES, wide_scales=True
+        weights=tuple(TYPES.values()), points=POINTS, basis=True, tables=True, model_types=MODEL_TYPES, wide_scales=True
     )
 
     def incompatibilities(self, needs: ModelRequirements) -> list[str]:

@@ -53,7 +53,6 @@ class OpenVinoRuntime(Runtime):
         return infer(self._request, ids, mask)
 
 
-
 def infer(request: Any, ids: Tensor, mask: Tensor) -> Tensor:
     """The logits of new tokens, (batch, new, words), by an inference request that keeps its state.
 

@@ -32,8 +32,7 @@ def traced_store(store: PackedStore) -> Any:
     config = deepcopy(store.config)
     del config.quantization_config  # otherwise OpenVINO searches for quantized layers of other programs
     model: Any = build_skeleton(config)
-    packed = store.description["tensors"]
-    rounded = {op.weight: op for op in store.graph.linears if op.weight in packed}
+    rounded = {name: store.graph.op(name) for name in store.description["tensors"]}
     _fill(model, store, rounded)
     attach(model, store.online)
     replaced = Replaced()
@@ -58,21 +57,23 @@ def _fill(model: Any, store: PackedStore, rounded: dict[str, LinearOp]) -> None:
 
 
 def _replace(model: Any, store: PackedStore, op: LinearOp, products: list[Product], replaced: Replaced) -> None:
-    """Replaces whatever reads a rounded parameter: the layer or the products whose weight it is, and other code."""
-    ops, parent, last = OpenVinoOperations(), *op.weight.rpartition(".")[::2]
-    module = model.get_submodule(parent)
+    """Replaces whatever reads a rounded parameter: the layers or the products whose weight it is, and other code."""
+    ops = OpenVinoOperations()
     for product in products:
 
         def piece(x: Any, product: Product = product) -> Any:
             return ops.rounded_experts(x, store.quantized(op.weight), product.experts, product.part)
 
         replaced.add(product, partial(_zeros, product.outputs), piece)
-    if not op.entry.stacked and type(module).forward in (nn.Linear.forward, Conv1D.forward):
-        replaced.add(module, partial(_zeros, op.out_features), lambda x: _layer(ops, store, op, x))
-    setattr(module, last, nn.Parameter(torch.zeros(()), requires_grad=False))
-    stored = _Stored(op.shape)
-    parametrize.register_parametrization(module, last, stored, unsafe=True)
-    replaced.add(stored, stored.forward, lambda x: ops.parameter(store.quantized(op.weight), op))
+    for name in (op.weight, *(alias for alias, stored in store.tied.items() if stored == op.weight)):
+        parent, _, last = name.rpartition(".")
+        module = model.get_submodule(parent)
+        if not op.entry.stacked and type(module).forward in (nn.Linear.forward, Conv1D.forward):
+            replaced.add(module, partial(_zeros, op.matrix_shape[0]), lambda x: _layer(ops, store, op, x))
+        setattr(module, last, nn.Parameter(torch.zeros(()), requires_grad=False))
+        stored = _Stored(op.shape)
+        parametrize.register_parametrization(module, last, stored, unsafe=True)
+        replaced.add(stored, stored.forward, lambda x: ops.parameter(store.quantized(op.weight), op))
 
 
 class _Stored(nn.Module):

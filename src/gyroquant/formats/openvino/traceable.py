@@ -36,5 +36,10 @@ def cached_sizes(model: Any) -> list[CachedSizes]:
             raise UnsupportedModelError(
                 f"the cache of {model_type} has more than keys and values ({type(layer).__name__})"
             )
-    found = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in layers]
-    return [tuple((x.shape[1], x.shape[3]) for x in pair) if pair[0] is not None else () for pair in found]
+    return [_sizes(layer) for layer in layers]
+
+
+def _sizes(layer: Any) -> CachedSizes:
+    if getattr(layer, "keys", None) is None:
+        return ()
+    return tuple((x.shape[1], x.shape[3]) for x in (layer.keys, layer.values))

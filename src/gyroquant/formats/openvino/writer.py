@@ -67,6 +67,7 @@ class OpenVino(Format):
         points=POINTS | EXPERT_POINTS,
         basis=True,
         experts=True,
+        tables=True,
     )
 
     def incompatibilities(self, needs: ModelRequirements) -> list[str]:

@@ -69,7 +69,7 @@ def test_two_classes_of_one_name_are_refused_naming_both() -> None:
 
 def test_two_descriptions_of_one_model_type_are_refused_naming_both() -> None:
     mine = Architecture("mine", ("llama",), "layers", (), (), "half")
-    with restored(), pytest.raises(InputError, match=r"gyroquant\.models\.architectures\.llama and .*test_registry"):
+    with restored(), pytest.raises(InputError, match=r"called 'llama': \S+ and .*test_registry"):
         register(mine)
 
 

@@ -380,10 +380,17 @@ class Recipe(BaseModel):
         return bool(calibrates or draws or self.learn or self.finetune or rounds_randomly)
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe as it would be written in YAML; `parse` reads it back."""
+        """The recipe as it would be written in YAML; `parse` reads it back.
+
+        Settings that the last release did not have are left out where they have their defaults, so that its journals
+        and the keys of its results stay valid.
+        """
         data = self.model_dump(mode="json")
+        for section, key in ((data, "embeddings"), (data, "keep_ties"), (data["calibration"], "all_experts")):
+            if not section[key]:
+                del section[key]
         for section in ("weights", "embeddings", "activations", "kv_cache"):
-            if data[section] is not None:
+            if data.get(section) is not None:
                 data[section] = data[section].pop("grid") | data[section]
         if overrides := data["weights"].pop("overrides"):
             data["weights"]["overrides"] = [override.pop("grid") | override for override in overrides]

@@ -29,8 +29,8 @@ def test_rows_that_the_blocks_of_a_type_do_not_divide_are_refused(folders: dict[
 
 
 def test_models_that_it_does_not_run_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(ExternalToolError, match="does not support gemma2"):
-        LlamaCpp().run("Q4_0", task(folders["gemma2"], tmp_path / "out", Size(4, 64)), tmp_path / "python")
+    with pytest.raises(ExternalToolError, match="does not support opt"):
+        LlamaCpp().run("Q4_0", task(folders["opt"], tmp_path / "out", Size(4, 64)), tmp_path / "python")
 
 
 def test_bits_are_what_a_file_stores_for_the_blocks(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -60,12 +60,14 @@ def windows(every: int, pattern: bool = False) -> tuple[Callable[[Any], Settings
 
 
 def gemma2(config: Any) -> Settings:
+    """The settings of Gemma 2."""
     return windows(2)[0](config) | {
         f"{part}_logit_softcapping": getattr(config, f"{part}_logit_softcapping") for part in ("attn", "final")
     }
 
 
 def gemma2_problems(config: Any) -> Iterable[str]:
+    """Why llama.cpp would not follow a configuration of Gemma 2, one sentence each."""
     yield from windows(2)[1](config)
     yield from gemma_scale(config, 46)
     for part in ("attn", "final"):
@@ -74,6 +76,9 @@ def gemma2_problems(config: Any) -> Iterable[str]:
 
 
 def gemma_scale(config: Any, layers_of_27b: int) -> Iterable[str]:
+    """Whether the scores of a Gemma are divided by another number than in llama.cpp, which knows the largest model by
+    its number of layers; one sentence if they are.
+    """
     large = config.num_hidden_layers == layers_of_27b
     width = config.hidden_size // config.num_attention_heads if large else heads_of(config).size
     if config.query_pre_attn_scalar != width:
@@ -84,12 +89,14 @@ def gemma_scale(config: Any, layers_of_27b: int) -> Iterable[str]:
 
 
 def gemma3(config: Any) -> Settings:
+    """The settings of Gemma 3."""
     local = {"rope.freq_base_swa": float(config.rope_parameters["sliding_attention"]["rope_theta"])}
     cap = config.final_logit_softcapping
     return windows(6)[0](config) | local | ({"final_logit_softcapping": cap} if cap else {})
 
 
 def gemma3_problems(config: Any) -> Iterable[str]:
+    """Why llama.cpp would not follow a configuration of Gemma 3, one sentence each."""
     yield from windows(6)[1](config)
     yield from gemma_scale(config, 62)
     yield from plain_local_rope(config)
@@ -102,19 +109,23 @@ def plain_local_rope(config: Any) -> Iterable[str]:
 
 
 def cohere(config: Any) -> Settings:
+    """The settings of Cohere."""
     return {"logit_scale": config.logit_scale}
 
 
 def cohere2(config: Any) -> Settings:
+    """The settings of Cohere-2."""
     return windows(4)[0](config) | cohere(config)
 
 
 def olmoe_problems(config: Any) -> Iterable[str]:
+    """Why llama.cpp would not follow a configuration of OLMoE, one sentence each."""
     if config.num_key_value_heads != config.num_attention_heads:
         yield "llama.cpp runs olmoe only with a key and value head for each query head (num_key_value_heads)"
 
 
 def granite(config: Any) -> Settings:
+    """The settings of Granite."""
     return {
         "logit_scale": config.logits_scaling,
         "residual_scale": config.residual_multiplier,
@@ -124,17 +135,20 @@ def granite(config: Any) -> Settings:
 
 
 def granite_experts(config: Any) -> Settings:
+    """The settings of Granite with experts."""
     shared = getattr(config, "shared_intermediate_size", 0)
     found = granite(config) | experts(config)
     return found | ({"expert_shared_feed_forward_length": shared} if shared else {})
 
 
 def smollm3_problems(config: Any) -> Iterable[str]:
+    """Why llama.cpp would not follow a configuration of SmolLM3, one sentence each."""
     if list(config.no_rope_layers) != [int((i + 1) % 4 != 0) for i in range(config.num_hidden_layers)]:
         yield "llama.cpp leaves RoPE out of every fourth layer of smollm3, this model out of others (no_rope_layers)"
 
 
 def olmo3_problems(config: Any) -> Iterable[str]:
+    """Why llama.cpp would not follow a configuration of OLMo 3, one sentence each."""
     yield from windows(4)[1](config)
     yield from plain_local_rope(config)
     kinds = config.rope_parameters
@@ -143,15 +157,18 @@ def olmo3_problems(config: Any) -> Iterable[str]:
 
 
 def exaone4(config: Any) -> Settings:
+    """The settings of EXAONE 4."""
     return windows(4, pattern=True)[0](config) if config.num_hidden_layers == 64 else {}
 
 
 def exaone4_problems(config: Any) -> Iterable[str]:
+    """Why llama.cpp would not follow a configuration of EXAONE 4, one sentence each."""
     if config.num_hidden_layers != 64 and config.sliding_window:
         yield "llama.cpp gives windows to models of exaone4 with 64 layers only"
 
 
 def glm4_moe(config: Any) -> Settings:
+    """The settings of GLM-4.5 and others with a sigmoid in their router."""
     names = {"expert_shared_count": "n_shared_experts", "expert_weights_scale": "routed_scaling_factor"}
     names |= {"expert_weights_norm": "norm_topk_prob"}
     more = {"expert_gating_func": SIGMOID, "leading_dense_block_count": dense_layers(config)}
@@ -178,6 +195,7 @@ def groups(config: Any) -> Settings:
 
 
 def deepseek(config: Any) -> Settings:
+    """The settings of DeepSeek."""
     size = config.qk_nope_head_dim + config.qk_rope_head_dim
     routed = getattr(config, "n_routed_experts", None)
     found = {
@@ -199,6 +217,7 @@ def deepseek(config: Any) -> Settings:
 
 
 def deepseek_problems(config: Any) -> Iterable[str]:
+    """Why llama.cpp would not follow a configuration of DeepSeek, one sentence each."""
     if config.num_hidden_layers in (26, 27) and config.q_lora_rank:
         yield "llama.cpp reads no q_lora_rank from models of deepseek2 with 26 or 27 layers"
     kinds = {settings.get("rope_type", "default") for settings in rope_settings(config)}
@@ -212,10 +231,12 @@ def deepseek_problems(config: Any) -> Iterable[str]:
 
 
 def olmo(config: Any) -> Settings:
+    """The settings of OLMo."""
     return {LAYER: 1e-5} | ({"attention.clamp_kqv": config.clip_qkv} if config.clip_qkv else {})
 
 
 def exaone_moe(config: Any) -> Settings:
+    """The settings of EXAONE with experts."""
     names = {"expert_weights_scale": "routed_scaling_factor", "expert_weights_norm": "norm_topk_prob"}
     names |= {"expert_shared_count": "num_shared_experts"}
     more = {"expert_gating_func": SIGMOID, "leading_dense_block_count": dense_layers(config)}
@@ -224,16 +245,19 @@ def exaone_moe(config: Any) -> Settings:
 
 
 def exaone_moe_problems(config: Any) -> Iterable[str]:
+    """Why llama.cpp would not follow a configuration of EXAONE with experts, one sentence each."""
     yield from dense_first(config)
     if "sliding_attention" not in config.layer_types:
         yield "llama.cpp runs exaone_moe only with sliding windows (layer_types)"
 
 
 def minimax_m2(config: Any) -> Settings:
+    """The settings of MiniMax-M2."""
     return experts(config) | {"expert_gating_func": SIGMOID}
 
 
 def ernie_experts(config: Any) -> Settings:
+    """The settings of ERNIE 4.5 with experts."""
     more = {"interleave_moe_layer_step": config.moe_layer_interval}
     more["leading_dense_block_count"] = config.moe_layer_start_index
     if config.moe_num_shared_experts:
@@ -243,17 +267,20 @@ def ernie_experts(config: Any) -> Settings:
 
 
 def ernie_problems(config: Any) -> Iterable[str]:
+    """Why llama.cpp would not follow a configuration of ERNIE 4.5, one sentence each."""
     last = config.moe_layer_end_index
     if last not in (-1, config.num_hidden_layers - 1):
         yield "llama.cpp has experts of ernie4_5_moe up to the last layer (moe_layer_end_index)"
 
 
 def hunyuan_experts(config: Any) -> Settings:
+    """The settings of Hunyuan with experts."""
     found = experts(config) | {"expert_shared_feed_forward_length": config.intermediate_size}
     return found | {"expert_shared_count": 1}
 
 
 def ministral3(config: Any) -> Settings:
+    """The settings of Ministral 3."""
     rope = config.rope_parameters
     if rope["rope_type"] != "yarn":
         return {}
@@ -261,12 +288,14 @@ def ministral3(config: Any) -> Settings:
 
 
 def ministral3_problems(config: Any) -> Iterable[str]:
+    """Why llama.cpp would not follow a configuration of Ministral 3, one sentence each."""
     rope = config.rope_parameters
     if rope["rope_type"] != "yarn" and rope.get("llama_4_scaling_beta"):
         yield "llama.cpp scales queries of mistral3 by their position only with YaRN (llama_4_scaling_beta)"
 
 
 def nemotron_h(config: Any) -> Settings:
+    """The settings of Nemotron-H."""
     kinds = config.layers_block_type
     width = config.moe_intermediate_size if "moe" in kinds else config.intermediate_size
     found: Settings = {
@@ -288,6 +317,7 @@ def nemotron_h(config: Any) -> Settings:
 
 
 def nemotron_h_problems(config: Any) -> Iterable[str]:
+    """Why llama.cpp would not follow a configuration of Nemotron-H, one sentence each."""
     kinds = set(config.layers_block_type)
     if {"mlp", "moe"} <= kinds:
         yield "llama.cpp runs nemotron_h with experts in all feed-forward layers or in none (layers_block_type)"
@@ -296,16 +326,19 @@ def nemotron_h_problems(config: Any) -> Iterable[str]:
 
 
 def lfm2_problems(config: Any) -> Iterable[str]:
+    """Why llama.cpp would not follow a configuration of LFM2, one sentence each."""
     if len(set(config.layer_types)) < 2:
         yield f"llama.cpp runs {config.model_type} only with both convolutions and attention (layer_types)"
 
 
 def lfm2(config: Any) -> Settings:
+    """The settings of LFM2."""
     shared = [config.num_key_value_heads if kind == "full_attention" else 0 for kind in config.layer_types]
     return {"attention.head_count_kv": shared, "shortconv.l_cache": config.conv_L_cache}
 
 
 def lfm2_dense(config: Any) -> Settings:
+    """The settings of LFM2 without experts."""
     width = config.intermediate_size
     if config.block_auto_adjust_ff_dim:
         width = int((config.block_ffn_dim_multiplier or 1.0) * int(2 * width / 3))
@@ -314,5 +347,6 @@ def lfm2_dense(config: Any) -> Settings:
 
 
 def lfm2_moe(config: Any) -> Settings:
+    """The settings of LFM2 with experts."""
     more = {"leading_dense_block_count": config.num_dense_layers, "expert_gating_func": SIGMOID}
     return lfm2(config) | experts(config) | more

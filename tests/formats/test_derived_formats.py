@@ -70,6 +70,24 @@ def test_it_works_or_is_refused_by_name(
         assert check["relative_logit_error"] < 10 * TOLERANCE
 
 
+@pytest.mark.parametrize("name", ["nanochat", "falcon"])
+def test_weights_that_code_reads_itself_are_decompressed_at_once(name: str, tmp_path: Path) -> None:
+    """transformers initializes nanochat's o_proj when it loads the model, even if its weights are packed."""
+    pytest.importorskip("compressed_tensors")
+    store = saved_models.rounded(tiny_model(default_config(name)), tmp_path / "out", bits=8, group_size=-1)
+    manifest = export(store.folder, "compressed-tensors", tmp_path / "x")
+    assert manifest["facts"]["scale_dtype"] == "float32"
+    assert manifest["check"]["relative_logit_error"] < 1e-6
+    plain = saved_models.rounded(tiny_model(default_config("phi")), tmp_path / "phi", bits=8, group_size=-1)
+    assert export(plain.folder, "compressed-tensors", tmp_path / "y", check=False)["facts"]["scale_dtype"] == "float16"
+
+
+def test_weights_that_are_assembled_from_several_are_refused() -> None:
+    needs = ModelRequirements("olmo_hybrid", (), (), default_config("olmo_hybrid"))
+    (said,) = format_named("compressed-tensors").incompatibilities(needs)
+    assert said.startswith("transformers cannot load olmo_hybrid from compressed-tensors, because it assembles")
+
+
 @pytest.mark.parametrize("name", ["phi", "cohere2_moe"])
 def test_layers_outside_the_blocks_are_found_without_a_registered_description(name: str) -> None:
     """The blocks are those of the derived description, with the configuration alone too."""

@@ -4,6 +4,7 @@ names, then the configuration and the tokenizer. Also lists the linear layers as
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from copy import deepcopy
@@ -12,7 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import revert_weight_conversion
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
 from gyroquant.errors import InputError, UnsupportedModelError
@@ -81,7 +83,7 @@ def linear_modules(store: PackedStore) -> list[str]:
 
 
 def weights_are_read(config: Any) -> bool:
-    """Whether the code of an architecture reads the weights of linear layers itself, instead of running the layers.
+    """Whether the code of an architecture reads the weights of linear layers itself, when it runs or when it is loaded.
 
     A tiny model without these weights shows it.
     """
@@ -90,19 +92,39 @@ def weights_are_read(config: Any) -> bool:
             model = tiny_model(config)
     except UnsupportedModelError:
         return False
+    plain = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    if any(type(module).forward is not nn.Linear.forward for module in plain):
+        return True
+    for module in plain:
+        run = partial(nn.functional.linear, weight=module.weight, bias=module.bias)
+        module.forward = run  # type: ignore[method-assign]
     for module in model.modules():
-        if isinstance(module, nn.Linear):
-            run = partial(nn.functional.linear, weight=module.weight, bias=module.bias)
-            module.forward = run  # type: ignore[method-assign]
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            del module.weight
+        module._is_hf_initialized = False
+    for module in plain:
+        del module.weight
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
             model(input_ids=tiny_tokens(model), use_cache=False)
+            model.initialize_weights()
     except AttributeError:
         return True
     return False
+
+
+def assembled_weights(config: Any) -> list[str]:
+    """The parameters of an architecture that transformers assembles from several stored ones, in a tiny model."""
+    try:
+        with torch.random.fork_rng(devices=[]), quiet():
+            model = tiny_model(config)
+    except UnsupportedModelError:
+        return []
+    patterns = [
+        pattern
+        for entry in get_model_conversion_mapping(model)
+        if isinstance(entry, WeightConverter) and len(entry.source_patterns) > 1
+        for pattern in entry.target_patterns
+    ]
+    return [name for name in model.state_dict() if any(re.search(pattern, name) for pattern in patterns)]
 
 
 def rounded_modules(store: PackedStore) -> list[str]:

@@ -24,6 +24,7 @@ from gyroquant.errors import InputError
 from gyroquant.formats.base import Format, FormatCapabilities, ModelRequirements, WeightType
 from gyroquant.formats.checkpoint import (
     NegativeScales,
+    assembled_weights,
     dtype_name,
     linear_modules,
     original_names,
@@ -61,7 +62,8 @@ class CompressedTensors(Format):
     extra = "compressed-tensors"
 
     def incompatibilities(self, needs: ModelRequirements) -> list[str]:
-        return [*super().incompatibilities(needs), *_known_modules(needs), *_one_asymmetric(needs)]
+        reasons = [*super().incompatibilities(needs), *_known_modules(needs), *_one_asymmetric(needs)]
+        return reasons or list(_loads(needs))
 
     def write(self, store: PackedStore, folder: OutputFolder) -> dict[str, Any]:
         layers: dict[Grid, list[str]] = {}
@@ -179,6 +181,17 @@ def _known_modules(needs: ModelRequirements) -> Iterable[str]:
         yield (
             f"transformers cannot load the experts of {needs.model_type} from compressed-tensors, even if they are not "
             "rounded"
+        )
+
+
+def _loads(needs: ModelRequirements) -> Iterable[str]:
+    if needs.config is None:
+        return
+    config = needs.config.get_text_config(decoder=True)
+    if assembled := assembled_weights(config):
+        yield (
+            f"transformers cannot load {needs.model_type} from compressed-tensors, because it assembles {assembled[0]} "
+            "from several stored weights"
         )
 
 

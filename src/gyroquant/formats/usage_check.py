@@ -105,6 +105,12 @@ def compare_usage(runtime: Runtime, usage: Usage, tolerance: float) -> dict[str,
     }
 
 
+def not_run(reason: str) -> dict[str, Any]:
+    """As `compare_usage`, for a model that did not run."""
+    counts = dict.fromkeys(("greedy_tokens", "greedy_tokens_alike", "greedy_near_ties"), 0)
+    return {**dict.fromkeys(PARTS), "batch_not_run": reason, **counts}
+
+
 def _error(theirs: Tensor, ours: Tensor, scale: float) -> float:
     if not len(ours):
         return 0.0

@@ -8,6 +8,7 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
+import fresh_process
 import pytest
 import saved_models
 import tiny_models
@@ -39,8 +40,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return fresh_process.run(code, *arguments, imported=fresh_process.PACKAGES)
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import fresh_process
 import tiny_models
 import torch
 import transformers
@@ -76,9 +75,10 @@ def logits(folder: Path, **options: Any) -> torch.Tensor:
 def logits_without_us(folder: Path, ids: list[int], **options: str) -> torch.Tensor:
     """The same in a process in which gyroquant cannot be imported; (length, words)."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    command = [sys.executable, "-c", _ALONE, str(folder), json.dumps(ids), json.dumps(options)]
-    shown = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True).stdout
-    return torch.tensor(json.loads(shown))
+    given = (folder, json.dumps(ids), json.dumps(options))
+    done = fresh_process.run(_ALONE, *given, folder=folder, environment=environment)
+    done.check_returncode()
+    return torch.tensor(json.loads(done.stdout))
 
 
 @torch.no_grad()

@@ -195,7 +195,6 @@ SYMMETRIC = IntegerGrid(bits=4, group_size=32, symmetric=True)
             (*layers(SYMMETRIC, ("q_proj",)), *layers(IntegerGrid(bits=4, group_size=32), ("up_proj",))),
             "one width, group size and kind of zero points for all layers",
         ),
-        ((Layer("lm_head.weight", SYMMETRIC, 64),), "in the blocks only, and lm_head.weight is outside"),
         (
             layers(IntegerGrid(bits=4, group_size=16), columns=80),
             "packs 32 inputs at a time, and model.layers.0.self_attn.q_proj.weight has 80",

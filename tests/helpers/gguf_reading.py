@@ -120,13 +120,17 @@ def decoded(kind: int, data: bytes, shape: list[int]) -> tuple[np.ndarray, int]:
         stored = np.frombuffer(data, {0: "<f4", 1: "<f2", 30: "<u2"}[kind], count)
         plain = (stored.astype("<u4") << 16).view("<f4") if kind == 30 else stored.astype("<f4")
         return plain.reshape(shape), stored.nbytes
-    block, size = {2: (32, 18), 3: (32, 20), 8: (32, 34), 42: (64, 18)}[kind]
+    block, size = {2: (32, 18), 3: (32, 20), 6: (32, 22), 8: (32, 34), 42: (64, 18)}[kind]
     blocks = np.frombuffer(data, np.uint8, count // block * size).reshape(-1, size)
     scale = blocks[:, :2].copy().view("<f2").astype(np.float32)
     if kind == 8:
         values = scale * blocks[:, 2:].view(np.int8)
     elif kind == 42:
         values = scale * (np.stack([blocks[:, 2:] >> shift & 3 for shift in (0, 2, 4, 6)], -1).reshape(-1, 64) - 1.0)
+    elif kind == 6:
+        highest = np.unpackbits(blocks[:, 2:6], axis=1, bitorder="little")
+        codes = np.concatenate([blocks[:, 6:] & 15, blocks[:, 6:] >> 4], 1) + 16.0 * highest
+        values = scale * (codes - 16)
     else:
         codes = blocks[:, size - 16 :]
         codes = np.concatenate([codes & 15, codes >> 4], 1).astype(np.float32)

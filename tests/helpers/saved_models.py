@@ -43,12 +43,20 @@ def recipe(transform: dict[str, Any] | None = None, **weights: Any) -> dict[str,
 
 
 def rounded(
-    source: Any, out: Path, transform: dict[str, Any] | None = None, *, save_dtype: str = "auto", **weights: Any
+    source: Any,
+    out: Path,
+    transform: dict[str, Any] | None = None,
+    *,
+    save_dtype: str = "auto",
+    more: dict[str, Any] | None = None,
+    **weights: Any,
 ) -> PackedStore:
-    """A folder as gyroquant writes it, opened: a tiny model, or the folder of one, by `recipe`."""
+    """A folder as gyroquant writes it, opened: a tiny model, or the folder of one, by `recipe` with the sections of
+    `more`.
+    """
     tokenizer = None if isinstance(source, Path) else tiny_models.tokenizer()
-    chosen = recipe(transform, **weights)
-    text = [tiny_models.prose(3000)] if transform or "basis" in weights else None
+    chosen = recipe(transform, **weights) | (more or {})
+    text = [tiny_models.prose(3000)] if transform or more or "basis" in weights else None
     pipeline.run(prepare(source, out, chosen, text, tokenizer=tokenizer, save_dtype=save_dtype))
     store = open_model(out)
     assert isinstance(store, PackedStore)

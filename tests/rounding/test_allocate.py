@@ -42,7 +42,7 @@ def test_nothing_that_fits_is_better(layers: list[tuple[int, list[float]]]) -> N
 
 
 def test_what_cannot_fit_is_an_error() -> None:
-    with pytest.raises(RecipeError, match="holds 10 bits, and the layers take at least 20"):
+    with pytest.raises(RecipeError, match="has room for 10 bits, and the layers take at least 20"):
         choose({("a", 2): 1.0, ("a", 3): 0.5}, {("a", 2): 20, ("a", 3): 30}, 10)
 
 

@@ -14,7 +14,8 @@ from gyroquant.grids.basis import spectrum
 from gyroquant.maps import hadamard
 from gyroquant.models.stores.source import open_model
 from gyroquant.pipeline import run as pipeline
-from gyroquant.pipeline.job import expected_bytes, prepare
+from gyroquant.pipeline.job import prepare
+from gyroquant.pipeline.sizes import expected_bytes
 from gyroquant.recipes.schema import load_recipe
 from gyroquant.rounding import InputStatistics, WeightBasis, output_error
 from gyroquant.rounding.layers import RoundingConfig

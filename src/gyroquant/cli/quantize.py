@@ -12,18 +12,28 @@ from gyroquant.cli.common import AsJson, Changes, Debug, Device, Effort, Model, 
 from gyroquant.errors import InputError
 from gyroquant.formats import export as deploy
 from gyroquant.formats.base import format_named
+from gyroquant.models.stores.source import open_original
 from gyroquant.pipeline import run as pipeline
 from gyroquant.pipeline.export_requirements import check_job
 from gyroquant.pipeline.job import prepare
 from gyroquant.pipeline.options import OutputOptions
+from gyroquant.pipeline.sizes import PRESET_BITS, preset_bits
 from gyroquant.pipeline.validation import only_journal_left
 from gyroquant.recipes.schema import load_recipe
+from gyroquant.recipes.size import parse_size, with_size
 from gyroquant.report import console, summaries
 from gyroquant.system.checksums import CHECKSUM_FILE
 from gyroquant.system.worker_pool import Workers
 
 RecipeName = Annotated[
-    str, typer.Option("--recipe", "-r", help="A recipe's name or a YAML file; see `gyroquant recipes`.")
+    str | None,
+    typer.Option(
+        "--recipe", "-r", metavar="NAME", help="A recipe or a YAML file; see `gyroquant recipes`. Default: gyro-w4."
+    ),
+]
+Bits = Annotated[int | None, typer.Option(help="Bits of a weight: 2, 3 or 4 of the default recipe, or of NAME.")]
+Size = Annotated[
+    str | None, typer.Option(metavar="SIZE", help="Choose bits so that all weights take at most this, e.g. 60MB.")
 ]
 Ray = Annotated[str | None, typer.Option(metavar="ADDRESS", help="Round blocks on a Ray cluster; `local` starts one.")]
 Format = Annotated[
@@ -34,7 +44,9 @@ Format = Annotated[
 def quantize(
     model: Model,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that does not exist yet.")],
-    recipe: RecipeName = "gsr",
+    recipe: RecipeName = None,
+    bits: Bits = None,
+    size: Size = None,
     effort: Effort = None,
     change: Changes = None,
     text: TextSource = None,
@@ -64,7 +76,10 @@ def quantize(
     """Transform, prove, round and save a model."""
     if format is not None and not overwrite:
         _check_unexported(out, format)
-    loaded = load_recipe(recipe, changes(change, nsamples, seqlen, seed, no_bos), effort)
+    name = _recipe(model, recipe, bits, size)
+    loaded = load_recipe(name, changes(change, nsamples, seqlen, seed, no_bos), effort)
+    if size is not None:
+        loaded = with_size(loaded, parse_size(size))
     options = OutputOptions(
         dense=dense,
         overwrite=overwrite,
@@ -74,13 +89,26 @@ def quantize(
         fresh=fresh,
         workers=None if (workers, threads, ray) == (None, None, None) else Workers(workers, threads, ray),
     )
-    job = prepare(model, out, loaded, text, options=options, reads=[recipe])
+    job = prepare(model, out, loaded, text, options=options, reads=[name])
     if format is not None:
         check_job(format, job)
     manifest = pipeline.run(job, console.ConsoleProgress())
     if format is not None:
         manifest["export"] = _export(out, format)
     print_json(manifest) if as_json else _show(manifest, out)
+
+
+def _recipe(model: str, recipe: str | None, bits: int | None, size: str | None) -> str:
+    """The recipe's name: the given one at these bits, or ours at the bits that are given or that a size leaves."""
+    if recipe is not None:
+        if bits is not None:
+            raise InputError(f"--bits is for the default recipe; write --set weights.bits={bits} with --recipe {recipe}")
+        return recipe
+    if bits is None:
+        bits = 4 if size is None else preset_bits(open_original(model), parse_size(size))
+    if bits not in PRESET_BITS:
+        raise InputError(f"--bits is 2, 3 or 4, not {bits}; other bits are settings of a recipe (weights.bits)")
+    return f"gyro-w{bits}"
 
 
 def _show(manifest: dict[str, Any], out: Path) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -17,12 +17,14 @@ from typing_extensions import Self
 from gyroquant.errors import InputError, UnsupportedModelError
 from gyroquant.formats.output_folder import OutputFolder
 from gyroquant.formats.runtime import Runtime
+from gyroquant.formats.ties import modules_around, runs_at, tie_points
 from gyroquant.grids import Grid, GroupParams, IntegerGrid, QuantizedWeight
 from gyroquant.grids.error import weight_error
 from gyroquant.models.deriving.derive import derived
 from gyroquant.models.execution.online import CacheQuantizer, InputQuantizer, OnlineOp
 from gyroquant.models.graph.model_graph import TOKENS, ModelGraph
-from gyroquant.models.graph.spec import Architecture, described
+from gyroquant.models.graph.sites import HookPoint
+from gyroquant.models.graph.spec import Architecture, Linear, described
 from gyroquant.models.stores.packed import PackedStore
 from gyroquant.registry import Registry
 
@@ -89,6 +91,10 @@ class ModelRequirements:
             return derived(self.config.get_text_config(decoder=True)).architecture
         except UnsupportedModelError:  # a class that transformers does not have
             return None
+
+    def around_blocks(self, layer: Layer) -> bool:
+        """Whether a layer is an embedding or a head."""
+        return layer.table or layer.name.removesuffix(".weight") in modules_around(self.architecture, (Linear,))
 
 
 def requirements_of(store: PackedStore) -> ModelRequirements:
@@ -168,6 +174,8 @@ class FormatCapabilities:
     basis: whether weights may be rounded in a basis of their inputs.
     experts: whether it holds stacked experts.
     tables: whether it holds rounded tables of embeddings.
+    decodes: whether it holds rounded embeddings and heads that do not fit as plain numbers.
+    unties: whether it holds a model with `keep_ties` as one with a head of its own; see `gyroquant.formats.ties`.
     wrappers: whether it holds models that contain the decoder and also take images.
     wide_scales: whether it holds scales that fp16 cannot hold.
     """
@@ -180,6 +188,8 @@ class FormatCapabilities:
     basis: bool = False
     experts: bool = False
     tables: bool = False
+    decodes: bool = False
+    unties: bool = False
     wrappers: bool = False
     wide_scales: bool = False
 
@@ -230,11 +240,27 @@ class Format(ABC):
 
     def incompatibilities(self, needs: ModelRequirements) -> list[str]:
         """Every reason why a model does not fit. Empty if it fits."""
+        ties = tie_points(needs)
+        online = [op for op in needs.online if not (self.capabilities.unties and runs_at(op, ties))]
         return [
             *self._architecture(needs.model_type),
-            *_first_of_each(self._layers(needs.layers)),
-            *_first_of_each(self._online(needs.online)),
+            *_first_of_each(self._layers(self.packed(needs).layers)),
+            *_first_of_each(self._online(online, ties)),
         ]
+
+    def decoded(self, needs: ModelRequirements) -> dict[str, str]:
+        """The rounded embeddings and heads that do not fit and that the file holds as plain numbers, each with the
+        reason. Empty if `capabilities.decodes` is False.
+        """
+        if not self.capabilities.decodes:
+            return {}
+        layers = [layer for layer in needs.layers if needs.around_blocks(layer)]
+        return {layer.name: text for layer in layers for _, text in self._layers([layer])}
+
+    def packed(self, needs: ModelRequirements) -> ModelRequirements:
+        """What the file must hold as codes: the requirements without the layers that are `decoded`."""
+        decoded = self.decoded(needs)
+        return replace(needs, layers=tuple(layer for layer in needs.layers if layer.name not in decoded))
 
     def check_packages(self) -> None:
         """Raises InputError if a package that the writer needs is not installed."""
@@ -276,7 +302,7 @@ class Format(ABC):
         same_bits = [weight_type for weight_type in self.capabilities.weights if grid.bits in weight_type.bits]
         return "it has " + " and ".join(map(str, same_bits or self.capabilities.weights))
 
-    def _online(self, online: Iterable[OnlineOp]) -> Iterable[tuple[str, str]]:
+    def _online(self, online: Iterable[OnlineOp], ties: Collection[HookPoint] = ()) -> Iterable[tuple[str, str]]:
         for op in online:
             if isinstance(op, InputQuantizer):
                 yield "inputs", f"{self.title} does not round activations as this recipe does; set activations=null"
@@ -284,10 +310,8 @@ class Format(ABC):
                 yield "cache", f"{self.title} does not round the KV cache as this recipe does; set kv_cache=null"
             elif op.hook_point.point not in self.capabilities.points:
                 place = _PLACES[op.hook_point.point].format(module=op.module)
-                yield (
-                    op.hook_point.point,
-                    f"{self.title} cannot run the online map {place}; leave that site out of the recipe",
-                )
+                remedy = "set keep_ties=false" if runs_at(op, ties) else "leave that site out of the recipe"
+                yield op.hook_point.point, f"{self.title} cannot run the online map {place}; {remedy}"
 
 
 def _describe_grid(grid: Grid) -> str:
@@ -315,9 +339,15 @@ def check_fit(format_: Format, needs: ModelRequirements) -> None:
     """Raises InputError if a model does not fit a format, with every reason and the formats that do hold the model."""
     problems = _all_incompatibilities(format_, needs)
     if problems:
-        others = [name for name, other in Format.registry.items() if not _all_incompatibilities(other(), needs)]
+        others = [name for name, other in Format.registry.items() if _holds_unchanged(other(), needs)]
         instead = f" Formats that hold it as it is: {', '.join(others)}." if others else ""
         raise InputError("; ".join(problems) + "." + instead)
+
+
+def _holds_unchanged(format_: Format, needs: ModelRequirements) -> bool:
+    """Whether a model fits a format with all its codes and with a tied head still tied."""
+    ties = format_.capabilities.unties and tie_points(needs)
+    return not (_all_incompatibilities(format_, needs) or format_.decoded(needs) or ties)
 
 
 def _all_incompatibilities(format_: Format, needs: ModelRequirements) -> list[str]:

@@ -18,10 +18,11 @@ from transformers.core_model_loading import WeightConverter, revert_weight_conve
 from transformers.pytorch_utils import Conv1D
 
 from gyroquant.errors import InputError, UnsupportedModelError
+from gyroquant.formats.base import Format, requirements_of
 from gyroquant.formats.config import write_config
 from gyroquant.formats.native.writer import copy_companions
 from gyroquant.formats.output_folder import OutputFolder
-from gyroquant.grids import QuantizedWeight
+from gyroquant.grids import QuantizedWeight, stored_bits
 from gyroquant.models.deriving.tiny import tiny_model, tiny_tokens
 from gyroquant.models.execution.messages import quiet
 from gyroquant.models.graph.model_graph import LinearOp
@@ -44,6 +45,43 @@ def write_tensors(store: PackedStore, folder: OutputFolder, encode: Encode) -> N
         folder.add(original_names(store, tensors))
     for name in store.graph.carried:
         folder.add(original_names(store, store.read([name])))
+
+
+class DecodedTables:
+    """The rounded embeddings and heads that a checkpoint holds as plain numbers, in the dtype of the model.
+
+    It counts their bytes and their deviation while they are written.
+    """
+
+    def __init__(self, format_: Format, store: PackedStore):
+        self._reasons, self._dtype = format_.decoded(requirements_of(store)), store.dtype
+        self._facts: dict[str, str] = {}
+        self._deviation = 0.0
+
+    def __contains__(self, op: LinearOp) -> bool:
+        return op.weight in self._reasons
+
+    def tensors(self, op: LinearOp, weight: QuantizedWeight) -> dict[str, Tensor]:
+        """The tensor of one of them. Raises InputError if the dtype cannot hold it."""
+        exact = op.to_param(weight.dequantize())
+        written = exact.to(self._dtype)
+        if not bool(written.isfinite().all()):
+            raise InputError(f"{op.weight} is too large for {self._dtype}; save the model in bfloat16 or float32")
+        self._deviation = max(self._deviation, deviation(written, exact))
+        sizes = written.numel() * written.itemsize, stored_bits(weight.pack()) // 8
+        self._facts[op.weight] = (
+            f"as {dtype_name(self._dtype)}, {sizes[0]} bytes in place of {sizes[1]}: {self._reasons[op.weight]}"
+        )
+        return {op.weight: written}
+
+    def facts(self) -> dict[str, Any]:
+        """What was decoded, with bytes and reasons, and the largest deviation. Empty if nothing was decoded."""
+        return {"decoded": self._facts, "deviation": self._deviation} if self._facts else {}
+
+
+def deviation(written: Tensor, exact: Tensor) -> float:
+    """The largest error of a written weight relative to the largest weight."""
+    return float((written.float() - exact).abs().max() / exact.abs().max().clamp_min(1e-30))
 
 
 def original_names(store: PackedStore, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

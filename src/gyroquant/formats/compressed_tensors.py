@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from gyroquant.errors import InputError
-from gyroquant.formats.base import Format, FormatCapabilities, ModelRequirements, WeightType
+from gyroquant.formats.base import Format, FormatCapabilities, Layer, ModelRequirements, WeightType, requirements_of
 from gyroquant.formats.checkpoint import (
+    DecodedTables,
     NegativeScales,
     assembled_weights,
     dtype_name,
@@ -34,7 +35,7 @@ from gyroquant.formats.checkpoint import (
 )
 from gyroquant.formats.native.runtime import TransformersRuntime
 from gyroquant.formats.output_folder import OutputFolder
-from gyroquant.grids import Grid, IntegerGrid, QuantizedWeight, grid_from
+from gyroquant.grids import Grid, IntegerGrid, QuantizedWeight
 from gyroquant.models.graph.model_graph import LinearOp
 from gyroquant.models.stores.packed import PackedStore
 
@@ -52,26 +53,35 @@ class CompressedTensors(Format):
     transformers loads asymmetric weights only if it decompresses them at once, and then in the dtype of the stored
     scales. So those scales are stored in fp32, and the configuration requests the decompression. It also does so if the
     code of the architecture reads the weights of linear layers itself, as that of Mamba does.
+
+    A head of its own is a layer like others. A table of embeddings is decoded: transformers initializes the weights of
+    embeddings when it loads a model, and packed ones have none (version 5.23; compressed-tensors 0.20 can pack them).
     """
 
     name = "compressed-tensors"
     title = "compressed-tensors"
     runtime = TransformersRuntime
-    capabilities = FormatCapabilities(weights=(WeightType(_FORMAT, bits=tuple(range(2, 9))),), wrappers=True)
+    capabilities = FormatCapabilities(
+        weights=(WeightType(_FORMAT, bits=tuple(range(2, 9))),), decodes=True, unties=True, wrappers=True
+    )
     packages = ("compressed_tensors",)
     extra = "compressed-tensors"
 
     def incompatibilities(self, needs: ModelRequirements) -> list[str]:
-        reasons = [*super().incompatibilities(needs), *_known_modules(needs), *_one_asymmetric(needs)]
+        reasons = [*super().incompatibilities(needs), *_known_modules(needs), *_one_scheme(self.packed(needs))]
         return reasons or list(_loads(needs))
+
+    def decoded(self, needs: ModelRequirements) -> dict[str, str]:
+        return {**_unlike_others(needs), **super().decoded(needs)}
 
     def write(self, store: PackedStore, folder: OutputFolder) -> dict[str, Any]:
         layers: dict[Grid, list[str]] = {}
-        negative = NegativeScales()
-        grids = [grid_from(spec) for spec in store.description["grids"]]
-        at_once = not all(_symmetric(grid) for grid in grids) or weights_are_read(store.text_config)
+        negative, decoded = NegativeScales(), DecodedTables(self, store)
+        at_once = _at_once(requirements_of(store))
 
         def encode(op: LinearOp, weight: QuantizedWeight) -> dict[str, Tensor]:
+            if op in decoded:
+                return decoded.tensors(op, weight)
             layers.setdefault(_scheme_grid(weight.grid), []).append(op.module)
             negative.look(weight)
             return {f"{op.module}.{part}": tensor for part, tensor in _arrays(weight, at_once).items()}
@@ -88,7 +98,35 @@ class CompressedTensors(Format):
             "exact_in": "float32",
             **_readers({grid.bits for grid in layers}),
             **negative.facts(),
+            **decoded.facts(),
         }
+
+
+def _at_once(needs: ModelRequirements) -> bool:
+    """Whether all weights are decompressed when they are loaded. Layers outside the blocks follow those inside."""
+    symmetric = all(_symmetric(layer.grid) for layer in needs.layers if not needs.around_blocks(layer))
+    return not symmetric or (needs.config is not None and weights_are_read(needs.config.get_text_config(decoder=True)))
+
+
+def _unlike_others(needs: ModelRequirements) -> dict[str, str]:
+    """The embeddings and heads that transformers cannot open as they are rounded, each with the reason."""
+    around = [layer for layer in needs.layers if needs.around_blocks(layer)]
+    if not around:
+        return {}
+    found, at_once = dict[str, str](), _at_once(needs)
+    inside = {_scheme_grid(layer.grid) for layer in needs.layers if layer not in around and _is_integer(layer)}
+    for layer in filter(_is_integer, around):
+        if layer.table:
+            found[layer.name] = "transformers cannot open packed embeddings"
+        elif at_once and {_scheme_grid(layer.grid)} != inside:
+            found[layer.name] = "transformers decompresses it as if it had the grid of the layers in the blocks"
+        elif not at_once and not _symmetric(layer.grid):
+            found[layer.name] = "transformers cannot open an asymmetric grid next to a symmetric one"
+    return found
+
+
+def _is_integer(layer: Layer) -> bool:
+    return isinstance(layer.grid, IntegerGrid)
 
 
 def _scheme_grid(grid: Grid) -> Grid:
@@ -195,9 +233,9 @@ def _loads(needs: ModelRequirements) -> Iterable[str]:
         )
 
 
-def _one_asymmetric(needs: ModelRequirements) -> Iterable[str]:
+def _one_scheme(needs: ModelRequirements) -> Iterable[str]:
     grids = {_scheme_grid(layer.grid) for layer in needs.layers if isinstance(layer.grid, IntegerGrid)}
-    if len(grids) > 1 and not all(_symmetric(grid) for grid in grids):
+    if len(grids) > 1 and _at_once(needs):
         yield (
             "transformers decompresses asymmetric weights as if all layers had the same bits and group size, but these "
             "layers differ; use a symmetric grid, or leave overrides and allocate out of the recipe"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gyroquant.formats.base import Format, FormatCapabilities
-from gyroquant.formats.checkpoint import dtype_name, write_rest, write_tensors
+from gyroquant.formats.checkpoint import deviation, dtype_name, write_rest, write_tensors
 from gyroquant.formats.native.runtime import TransformersRuntime
 from gyroquant.formats.output_folder import OutputFolder
 from gyroquant.grids import QuantizedWeight
@@ -27,26 +27,24 @@ class Dense(Format):
     name = "dense"
     title = "plain safetensors"
     runtime = TransformersRuntime
-    capabilities = FormatCapabilities(dense=True, experts=True, wrappers=True)
+    capabilities = FormatCapabilities(dense=True, experts=True, unties=True, wrappers=True)
     dtype: ClassVar[torch.dtype | None] = None
 
     def write(self, store: PackedStore, folder: OutputFolder) -> dict[str, Any]:
-        dtype, relative, deviation = self.dtype or store.dtype, 0.0, 0.0
+        dtype, relative, largest = self.dtype or store.dtype, 0.0, 0.0
 
         def encode(op: LinearOp, weight: QuantizedWeight) -> dict[str, Tensor]:
-            nonlocal relative, deviation
+            nonlocal relative, largest
             exact = op.to_param(weight.dequantize())
             written = exact.to(dtype)
             relative = max(relative, _relative_deviation(written, exact))
-            deviation = max(
-                deviation, float((written.float() - exact).abs().max() / exact.abs().max().clamp_min(1e-30))
-            )
+            largest = max(largest, deviation(written, exact))
             return {op.weight: written}
 
         write_tensors(store, folder, encode)
         folder.merge()
         write_rest(store, folder, dtype)
-        return {"dtype": dtype_name(dtype), "largest_relative_deviation": relative, "deviation": deviation}
+        return {"dtype": dtype_name(dtype), "largest_relative_deviation": relative, "deviation": largest}
 
     def weight_in_file(self, store: PackedStore, name: str) -> Tensor | None:
         op = store.graph.op(name)

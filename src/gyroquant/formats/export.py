@@ -17,6 +17,7 @@ from gyroquant.formats.gguf.requantize import requantized
 from gyroquant.formats.native.runtime import TransformersRuntime
 from gyroquant.formats.output_folder import OutputFolder, check_destination, check_room
 from gyroquant.formats.runtime import Runtime, open_runtime
+from gyroquant.formats.ties import UntiedStore, without_ties
 from gyroquant.models.stores.config_loading import read_json
 from gyroquant.models.stores.packed import PackedStore
 from gyroquant.models.stores.source import open_model
@@ -61,14 +62,19 @@ def export(
     if requantize is not None:
         chosen = requantized(chosen, requantize)
     store = open_saved(out)
-    check_fit(chosen, requirements_of(store))
+    needs = requirements_of(store)
+    check_fit(chosen, needs)
     chosen.check_packages()
+    if chosen.capabilities.unties:
+        store = without_ties(store, needs)
     destination, progress = Path(destination), progress or Progress()
     check_destination(destination, overwrite, [store.folder])
     with OutputFolder(destination, overwrite) as folder:
         check_room(destination, 2 * sum(path.stat().st_size for path in store.folder.glob("*.safetensors")))
         with progress.stage("write", len(store.description["tensors"])) as store.read_one:
             facts = chosen.write(store, folder)
+            if isinstance(store, UntiedStore):
+                facts = with_deviation(facts, store.facts())
         manifest: dict[str, Any] = {"format": chosen.name, "source": str(out), "facts": facts, "versions": versions()}
         manifest["bytes"] = sum(path.stat().st_size for path in folder.partial.iterdir())
         tolerance = tolerance_of(facts)
@@ -111,6 +117,11 @@ def tolerance_of(facts: Mapping[str, Any]) -> float:
     weights that the format reports. It is infinite if the weights were rounded again.
     """
     return inf if "requantized" in facts else TOLERANCE + _LOGIT_ERROR_PER_DEVIATION * facts.get("deviation", 0.0)
+
+
+def with_deviation(facts: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """Facts with more facts. `deviation` is the larger of both."""
+    return {**facts, **more, "deviation": max(facts.get("deviation", 0.0), more["deviation"])}
 
 
 def _check_export(chosen: Format, folder: Path, store: PackedStore, tolerance: float) -> dict[str, Any]:

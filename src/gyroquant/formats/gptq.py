@@ -23,6 +23,7 @@ from torch import Tensor
 from gyroquant.errors import InputError
 from gyroquant.formats.base import Format, FormatCapabilities, ModelRequirements, WeightType
 from gyroquant.formats.checkpoint import (
+    DecodedTables,
     NegativeScales,
     dtype_name,
     linear_modules,
@@ -52,19 +53,30 @@ class Gptq(Format):
     name = "gptq"
     title = "GPTQ checkpoint"
     runtime = TransformersRuntime
-    capabilities = FormatCapabilities(weights=(WeightType("qweight", bits=(2, 3, 4, 8)),), wrappers=True)
+    capabilities = FormatCapabilities(
+        weights=(WeightType("qweight", bits=(2, 3, 4, 8)),), decodes=True, unties=True, wrappers=True
+    )
 
     def incompatibilities(self, needs: ModelRequirements) -> list[str]:
-        return [*super().incompatibilities(needs), *_one_kind(needs), *_in_blocks(needs), *_whole_words(needs)]
+        packed = self.packed(needs)
+        return [*super().incompatibilities(needs), *_one_kind(packed), *_whole_words(packed)]
+
+    def decoded(self, needs: ModelRequirements) -> dict[str, str]:
+        """All rounded embeddings and heads."""
+        reason = f"readers of a {self.title} expect rounded layers in the blocks only"
+        return {layer.name: reason for layer in needs.layers if needs.around_blocks(layer)}
 
     def write(self, store: PackedStore, folder: OutputFolder) -> dict[str, Any]:
         """As in `Format`. Raises InputError, before any work, if a layer's outputs do not fill whole words."""
-        _check_outputs(store)
+        decoded = DecodedTables(self, store)
+        _check_outputs(store, decoded)
         kinds: dict[tuple[int, int, bool], None] = {}
         zeros: dict[str, Tensor] = {}
         negative = NegativeScales()
 
         def encode(op: LinearOp, weight: QuantizedWeight) -> dict[str, Tensor]:
+            if op in decoded:
+                return decoded.tensors(op, weight)
             kinds[_kind(weight.grid)] = None
             negative.look(weight)
             zeros[op.module] = weight.params.zero.squeeze(-1).T.to(torch.uint8)
@@ -92,7 +104,8 @@ class Gptq(Format):
         }
         skipped = _skipped(store)
         if skipped:
-            config |= _exceptions(rounded_modules(store), skipped)
+            architecture = store.graph.architecture
+            config |= _exceptions([name for name in rounded_modules(store) if architecture.in_blocks(name)], skipped)
         dtype = store.dtype
         write_rest(store, folder, dtype, config)
         return {
@@ -104,6 +117,7 @@ class Gptq(Format):
             "dtype": dtype_name(dtype),
             "layers_left_alone": skipped,
             **negative.facts(),
+            **decoded.facts(),
         }
 
 
@@ -153,18 +167,6 @@ def _one_kind(needs: ModelRequirements) -> Iterable[str]:
         )
 
 
-def _in_blocks(needs: ModelRequirements) -> Iterable[str]:
-    architecture = needs.architecture
-    if architecture is None:
-        return
-    outside = [layer.name for layer in needs.layers if not architecture.in_blocks(layer.name)]
-    if outside:
-        yield (
-            f"readers of a {Gptq.title} expect rounded layers in the blocks only, and {', '.join(outside)} is outside; "
-            "add it to weights.ignore"
-        )
-
-
 def _whole_words(needs: ModelRequirements) -> Iterable[str]:
     odd = next((layer for layer in needs.layers if layer.columns % _WORD), None)
     if odd is not None:
@@ -178,11 +180,12 @@ def _whole_words(needs: ModelRequirements) -> Iterable[str]:
         )
 
 
-def _check_outputs(store: PackedStore) -> None:
+def _check_outputs(store: PackedStore, decoded: DecodedTables) -> None:
     """Raises InputError if a layer's outputs do not fill whole words."""
     for name in store.description["tensors"]:
-        rows = store.graph.op(name).matrix_shape[0]
-        if rows % _WORD:
+        op = store.graph.op(name)
+        rows = op.matrix_shape[0]
+        if rows % _WORD and op not in decoded:
             raise InputError(
                 f"a {Gptq.title} packs {_WORD} outputs at a time, and {name} has {rows}; add it to weights.ignore"
             )

@@ -6,8 +6,10 @@ from collections.abc import Iterable
 
 from gyroquant.formats.base import Layer, ModelRequirements, check_fit, format_named
 from gyroquant.grids import Grid
+from gyroquant.models.graph.model_graph import LinearOp
 from gyroquant.pipeline.job import Job
 from gyroquant.rounding.bit_allocation import grids_by_bits
+from gyroquant.rounding.layers import is_head
 
 
 def check_job(format_name: str, job: Job) -> None:
@@ -19,13 +21,20 @@ def check_job(format_name: str, job: Job) -> None:
 
 def requirements_of_job(job: Job) -> ModelRequirements:
     """The requirements of the result of a quantization. If bits are allocated, every possible width counts."""
-    weights = job.recipe.weights
-    layers: list[Layer] = []
-    for name, op in job.targets.items():
-        grids: Iterable[Grid] = [job.grids[name]]
-        if weights.allocate is not None:
-            grids = grids_by_bits(weights.grid, weights.allocate.bits).values()
-        plain = weights.basis is None
-        layers += [Layer(name, grid, op.in_features, plain, op.entry.stacked) for grid in grids]
+    plain = job.recipe.weights.basis is None
+    layers = [
+        Layer(name, grid, op.in_features, plain, op.entry.stacked, table=name in job.tables)
+        for name, op in {**job.targets, **job.tables}.items()
+        for grid in _grids(job, name, op)
+    ]
     online = (*job.plan.online, *job.quantizers)
     return ModelRequirements(job.graph.config.model_type, tuple(layers), online, job.graph.config)
+
+
+def _grids(job: Job, name: str, op: LinearOp) -> Iterable[Grid]:
+    """Every grid that a layer or a table may get."""
+    grid, chosen = job.spec.grid(name), job.recipe.weights.allocate
+    if chosen is None:
+        return [grid]
+    around = name in job.tables or is_head(op)
+    return grids_by_bits(grid, chosen.embeddings if around else chosen.bits).values() or [grid]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from gyroquant.models.stores.base import WeightStore
 from gyroquant.models.stores.source import open_original
 from gyroquant.pipeline.options import OutputOptions
 from gyroquant.pipeline.planning import grids_of, plan_all, plan_tables
+from gyroquant.pipeline.sizes import check_bytes, expected_bytes
 from gyroquant.pipeline.state import RunState
 from gyroquant.pipeline.validation import (
     check_budget,
@@ -112,6 +112,13 @@ class JobSpec:
     def grids(self) -> dict[str, Grid]:
         """The grid of each target according to the recipe, before bits are allocated."""
         return grids_of(self.recipe, self.targets)
+
+    def grid(self, name: str) -> Grid:
+        """The grid of a target or a table according to the recipe, by name, before bits are allocated."""
+        if name not in self.tables:
+            return self.grids[name]
+        assert self.recipe.embeddings is not None
+        return self.recipe.embeddings.grid
 
     @property
     def has_external_solver(self) -> bool:
@@ -332,6 +339,7 @@ def prepare(
     spec = _with_windows(JobSpec(store, recipe, plan, targets, output, tokenizer, tuple(quantizers), loaded))
     _ = spec.tables  # raises an error for tables that cannot be rounded
     check_budget(store.graph, targets, recipe)
+    check_bytes(Job.begin(spec))
     check_held_out(recipe, spec.tokens)
     check_steps(store.graph, targets, recipe)
     check_workers(options.workers, recipe, store)
@@ -362,27 +370,3 @@ def _with_windows(spec: JobSpec) -> JobSpec:
     amount = (settings.nsamples, settings.seqlen, settings.seed, settings.add_bos)
     windows = calibration_windows(spec.text, spec.tokenizer, spec.store.text_config.vocab_size, *amount)
     return replace(spec, tokens=windows.ids, bos=windows.bos)
-
-
-def expected_bytes(job: Job) -> int:
-    """The size of the result in bytes: codes and scales of the targets, and all else in the output's dtype."""
-    basis, chosen = job.recipe.weights.basis, job.recipe.weights.allocate
-    rounded, bits = 0, 0.0
-    for name, op in job.targets.items():
-        count, grid = op.numel, job.grids[name]
-        order = op.in_features if basis is None else basis.order(op.in_features)
-        each = max(chosen.bits) if chosen is not None else grid.bits
-        each_group = 0.0 if grid.group_size == -1 else grid.group_bits / grid.group_size
-        rounded, bits = rounded + count, bits + count * order / op.in_features * (each + each_group)
-        bits += 16 * order if basis is not None and basis.needs_statistics else 0
-    for op in job.tables.values():
-        assert job.recipe.embeddings is not None
-        grid = job.recipe.embeddings.grid
-        rounded, bits = (
-            rounded + op.numel,
-            bits + op.numel * (grid.bits + grid.group_bits / grid.group_of(op.in_features)),
-        )
-    everything = sum(prod(shape) for shape in job.store.shapes.values())
-    everything += sum(prod(job.store.shapes[name]) for name in job.graph.tied.values())  # if untied
-    bits = rounded * 8 * job.output.dtype.itemsize if job.output.dense else bits
-    return int(bits / 8) + (everything - rounded) * job.output.dtype.itemsize

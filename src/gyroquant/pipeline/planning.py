@@ -16,7 +16,7 @@ from gyroquant.models.folding.fold import FoldPlan
 from gyroquant.models.graph.model_graph import LinearOp, ModelGraph
 from gyroquant.pipeline.folds import plan_folds
 from gyroquant.recipes.schema import Recipe
-from gyroquant.rounding.layers import find_targets
+from gyroquant.rounding.layers import find_targets, is_head
 
 
 def plan_all(graph: ModelGraph, recipe: Recipe) -> tuple[FoldPlan, dict[str, LinearOp], list[OnlineOp]]:
@@ -30,7 +30,11 @@ def plan_all(graph: ModelGraph, recipe: Recipe) -> tuple[FoldPlan, dict[str, Lin
     for step in weights.steps:
         step.check()
     overridden = [override.layers for override in weights.overrides]
-    targets = find_targets(graph, weights.grid_of, weights.ignore, overridden, weights.basis)
+    own_head = recipe.head is not None and not _stays_tied(graph, plan)
+    targets = find_targets(graph, weights.grid_of, weights.ignore, overridden, weights.basis, own_head)
+    if recipe.head is not None:
+        for op in filter(is_head, targets.values()):
+            recipe.head.grid.group_of(op.in_features, op.name)
     quantizers = plan_quantizers(graph, recipe)
     if recipe.learn is not None:
         learnable(plan, recipe.learn.sites)
@@ -40,6 +44,15 @@ def plan_all(graph: ModelGraph, recipe: Recipe) -> tuple[FoldPlan, dict[str, Lin
                 "Round activations or the KV cache, set learn.round_weights=true, or learn.objective=weights"
             )
     return plan, targets, quantizers
+
+
+def _turns(plan: FoldPlan) -> bool:
+    """Whether R1 is fused, which unties a head unless the plan keeps it tied."""
+    return any(site.name == "R1" and not online for site, _, online in plan.folded)
+
+
+def _stays_tied(graph: ModelGraph, plan: FoldPlan) -> bool:
+    return bool(graph.tied) and (plan.keeps_ties or not _turns(plan))
 
 
 def plan_tables(graph: ModelGraph, recipe: Recipe, plan: FoldPlan) -> dict[str, LinearOp]:
@@ -55,10 +68,10 @@ def plan_tables(graph: ModelGraph, recipe: Recipe, plan: FoldPlan) -> dict[str, 
     for op in tables.values():
         recipe.embeddings.grid.group_of(op.in_features, op.name)
     tied = [alias for alias, name in graph.tied.items() if name in tables]
-    if tied and not recipe.keep_ties and any(site.name == "R1" and not online for site, _, online in plan.folded):
+    if tied and not recipe.keep_ties and recipe.head is None and _turns(plan):
         raise RecipeError(
-            f"R1 unties {tied[0]} from the embedding, so the head would stay as it is: set keep_ties=true, or leave "
-            "embeddings out"
+            f"R1 unties {tied[0]} from the embedding, so the head would stay as it is: set keep_ties=true, give the "
+            "head a section of its own, or leave embeddings out"
         )
     return tables
 
@@ -71,7 +84,10 @@ def plan_quantizers(graph: ModelGraph, recipe: Recipe) -> list[OnlineOp]:
 
 def grids_of(recipe: Recipe, targets: Mapping[str, LinearOp]) -> dict[str, Grid]:
     """The grid of every layer that is rounded, by the name of its weight."""
-    return {name: recipe.weights.grid_of(op.name) for name, op in targets.items()}
+    return {
+        name: recipe.head.grid if recipe.head is not None and is_head(op) else recipe.weights.grid_of(op.name)
+        for name, op in targets.items()
+    }
 
 
 def rounds_while_learning(recipe: Recipe) -> bool:

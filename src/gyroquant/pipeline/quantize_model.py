@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gyroquant.calibration.observers import Key, SecondMoments, input_key, observing
+from gyroquant.calibration.observers import Key, SecondMoments, observing
 from gyroquant.calibration.stream import Stream
 from gyroquant.errors import InputError
 from gyroquant.formats.native.writer import DenseWriter, PackedWriter, Writer
@@ -21,6 +21,7 @@ from gyroquant.models.graph.sites import attention_module
 from gyroquant.models.stores.ranges import Ranges
 from gyroquant.pipeline.job import Job
 from gyroquant.pipeline.quantize_block import observed_in_turn, quantize_block
+from gyroquant.pipeline.tables import round_table, table_statistics
 from gyroquant.rounding.layer_report import LayerReport, layer_reports, table_report
 from gyroquant.rounding.layers import LayerGroup, RoundingConfig, round_layers
 from gyroquant.system.journal import Journal
@@ -229,18 +230,11 @@ def _round_head(
 def _round_tables(
     job: Job, layers: LayerGroup, config: RoundingConfig
 ) -> tuple[dict[str, RoundedLayer], list[LayerReport]]:
-    """Rounds the tables of embeddings. Those that are tied to a head are rounded for the inputs of the head."""
     rounded, reports = dict[str, RoundedLayer](), list[LayerReport]()
     for name, op in job.tables.items():
-        assert job.recipe.embeddings is not None
-        heads = [job.graph.find_op(alias) for alias, stored in job.graph.tied.items() if stored == name]
-        keys = [input_key(head, frozenset()) for head in heads if head is not None]
-        statistics = layers.statistics(keys[0]) if keys else None
-        matrix = layers.matrix(op)
-        prepared = config.prepare(op.name, matrix, statistics)
-        weight = config.solve(prepared, job.recipe.embeddings.grid.with_tensor_scale(prepared.matrix))
-        rounded[name] = RoundedLayer(op, weight)
-        reports.append(table_report(op.name, matrix, rounded[name], statistics))
+        statistics = table_statistics(job.graph, name, layers)
+        rounded[name] = round_table(layers, op, statistics, job.grids.get(name, job.spec.grid(name)), config)
+        reports.append(table_report(op.name, layers.matrix(op), rounded[name], statistics))
     return rounded, reports
 
 

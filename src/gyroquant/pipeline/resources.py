@@ -12,8 +12,9 @@ from typing import Any
 
 from gyroquant.errors import InputError
 from gyroquant.formats.output_folder import check_rooms, left_behind
-from gyroquant.pipeline.job import Job, expected_bytes
+from gyroquant.pipeline.job import Job
 from gyroquant.pipeline.memory_model import MemoryModel, hidden_bytes, most_workers, observer_bytes
+from gyroquant.pipeline.sizes import expected_bytes
 from gyroquant.pipeline.stages import STAGES, Shortage, Stage
 from gyroquant.system.environment import available_memory, resident_memory_bytes, size
 

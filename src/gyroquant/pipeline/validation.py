@@ -140,7 +140,7 @@ def check_budget(graph: ModelGraph, targets: Mapping[str, LinearOp], recipe: Rec
         )
     groups = sum(op.numel // low.group_of(op.in_features) for op in inside)
     least = low.bits + low.group_bits * groups / sum(op.numel for op in inside)
-    if least > allocate.budget:
+    if allocate.budget is not None and least > allocate.budget:
         raise RecipeError(
             f"weights.allocate.budget is {allocate.budget}, and {low.bits} bits take {least:.3f} true bits per weight "
             "here: raise it, or take larger groups"

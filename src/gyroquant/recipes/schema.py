@@ -166,6 +166,16 @@ class Embeddings(BaseModel):
     grid: SerializeAsAny[Grid]
 
 
+class Head(BaseModel):
+    """How a head that is not tied to the embedding is rounded, whatever `weights.ignore` says of it.
+
+    - `grid`: the numbers to round to.
+    """
+
+    model_config = _STRICT
+    grid: SerializeAsAny[Grid]
+
+
 class Calibration(BaseModel):
     """The calibration text.
 
@@ -271,6 +281,7 @@ class Recipe(BaseModel):
     - `learn` (None): learns rotations and scales before anything is rounded.
     - `weights`: how weights are rounded.
     - `embeddings` (None): how the table of embeddings is rounded. None: it is not.
+    - `head` (None): how a head that is not tied to the embedding is rounded. None: as `weights` says.
     - `keep_ties` (false): a head tied to the embedding stays so under a fused R1, at the cost of two online maps
       for each token. false: the head becomes a matrix of its own.
     - `activations` (None): how inputs of layers are rounded while the model runs.
@@ -290,6 +301,7 @@ class Recipe(BaseModel):
         default_factory=Weights
     )
     embeddings: Annotated[Embeddings, BesideGrid()] | None = None
+    head: Annotated[Head, BesideGrid()] | None = None
     keep_ties: bool = False
     activations: Annotated[Activations, _DYNAMIC] | None = None
     kv_cache: Annotated[KvCache, _DYNAMIC] | None = None
@@ -309,6 +321,7 @@ class Recipe(BaseModel):
             learn: Learn | None = ...,
             weights: Weights = ...,
             embeddings: Embeddings | None = ...,
+            head: Head | None = ...,
             keep_ties: bool = ...,
             activations: Activations | None = ...,
             kv_cache: KvCache | None = ...,
@@ -386,10 +399,13 @@ class Recipe(BaseModel):
         and the keys of its results stay valid.
         """
         data = self.model_dump(mode="json")
-        for section, key in ((data, "embeddings"), (data, "keep_ties"), (data["calibration"], "all_experts")):
+        new = [(data, key) for key in ("embeddings", "head", "keep_ties")] + [(data["calibration"], "all_experts")]
+        if data["weights"]["allocate"] is not None:
+            new += [(data["weights"]["allocate"], key) for key in ("bytes", "embeddings")]
+        for section, key in new:
             if not section[key]:
                 del section[key]
-        for section in ("weights", "embeddings", "activations", "kv_cache"):
+        for section in ("weights", "embeddings", "head", "activations", "kv_cache"):
             if data.get(section) is not None:
                 data[section] = data[section].pop("grid") | data[section]
         if overrides := data["weights"].pop("overrides"):

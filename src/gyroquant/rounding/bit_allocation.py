@@ -22,14 +22,24 @@ class Allocate(BaseModel):
     The cost of a choice is measured: the KL divergence of the model's predictions when the recipe's solver rounds this
     layer alone.
 
-    - `budget`: true bits per rounded weight: codes, scales and zero points.
+    One of these two is the limit:
+
+    - `budget`: true bits per rounded weight of the blocks: codes, scales and zero points.
+    - `bytes`: the size of all weights of the result, rounded or not, as they are stored.
+
+    Options:
+
     - `bits`: the bits that a layer may get. Default 2, 3 and 4.
+    - `embeddings`: the bits that rounded embeddings and heads may get, if `bytes` is the limit. By default they are
+      rounded as their sections say.
     - `nsamples`: windows of the calibration text on which costs are measured. Default 2.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    budget: Annotated[float, Field(gt=1)]
+    budget: Annotated[float, Field(gt=1)] | None = None
+    bytes: Annotated[int, Field(gt=0)] | None = None
     bits: tuple[Annotated[int, Field(ge=1, le=8)], ...] = (2, 3, 4)
+    embeddings: tuple[Annotated[int, Field(ge=1, le=8)], ...] = ()
     nsamples: Annotated[int, Field(gt=0)] = 2
 
     @model_validator(mode="after")
@@ -38,10 +48,23 @@ class Allocate(BaseModel):
             raise ValueError(f"bits {list(self.bits)} leave nothing to choose: give two or more different numbers")
         return self
 
+    @model_validator(mode="after")
+    def _one_limit(self) -> Allocate:
+        if (self.budget is None) == (self.bytes is None):
+            raise ValueError("give budget, in bits a weight of the blocks, or bytes, of the whole result")
+        if self.embeddings and self.bytes is None:
+            raise ValueError("embeddings needs bytes, because budget only counts the layers of the blocks")
+        return self
+
 
 def grids_by_bits(grid: Grid, bits: Iterable[int]) -> dict[int, Grid]:
     """The same grid at each of these bits."""
-    return {count: type(grid)(**grid.model_dump() | {"bits": count}) for count in sorted(set(bits))}
+    return {count: at_bits(grid, count) for count in sorted(set(bits))}
+
+
+def at_bits(grid: Grid, bits: int) -> Grid:
+    """The same grid with another number of bits."""
+    return type(grid)(**grid.model_dump() | {"bits": bits})
 
 
 def choose(costs: Mapping[Choice, float], sizes: Mapping[Choice, int], room: int) -> dict[str, int]:
@@ -64,6 +87,6 @@ def choose(costs: Mapping[Choice, float], sizes: Mapping[Choice, int], room: int
     if solution.x is None:
         least = sum(min(sizes[choice] for choice in choices if choice[0] == name) for name in names)
         raise RecipeError(
-            f"weights.allocate.budget holds {room} bits, and the layers take at least {least}: raise the budget"
+            f"weights.allocate has room for {room} bits, and the layers take at least {least}: raise its limit"
         )
     return {name: bits for (name, bits), taken in zip(choices, solution.x, strict=True) if taken > 0.5}

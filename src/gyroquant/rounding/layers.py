@@ -130,14 +130,22 @@ def _check_patterns(patterns: Iterable[str], linears: Iterable[LinearOp], where:
             raise RecipeError(f"{where}: {pattern!r} matches no layer of this {model}")
 
 
+def is_head(op: LinearOp) -> bool:
+    """Whether a layer writes logits."""
+    return op.entry.writes == "logits"
+
+
 def find_targets(
     graph: ModelGraph,
     grid_of: Callable[[str], Grid],
     ignore: tuple[str, ...],
     overridden: Sequence[tuple[str, ...]] = (),
     basis: WeightBasis | None = None,
+    heads: bool = False,
 ) -> dict[str, LinearOp]:
     """The layers to round, by the name of their weight. `grid_of` returns the grid of a layer, given the layer's name.
+
+    With `heads`, layers that write logits are rounded whatever `ignore` says.
 
     Raises RecipeError if a pattern in `ignore` or `overridden` is not a valid regular expression or matches no layer,
     if a group size does not fit, and if no layer is left to round.
@@ -150,7 +158,8 @@ def find_targets(
     targets = {
         op.weight: op
         for op in linears
-        if op.entry.quantize and not is_ignored(op.name, ignore) and not (head and op.entry.writes == "logits")
+        if op.entry.quantize
+        and ((heads and is_head(op)) or not (is_ignored(op.name, ignore) or (head and is_head(op))))
     }
     if not targets:
         raise RecipeError("weights.ignore leaves no layer to round: shorten it")

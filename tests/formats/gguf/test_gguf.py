@@ -30,8 +30,8 @@ from gyroquant.models.graph.sites import HookPoint
 from gyroquant.models.stores.packed import PackedStore
 
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
-IDS = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 8, "BF16": 30, "Q2_0": 42}
-FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q2_0": 41}
+IDS = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q8_0": 8, "BF16": 30, "Q2_0": 42}
+FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q5_0": 8, "Q8_0": 7, "Q2_0": 41}
 NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
@@ -174,8 +174,9 @@ def test_the_metadata_describe_the_model(tmp_path: Path) -> None:
         (4, {}, -1, "Q4_0"),
         (4, {"symmetric": False}, 64, "Q4_1"),
         (4, {"symmetric": False}, -1, "Q4_1"),
-        (4, {"midrise": True}, -1, "Q8_0"),
-        (5, {}, 64, "Q8_0"),
+        (4, {"midrise": True}, -1, "Q5_0"),
+        (5, {}, 64, "Q5_0"),
+        (5, {"symmetric": False}, 64, "Q8_0"),
         (7, {"symmetric": False}, 128, "Q8_0"),
         (7, {"midrise": True}, 64, "Q8_0"),
         (8, {}, 128, "Q8_0"),

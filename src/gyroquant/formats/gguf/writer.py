@@ -2,14 +2,17 @@
 
 A row of a rounded matrix is cut into blocks. Each block has an fp16 scale d, followed by its packed codes q:
 
-    Q2_0  (q - 1) * d in blocks of 64, four codes a byte, lowest bits first
-    Q4_0  (q - 8) * d in blocks of 32, two codes a byte: the first half of a block low, the second half high
-    Q4_1  q * d + m   like Q4_0, with an fp16 offset m after d
-    Q8_0  q * d       in blocks of 32, one signed code a byte
+    Q2_0  (q - 1) * d   in blocks of 64, four codes a byte, lowest bits first
+    Q4_0  (q - 8) * d   in blocks of 32, two codes a byte: the first half of a block low, the second half high
+    Q4_1  q * d + m     like Q4_0, with an fp16 offset m after d
+    Q5_0  (q - 16) * d  like Q4_0, with the highest bits of all codes in four bytes after d
+    Q8_0  q * d         in blocks of 32, one signed code a byte
 
 Our weights are whole multiples of their scale, or odd multiples of half of it, and the types without m hold them
 exactly. 4-bit codes with zero points need m, a zero point times a scale, which is rounded to fp16. Groups larger than a
 block repeat their scale.
+
+A rounded embedding or head that no type holds is decoded to F16, or to F32 if fp16 cannot hold its largest weight.
 """
 
 from __future__ import annotations
@@ -37,7 +40,8 @@ from gyroquant.formats.gguf.tensors import Piece, tensor_pieces
 from gyroquant.formats.gguf.tokenizer import add_tokenizer
 from gyroquant.formats.gguf.tokenizer_check import compare_tokenizers
 from gyroquant.formats.output_folder import OutputFolder
-from gyroquant.grids import GroupParams, QuantizedWeight
+from gyroquant.formats.ties import tie_points
+from gyroquant.grids import GroupParams, QuantizedWeight, stored_bits
 from gyroquant.models.graph.heads import heads_of
 from gyroquant.models.stores.packed import PackedStore
 
@@ -68,6 +72,7 @@ _TYPES = {
     "BF16": _Type(30, 32, 1, 2),
     "Q4_0": _Type(2, 2, 32, 18),
     "Q4_1": _Type(3, 3, 32, 20),
+    "Q5_0": _Type(6, 8, 32, 22),
     "Q8_0": _Type(8, 7, 32, 34),
     "Q2_0": _Type(42, 41, 64, 18),  # newer than the enumerations of the gguf package
 }
@@ -92,13 +97,16 @@ class Gguf(Format):
             _holds("Q4_0", (1, 2, 3), *_KINDS),
             _holds("Q4_0", (4,), "symmetric"),
             _holds("Q4_1", (4,), "asymmetric"),
-            _holds("Q8_0", (4,), "midrise"),
+            _holds("Q5_0", (4,), "midrise"),
+            _holds("Q5_0", (5,), "symmetric"),
             _holds("Q8_0", (5, 6, 7), *_KINDS),
             _holds("Q8_0", (8,), "symmetric"),
         ),
         model_types=tuple(TARGETS),
         experts=True,
         tables=True,
+        decodes=True,
+        unties=True,
     )
 
     def incompatibilities(self, needs: ModelRequirements) -> list[str]:
@@ -111,10 +119,16 @@ class Gguf(Format):
         relative to the largest weight of its tensor, and notes. Raises InputError for scales and offsets that fp16
         cannot hold.
         """
-        layers = requirements_of(store).layers
+        needs = requirements_of(store)
+        reasons, layers = self.decoded(needs), self.packed(needs).layers
         rounded = {layer.name: kind.name for layer in layers if (kind := self.capabilities.type_of(layer))}
+        tables = {name: _DecodedTable(store, name) for name in reasons}
+        rounded |= {name: table.kind for name, table in tables.items()}
         types = {name: rounded.get(name) or plain_type(store, name) for name in store.shapes}
         deviation, described = write_file(store, folder.partial / GGUF_FILE, types)
+        if tables:
+            deviation = max(deviation, *(table.deviation for table in tables.values()))
+            described["decoded"] = {name: f"{table}: {reasons[name]}" for name, table in tables.items()}
         pieces = tensor_pieces(store)
         written = [_kind(piece, kind) for name, kind in types.items() for piece in pieces[name]]
         counts = dict(Counter(written).most_common())
@@ -122,12 +136,31 @@ class Gguf(Format):
 
     def weight_in_file(self, store: PackedStore, name: str) -> Tensor | None:
         op, weight = store.graph.op(name), store.quantized(name)
+        if name in self.decoded(requirements_of(store)):
+            return _DecodedTable(store, name).written
         kind = self.capabilities.type_of(Layer(name, weight.grid, op.in_features))
         return op.to_param(_decoded_q4_1(weight)) if kind is not None and kind.name == "Q4_1" else None
 
     def _layers(self, layers: Iterable[Layer]) -> Iterable[tuple[str, str]]:
         for kind, text in super()._layers(layers):
             yield kind, f"{text} (--requantize TYPE has llama.cpp round it again, which loses more)"
+
+
+class _DecodedTable:
+    """A rounded embedding or head as plain numbers: their type, the numbers as they are written, their largest error
+    relative to the largest number, and, as text, what that costs.
+    """
+
+    def __init__(self, store: PackedStore, name: str):
+        weight = store.quantized(name)
+        exact = store.graph.op(name).to_param(weight.dequantize())
+        self.kind = "F16" if float(exact.abs().max()) <= torch.finfo(torch.float16).max else "F32"
+        self.written = exact.half().float() if self.kind == "F16" else exact
+        self.deviation = float((self.written - exact).abs().max() / exact.abs().max().clamp_min(1e-30))
+        self._sizes = exact.numel() * _TYPES[self.kind].size, stored_bits(weight.pack()) // 8
+
+    def __str__(self) -> str:
+        return f"as {self.kind}, {self._sizes[0]} bytes in place of {self._sizes[1]}"
 
 
 def write_file(store: PackedStore, path: Path, types: Mapping[str, str]) -> tuple[float, dict[str, Any]]:
@@ -150,10 +183,11 @@ def write_file(store: PackedStore, path: Path, types: Mapping[str, str]) -> tupl
 
 def _head_problems(needs: ModelRequirements) -> Iterable[str]:
     """Whether llama.cpp takes the embedding as the head of an architecture although the model has a head of its own."""
-    if TARGETS[needs.model_type].own_head is False and not needs.config.tie_word_embeddings:
+    own = not needs.config.tie_word_embeddings or tie_points(needs)
+    if TARGETS[needs.model_type].own_head is False and own:
         yield (
             f"llama.cpp always takes the embedding as the head of {needs.model_type}, and this model has a head of its "
-            "own; leave R1 out of the recipe, which unties it, or set keep_ties=true"
+            "own, or maps around its last norm that need one; leave R1 out of the recipe"
         )
 
 
@@ -339,5 +373,9 @@ def _pack(kind: str, steps: Tensor) -> Tensor:
     if kind == "Q2_0":
         codes = (steps + 1).unflatten(-1, (-1, 4))
         return torch.stack([codes[..., i] << 2 * i for i in range(4)]).sum(0)
-    low, high = (steps + (8 if kind == "Q4_0" else 0)).chunk(2, -1)
-    return low | high << 4
+    low, high = (steps + {"Q4_0": 8, "Q4_1": 0, "Q5_0": 16}[kind]).chunk(2, -1)
+    if kind != "Q5_0":
+        return low | high << 4
+    highest = (torch.cat((low, high), -1) >> 4).unflatten(-1, (4, 8))
+    bits = torch.stack([highest[..., i] << i for i in range(8)]).sum(0)
+    return torch.cat((bits, low & 15 | (high & 15) << 4), -1)

@@ -47,7 +47,9 @@ class Allocate(Stage):
         assert settings is not None
         inside = sum(op.weight in model.job.targets for group in model.graph.blocks for op in group.linears)
         state = model.length * model.width * model.compute
-        trials = inside * len(settings.bits) * settings.nsamples * state
+        tables = [*model.job.tables.values()] if settings.embeddings else []
+        trials = (inside * len(settings.bits) + len(tables) * len(settings.embeddings)) * settings.nsamples * state
+        codes = len(settings.embeddings) * sum(op.numel for op in tables)
         block, largest = model.numel(model.block), max((n * rows for n, rows in model.layer_groups()), default=0)
         copy = 0 if model.compute == 4 else model.compute
         hidden = 0 if model.job.output.offload is not None else model.tokens * model.width * model.compute
@@ -57,7 +59,8 @@ class Allocate(Stage):
         logits = 5 * 4 * model.length * model.graph.config.vocab_size
         around = model.outer_folded + copy * model.outer_numel
         making = block * model.stored + folded + model.folding(model.block)
-        return model.measured_maps + around + trials + hidden + max(rounding, logits, making)
+        tabling = codes + max((16 * op.numel for op in tables), default=0)
+        return model.measured_maps + around + trials + hidden + codes + max(rounding, logits, making, tabling)
 
     def cost(self, probe: CostProbe) -> StageCost:
         return probe.measured(lambda: _one_layer(probe))
@@ -100,7 +103,7 @@ def _one_layer(probe: CostProbe) -> tuple[float, int]:
     ticks.tick()
     observing_, single, solving, running, heads = (b - a for a, b in zip(ticks.times, ticks.times[1:], strict=False))
     count, blocks = sum(op.weight in job.targets for g in job.graph.blocks for op in g.linears), len(job.graph.blocks)
-    trials = count * len(settings.bits) * settings.nsamples
+    trials = (count * len(settings.bits) + 2 * len(job.tables) * len(settings.embeddings)) * settings.nsamples
     seconds = blocks * (probe.scale(stream) * (observing_ + running) + len(settings.bits) * solving)
     seconds += trials * ((blocks + 1) / 2 * single + heads / 2)  # each starts at its own block
     rows = 0 if job.output.offload else job.tokens.numel() - stream.input_ids.numel()

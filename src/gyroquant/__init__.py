@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from gyroquant.finetuning.scales import Finetune
     from gyroquant.finetuning.settings import Learn
     from gyroquant.formats.export import export
+    from gyroquant.formats.push import push
     from gyroquant.grids.floating import Fp4Grid, Fp8Grid
     from gyroquant.grids.integer import IntegerGrid
     from gyroquant.grids.microscaling import Mxfp4Grid, Nvfp4Grid
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from gyroquant.recipes.schema import (
         Calibration,
         Embeddings,
+        Head,
         Override,
         ProofSettings,
         Recipe,
@@ -73,6 +75,7 @@ __all__ = [
     "Gptaq",
     "Gptq",
     "GyroquantError",
+    "Head",
     "InputError",
     "IntegerGrid",
     "KvCache",
@@ -107,6 +110,7 @@ __all__ = [
     "load_recipe",
     "maps",
     "methods",
+    "push",
     "quantize",
     "transform",
     "verify",
@@ -126,6 +130,7 @@ _MODULES = {
     "Gptaq": "rounding.solvers.gptaq",
     "Gptq": "rounding.solvers.gptq",
     "GyroquantError": "errors",
+    "Head": "recipes.schema",
     "InputError": "errors",
     "IntegerGrid": "grids.integer",
     "KvCache": "rounding.activations",
@@ -157,6 +162,7 @@ _MODULES = {
     "export": "formats.export",
     "load": "api",
     "load_recipe": "recipes.schema",
+    "push": "formats.push",
     "quantize": "api",
     "transform": "pipeline.transform",
     "verify": "inspection.verify",

@@ -37,7 +37,8 @@ def stored(folder: Path) -> int:
 
 
 @pytest.mark.parametrize(
-    ("name", "more"), [("llama_tied", ["keep_ties=true"]), ("llama_tied", []), ("llama", []), ("gpt2", ["keep_ties=true"])]
+    ("name", "more"),
+    [("llama_tied", ["keep_ties=true"]), ("llama_tied", []), ("llama", []), ("gpt2", ["keep_ties=true"])],
 )
 def test_the_result_is_just_below_the_size(name: str, more: list[str], corpus: Path, tmp_path: Path) -> None:
     model = tiny_models.build(name)
@@ -84,7 +85,9 @@ def test_a_size_changes_only_what_is_chosen() -> None:
     assert sized.weights.allocate.bits == (2, 3, 4, 5)
     assert sized.weights.allocate.embeddings == (4, 5, 6, 7)
     assert gq.load_recipe(sized.to_dict()) == sized
-    without = sized.model_copy(update={"weights": sized.weights.model_copy(update={"allocate": recipe.weights.allocate})})
+    without = sized.model_copy(
+        update={"weights": sized.weights.model_copy(update={"allocate": recipe.weights.allocate})}
+    )
     assert without == recipe
 
 

@@ -17,6 +17,9 @@ RECORDED = json.loads((Path(__file__).parent / "data" / "presets.json").read_tex
 def test_presets_are_those_of_the_last_release_except_for_descriptions(name: str) -> None:
     preset, effort = name.split()
     expected, found = current(RECORDED[name], warn=False), load_recipe(preset, effort=effort).to_dict()
+    if preset in ("gyro-w2", "gyro-w3", "gyro-w4"):  # they did not round embeddings
+        assert found.pop("embeddings") == found.pop("head")
+        assert found.pop("keep_ties")
     for recipe in (expected, found):
         assert recipe.pop("description")  # for people: it does not change the result
     assert json.dumps(found) == json.dumps(expected)

@@ -8,7 +8,22 @@ from typing import Annotated, Any
 
 import typer
 
-from gyroquant.cli.common import AsJson, Changes, Debug, Device, Effort, Model, NoBos, TextSource, changes, print_json
+from gyroquant.cli.common import (
+    AsJson,
+    Changes,
+    Debug,
+    Device,
+    Effort,
+    Model,
+    NoBos,
+    Public,
+    Push,
+    TextSource,
+    changes,
+    check_push_options,
+    print_json,
+    push_output,
+)
 from gyroquant.errors import InputError
 from gyroquant.formats import export as deploy
 from gyroquant.formats.base import format_named
@@ -69,11 +84,14 @@ def quantize(
     threads: Annotated[int | None, typer.Option(help="Threads per worker.")] = None,
     ray: Ray = None,
     format: Format = None,
+    push: Push = None,
+    public: Public = False,
     device: Device = "cpu",
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Transform, prove, round and save a model."""
+    check_push_options(push, public)
     if format is not None and not overwrite:
         _check_unexported(out, format)
     name = _recipe(model, recipe, bits, size)
@@ -95,14 +113,20 @@ def quantize(
     manifest = pipeline.run(job, console.ConsoleProgress())
     if format is not None:
         manifest["export"] = _export(out, format)
-    print_json(manifest) if as_json else _show(manifest, out)
+    if not as_json:
+        _show(manifest, out)
+    manifest |= push_output(out, push, public, as_json)
+    if as_json:
+        print_json(manifest)
 
 
 def _recipe(model: str, recipe: str | None, bits: int | None, size: str | None) -> str:
     """The recipe's name: the given one at these bits, or ours at the bits that are given or that a size leaves."""
     if recipe is not None:
         if bits is not None:
-            raise InputError(f"--bits is for the default recipe; write --set weights.bits={bits} with --recipe {recipe}")
+            raise InputError(
+                f"--bits is for the default recipe; write --set weights.bits={bits} with --recipe {recipe}"
+            )
         return recipe
     if bits is None:
         bits = 4 if size is None else preset_bits(open_original(model), parse_size(size))

@@ -1,4 +1,6 @@
-"""Rounds tables of embeddings. A table that nothing is tied to has errors in each row alone, so every row is rounded to nearest, however often the
+"""Rounds tables of embeddings. A table that is tied to a head is rounded for both of its uses at once.
+
+A table that nothing is tied to has errors in each row alone, so every row is rounded to nearest, however often the
 token occurs. For a tied table E, row r costs ``p_r (d H d' + c |d|^2)``, where d is the error of the row, H the second
 moments of the head's inputs, c the cost of an error in a looked-up row, and p_r how often the token occurs, which is
 the same for inputs and outputs. So the frequency does not change which codes of a row are best, and all rows share the

@@ -58,7 +58,7 @@ class OpenVinoGraphs(GraphFormat):
         from gyroquant.formats.openvino.operations import OpenVinoOperations
         from gyroquant.formats.openvino.runtime import exact_settings
 
-        given = ov.opset13.parameter([*[-1] * (x.dim() - 1), x.shape[-1]], np.float32)
+        given = ov.opset13.parameter([*[-1] * (x.dim() - 1), x.shape[-1]], x.numpy().dtype)
         made = ov.opset13.multiply(build(OpenVinoOperations(), given), np.float32(1))
         return torch.from_numpy(
             ov.Core().compile_model(ov.Model([made], [given]), "CPU", exact_settings())(x.numpy())[0]
@@ -110,7 +110,8 @@ class OnnxGraphs(GraphFormat):
         ops = OnnxOperations()
         made = ops.add(build(ops, Value("x", x.dim())), ops.scalar(0.0))
         sizes: list[str | int] = [f"d{i}" for i in range(x.dim() - 1)]
-        given = helper.make_tensor_value_info("x", TensorProto.FLOAT, [*sizes, x.shape[-1]])
+        kind = TensorProto.FLOAT if x.is_floating_point() else TensorProto.INT64
+        given = helper.make_tensor_value_info("x", kind, [*sizes, x.shape[-1]])
         out = helper.make_tensor_value_info(made.name, TensorProto.FLOAT, None)
         graph = helper.make_graph(ops.nodes, "test", [given], [out], ops.constants)
         model = helper.make_model(

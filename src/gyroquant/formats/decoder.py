@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from gyroquant.formats.operations import Operations
+from gyroquant.grids import QuantizedWeight
 from gyroquant.maps import Map
 from gyroquant.models.execution.online import OnlineMap
 from gyroquant.models.graph.model_graph import Group, NormOp
@@ -57,9 +58,8 @@ class DecoderOperations(Operations):
     (batch, length), and the attention mask), the keys and values of earlier calls, and the graph itself.
     """
 
-    @abstractmethod
-    def embedded(self, table: Any) -> Any:
-        """The rows of a table at the token ids, (batch, length, row)."""
+    ids: Any
+    """The token ids, an input of the graph."""
 
     @abstractmethod
     def angles(self, frequencies: Tensor, factor: float) -> Any:
@@ -96,7 +96,7 @@ class Decoder:
         }
         self._mapped: dict[tuple[int, int], Any] = {}
         self._rope_angles: dict[str, Any] = {}
-        self._head: Any = None
+        self._table: Any = None  # what the embedding and a head that is tied to it share: numbers or codes
 
     def model(self) -> Any:
         """The whole graph."""
@@ -121,11 +121,13 @@ class Decoder:
         return self._mapped[key][0]
 
     def _embedded(self) -> Any:
-        name = self.graph.outer.ops[0].weight  # type: ignore[union-attr]
-        table = self.ops.numbers(self._read(name))
-        if self.graph.tied:
-            self._head = table
-        x = self.ops.embedded(table)
+        name, ops = self.graph.outer.ops[0].weight, self.ops  # type: ignore[union-attr]
+        if name in self.packed:
+            self._table = self.store.quantized(name)
+            x = ops.looked_up(ops.ids, self._table)
+        else:
+            self._table = ops.numbers(self._read(name))
+            x = ops.gathered(self._table, ops.ids)
         module = self.skeleton.get_submodule(name.rpartition(".")[0])
         scale = getattr(module, "scalar_embed_scale", None) or getattr(self.config, "embedding_multiplier", None)
         return self._at(name.rpartition(".")[0], "output", self._times(x, 1.0 if scale is None else scale))
@@ -133,10 +135,12 @@ class Decoder:
     def _logits(self, x: Any) -> Any:
         head, ops = self.graph.outer.linears[-1], self.ops
         x = self._at(head.module, "input", x)
-        if self._head is not None and head.weight in self.graph.tied:
-            y = ops.product(x, self._head, transposed=True)
-        else:
+        if head.weight not in self.graph.tied:
             y = self._linear(head.module, x, entered=True)
+        elif isinstance(self._table, QuantizedWeight):
+            y = ops.rounded(x, self._table)
+        else:
+            y = ops.product(x, self._table, transposed=True)
         divisor, cap = (getattr(self.config, name, None) for name in ("logits_scaling", "final_logit_softcapping"))
         if divisor not in (None, 1.0):
             y = ops.divide(y, ops.scalar(float(divisor)))
@@ -160,7 +164,8 @@ class Decoder:
         return self._at(module, "output", y)
 
     def _norm(self, op: NormOp, x: Any) -> Any:
-        """An RMS norm over the last dimension."""
+        """An RMS norm over the last dimension, with the online maps before and after it."""
+        x = self._at(op.module, "input", x)
         gain = self._read(op.gain).float() + op.entry.offset
         module = self.skeleton.get_submodule(op.module)
         eps = float(getattr(module, "variance_epsilon", None) or module.eps)

@@ -8,13 +8,13 @@ in fp32, whatever the dtype of a stored constant is.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gyroquant.formats.base import halves
+from gyroquant.formats.base import Layer, halves
 from gyroquant.grids import Basis, IntegerGrid, QuantizedWeight
 from gyroquant.maps import (
     BlockDiagonal,
@@ -30,6 +30,31 @@ from gyroquant.maps import (
     hadamard,
     sequency_order,
 )
+
+
+def stored_scale(weight: QuantizedWeight) -> Tensor:
+    """The scales of a matrix, (rows, groups, 1), in fp16 if that holds them exactly, else in fp32."""
+    scale = weight.params.scale
+    half = scale.half()
+    return half if torch.equal(half.float(), scale) else scale
+
+
+def wider_codes(layers: Iterable[Layer], bits_in_file: Callable[[Layer], int]) -> dict[str, Any]:
+    """The codes for which a runtime has no type of their width, and which the file holds in a wider one, exactly: how
+    many matrices, and the names of tables. Empty if there are none.
+    """
+    found: dict[tuple[int, int], list[Layer]] = {}
+    for layer in layers:
+        bits, held = int(layer.grid.bits), bits_in_file(layer)
+        if held != bits:
+            found.setdefault((bits, held), []).append(layer)
+    texts = []
+    for (bits, held), wider in sorted(found.items()):
+        tables = [layer.name for layer in wider if layer.table]
+        count = len(wider) - len(tables)
+        parts = ([f"{count} layers"] if count else []) + tables
+        texts.append(f"{bits} bits in {held}: {', '.join(parts)}")
+    return {"wider_codes": texts} if texts else {}
 
 
 class Operations(ABC):
@@ -102,6 +127,16 @@ class Operations(ABC):
         """
 
     @abstractmethod
+    def gathered(self, table: Any, ids: Any) -> Any:
+        """The rows of a table of numbers at token ids of shape (batch, length): (batch, length, row)."""
+
+    @abstractmethod
+    def coded_rows(self, ids: Any, weight: QuantizedWeight) -> Any:
+        """The rows of a rounded table at token ids, computed from the codes of these rows alone. Zero points are those
+        of `coded`. A later `coded` of the same object, a head that is tied to the table, shares its codes.
+        """
+
+    @abstractmethod
     def normed(self, x: Any, gain: Tensor, eps: float) -> Any:
         """An RMS norm over the last dimension."""
 
@@ -135,6 +170,31 @@ class Operations(ABC):
         if len(steps) == 1:
             return self.add(y, self.multiply(self.summed(x, True), self.numbers(steps)))
         return self.add(y, self.product(self.summed(self.split(x, len(steps)), False), self.numbers(steps)))
+
+    def looked_up(self, ids: Any, weight: QuantizedWeight) -> Any:
+        """The rows of a rounded table at token ids of shape (batch, length): (batch, length, row).
+
+        The table may have been rounded in a basis, or on a grid with a zero point half-way between two codes; see
+        `rounded`.
+        """
+        rows = self.coded_rows(ids, weight)
+        assert isinstance(weight.grid, IntegerGrid)
+        if halves(weight.grid):
+            scale, columns = stored_scale(weight)[..., 0], weight.codes.shape[1]
+            half = self.multiply(self.gathered(self.numbers(scale), ids), self.scalar(0.5))
+            groups = scale.shape[1]
+            if groups == 1:
+                rows = self.add(rows, half)
+            else:
+                rows = self.joined(self.add(self.split(rows, groups), self.reshaped(half, 2, groups, 1)), columns)
+        return rows if weight.basis is None else self._out_of_basis(rows, weight.basis)
+
+    def _out_of_basis(self, rows: Any, basis: Basis) -> Any:
+        """Rows in the basis of a table, decoded."""
+        if basis.scale is not None:
+            rows = self.multiply(rows, self.numbers(1 / basis.scale[0]))
+        rows = self.mapped(hadamard(basis.order).inverse(), rows)
+        return rows if basis.order == basis.columns else self.taken(rows, torch.arange(basis.columns))
 
     def _in_basis(self, x: Any, basis: Basis) -> Any:
         if basis.order > basis.columns:

@@ -70,10 +70,6 @@ class OnnxDecoder(OnnxOperations, DecoderOperations):
         opsets = [helper.make_opsetid(*opset) for opset in OPSETS.items()]
         return helper.make_model(graph, opset_imports=opsets, ir_version=_IR_VERSION, producer_name="gyroquant")
 
-    def embedded(self, table: Value) -> Value:
-        rows = self.node("Gather", [Value(table.name, 2), self.ids], 3, axis=0)
-        return self.as_kind(rows, torch.float32) if table.stored else rows
-
     def angles(self, frequencies: Tensor, factor: float) -> tuple[Value, ...]:
         """Cosine and sine, both of shape (batch, length, half a head)."""
         positions = self.as_kind(self.node("Unsqueeze", [self.positions, self.integers(2)], 3), torch.float32)

@@ -1,4 +1,5 @@
-"""Operations of ONNX graphs: arithmetic, stored numbers, and rounded matrices for `com.microsoft.MatMulNBits`.
+"""Operations of ONNX graphs: arithmetic, stored numbers, and rounded matrices for `com.microsoft.MatMulNBits` and
+`com.microsoft.GatherBlockQuantized`.
 
 This file imports the onnx package, which is optional. So `gyroquant.formats.onnx.writer` imports it only to write.
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any, BinaryIO
 
 import torch
@@ -14,7 +16,7 @@ from onnx import NodeProto, TensorProto, helper
 from torch import Tensor
 
 from gyroquant.formats.onnx.layout import ACCURACY, DATA, block_of, held_bits
-from gyroquant.formats.operations import Operations
+from gyroquant.formats.operations import Operations, stored_scale
 from gyroquant.grids import IntegerGrid, QuantizedWeight
 
 _KINDS = {
@@ -40,6 +42,17 @@ class Value:
     stored: bool = False
 
 
+@dataclass(frozen=True)
+class _Held:
+    """A rounded matrix as constants: its codes, (rows, blocks, bytes), its scales and zero points, and the settings of
+    the kernels that read them.
+    """
+
+    codes: Value
+    params: list[Value]
+    settings: dict[str, int]
+
+
 def packed(codes: Tensor, bits: int) -> Tensor:
     """Packs codes along the last dimension into bytes, lowest bits first. The last byte is padded with zeros."""
     each = 8 // bits
@@ -54,6 +67,7 @@ class OnnxOperations(Operations):
         self.nodes: list[NodeProto] = []
         self.constants: list[TensorProto] = []
         self._data = data
+        self._table: tuple[QuantizedWeight, _Held] | None = None
         self._casts: dict[str, str] = {}
         self._shaped: dict[
             str, tuple[Value, int]
@@ -74,6 +88,19 @@ class OnnxOperations(Operations):
             self._data.write(raw.data)
         self.constants.append(constant)
         return Value(constant.name, tensor.dim(), tensor.dtype.is_floating_point and tensor.dtype != torch.float32)
+
+    def in_rows(self, value: Value) -> Value:
+        """A constant that has the bytes of another one, as a matrix with as many rows. It takes no room in the data
+        file. A Reshape would cost memory: ONNX Runtime copies its result when it opens the file.
+        """
+        constant = TensorProto()
+        constant.CopyFrom(next(stored for stored in self.constants if stored.name == value.name))
+        rows, *others = constant.dims
+        del constant.dims[:]
+        constant.dims.extend([rows, prod(others)])
+        constant.name = f"c{len(self.constants)}"
+        self.constants.append(constant)
+        return Value(constant.name, 2, value.stored)
 
     def integers(self, *numbers: int) -> Value:
         """A constant of int64, such as a shape or axes."""
@@ -173,28 +200,45 @@ class OnnxOperations(Operations):
         return self.node("RMSNormalization", [x, self.numbers(gain)], x.rank, axis=-1, epsilon=eps)
 
     def coded(self, x: Value, weight: QuantizedWeight) -> Value:
+        (rows, columns), held = weight.codes.shape, self._held(weight)
+        settings = held.settings | {"K": columns, "N": rows, "accuracy_level": ACCURACY}
+        inputs = [x, held.codes, *held.params]
+        return self.node("MatMulNBits", inputs, x.rank, domain="com.microsoft", **settings)
+
+    def gathered(self, table: Value, ids: Value) -> Value:
+        rows = self.node("Gather", [Value(table.name, table.rank), ids], ids.rank + 1, axis=0)
+        return self.as_kind(rows, torch.float32) if table.stored else rows
+
+    def coded_rows(self, ids: Value, weight: QuantizedWeight) -> Value:
+        held = self._held(weight)
+        self._table = weight, held
+        settings = held.settings | {"gather_axis": 0, "quantize_axis": 1}
+        inputs = [self.in_rows(held.codes), ids, *held.params]
+        return self.node("GatherBlockQuantized", inputs, ids.rank + 1, domain="com.microsoft", **settings)
+
+    def _held(self, weight: QuantizedWeight) -> _Held:
+        """A matrix as constants. Those of a table are made once, for its lookup and a head that is tied to it."""
+        if self._table is not None and self._table[0] is weight:
+            return self._table[1]
         assert isinstance(weight.grid, IntegerGrid)
         grid, (rows, columns) = weight.grid, weight.codes.shape
         group = columns // weight.params.scale.shape[1]
         bits, block = held_bits(grid, columns), block_of(group)
         codes = weight.codes.view(rows, columns // block, block).to(torch.int16)
         zeros = []
-        if grid.symmetric:  # move codes to the zero point that the kernel uses by default
+        if grid.symmetric:  # move codes to the zero point that the kernels use by default
             codes = codes - 2 ** (grid.bits - 1) + 2 ** (bits - 1)
         else:
             zero = weight.params.zero[..., 0].repeat_interleave(group // block, 1)
             zeros = [self.constant(packed(zero, bits))]
-        inputs = [x, self.constant(packed(codes, bits)), self._scales(weight, group // block), *zeros]
-        settings = {"K": columns, "N": rows, "bits": bits, "block_size": block, "accuracy_level": ACCURACY}
-        return self.node("MatMulNBits", inputs, x.rank, domain="com.microsoft", **settings)
+        params = [self._scales(weight, group // block), *zeros]
+        return _Held(self.constant(packed(codes, bits)), params, {"bits": bits, "block_size": block})
 
     def _scales(self, weight: QuantizedWeight, repeat: int) -> Value:
         """The scale of every block, (rows, blocks). It is stored once for each group. The graph repeats it when the
         file is opened.
         """
-        scale = weight.params.scale.half()
-        if not torch.equal(scale.float(), weight.params.scale):
-            scale = weight.params.scale
+        scale = stored_scale(weight)
         if repeat == 1:
             return self.constant(scale[..., 0])
         rows, groups, _ = scale.shape

@@ -7,12 +7,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from gyroquant.formats.base import Format, FormatCapabilities, ModelRequirements
+from gyroquant.formats.base import Format, FormatCapabilities, Layer, ModelRequirements, requirements_of
 from gyroquant.formats.checkpoint import write_rest
 from gyroquant.formats.decoder import MODEL_TYPES, POINTS, Decoder, unknown_settings
-from gyroquant.formats.onnx.layout import ACCURACY, DATA, MODEL, TYPES
+from gyroquant.formats.onnx.layout import ACCURACY, DATA, MODEL, TYPES, held_bits
 from gyroquant.formats.onnx.runtime import OnnxRuntime
+from gyroquant.formats.operations import wider_codes
 from gyroquant.formats.output_folder import OutputFolder
+from gyroquant.grids import IntegerGrid
 from gyroquant.models.graph.heads import heads_of
 from gyroquant.models.stores.packed import PackedStore
 
@@ -51,7 +53,12 @@ class Onnx(Format):
         (folder.partial / MODEL).write_bytes(model.SerializeToString())
         write_rest(store, folder, store.dtype)
         folder.json(SETTINGS, _settings(store))
-        return {"accuracy_level": ACCURACY}
+        return {"accuracy_level": ACCURACY} | wider_codes(requirements_of(store).layers, _bits_in_file)
+
+
+def _bits_in_file(layer: Layer) -> int:
+    assert isinstance(layer.grid, IntegerGrid)
+    return held_bits(layer.grid, layer.columns)
 
 
 def _head_size(config: Any) -> Iterable[str]:

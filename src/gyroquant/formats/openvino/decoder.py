@@ -53,9 +53,6 @@ class OpenVinoDecoder(OpenVinoOperations, DecoderOperations):
         model.validate_nodes_and_infer_types()
         return model
 
-    def embedded(self, table: Any) -> Any:
-        return opset13.gather(table, self.ids, opset13.constant(np.array(0)))
-
     def angles(self, frequencies: Tensor, factor: float) -> Any:
         """Cosine and sine, both of shape (batch, 1, length, turned coordinates of a head)."""
         position = opset13.convert(opset13.unsqueeze(self.positions, shape(1)), np.float32)

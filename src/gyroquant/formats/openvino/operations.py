@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import openvino as ov
 import torch
-from openvino import PartialShape, Type, opset13
+from openvino import PartialShape, Type, opset13, opset15
 from openvino.op.util import Variable, VariableInfo
 from torch import Tensor
 
@@ -22,6 +22,7 @@ from gyroquant.formats.operations import Operations
 from gyroquant.grids import GroupParams, IntegerGrid, QuantizedWeight
 from gyroquant.models.graph.model_graph import LinearOp
 
+_SHIFTS = np.array([0, 2, 4, 6], np.uint8)  # of the four codes of a byte
 _DTYPES = {torch.float16: Type.f16, torch.bfloat16: Type.bf16, torch.float32: Type.f32}
 
 
@@ -110,6 +111,9 @@ def _part(weight: QuantizedWeight, experts: int, part: tuple[int, int]) -> Quant
 class OpenVinoOperations(Operations):
     """The operations of a graph."""
 
+    _table: tuple[QuantizedWeight | None, Any] = None, None
+    """A rounded table and its matrix, which a tied head shares."""
+
     def rank(self, x: Any) -> int:
         return len((x if isinstance(x, ov.Output) else x.output(0)).get_partial_shape())
 
@@ -161,7 +165,47 @@ class OpenVinoOperations(Operations):
         return opset13.reduce_sum(x, shape(-1), keep_dims=keep)
 
     def coded(self, x: Any, weight: QuantizedWeight) -> Any:
-        return self.product(x, matrix(weight), transposed=True)
+        table, shared = self._table
+        return self.product(x, shared if table is weight else matrix(weight), transposed=True)
+
+    def gathered(self, table: Any, ids: Any) -> Any:
+        return opset13.gather(table, ids, opset13.constant(np.array(0)))
+
+    def coded_rows(self, ids: Any, weight: QuantizedWeight) -> Any:
+        assert isinstance(weight.grid, IntegerGrid)
+        if stored_type(weight.grid)[0] == Type.u2:
+            return self._rows_from_bytes(ids, weight)
+        self._table = weight, matrix(weight)
+        return self.gathered(self._table[1], ids)
+
+    def _rows_from_bytes(self, ids: Any, weight: QuantizedWeight) -> Any:
+        """The same for codes of 2 bits. The CPU plugin looks up constants of type u2 in fp32, and then also decodes a
+        product that shares them. So the table is a constant of bytes, of which the chosen rows are unpacked. The bytes
+        are those of the u2 constant of a tied head, and the file has them once.
+        """
+        assert isinstance(weight.grid, IntegerGrid)
+        grid, (_, columns) = weight.grid, weight.codes.shape
+        scale, zero = (x[..., 0] for x in (weight.params.scale.half(), weight.params.zero))
+        codes = self._unpacked(ids, weight.codes)
+        if not grid.symmetric:
+            zeros: Any = opset13.unsqueeze(self._unpacked(ids, zero), shape(-1))
+        else:
+            zeros = scalar(2.0 ** (grid.bits - 1))
+        centred = opset13.subtract(self.split(codes, scale.shape[1]), zeros)
+        steps = opset13.unsqueeze(self.gathered(self.numbers(scale), ids), shape(-1))
+        return self.joined(opset13.multiply(centred, steps), columns)
+
+    def _unpacked(self, ids: Any, codes: Tensor) -> Any:
+        """The rows of codes of 2 bits, which are stored four a byte, lowest bits first, at token ids, as numbers."""
+        columns = codes.shape[1]
+        four = torch.nn.functional.pad(codes.to(torch.uint8), (0, -columns % 4)).unflatten(1, (-1, 4)).numpy()
+        held = np.bitwise_or.reduce(four << _SHIFTS, axis=-1)
+        chosen = opset13.convert(self.gathered(opset13.constant(held), ids), np.int32)
+        chosen = opset13.unsqueeze(chosen, shape(-1))
+        shifted = opset15.bitwise_right_shift(chosen, opset13.constant(_SHIFTS.astype(np.int32)))
+        low = opset13.bitwise_and(shifted, opset13.constant(np.array(3, np.int32)))
+        every = self.joined(opset13.convert(low, np.float32), four.size // len(four))
+        return every if columns % 4 == 0 else self.taken(every, torch.arange(columns))
 
     def rounded_experts(self, x: Any, weight: QuantizedWeight, experts: int, part: tuple[int, int]) -> Any:
         """``x @ W.T`` for every expert, x of shape (experts, tokens, in). `part` is the number of a part of the rows of

@@ -8,7 +8,7 @@ holds the codes, and in fp32 the parameters that are not rounded.
 from __future__ import annotations
 
 from copy import deepcopy
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from gyroquant.formats.openvino.traced import Replaced, traced
 from gyroquant.grids import QuantizedWeight
 from gyroquant.models.execution.online import attach
 from gyroquant.models.execution.runner import build_skeleton
-from gyroquant.models.graph.model_graph import LinearOp
+from gyroquant.models.graph.model_graph import TOKENS, LinearOp
 from gyroquant.models.stores.packed import PackedStore
 
 
@@ -58,22 +58,25 @@ def _fill(model: Any, store: PackedStore, rounded: dict[str, LinearOp]) -> None:
 
 def _replace(model: Any, store: PackedStore, op: LinearOp, products: list[Product], replaced: Replaced) -> None:
     """Replaces whatever reads a rounded parameter: the layers or the products whose weight it is, and other code."""
-    ops = OpenVinoOperations()
+    ops, table = OpenVinoOperations(), op.entry.reads == TOKENS
+    weight = cache(lambda: store.quantized(op.weight)) if table else partial(store.quantized, op.weight)
     for product in products:
 
         def piece(x: Any, product: Product = product) -> Any:
-            return ops.rounded_experts(x, store.quantized(op.weight), product.experts, product.part)
+            return ops.rounded_experts(x, weight(), product.experts, product.part)
 
         replaced.add(product, partial(_zeros, product.outputs), piece)
     for name in (op.weight, *(alias for alias, stored in store.tied.items() if stored == op.weight)):
         parent, _, last = name.rpartition(".")
         module = model.get_submodule(parent)
         if not op.entry.stacked and type(module).forward in (nn.Linear.forward, Conv1D.forward):
-            replaced.add(module, partial(_zeros, op.matrix_shape[0]), lambda x: _layer(ops, store, op, x))
+            replaced.add(module, partial(_zeros, op.matrix_shape[0]), lambda x: _layer(ops, store, op, weight(), x))
+        elif table and type(module).forward is nn.Embedding.forward:
+            replaced.add(module, partial(_zero_rows, op.matrix_shape[1]), lambda ids: ops.looked_up(ids, weight()))
         setattr(module, last, nn.Parameter(torch.zeros(()), requires_grad=False))
         stored = _Stored(op.shape)
         parametrize.register_parametrization(module, last, stored, unsafe=True)
-        replaced.add(stored, stored.forward, lambda x: ops.parameter(store.quantized(op.weight), op))
+        replaced.add(stored, stored.forward, lambda x: ops.parameter(weight(), op))
 
 
 class _Stored(nn.Module):
@@ -92,8 +95,12 @@ def _zeros(features: int, x: Tensor) -> Tensor:
     return x.new_zeros((*x.shape[:-1], features))
 
 
-def _layer(ops: OpenVinoOperations, store: PackedStore, op: LinearOp, x: Any) -> Any:
-    weight: QuantizedWeight = store.quantized(op.weight)
+def _zero_rows(columns: int, ids: Tensor) -> Tensor:
+    """The output of a table of embeddings during the trace, where only its shape matters."""
+    return torch.zeros(*ids.shape, columns)
+
+
+def _layer(ops: OpenVinoOperations, store: PackedStore, op: LinearOp, weight: QuantizedWeight, x: Any) -> Any:
     y = ops.rounded(x, weight)
     return y if op.bias is None else ops.add(y, ops.numbers(store.read([op.bias])[op.bias]))
 

@@ -14,6 +14,7 @@ from gyroquant.formats.decoder import EXPERT_POINTS, MODEL_TYPES, POINTS, Decode
 from gyroquant.formats.openvino.layout import MODEL, held_group, stored_bits
 from gyroquant.formats.openvino.runtime import OpenVinoRuntime
 from gyroquant.formats.openvino.tiny_proof import tracing_problem
+from gyroquant.formats.operations import wider_codes
 from gyroquant.formats.output_folder import OutputFolder
 from gyroquant.grids import IntegerGrid
 from gyroquant.models.graph.heads import heads_of
@@ -98,7 +99,8 @@ class OpenVino(Format):
         ov.save_model(model, str(folder.partial / MODEL), compress_to_fp16=False)
         write_rest(store, folder, store.dtype)
         facts = {"graph": source, "runtime_options": settings, "tokenizer": _tokenizers(store, folder)}
-        return facts | repeated_scales(store)
+        wider = wider_codes(requirements_of(store).layers, lambda layer: stored_bits(int(layer.grid.bits)))
+        return facts | wider | repeated_scales(store)
 
 
 def graph_of(config: Any) -> str:
@@ -135,9 +137,12 @@ def _build(store: PackedStore, source: str) -> Any:
 
 
 def runtime_settings(store: PackedStore) -> dict[str, str]:
-    """The settings of the runtime in the file that differ from its defaults."""
-    few = any(spec.get("bits", 16) <= _FEW_BITS for spec in store.description["grids"])
-    return dict(_CAREFUL) if few else {}
+    """The settings of the runtime in the file that differ from its defaults: those for products of few bits. A table
+    of embeddings is a product only if the head is tied to it.
+    """
+    tied = store.graph.tied.values()
+    products = (layer for layer in requirements_of(store).layers if not layer.table or layer.name in tied)
+    return dict(_CAREFUL) if any(layer.grid.bits <= _FEW_BITS for layer in products) else {}
 
 
 def _tokenizers(store: PackedStore, folder: OutputFolder) -> str:

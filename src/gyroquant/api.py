@@ -21,6 +21,7 @@ from gyroquant.models.stores.config_loading import load_config
 from gyroquant.models.stores.packed_description import METHOD
 from gyroquant.models.stores.safetensors_files import safetensors_index
 from gyroquant.models.stores.source import open_model
+from gyroquant.models.stores.weight_bytes import sizes
 from gyroquant.pipeline import run as pipeline
 from gyroquant.pipeline.job import prepare
 from gyroquant.pipeline.options import OutputOptions
@@ -142,8 +143,9 @@ def evaluate(
     dtype: "float32" (default), "bfloat16" or "float16".
 
     Windows do not overlap, and each is predicted from its second token on. If the text has fewer windows than
-    requested, `windows` and `windows_asked` of the result differ. Raises InputError if the text or the tokenizer does
-    not fit.
+    requested, `windows` and `windows_asked` of the result differ. `true_bits_per_weight` of the result are those of
+    the rounded layers. `whole_model_bits_per_weight` and `bytes` are of everything that is stored, by part of the
+    model. Raises InputError if the text or the tokenizer does not fit.
     """
     started = time.perf_counter()
     if dtype not in DTYPES:
@@ -175,6 +177,7 @@ def evaluate(
         "window": length,
         "dtype": dtype,
         "true_bits_per_weight": store.bits_per_weight(),
+        **sizes(store),
         "seconds": round(time.perf_counter() - started, 3),
         "versions": versions(),
     }

@@ -26,7 +26,20 @@ def call(*arguments: object, **options: object) -> subprocess.CompletedProcess[s
     return subprocess.run(command, capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload]
 
 
-def test_the_whole_way(folders: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+def inside(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """Runs a command in this process, where everything is imported already; returns its exit status."""
+    monkeypatch.setattr(sys, "argv", ["gyroquant", *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    return int(caught.value.code or 0)
+
+
+Captured = pytest.CaptureFixture[str]
+
+
+def test_the_whole_way(
+    folders: dict[str, Path], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Captured
+) -> None:
     out = tmp_path / "out"
     done = call(
         "quantize",
@@ -49,28 +62,16 @@ def test_the_whole_way(folders: dict[str, Path], corpus: Path, tmp_path: Path) -
     assert manifest["proof"]["worst_block"] in (0, 1)
     assert manifest["bits"]["per_weight"] == pytest.approx(3 + 19 / 16)
     assert manifest["recipe"]["seed"] == manifest["recipe"]["calibration"]["seed"] == 2
-    done = call(
-        "evaluate", out, "--text", corpus, "--windows", 4, "--window", 64, "--against", folders["llama_tied"], "--json"
-    )
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+    asked = ("--text", corpus, "--windows", 4, "--window", 64, "--against", folders["llama_tied"], "--json")
+    assert inside(monkeypatch, "evaluate", out, *asked) == 0
+    result = json.loads(capfd.readouterr().out)
     assert {"perplexity", "tokens", "kl", "top1_agreement", "true_bits_per_weight"} <= set(result)
     assert result["tokens"] == 256
     assert result["true_bits_per_weight"] == pytest.approx(3 + 19 / 16)
-    again = call("quantize", folders["llama_tied"], out, "--recipe", "rtn")
-    assert again.returncode == 1
-    assert "not empty" in again.stderr
-
-
-def inside(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    """Runs a command in this process, where everything is imported already; returns its exit status."""
-    monkeypatch.setattr(sys, "argv", ["gyroquant", *map(str, arguments)])
-    with pytest.raises(SystemExit) as caught:
-        main()
-    return int(caught.value.code or 0)
-
-
-Captured = pytest.CaptureFixture[str]
+    assert result["whole_model_bits_per_weight"] > result["true_bits_per_weight"]
+    assert result["bytes"]["total"] == sum(result["bytes"][part] for part in ("layers", "embeddings", "head", "rest"))
+    assert inside(monkeypatch, "quantize", folders["llama_tied"], out, "--recipe", "rtn") == 1
+    assert "not empty" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -228,7 +229,7 @@ def test_usage_errors_and_help(monkeypatch: pytest.MonkeyPatch, capfd: Captured)
 
 
 def test_interrupting_leaves_what_the_same_command_goes_on_from(
-    folders: dict[str, Path], corpus: Path, tmp_path: Path
+    folders: dict[str, Path], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C in the middle of the work: status 130, one line, and nothing on the disk but the journal it names."""
     command = [
@@ -265,7 +266,7 @@ def test_interrupting_leaves_what_the_same_command_goes_on_from(
         assert "interrupted" in messages
         assert [path.name for path in tmp_path.iterdir()] == [".out.journal"]
         assert "run the same command again to continue" in messages
-        assert subprocess.run(command, stderr=subprocess.DEVNULL, env=environment).returncode == 0
+        assert inside(monkeypatch, *command[3:]) == 0
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import saved_models
@@ -24,8 +25,10 @@ from gyroquant.inspection.verify_export import verify_export
 from gyroquant.maps import hadamard
 from gyroquant.models.execution.online import OnlineMap
 from gyroquant.models.graph.sites import HookPoint
+from gyroquant.models.stores.source import open_model
 from gyroquant.pipeline.export_requirements import check_job, requirements_of_job
 from gyroquant.pipeline.job import prepare
+from gyroquant.report import summaries
 from gyroquant.system.checksums import write_checksums
 
 ROTATED = {"R1": {"method": "hadamard"}, "R2": {"method": "hadamard"}}
@@ -55,6 +58,15 @@ def test_every_format_says_what_it_holds(name: str) -> None:
     assert one.incompatibilities(ModelRequirements("llama", (plain,))) == []
 
 
+def weights(folder: Path) -> int:
+    return open_model(folder).weights
+
+
+def shown(manifest: Any) -> list[str]:
+    (table,) = summaries.exported(manifest, "x")
+    return [str(cell) for cell in table.columns[0].cells]
+
+
 @pytest.mark.usefixtures("unmeasured")
 @pytest.mark.parametrize("name", ["compressed-tensors", "dense", "gguf", "onnx", "openvino"])
 def test_written_checked_and_verified(name: str, out: Path, tmp_path: Path) -> None:
@@ -63,6 +75,11 @@ def test_written_checked_and_verified(name: str, out: Path, tmp_path: Path) -> N
     manifest = export(out, name, tmp_path / "x")
     assert manifest["check"]["relative_logit_error"] < deploy.TOLERANCE
     assert json.loads((tmp_path / "x" / MANIFEST).read_text())["format"] == name
+    files = {path.name: path.stat().st_size for path in (tmp_path / "x").iterdir()}
+    held = sum(count for file, count in files.items() if file.startswith(("model.", "openvino_model.bin")))
+    assert manifest["weight_bytes"] == held <= manifest["bytes"] <= sum(files.values())
+    assert manifest["whole_model_bits_per_weight"] == 8 * held / weights(out)
+    assert "files with weights" in shown(manifest)
     result = verify_export(tmp_path / "x", out, tokens=8, window=32)
     assert result["passed"]
     assert result["ways"]["exact"]["greedy_tokens_alike"] == 8

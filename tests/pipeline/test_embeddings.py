@@ -32,7 +32,7 @@ def test_one_table_serves_embedding_and_head_after_a_rotation(name: str, corpus:
     assert loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight
     assert error(model, tmp_path / "out") < 0.03
     bits = manifest["bits"]
-    assert bits["whole_model_per_weight"] < 10.5
+    assert bits["whole_model"] < 10.5
     stored = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
     untied: Any = run(model, tmp_path / "untied", "gsr-w4", corpus, "weights.bits=8")
     assert untied["untied"]

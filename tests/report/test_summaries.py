@@ -30,6 +30,17 @@ def test_a_quantization_tells_its_proof_and_its_bits() -> None:
     assert f"{manifest['bits']['per_weight']:.2f}"[:4] in text
     assert f"{manifest['proof']['relative_logit_error']:.1e}" in text
     assert str(FOLDER) in text.replace("\n", "")
+    assert f"{manifest['bits']['whole_model_per_weight']:.4f}" in text  # as the last release calls it
+    assert "weights in the file" not in text
+
+
+def test_bytes_are_told_by_part() -> None:
+    manifest = json.loads((FOLDER / "gyroquant.json").read_text())
+    parts = {"layers": 3_000_000, "embeddings": 2_000_000, "head": 0, "rest": 1_000_000, "total": 6_000_000}
+    manifest["bits"] |= {"whole_model": 3.25, "bytes": parts}
+    text = shown(summaries.quantized(manifest, str(FOLDER)))
+    assert "3.2500" in text
+    assert "6.0 MB (layers 3.0 MB, embeddings 2.0 MB, rest 1.0 MB)" in text
 
 
 @pytest.mark.parametrize(("seconds", "expected"), [(3.2, "3 s"), (119.6, "120 s"), (150.0, "2.5 min")])

@@ -26,6 +26,7 @@ from gyroquant.system.environment import versions
 from gyroquant.system.progress import Progress
 
 MANIFEST = "gyroquant_export.json"
+_WEIGHTS = (".safetensors", ".gguf", ".bin", ".onnx", ".data", ".pth", ".pte")  # endings of files that hold weights
 TOLERANCE = 1e-3  # allowed error relative to the largest logit: programs add in another order
 IN_FILE = "the model with the weights of the file"
 """What an export is compared with if its weights differ so that the logits of the saved model are not comparable."""
@@ -62,6 +63,7 @@ def export(
     if requantize is not None:
         chosen = requantized(chosen, requantize)
     store = open_saved(out)
+    weights = store.weights
     needs = requirements_of(store)
     check_fit(chosen, needs)
     chosen.check_packages()
@@ -76,7 +78,7 @@ def export(
             if isinstance(store, UntiedStore):
                 facts = with_deviation(facts, store.facts())
         manifest: dict[str, Any] = {"format": chosen.name, "source": str(out), "facts": facts, "versions": versions()}
-        manifest["bytes"] = sum(path.stat().st_size for path in folder.partial.iterdir())
+        manifest |= _sizes(folder.partial, weights)
         tolerance = tolerance_of(facts)
         with progress.stage("check", 1) as done:
             manifest["check"] = _check_export(chosen, folder.partial, store, tolerance) if check else None
@@ -85,6 +87,20 @@ def export(
         write_checksums(folder.partial)
         folder.commit()
     return manifest
+
+
+def _sizes(folder: Path, weights: int) -> dict[str, Any]:
+    """The bytes of an export's files, of those that hold weights, and the bits of the latter per weight of the model.
+
+    What a file holds besides weights counts: the graph of an ONNX model, the tokenizer of a GGUF file.
+    """
+    files = {path.name: path.stat().st_size for path in folder.iterdir()}
+    held = sum(count for name, count in files.items() if name.endswith(_WEIGHTS) and "tokenizer" not in name)
+    return {
+        "bytes": sum(files.values()),
+        "weight_bytes": held,
+        "whole_model_bits_per_weight": 8 * held / weights,
+    }
 
 
 def formats(out: str | Path | None = None) -> list[dict[str, Any]]:

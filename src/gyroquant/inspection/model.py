@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,13 +14,15 @@ from gyroquant.calibration.text import bos_text, load_text, token_stream
 from gyroquant.errors import GyroquantError, InputError
 from gyroquant.evaluation.outliers import Outliers, measure_outliers
 from gyroquant.inspection.dry_run import dry_run_job
+from gyroquant.inspection.expected_size import expected_size
 from gyroquant.models.deriving.description_file import write_description
 from gyroquant.models.graph.sites import SITE_NAMES, Site, find_sites
 from gyroquant.models.stores.base import WeightStore
 from gyroquant.models.stores.config_loading import read_json
 from gyroquant.models.stores.packed import PackedStore
 from gyroquant.models.stores.source import open_model
-from gyroquant.pipeline.job import prepare
+from gyroquant.models.stores.weight_bytes import sizes
+from gyroquant.pipeline.job import Job, prepare
 from gyroquant.pipeline.planning import plan_all
 from gyroquant.pipeline.resources import ResourceEstimate
 from gyroquant.recipes.presets import preset_names
@@ -41,6 +44,8 @@ class Inspection:
     """The text of the measurement of outliers: number of windows, their length in tokens, and their first tokens."""
     recipe: str | None = None
     prediction: ResourceEstimate | None = None
+    expected: dict[str, Any] | None = None
+    """The expected size of the recipe's result: `per_weight`, `whole_model` and `bytes`, as in a manifest."""
     layers: list[dict[str, Any]] = field(default_factory=list)
     """For a model that gyroquant rounded: the errors of every layer, from its `gyroquant.json`."""
     saved: str | None = None
@@ -62,7 +67,13 @@ class Inspection:
             "parameters": sum(prod(shape) for shape in self.store.shapes.values()),
             "tied": dict(graph.tied),
             "bits_per_weight": self.store.bits_per_weight(),
+            **self.sizes,
         }
+
+    @cached_property
+    def sizes(self) -> dict[str, Any]:
+        """Bits per weight of the whole model, and the bytes of its parts, as they are stored."""
+        return sizes(self.store)
 
     @property
     def level(self) -> str:
@@ -174,6 +185,7 @@ class Inspection:
             "observed": self.observed,
             "recipe": self.recipe,
             "prediction": None if self.prediction is None else self.prediction.to_dict(),
+            "expected": self.expected,
             "layers": self.layers,
         }
 
@@ -181,6 +193,7 @@ class Inspection:
 _LAYER = {"name", "weight_error", "output_error"}  # required keys of a layer in a manifest
 _BOUND = ("bits", "decibels", "excess_bits")
 _OLD_BOUND = "limit"  # the name of `rate_distortion` in manifests of the last release
+_OLD_WHOLE = "whole_model_per_weight"  # the name of `whole_model`
 
 
 def _is_layer(layer: Any) -> bool:
@@ -197,6 +210,15 @@ def _renamed(layer: Any) -> Any:
     if not isinstance(layer, dict) or _OLD_BOUND not in layer:
         return layer
     return {"rate_distortion" if key == _OLD_BOUND else key: value for key, value in layer.items()}
+
+
+def bits_of(manifest: Mapping[str, Any]) -> tuple[float, dict[str, int] | None]:
+    """Bits per weight of the whole model, and bytes by part, from a manifest.
+
+    A manifest of the last release has other names, and no bytes.
+    """
+    bits = manifest["bits"]
+    return bits["whole_model"] if "whole_model" in bits else bits[_OLD_WHOLE], bits.get("bytes")
 
 
 def read_layers(path: Path) -> list[dict[str, Any]]:
@@ -262,6 +284,7 @@ def inspect_model(
             loaded = load_recipe(recipe, changes, effort)
             job = prepare(model, Path(scratch) / "out", loaded, text, device=device, offload=offload)
             result.prediction = dry_run_job(job)
+            result.expected = expected_size(Job.begin(job.spec))
     if text is not None and not dry_run:
         tokenizer, length = result.store.tokenizer(), _LENGTH
         length = min(length, result.store.graph.max_positions or length)

@@ -11,9 +11,10 @@ from rich.table import Table
 
 from gyroquant.evaluation.outliers import Outliers
 from gyroquant.inspection.fuzz import Finding, Report
-from gyroquant.inspection.model import Inspection
+from gyroquant.inspection.model import Inspection, bits_of
 from gyroquant.maps import factors
 from gyroquant.models.stores.prequantized.base import told
+from gyroquant.models.stores.weight_bytes import PARTS
 from gyroquant.report.console import duration, table
 from gyroquant.system.environment import size
 
@@ -61,7 +62,7 @@ def quantized(manifest: Mapping[str, Any], out: str) -> list[Table]:
         ("proof: worst block", f"{proof['worst_block']} ({proof['worst_block_error']:.1e})" if folded else "-"),
         ("true bits per rounded weight", f"{bits['per_weight']:.4f}"),
         *_table_row(bits),
-        ("bits per weight, whole model", f"{bits['whole_model_per_weight']:.2f}"),
+        *_whole_model(*bits_of(manifest)),
         ("squared relative error of the weights", f"{_mean(weights):.2g} (mean of {len(weights)} layers)"),
         ("squared relative error of the outputs", f"{_mean(outputs):.2g}" if outputs else "not measured"),
         ("above the rate-distortion bound", _above(limits) if limits else "not measured"),
@@ -75,6 +76,15 @@ def quantized(manifest: Mapping[str, Any], out: str) -> list[Table]:
     return [table("", ("quantized", ""), rows)]
 
 
+def _whole_model(bits: float, bytes_: Mapping[str, int] | None) -> list[tuple[str, str]]:
+    """Bits and bytes of everything that is stored. Manifests of the last release do not have the bytes."""
+    rows = [("bits per weight, whole model", f"{bits:.4f}")]
+    if bytes_ is not None:
+        parts = ", ".join(f"{part} {size(bytes_[part])}" for part in PARTS if bytes_[part])
+        rows.append(("weights in the file", f"{size(bytes_['total'])} ({parts})"))
+    return rows
+
+
 def _table_row(bits: Mapping[str, Any]) -> list[tuple[str, str]]:
     if "embeddings" not in bits:
         return []
@@ -85,6 +95,9 @@ def exported(manifest: Mapping[str, Any], destination: str) -> list[Table]:
     """The table of `export`: the folder, the check of its logits, and facts about the files."""
     check = manifest["check"]
     rows = [("written to", destination), ("format", manifest["format"]), ("size", size(manifest["bytes"]))]
+    if "weight_bytes" in manifest:  # exports of the last release do not have it
+        whole = f"{manifest['whole_model_bits_per_weight']:.4f}"
+        rows += [("files with weights", size(manifest["weight_bytes"])), ("bits per weight, whole model", whole)]
     if check is None or "not_run" in check:
         rows.append(("checked", "no" if check is None else f"no: {check['not_run']}"))
     else:
@@ -94,17 +107,15 @@ def exported(manifest: Mapping[str, Any], destination: str) -> list[Table]:
             rows.append(("top-1 agreement", f"{check['top1_agreement']:.4f}"))
         rows.append(("as it runs by default", _usage_check(check["as_it_runs"])))
     facts = {
-        key: _compared_tokens(value) if key == "tokenizer" else _as_text(value)
+        key: _compared_tokens(value) if key == "tokenizer" and isinstance(value, Mapping) else _as_text(value)
         for key, value in manifest["facts"].items()
     }
     rows += [(key.replace("_", " "), text) for key, text in facts.items()]
     return [table("", ("exported", ""), rows)]
 
 
-def _compared_tokens(comparison: Mapping[str, Any] | None) -> str:
+def _compared_tokens(comparison: Mapping[str, Any]) -> str:
     """On how many texts the tokenizer of an export gives other tokens than the original's."""
-    if comparison is None:
-        return "none"
     differ, texts = comparison["texts_that_differ"], comparison["texts"]
     return f"{differ} of {texts} texts differ by {comparison['compared_by']}"
 
@@ -123,6 +134,8 @@ def _error(check: Mapping[str, Any], key: str) -> str:
 
 
 def _as_text(value: Any) -> str:
+    if value is None:
+        return "none"
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {_as_text(entry)}" for key, entry in value.items()) or "none"
     if isinstance(value, Sequence) and not isinstance(value, str):
@@ -209,7 +222,9 @@ def evaluated(result: Mapping[str, Any]) -> list[Table]:
     if result["kl"] is not None:
         rows.append(("KL divergence (nats a token)", f"{result['kl']:.4f}", interval(result["kl_interval"], 4)))
         rows.append(("top-1 agreement", f"{result['top1_agreement']:.4f}", interval(result["top1_interval"], 4)))
-    rows.append(("true bits per weight", f"{result['true_bits_per_weight']:.4f}", ""))
+    rows.append(("true bits per rounded weight", f"{result['true_bits_per_weight']:.4f}", ""))
+    whole = _whole_model(result["whole_model_bits_per_weight"], result["bytes"])
+    rows += [(name, value, "") for name, value in whole]
     requested, count = result["windows_asked"], result["windows"]
     fewer = f" ({requested} requested; the text has no more)" if requested is not None and count < requested else ""
     windows = f"{count} windows of {result['window']}{_begins(result['bos'])}{fewer}"
@@ -229,6 +244,7 @@ def inspected(result: Inspection) -> list[Any]:
         ("heads", f"{shape['heads']} of {shape['head_dim']}, {shape['kv_heads']} for keys and values"),
         ("tied", tied),
         ("stored bits per weight", f"{shape['bits_per_weight']:.2f}"),
+        *_whole_model(shape["whole_model_bits_per_weight"], shape["bytes"]),
     ]
     if result.store.source_quantization is not None:
         about.append(("quantized by another program", told(result.store.source_quantization)))
@@ -334,7 +350,13 @@ def predicted(result: Inspection) -> list[Any]:
     rows.append(("whole run", duration(estimate.seconds), size(estimate.peak_memory_bytes)))
     stages = table(f"estimate for {result.recipe}", ("stage", "time", "peak memory"), rows, right=(1, 2))
     lines = [("size of the result", size(estimate.disk_bytes)), ("more during the run", size(estimate.scratch_bytes))]
-    return [stages, table("", ("disk", ""), lines)]
+    shown = [stages, table("", ("disk", ""), lines)]
+    if result.expected is None:
+        return shown
+    expected = [("true bits per rounded weight", f"{result.expected['per_weight']:.4f}")]
+    expected += _whole_model(result.expected["whole_model"], result.expected["bytes"])
+    expected += [("not counted", what) for what in result.expected["not_counted"]]
+    return [*shown, table("", ("expected", ""), expected)]
 
 
 def rounded_layers(layers: Iterable[Mapping[str, Any]]) -> Table:

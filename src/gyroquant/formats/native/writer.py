@@ -7,7 +7,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from gyroquant.models.graph.model_graph import TOKENS, LinearOp
 from gyroquant.models.graph.rounded_layer import RoundedLayer
 from gyroquant.models.stores.base import WeightStore, untie
 from gyroquant.models.stores.packed_description import IMPORT_FIRST, PackedDescription
+from gyroquant.models.stores.weight_bytes import LOGITS, part_of, whole_model_bits, with_total
 
 _AT_ONCE = 32  # carried parameters in one piece
 _COMPANIONS = (  # the settings of the processor of a model that also takes images or sound
@@ -62,6 +62,7 @@ class Piece:
     stored_bits: the stored bits of rounded parameters, by part (codes, scales, ...).
     rounded_weights: the number of rounded weights.
     other_bits: the stored bits of parameters that are not rounded.
+    bytes: the stored bytes of all parameters, by part of the model.
 
     `notes` is everything except the arrays, as plain data.
     """
@@ -73,6 +74,7 @@ class Piece:
     other_bits: int = 0
     table_weights: int = 0
     table_bits: int = 0
+    bytes: dict[str, int] = field(default_factory=dict)
 
     @property
     def notes(self) -> dict[str, Any]:
@@ -81,9 +83,9 @@ class Piece:
     def count(self, op: LinearOp, arrays: Mapping[str, Tensor]) -> None:
         """Adds the stored bits of a rounded parameter, by the last part of its arrays' names.
 
-        Tables of embeddings are counted separately from layers.
+        Tables of embeddings, and heads, are counted separately from layers.
         """
-        if op.entry.reads == TOKENS:
+        if op.entry.reads == TOKENS or op.entry.writes == LOGITS:
             self.table_weights += op.numel
             self.table_bits += sum(stored_bits({name: array}) for name, array in arrays.items())
             return
@@ -91,6 +93,10 @@ class Piece:
         for name, array in arrays.items():
             part = name.rpartition("_")[2]
             self.stored_bits[part] = self.stored_bits.get(part, 0) + stored_bits({name: array})
+
+    def add_bytes(self, part: str, arrays: Mapping[str, Tensor]) -> None:
+        """Adds the bytes of stored arrays to a part of the model."""
+        self.bytes[part] = self.bytes.get(part, 0) + stored_bits(dict(arrays)) // 8
 
 
 class Writer(ABC):
@@ -102,6 +108,7 @@ class Writer(ABC):
         self._parts: dict[str, int] = {}
         self._plain_bits = 0
         self._table_weights, self._table_bits = 0, 0
+        self._bytes: dict[str, int] = {}
 
     @property
     def folder(self) -> OutputFolder:
@@ -122,6 +129,23 @@ class Writer(ABC):
         self._table_bits += notes.get("table_bits", 0)
         for part, bits in notes["stored_bits"].items():
             self._parts[part] = self._parts.get(part, 0) + bits
+        self._add_bytes(notes["bytes"])
+
+    def _add_bytes(self, parts: Mapping[str, int]) -> None:
+        for part, count in parts.items():
+            self._bytes[part] = self._bytes.get(part, 0) + count
+
+    def _begin(self, plain: Mapping[str, Tensor]) -> Piece:
+        """A piece that has counted parameters that are not rounded, and holds nothing yet."""
+        piece = Piece({}, other_bits=stored_bits(dict(plain)))
+        for name, tensor in plain.items():
+            piece.add_bytes(part_of(self.store.graph, name), {name: tensor})
+        return piece
+
+    def _count(self, piece: Piece, op: LinearOp, arrays: Mapping[str, Tensor]) -> None:
+        """Counts the stored arrays of a rounded parameter."""
+        piece.count(op, arrays)
+        piece.add_bytes(part_of(self.store.graph, op.weight), arrays)
 
     @abstractmethod
     def online(self, attachments: Iterable[OnlineOp]) -> None:
@@ -141,6 +165,7 @@ class Writer(ABC):
         for start in range(0, len(names), _AT_ONCE):
             piece = self.piece(self.store.read(names[start : start + _AT_ONCE]))
             self._plain_bits += piece.other_bits
+            self._add_bytes(piece.bytes)
             self.folder.add(piece.arrays)
 
     def _extra_config(self) -> dict[str, Any]:
@@ -156,20 +181,24 @@ class Writer(ABC):
         copy_companions(self.store, self.folder.partial)
 
     def bits(self) -> dict[str, Any]:
-        """The stored bits. `per_weight` is bits per weight of the rounded layers, with online maps and padding.
+        """The stored bits.
 
-        `embeddings` are bits per weight of the rounded tables of embeddings.
+        - per_weight: bits per weight of the rounded layers, with online maps and padding.
+        - embeddings: bits per weight of the rounded tables of embeddings and heads.
+        - whole_model: bits per weight of everything that is stored, over the weights of the original.
+        - bytes: the bytes of everything that is stored, by part of the model, and their total.
         """
         rounded = sum(self._parts.values())
         tables = {"weights": self._table_weights, "per_weight": self._table_bits / max(1, self._table_weights)}
-        original = sum(prod(shape) for shape in self.store.shapes.values())
+        bytes_ = with_total(self._bytes)
         return {
-            "per_weight": rounded / self._rounded_weights,
+            "per_weight": rounded / self._rounded_weights if self._rounded_weights else tables["per_weight"],
             "rounded_weights": self._rounded_weights,
             "stored_bits": dict(self._parts),
             "other_bits": self._plain_bits,
             **({"embeddings": tables} if self._table_weights else {}),
-            "whole_model_per_weight": (rounded + self._table_bits + self._plain_bits) / original,
+            "whole_model": whole_model_bits(bytes_, self.store.weights),
+            "bytes": bytes_,
         }
 
 
@@ -181,12 +210,13 @@ class PackedWriter(Writer):
         self.description = PackedDescription()
 
     def piece(self, plain: dict[str, Tensor], rounded: Sequence[RoundedLayer] = ()) -> Piece:
-        piece = Piece(dict(plain), other_bits=stored_bits(plain))
+        piece = self._begin(plain)
+        piece.arrays = dict(plain)
         for layer in rounded:
             op, weight = layer.op, layer.weight
             arrays = {f"{op.weight}_{part}": array for part, array in weight.pack().items()}
             piece.entries[op.weight] = self.description.entry(op, weight)
-            piece.count(op, arrays)
+            self._count(piece, op, arrays)
             piece.arrays |= arrays
         return piece
 
@@ -201,6 +231,7 @@ class PackedWriter(Writer):
             arrays |= self.description.add_online(op)
         if arrays:
             self._parts["maps"] = stored_bits(arrays)
+            self._add_bytes({"layers": stored_bits(arrays) // 8})
             self.folder.add(arrays)
 
     def _config(self, untied: list[str]) -> Any:
@@ -216,12 +247,12 @@ class DenseWriter(Writer):
     """Rounded weights decoded to plain numbers, under the names of the original checkpoint."""
 
     def piece(self, plain: dict[str, Tensor], rounded: Sequence[RoundedLayer] = ()) -> Piece:
-        piece, tensors = Piece({}, other_bits=stored_bits(plain)), dict(plain)
+        piece, tensors = self._begin(plain), dict(plain)
         for layer in rounded:
             op, dense = layer.op, layer.param.to(self.dtype)
             if not bool(dense.isfinite().all()):
                 raise InputError(f"{op.weight} is too large for {self.dtype}; choose --save-dtype bfloat16 or float32")
-            piece.count(op, {f"{op.weight}_dense": dense})
+            self._count(piece, op, {f"{op.weight}_dense": dense})
             tensors[op.weight] = dense
         piece.arrays = revert_weight_conversion(self.store.skeleton(), tensors)
         return piece

@@ -86,6 +86,15 @@ class WeightStore(ABC):
         """Stored bits per weight. For a rounded model: all stored bits of its rounded weights over their number."""
         return float(self.dtype.itemsize * 8)
 
+    @property
+    def weights(self) -> int:
+        """The number of weights. A head that gyroquant untied is the embedding a second time, and does not count."""
+        return sum(prod(shape) for shape in self.shapes.values())
+
+    def stored_sizes(self) -> dict[str, int]:
+        """The stored bytes of every parameter, by name. Tensors that belong to no parameter have their own names."""
+        return {name: prod(shape) * self.dtype.itemsize for name, shape in self.shapes.items()}
+
     def tokenizer(self) -> Any:
         """The model's tokenizer. Raises InputError if it does not have one."""
         raise InputError(f"{self.label} has no tokenizer")
@@ -209,6 +218,7 @@ class CheckpointStore(WeightStore):
         self._notes: list[str] = []
         self._tensors = self._index()
         self.key_mapping: dict[str, str] = {}
+        self._targets: dict[str, str] = {}
         self._shapes, self._groups = self._match()
 
     @property
@@ -250,6 +260,7 @@ class CheckpointStore(WeightStore):
             if target not in known and name in known:
                 target, pattern = name, None
             if target in known:
+                self._targets[key] = target
                 transform = None if pattern is None else by_pattern[pattern]
                 transforms.setdefault(target, (transform, []))[1].append((key, pattern or key))
             elif not name.endswith(_COMPUTED):
@@ -368,6 +379,25 @@ class CheckpointStore(WeightStore):
         for tensor in self._tensors.values():
             sizes[tensor.get_dtype()] = sizes.get(tensor.get_dtype(), 0) + prod(tensor.get_shape())
         return DTYPES.get(max(sizes, key=sizes.__getitem__), torch.float32)
+
+    @property
+    def weights(self) -> int:
+        manifest = self.folder / "gyroquant.json"
+        untied = read_json(manifest).get("untied") if manifest.exists() else None
+        left_out = untied if isinstance(untied, list) else ()
+        return sum(prod(shape) for name, shape in self.shapes.items() if name not in left_out)
+
+    def stored_sizes(self) -> dict[str, int]:
+        bits: dict[str, int] = {}
+        others = dict(self._stored)
+        for key, tensor in self._tensors.items():
+            target = self._targets.get(key, key)
+            for part in tensor.parts.values():
+                if others.pop(part.key, None) is not None:  # several parameters may be made of one tensor
+                    bits[target] = bits.get(target, 0) + part.stored_bits
+        for key, tensor in others.items():
+            bits[key] = bits.get(key, 0) + tensor.stored_bits
+        return {name: -(-count // 8) for name, count in bits.items()}
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         out: dict[str, Tensor] = {}

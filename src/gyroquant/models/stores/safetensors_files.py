@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,19 @@ class LazyTensor:
     def get_dtype(self) -> str:
         return self.dtype
 
+    @property
+    def parts(self) -> dict[str, LazyTensor]:
+        """The stored tensors that it is made of: itself. One that is stored as codes has several."""
+        return {"": self}
 
+    @property
+    def stored_bits(self) -> int:
+        """The bits that it takes in the file."""
+        return prod(self.shape) * _BITS.get(self.dtype, 32)
+
+
+_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "I16": 16, "U16": 16, "I32": 32, "U32": 32, "I64": 64, "U64": 64}
+_BITS |= {"F4": 4, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F16": 16, "BF16": 16, "F32": 32, "F64": 64}
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 

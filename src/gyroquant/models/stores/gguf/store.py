@@ -53,6 +53,14 @@ class GgufStore(WeightStore):
         tensors = self._file.tensors.values()
         return 8 * sum(entry.bytes for entry in tensors) / sum(entry.numbers for entry in tensors)
 
+    def stored_sizes(self) -> dict[str, int]:
+        used = self._plan.tensors()
+        others = {name: entry.bytes for name, entry in self._file.tensors.items() if name not in used}
+        sizes: dict[str, int] = {}
+        for tensor, name in used.items():
+            sizes[name] = sizes.get(name, 0) + self._file.tensors[tensor].bytes
+        return sizes | others
+
     def skeleton(self) -> Any:
         return self._skeleton
 

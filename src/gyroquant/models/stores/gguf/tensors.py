@@ -45,6 +45,16 @@ class TensorPlan:
         self._pieces = {name: self._find_pieces(name) for name in shapes}
         self._check_unused_tensors()
 
+    def tensors(self) -> dict[str, str]:
+        """The parameter that each used tensor of the file belongs to. If it holds several, the first of them."""
+        owners: dict[str, str] = {}
+        for name, pieces in self._pieces.items():
+            for piece in pieces or ():
+                owners.setdefault(piece.tensor, name)
+                if (scale := _second_scale(piece.tensor)) in self.file.tensors:
+                    owners.setdefault(scale, name)
+        return owners
+
     def read(self, name: str) -> Tensor:
         """A parameter in fp32."""
         pieces = self._pieces[name]

@@ -26,8 +26,6 @@ from gyroquant.registry import Registry
 Stored = dict[str, LazyTensor]
 Arrays = dict[str, Tensor]
 
-_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "I16": 16, "U16": 16, "I32": 32, "U32": 32, "I64": 64, "U64": 64}
-_BITS |= {"F4": 4, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F16": 16, "BF16": 16, "F32": 32, "F64": 64}
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # Scales with which a runtime rounds activations or its KV cache. The weights do not depend on them.
 _RUNTIME_SCALES = re.compile(
@@ -77,7 +75,7 @@ class Decoded:
 
     @property
     def stored_bits(self) -> int:
-        return sum(prod(tensor.shape) * _BITS.get(tensor.dtype, 32) for tensor in self.parts.values())
+        return sum(tensor.stored_bits for tensor in self.parts.values())
 
 
 class PrequantizedFormat(ABC):

@@ -39,15 +39,21 @@ def run(
     imported: Sequence[str] = TRANSFORMERS,
     folder: Path | None = None,
     environment: Mapping[str, str] | None = None,
+    given: str = "",
 ) -> subprocess.CompletedProcess[str]:
-    """What `python -c code arguments` prints, in `folder`. The modules in `imported` are imported already."""
+    """What `python -c code arguments` prints, in `folder`, when `given` is its input.
+
+    The modules in `imported` are imported already.
+    """
     command = [sys.executable, "-c", code, *map(str, arguments)]
     environment = dict(os.environ if environment is None else environment)
     if not hasattr(os, "fork"):
-        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+        options: dict[str, Any] = {"cwd": folder, "env": environment, "input": given, "check": False}
+        return subprocess.run(command, **options, capture_output=True, text=True)
     with tempfile.TemporaryDirectory() as place:
         shown = [Path(place) / name for name in ("stdout", "stderr")]
-        asked = {"code": code, "arguments": command[3:], "shown": [str(path) for path in shown]}
+        (Path(place) / "stdin").write_text(given)
+        asked = {"code": code, "arguments": command[3:], "place": place}
         asked |= {"folder": str(folder or Path.cwd()), "environment": environment}
         server = _server(tuple(imported))
         assert server.stdin is not None
@@ -84,9 +90,9 @@ def _serve() -> None:
 
 def _child(asked: dict[str, Any]) -> int:
     """Does what `python -c` would; returns its exit status."""
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    for number, path in enumerate(asked["shown"], 1):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        os.dup2(os.open(f"{asked['place']}/{name}", os.O_WRONLY | os.O_CREAT if number else os.O_RDONLY), number)
+    sys.stdin = os.fdopen(0, encoding="utf-8")  # the server has read ahead in its own
     os.chdir(asked["folder"])
     os.environ.clear()
     os.environ.update(asked["environment"])

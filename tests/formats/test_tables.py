@@ -17,7 +17,7 @@ import gyroquant as gq
 from gyroquant.formats.base import Layer, ModelRequirements, check_fit, format_named, requirements_of
 from gyroquant.formats.dense import Dense
 from gyroquant.formats.export import export
-from gyroquant.formats.ties import tie_points, without_ties
+from gyroquant.formats.ties import without_ties
 from gyroquant.grids import IntegerGrid
 from gyroquant.models.stores.packed import PackedStore
 
@@ -163,8 +163,8 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> dict[str, PackedStore]:
 @pytest.mark.parametrize("name", ["llama_tied", "gpt2", "granite"])
 def test_a_kept_tie_becomes_a_head_of_its_own(name: str, kept: dict[str, PackedStore], tmp_path: Path) -> None:
     store = kept[name]
-    assert len(tie_points(requirements_of(store))) == len(store.online) == 2
-    untied = without_ties(store, requirements_of(store))
+    assert len(requirements_of(store).tie_points) == len(store.online) == 2
+    untied = without_ties(store, requirements_of(store).tie_points)
     head = untied.graph.outer.linears[-1].weight
     assert untied.online == ()
     assert not untied.tied

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import transformers
 import typer
+
+from gyroquant.errors import InputError
+from gyroquant.formats.push import check_push, push, push_command
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -28,6 +32,35 @@ NoBos = Annotated[
     bool, typer.Option("--no-bos", help="Do not begin every window of text with the tokenizer's BOS tokens.")
 ]
 Device = Annotated[str, typer.Option(help="The device to compute on: cpu, cuda, ...")]
+
+Push = Annotated[
+    str | None, typer.Option("--push", metavar="NAME", help="Push the result to the hub, as OWNER/NAME or NAME.")
+]
+Public = Annotated[bool, typer.Option("--public", help="Everyone may see what is pushed. Default: private.")]
+
+
+def check_push_options(name: str | None, public: bool) -> None:
+    """Raises InputError, before any work, if a push as `--push` and `--public` ask for cannot be done."""
+    if name is not None:
+        check_push(name, public)
+    elif public:
+        raise InputError("--public is for --push NAME; add --push, or leave out --public")
+
+
+def push_output(folder: Path, name: str | None, public: bool, as_json: bool) -> dict[str, str]:
+    """Pushes a result if `--push` asks for it. Prints the address, or, with `as_json`, returns it as an entry."""
+    if name is None:
+        return {}
+    try:
+        address = push(folder, name, public=public)
+    except KeyboardInterrupt as error:
+        error.left = (  # type: ignore[attr-defined]
+            f"{folder} is complete; run `{push_command(folder, name, public)}` to push it"
+        )
+        raise
+    if not as_json:
+        print(f"pushed to {address}")
+    return {"pushed": address}
 
 
 def changes(

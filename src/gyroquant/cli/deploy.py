@@ -1,4 +1,4 @@
-"""`gyroquant export`, `verify-export` and `formats`: folders for other programs, and checks in these programs."""
+"""`gyroquant export`, `verify-export`, `formats` and `push`: folders for other programs, and for the hub."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from gyroquant.cli.common import AsJson, Debug, print_json
+from gyroquant.cli.common import AsJson, Debug, Public, Push, check_push_options, print_json, push_output
 from gyroquant.formats import export as deploy
 from gyroquant.inspection.verify_export import verify_export as verify
 from gyroquant.report import console, summaries
@@ -27,15 +27,22 @@ def export(
         bool, typer.Option(help="Compare logits with the program of the format before DEST gets its name.")
     ] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DEST when the export is complete.")] = False,
+    push: Push = None,
+    public: Public = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Write OUT in a format that another program opens without gyroquant."""
+    check_push_options(push, public)
     progress = console.ConsoleProgress()
     manifest = deploy.export(
         out, format, destination, requantize=requantize, overwrite=overwrite, check=check, progress=progress
     )
-    print_json(manifest) if as_json else console.show(*summaries.exported(manifest, str(destination)))
+    if not as_json:
+        console.show(*summaries.exported(manifest, str(destination)))
+    manifest |= push_output(destination, push, public, as_json)
+    if as_json:
+        print_json(manifest)
 
 
 def verify_export(
@@ -68,3 +75,16 @@ def formats(
     """List the formats of other programs and what each can hold. With OUT: whether each can hold OUT, and why not."""
     entries = deploy.formats(out)
     print_json(entries) if as_json else console.show(*summaries.formats(entries))
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder that gyroquant wrote.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A repository on the hub: OWNER/NAME, or NAME.")],
+    public: Public = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Push a folder that gyroquant wrote to the hub, as a private model unless --public is given."""
+    result = push_output(folder, name, public, as_json)
+    if as_json:
+        print_json(result)

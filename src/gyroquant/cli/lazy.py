@@ -53,6 +53,11 @@ COMMANDS = {
         "formats",
         "List the formats of other programs and what each can hold. With OUT: whether each can hold OUT, and why not.",
     ),
+    "push": LazyCommand(
+        "deploy",
+        "push",
+        "Push a folder that gyroquant wrote to the hub, as a private model unless --public is given.",
+    ),
     "chat": LazyCommand(
         "chat",
         "chat",

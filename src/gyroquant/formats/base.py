@@ -92,6 +92,11 @@ class ModelRequirements:
         except UnsupportedModelError:  # a class that transformers does not have
             return None
 
+    @property
+    def tie_points(self) -> tuple[HookPoint, ...]:
+        """Where online maps keep the head tied to the embedding; see `gyroquant.formats.ties`."""
+        return tie_points(self.online, self.config, self.architecture)
+
     def around_blocks(self, layer: Layer) -> bool:
         """Whether a layer is an embedding or a head."""
         return layer.table or layer.name.removesuffix(".weight") in modules_around(self.architecture, (Linear,))
@@ -217,6 +222,10 @@ class Format(ABC):
     """The modules that the writer imports and that gyroquant does not install by default."""
     extra: ClassVar[str] = ""
     """The extra of gyroquant that installs `packages`."""
+    library: ClassVar[str] = ""
+    """What the hub calls the library that opens it. Default: the name of the format."""
+    usage: ClassVar[str] = ""
+    """How to open an export in FOLDER, as Markdown for its model card. Default: a sentence with the title."""
 
     def __init_subclass__(cls, variant: bool = False) -> None:
         if variant:
@@ -240,7 +249,7 @@ class Format(ABC):
 
     def incompatibilities(self, needs: ModelRequirements) -> list[str]:
         """Every reason why a model does not fit. Empty if it fits."""
-        ties = tie_points(needs)
+        ties = needs.tie_points
         online = [op for op in needs.online if not (self.capabilities.unties and runs_at(op, ties))]
         return [
             *self._architecture(needs.model_type),
@@ -346,7 +355,7 @@ def check_fit(format_: Format, needs: ModelRequirements) -> None:
 
 def _holds_unchanged(format_: Format, needs: ModelRequirements) -> bool:
     """Whether a model fits a format with all its codes and with a tied head still tied."""
-    ties = format_.capabilities.unties and tie_points(needs)
+    ties = format_.capabilities.unties and needs.tie_points
     return not (_all_incompatibilities(format_, needs) or format_.decoded(needs) or ties)
 
 

@@ -28,6 +28,13 @@ from gyroquant.models.execution.messages import quiet
 from gyroquant.models.graph.model_graph import LinearOp
 from gyroquant.models.stores.packed import PackedStore
 
+TRANSFORMERS_USAGE = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("FOLDER", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+```"""
+"""How transformers opens a checkpoint, for the model card."""
 Encode = Callable[[LinearOp, QuantizedWeight], dict[str, Tensor]]
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from gyroquant.errors import InputError
 from gyroquant.formats.base import Format, FormatCapabilities, Layer, ModelRequirements, WeightType, requirements_of
 from gyroquant.formats.checkpoint import (
+    TRANSFORMERS_USAGE,
     DecodedTables,
     NegativeScales,
     assembled_weights,
@@ -61,6 +62,8 @@ class CompressedTensors(Format):
     name = "compressed-tensors"
     title = "compressed-tensors"
     runtime = TransformersRuntime
+    library = "transformers"
+    usage = TRANSFORMERS_USAGE + "\n\nIt needs `compressed-tensors`. vLLM opens it too."
     capabilities = FormatCapabilities(
         weights=(WeightType(_FORMAT, bits=tuple(range(2, 9))),), decodes=True, unties=True, wrappers=True
     )

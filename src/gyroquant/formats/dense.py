@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gyroquant.formats.base import Format, FormatCapabilities
-from gyroquant.formats.checkpoint import deviation, dtype_name, write_rest, write_tensors
+from gyroquant.formats.checkpoint import TRANSFORMERS_USAGE, deviation, dtype_name, write_rest, write_tensors
 from gyroquant.formats.native.runtime import TransformersRuntime
 from gyroquant.formats.output_folder import OutputFolder
 from gyroquant.grids import QuantizedWeight
@@ -27,6 +27,8 @@ class Dense(Format):
     name = "dense"
     title = "plain safetensors"
     runtime = TransformersRuntime
+    library = "transformers"
+    usage = TRANSFORMERS_USAGE
     capabilities = FormatCapabilities(dense=True, experts=True, unties=True, wrappers=True)
     dtype: ClassVar[torch.dtype | None] = None
 

@@ -14,6 +14,7 @@ from gyroquant.errors import InputError, ProofError
 from gyroquant.formats import usage_check
 from gyroquant.formats.base import Format, check_fit, format_named, requirements_of
 from gyroquant.formats.gguf.requantize import requantized
+from gyroquant.formats.model_card import write_export_card
 from gyroquant.formats.native.runtime import TransformersRuntime
 from gyroquant.formats.output_folder import OutputFolder, check_destination, check_room
 from gyroquant.formats.runtime import Runtime, open_runtime
@@ -68,7 +69,7 @@ def export(
     check_fit(chosen, needs)
     chosen.check_packages()
     if chosen.capabilities.unties:
-        store = without_ties(store, needs)
+        store = without_ties(store, needs.tie_points)
     destination, progress = Path(destination), progress or Progress()
     check_destination(destination, overwrite, [store.folder])
     with OutputFolder(destination, overwrite) as folder:
@@ -84,6 +85,7 @@ def export(
             manifest["check"] = _check_export(chosen, folder.partial, store, tolerance) if check else None
             done()
         folder.json(MANIFEST, manifest)
+        write_export_card(folder.partial, manifest, store.folder, chosen)
         write_checksums(folder.partial)
         folder.commit()
     return manifest

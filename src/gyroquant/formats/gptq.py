@@ -23,6 +23,7 @@ from torch import Tensor
 from gyroquant.errors import InputError
 from gyroquant.formats.base import Format, FormatCapabilities, ModelRequirements, WeightType
 from gyroquant.formats.checkpoint import (
+    TRANSFORMERS_USAGE,
     DecodedTables,
     NegativeScales,
     dtype_name,
@@ -53,6 +54,8 @@ class Gptq(Format):
     name = "gptq"
     title = "GPTQ checkpoint"
     runtime = TransformersRuntime
+    library = "transformers"
+    usage = TRANSFORMERS_USAGE + "\n\nIt needs `optimum` and `gptqmodel`. vLLM opens it too."
     capabilities = FormatCapabilities(
         weights=(WeightType("qweight", bits=(2, 3, 4, 8)),), decodes=True, unties=True, wrappers=True
     )

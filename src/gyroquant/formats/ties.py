@@ -11,9 +11,9 @@ This holds because a norm commutes with the orthogonal map B. The head H lies on
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,18 +25,15 @@ from gyroquant.models.graph.spec import Architecture, Linear, Norm
 from gyroquant.models.stores.base import untie
 from gyroquant.models.stores.packed import PackedStore
 
-if TYPE_CHECKING:
-    from gyroquant.formats.base import ModelRequirements
-
 _ROWS = 4096  # rows of a head that are computed at once
 
 
-def tie_points(needs: ModelRequirements) -> tuple[HookPoint, ...]:
-    """Where the maps run that keep a head tied: before the last norm and before the head. Empty if there are none."""
-    maps = [op for op in needs.online if isinstance(op, OnlineMap) and op.hook_point.point == "input"]
-    if not maps or needs.config is None or not needs.config.get_text_config(decoder=True).tie_word_embeddings:
+def tie_points(online: Iterable[OnlineOp], config: Any, architecture: Architecture | None) -> tuple[HookPoint, ...]:
+    """Where maps run that keep a head tied: before the last norm and before the head. Empty if there are none."""
+    maps = [op for op in online if isinstance(op, OnlineMap) and op.hook_point.point == "input"]
+    if not maps or config is None or not config.get_text_config(decoder=True).tie_word_embeddings:
         return ()
-    names = modules_around(needs.architecture, (Linear, Norm))
+    names = modules_around(architecture, (Linear, Norm))
     return tuple(op.hook_point for op in maps if op.module in names)
 
 
@@ -52,9 +49,8 @@ def runs_at(op: OnlineOp, points: Collection[HookPoint]) -> bool:
     return isinstance(op, OnlineMap) and op.hook_point in points
 
 
-def without_ties(store: PackedStore, needs: ModelRequirements) -> PackedStore:
-    """The same model with a head of its own if maps keep its head tied, else the store itself."""
-    points = tie_points(needs)
+def without_ties(store: PackedStore, points: tuple[HookPoint, ...]) -> PackedStore:
+    """The same model with a head of its own if there are `tie_points`, else the store itself."""
     return UntiedStore(store, points) if points else store
 
 

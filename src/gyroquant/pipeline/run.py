@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from gyroquant.calibration.text import bos_text
+from gyroquant.formats.model_card import metadata_of, write_card
 from gyroquant.formats.output_folder import check_destination, recover
 from gyroquant.maps import dump
 from gyroquant.models.execution.runner import evaluating
@@ -64,6 +65,7 @@ def run(job: Job, progress: Progress | None = None) -> dict[str, Any]:
             manifest["peak_memory_bytes"] = peak_memory_bytes()
             folder = context.folder
             folder.json("gyroquant.json", manifest)
+            write_card(folder.partial, manifest, metadata_of(job.store))
             write_checksums(folder.partial)
             journal.finish(folder.partial / CHECKSUM_FILE)
             folder.commit()

@@ -40,12 +40,12 @@ from gyroquant.formats.gguf.tensors import Piece, tensor_pieces
 from gyroquant.formats.gguf.tokenizer import add_tokenizer
 from gyroquant.formats.gguf.tokenizer_check import compare_tokenizers
 from gyroquant.formats.output_folder import OutputFolder
-from gyroquant.formats.ties import tie_points
 from gyroquant.grids import GroupParams, QuantizedWeight, stored_bits
 from gyroquant.models.graph.heads import heads_of
 from gyroquant.models.stores.packed import PackedStore
 
 _ROWS = 4096  # rows that are compared at once when a dtype is chosen
+_ROUND_AGAIN = " (--requantize TYPE has llama.cpp round it again, which loses more)"
 _KINDS = ("symmetric", "asymmetric", "midrise")
 _FRACTIONS = ("_scale", "softcapping", "epsilon", "clamp_kqv", "freq_base_swa")  # keys whose values are not whole
 _RESERVED = ("phi-3", "phi3", "modern-bert")  # for models with such a name, llama.cpp changes rules of special tokens
@@ -89,6 +89,7 @@ class Gguf(Format):
     name = "gguf"
     title = "GGUF (llama.cpp)"
     runtime = LlamaCppRuntime
+    usage = "```sh\nllama-cli -m FOLDER/model.gguf\n```"
     packages: ClassVar[tuple[str, ...]] = ("gguf",)
     capabilities = FormatCapabilities(
         weights=(  # the smallest first
@@ -113,6 +114,9 @@ class Gguf(Format):
         supported = needs.config is not None and needs.model_type in TARGETS
         settings = (*target_problems(needs.config), *_head_problems(needs)) if supported else ()
         return [*super().incompatibilities(needs), *settings]
+
+    def decoded(self, needs: ModelRequirements) -> dict[str, str]:
+        return {name: text.removesuffix(_ROUND_AGAIN) for name, text in super().decoded(needs).items()}
 
     def write(self, store: PackedStore, folder: OutputFolder) -> dict[str, Any]:
         """As in `Format`. Returns the number of tensors of each type, the largest deviation of a rounded weight
@@ -143,7 +147,7 @@ class Gguf(Format):
 
     def _layers(self, layers: Iterable[Layer]) -> Iterable[tuple[str, str]]:
         for kind, text in super()._layers(layers):
-            yield kind, f"{text} (--requantize TYPE has llama.cpp round it again, which loses more)"
+            yield kind, text + _ROUND_AGAIN
 
 
 class _DecodedTable:
@@ -183,7 +187,7 @@ def write_file(store: PackedStore, path: Path, types: Mapping[str, str]) -> tupl
 
 def _head_problems(needs: ModelRequirements) -> Iterable[str]:
     """Whether llama.cpp takes the embedding as the head of an architecture although the model has a head of its own."""
-    own = not needs.config.tie_word_embeddings or tie_points(needs)
+    own = not needs.config.tie_word_embeddings or needs.tie_points
     if TARGETS[needs.model_type].own_head is False and own:
         yield (
             f"llama.cpp always takes the embedding as the head of {needs.model_type}, and this model has a head of its "

@@ -16,7 +16,7 @@ from gyroquant.models.stores.packed_description import METHOD
 from gyroquant.models.stores.prequantized.opening import open_prequantized, quantization_of
 from gyroquant.system.checksums import CHECKSUM_FILE
 
-_WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", CHECKSUM_FILE]
+_WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "README.md", CHECKSUM_FILE]
 
 
 def open_model(model: str | Path | PreTrainedModel) -> WeightStore:

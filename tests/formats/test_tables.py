@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import gyroquant as gq
 from gyroquant.formats.base import Layer, ModelRequirements, check_fit, format_named, requirements_of
 from gyroquant.formats.dense import Dense
-from gyroquant.formats.export import export
+from gyroquant.formats.export import export, formats
 from gyroquant.formats.ties import without_ties
 from gyroquant.grids import IntegerGrid
 from gyroquant.models.stores.packed import PackedStore
@@ -196,6 +196,16 @@ class Tied(Dense, variant=True):
 def test_a_refusal_names_formats_that_change_nothing(kept: dict[str, PackedStore]) -> None:
     with pytest.raises(gq.InputError, match=r"Formats that hold it as it is: onnx, openvino\."):
         check_fit(Tied(), requirements_of(kept["llama_tied"]))
+
+
+def test_the_list_of_formats_says_what_would_change(kept: dict[str, PackedStore]) -> None:
+    entries = {entry["format"]: entry for entry in formats(kept["llama_tied"].folder)}
+    (untied,) = entries["gguf"]["changes"]
+    assert untied.startswith("the tied head becomes a matrix of its own, in 16 bits")
+    decoded, also_untied = entries["gptq"]["changes"]
+    assert decoded.startswith("model.embed_tokens.weight becomes plain numbers (readers of a GPTQ checkpoint expect")
+    assert also_untied == untied
+    assert entries["openvino"]["changes"] == []
 
 
 def test_what_cannot_be_untied_is_refused(kept: dict[str, PackedStore], tmp_path: Path) -> None:

@@ -266,6 +266,13 @@ class Format(ABC):
         layers = [layer for layer in needs.layers if needs.around_blocks(layer)]
         return {layer.name: text for layer in layers for _, text in self._layers([layer])}
 
+    def changes(self, needs: ModelRequirements) -> list[str]:
+        """What the file holds otherwise than the saved model, if that fits, one sentence each."""
+        sentences = [f"{name} becomes plain numbers ({reason})" for name, reason in self.decoded(needs).items()]
+        if self.capabilities.unties and needs.tie_points:
+            sentences.append("the tied head becomes a matrix of its own, in 16 bits (keep_ties needs online maps)")
+        return sentences
+
     def packed(self, needs: ModelRequirements) -> ModelRequirements:
         """What the file must hold as codes: the requirements without the layers that are `decoded`."""
         decoded = self.decoded(needs)
@@ -354,9 +361,7 @@ def check_fit(format_: Format, needs: ModelRequirements) -> None:
 
 
 def _holds_unchanged(format_: Format, needs: ModelRequirements) -> bool:
-    """Whether a model fits a format with all its codes and with a tied head still tied."""
-    ties = format_.capabilities.unties and needs.tie_points
-    return not (_all_incompatibilities(format_, needs) or format_.decoded(needs) or ties)
+    return not (_all_incompatibilities(format_, needs) or format_.changes(needs))
 
 
 def _all_incompatibilities(format_: Format, needs: ModelRequirements) -> list[str]:

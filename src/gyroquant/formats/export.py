@@ -106,7 +106,9 @@ def _sizes(folder: Path, weights: int) -> dict[str, Any]:
 
 
 def formats(out: str | Path | None = None) -> list[dict[str, Any]]:
-    """Every format and what it can hold. With `out`, a folder that gyroquant wrote, also why the model does not fit."""
+    """Every format and what it can hold. With `out`, a folder that gyroquant wrote, also why the model does not fit
+    (`problems`), and what an export would hold otherwise (`changes`).
+    """
     needs = None if out is None else requirements_of(open_saved(out))
     entries = []
     for name, kind in Format.registry.items():
@@ -118,7 +120,9 @@ def formats(out: str | Path | None = None) -> list[dict[str, Any]]:
             entry["weights"].append("codes of every grid")
         entry["online_maps"] = sorted(holds.points)
         entry["model_types"] = None if holds.model_types is None else list(holds.model_types)
-        entries.append(entry | ({} if needs is None else {"problems": format_.incompatibilities(needs)}))
+        if needs is not None:
+            entry |= {"problems": format_.incompatibilities(needs), "changes": format_.changes(needs)}
+        entries.append(entry)
     return entries
 
 

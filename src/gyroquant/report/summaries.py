@@ -204,7 +204,7 @@ def formats(entries: Sequence[Mapping[str, Any]]) -> list[Table]:
     for entry in entries:
         weights = "any, as plain numbers" if entry["dense"] else "; ".join(entry["weights"])
         if "problems" in entry:
-            rows.append((entry["format"], "; ".join(entry["problems"]) or "fits"))
+            rows.append((entry["format"], "; ".join(entry["problems"]) or "; ".join(["fits", *entry["changes"]])))
         else:
             rows.append((entry["format"], weights, ", ".join(entry["online_maps"]) or "none"))
     for_folder = bool(entries) and "problems" in entries[0]

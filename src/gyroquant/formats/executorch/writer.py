@@ -61,6 +61,9 @@ class ExecuTorch(Format):
     name = "executorch"
     title = "ExecuTorch checkpoint"
     runtime = ExecuTorchRuntime
+    usage = """```sh
+cd FOLDER && python -m executorch.extension.llm.export.export_llm --config llm_config.yaml
+```"""
     capabilities = FormatCapabilities(
         weights=(
             WeightType("int4", bits=(1, 2, 3), midrise=True, block=32),

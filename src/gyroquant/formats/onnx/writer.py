@@ -32,6 +32,12 @@ class Onnx(Format):
     name = "onnx"
     title = "ONNX"
     runtime = OnnxRuntime
+    usage = """```python
+import onnxruntime_genai
+
+model = onnxruntime_genai.Model("FOLDER")
+tokenizer = onnxruntime_genai.Tokenizer(model)
+```"""
     packages = ("onnx",)
     extra = "onnx"
     capabilities = FormatCapabilities(

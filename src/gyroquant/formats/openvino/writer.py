@@ -57,6 +57,11 @@ class OpenVino(Format):
     name = "openvino"
     title = "OpenVINO IR"
     runtime = OpenVinoRuntime
+    usage = """```python
+import openvino_genai
+
+openvino_genai.LLMPipeline("FOLDER", "CPU").generate("What is a map?", max_new_tokens=50)
+```"""
     packages = ("openvino", "openvino_tokenizers")
     extra = "openvino"
     capabilities = FormatCapabilities(

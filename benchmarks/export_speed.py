@@ -1,17 +1,26 @@
-"""Speed of exports as ratios in one run, against the same program with the model in 16 bits.
+"""Speed and memory of exports as ratios in one run, against the same program with the model in 16 bits.
 
     python benchmarks/export_speed.py MODEL --text FILE --out FOLDER [--tokens 64] [--prompt 256] [--rounds 3]
+    python benchmarks/export_speed.py MODEL --text FILE --out FOLDER --formats openvino onnx
 
-On OpenVINO our W4 and W2 (fused, and W2 with R4 online) as it runs them by default. On llama.cpp, where its Python
-binding is installed, our W4 and W2 beside its own Q4_0 and Q2_K of the model as it was. Weights are rounded to nearest
-(a product takes as long whatever the numbers are). Every round measures every row once, in a process of its own, rows
-in turn, so that what else the machine does hits all alike; ratios are medians over rounds.
+`--words` is the number of words from which the prompt is drawn, at most those of the model.
+
+Our W4 and W2 in OpenVINO, ONNX Runtime and llama.cpp as each runs them by default: with embedding and head in 16 bits,
+and with a table of 4, 6 or 8 bits that both share. In llama.cpp also its own Q4_0 and Q2_K of the model as it was,
+which round embedding and head too. Weights are rounded to nearest: a product takes as long whatever the numbers are.
+
+Every round measures every row once, in a process of its own, rows in turn, so that what else the machine does hits all
+alike. Ratios are medians over rounds. The memory of a model is the peak of the process while it runs, less what it held
+before the program's library was imported and the model was opened. A format whose package is not installed is left out,
+by name. llama.cpp needs llama-cpp-python.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,68 +32,127 @@ from gyroquant.evaluation.speed import footprint
 from gyroquant.pipeline import run as pipeline
 from gyroquant.pipeline.job import prepare
 
+PLAIN = "16 bits"
 WIDE = ["weights.bits=8", "weights.group_size=64", "weights.symmetric=true"]
 W4 = ["weights.bits=4", "weights.group_size=64", "weights.symmetric=true"]
 W2 = ["weights.bits=2", "weights.group_size=64", "weights.symmetric=true"]
 FUSED = ["transform.R1={method: hadamard}", "transform.R2={method: hadamard}"]
 ONLINE = [*FUSED, "transform.R4={method: hadamard, block: 128}"]
-# Name, recipe (None: the model as it is), format, and the type that llama.cpp rounds it to, if any.
-ROWS: list[tuple[str, list[str] | None, str, str | None]] = [
-    ("16 bits", None, "openvino", None),
-    ("W4 g64", [*FUSED, *W4], "openvino", None),
-    ("W2 g64", [*FUSED, *W2], "openvino", None),
-    ("W2 g64, R4 online", [*ONLINE, *W2], "openvino", None),
-    ("16 bits", None, "gguf", "F16"),
-    ("W4 g64 (Q4_0)", [*FUSED, *W4], "gguf", None),
-    ("W2 g64 (Q2_0)", [*FUSED, *W2], "gguf", None),
-    ("llama.cpp's Q4_0", None, "gguf", "Q4_0"),
-    ("llama.cpp's Q2_K", None, "gguf", "Q2_K"),
+PACKAGES = {"openvino": "openvino", "onnx": "onnxruntime", "gguf": "llama_cpp"}
+
+
+def table(bits: int) -> list[str]:
+    """The settings of a table that embedding and head share, also under a fused R1."""
+    return ["keep_ties=true", f"embeddings.bits={bits}", "embeddings.group_size=64", "embeddings.symmetric=true"]
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One export: its format, its name, the changes to the recipe (None: the model as it is), and the type to which
+    llama.cpp rounds it, if any.
+    """
+
+    format: str
+    name: str
+    changes: list[str] | None
+    requantize: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.format}: {self.name}"
+
+
+ROWS = [
+    Row("openvino", PLAIN, None),
+    Row("openvino", "W4 g64", [*FUSED, *W4]),
+    Row("openvino", "W4 g64, table of 8 bits", [*FUSED, *W4, *table(8)]),
+    Row("openvino", "W4 g64, table of 6 bits", [*FUSED, *W4, *table(6)]),
+    Row("openvino", "W4 g64, table of 4 bits", [*FUSED, *W4, *table(4)]),
+    Row("openvino", "W2 g64", [*FUSED, *W2]),
+    Row("openvino", "W2 g64, table of 4 bits", [*FUSED, *W2, *table(4)]),
+    Row("openvino", "W2 g64, R4 online", [*ONLINE, *W2]),
+    Row("onnx", PLAIN, None),
+    Row("onnx", "W4 g64", [*FUSED, *W4]),
+    Row("onnx", "W4 g64, table of 8 bits", [*FUSED, *W4, *table(8)]),
+    Row("onnx", "W4 g64, table of 4 bits", [*FUSED, *W4, *table(4)]),
+    Row("onnx", "W2 g64", [*FUSED, *W2]),
+    Row("onnx", "W2 g64, table of 4 bits", [*FUSED, *W2, *table(4)]),
+    Row("gguf", PLAIN, None, "F16"),
+    Row("gguf", "W4 g64 (Q4_0)", [*FUSED, *W4]),
+    Row("gguf", "W2 g64 (Q2_0)", [*FUSED, *W2]),
+    Row("gguf", "llama.cpp's Q4_0", None, "Q4_0"),
+    Row("gguf", "llama.cpp's Q2_K", None, "Q2_K"),
 ]
 
 
-def exported(given: argparse.Namespace, row: tuple[str, list[str] | None, str, str | None]) -> Path:
+def exported(given: argparse.Namespace, row: Row) -> Path:
     """The folder of a row, made if it is not there."""
-    name, changes, kind, requantize = row
-    place = given.out / f"{kind}_{name.replace(' ', '_')}"
+    place: Path = given.out / f"{row.format}_{row.name.replace(' ', '_')}"
     if place.exists():
         return place
     # A model in 16 bits is one of which a single small layer is rounded, to 8 bits: everything else is as it was.
     alone = [*WIDE, 'weights.ignore=["re:^(?!model.layers.0.self_attn.k_proj$).*"]']
-    out = given.out / ("plain" if changes is None else name.replace(" ", "_"))
+    out = given.out / ("plain" if row.changes is None else row.name.replace(" ", "_"))
     if not out.exists():
-        pipeline.run(prepare(given.model, out, gq.load_recipe("rtn", changes or alone), given.text))
-    options = {"requantize": requantize} if requantize else {}
-    gq.export(out, kind, place, check=False, **options)
+        pipeline.run(prepare(given.model, out, gq.load_recipe("rtn", row.changes or alone), given.text))
+    options = {"requantize": row.requantize} if row.requantize else {}
+    gq.export(out, row.format, place, check=False, **options)
     return place
 
 
+def installed(formats: list[str]) -> list[str]:
+    """The formats whose packages are installed. Names the others."""
+    missing = [name for name in formats if importlib.util.find_spec(PACKAGES[name]) is None]
+    for name in missing:
+        print(f"{name} is left out: {PACKAGES[name]} is not installed", flush=True)
+    return [name for name in formats if name not in missing]
+
+
+def shown(row: Row, place: Path, mine: list[dict[str, Any]], base: list[dict[str, Any]]) -> str:
+    """A line of the table, from the measurements of a row and of the model in 16 bits."""
+    rounds = list(zip(mine, base, strict=True))
+    ratios = [
+        median(a[key] / b[key] for a, b in rounds) for key in ("prefill_tokens_per_second", "decode_tokens_per_second")
+    ]
+    ratios.append(median(_model_memory(a) / _model_memory(b) for a, b in rounds))
+    ratios.append(median(a["peak_memory_bytes"] / b["peak_memory_bytes"] for a, b in rounds))
+    speed = median(figures["decode_tokens_per_second"] for figures in mine)
+    memory = median(_model_memory(figures) for figures in mine) / 1e6
+    size = sum(path.stat().st_size for path in place.iterdir()) / 1e6
+    numbers = [*(f"{ratio:.2f}" for ratio in ratios), f"{speed:.0f}", f"{memory:.0f}", f"{size:.0f}"]
+    return f"| {row} | {' | '.join(numbers)} |"
+
+
+def _model_memory(figures: dict[str, Any]) -> float:
+    return float(figures["peak_memory_bytes"] - figures["memory_before_bytes"])
+
+
 def main() -> None:
-    """Makes what is missing, measures, and prints both tables."""
+    """Makes what is missing, measures, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     for name in ("--text", "--out"):
         parser.add_argument(name, type=Path, required=True)
-    for option, value in (("--tokens", 64), ("--prompt", 256), ("--rounds", 3)):
+    for option, value in (("--tokens", 64), ("--prompt", 256), ("--rounds", 3), ("--words", 1000)):
         parser.add_argument(option, type=int, default=value)
+    parser.add_argument("--formats", nargs="+", choices=PACKAGES, default=list(PACKAGES))
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
-    prompt = torch.randint(1000, (given.prompt,), generator=torch.Generator().manual_seed(0)).tolist()
-    found: dict[str, list[dict[str, Any]]] = {}
-    places = [(row, exported(given, row)) for row in ROWS]
+    prompt = torch.randint(given.words, (given.prompt,), generator=torch.Generator().manual_seed(0)).tolist()
+    chosen = installed(given.formats)
+    places = {row: exported(given, row) for row in ROWS if row.format in chosen}
+    found: dict[Row, list[dict[str, Any]]] = {row: [] for row in places}
     for _ in range(given.rounds):
-        for row, place in places:
-            took = footprint(row[2], place, prompt, given.tokens, exact=False)
-            found.setdefault(f"{row[2]}: {row[0]}", []).append(took)
-    (given.out / "speed.json").write_text(json.dumps(found, indent=1) + "\n")
-    print("| | prefill | decode | tokens/s written | peak memory |\n|---|--:|--:|--:|--:|")
-    for row, _ in places:
-        mine, base = found[f"{row[2]}: {row[0]}"], found[f"{row[2]}: 16 bits"]
-        ratios = [
-            median(a[key] / b[key] for a, b in zip(mine, base, strict=True))
-            for key in ("prefill_tokens_per_second", "decode_tokens_per_second", "peak_memory_bytes")
-        ]
-        speed = median(one["decode_tokens_per_second"] for one in mine)
-        print(f"| {row[2]}: {row[0]} | {ratios[0]:.2f} | {ratios[1]:.2f} | {speed:.0f} | {ratios[2]:.2f} |", flush=True)
+        for row, place in places.items():
+            found[row].append(footprint(row.format, place, prompt, given.tokens, exact=False))
+    figures = {str(row): measured for row, measured in found.items()}
+    (given.out / "speed.json").write_text(json.dumps(figures, indent=1) + "\n")
+    print(
+        "| | prefill | decode | memory of the model | peak memory | tokens/s written | MB of the model | MB of files |"
+    )
+    print("|---|--:|--:|--:|--:|--:|--:|--:|")
+    for row, place in places.items():
+        base = next(other for other in places if (other.format, other.name) == (row.format, PLAIN))
+        print(shown(row, place, found[row], found[base]), flush=True)
 
 
 if __name__ == "__main__":

@@ -12,20 +12,23 @@ import torch
 from saved_models import our_logits
 from tiny_runs import run
 
+import gyroquant as gq
 from gyroquant.formats.export import export
 from gyroquant.formats.openvino.layout import MODEL
-from gyroquant.formats.openvino.runtime import OpenVinoRuntime
+from gyroquant.formats.openvino.runtime import OpenVinoRuntime, exact_settings
 
 ov = pytest.importorskip("openvino", reason="OpenVINO is not installed")
 WORDS, WIDTH = 96, 128
 IDS = torch.randint(3, 90, (20,), generator=torch.Generator().manual_seed(1))
 
 
-def exported(name: str, corpus: Path, folder: Path, *settings: str, **settings_of_model: str) -> Path:
+def exported(
+    name: str, corpus: Path, folder: Path, *settings: str, recipe: str = "gsr-w4", **settings_of_model: str
+) -> Path:
     """A tiny model with rounded tables as OpenVINO runs it."""
     model = tiny_models.build(name, hidden_size=WIDTH, intermediate_size=64, **settings_of_model)
     common = ("weights.bits=8", "weights.group_size=32", "embeddings.group_size=32")
-    run(model, folder / "out", "gsr-w4", corpus, *common, *settings)
+    run(model, folder / "out", recipe, corpus, *common, *settings)
     export(folder / "out", "openvino", folder / "ir", check=False)
     return folder / "ir"
 
@@ -101,9 +104,31 @@ def test_a_table_and_a_head_of_their_own(corpus: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bits", [2, 4])
-def test_a_tied_table_that_is_traced(bits: int, corpus: Path, tmp_path: Path) -> None:
+def test_openvino_genai_runs_it(bits: int, corpus: Path, tmp_path: Path) -> None:
+    genai = pytest.importorskip("openvino_genai", reason="OpenVINO GenAI is not installed")
     settings = (f"embeddings.bits={bits}", "embeddings.symmetric=true", "keep_ties=true")
-    folder = exported("llama_tied", corpus, tmp_path, *settings, hidden_act="relu")
+    folder = exported("llama_tied", corpus, tmp_path, *settings)
+    ids = IDS[None, :6]
+    wanted = gq.load(tmp_path / "out", dtype="float32").generate(ids, max_new_tokens=8, eos_token_id=None)
+    chosen = genai.GenerationConfig()
+    chosen.max_new_tokens, chosen.do_sample, chosen.ignore_eos = 8, False, True
+    given = genai.TokenizedInputs(ov.Tensor(ids.numpy()), ov.Tensor(torch.ones_like(ids).numpy()))
+    for backend in ("SDPA", "PA"):
+        pipeline = genai.LLMPipeline(str(folder), "CPU", **exact_settings(), ATTENTION_BACKEND=backend)
+        assert pipeline.generate(given, chosen).tokens[0] == wanted[0, 6:].tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe", "activation"),
+    [("llama_tied", "gsr-w4", "hidden_act"), ("gemma3", "rtn-w4", "hidden_activation")],
+)
+@pytest.mark.parametrize("bits", [2, 4])
+def test_a_tied_table_that_is_traced(
+    bits: int, name: str, recipe: str, activation: str, corpus: Path, tmp_path: Path
+) -> None:
+    """Gemma's class of embeddings scales the rows."""
+    settings = (f"embeddings.bits={bits}", "embeddings.symmetric=true", "keep_ties=true")
+    folder = exported(name, corpus, tmp_path, *settings, recipe=recipe, **{activation: "relu"})
     wanted = {2: {"u2": WORDS * WIDTH, "u8": WORDS * WIDTH // 4}, 4: {"i4": 2 * WORDS * WIDTH}}
     assert constants(folder, exact=True) == wanted[bits]
     assert error(folder) < 1e-5

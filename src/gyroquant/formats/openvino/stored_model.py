@@ -7,6 +7,8 @@ holds the codes, and in fp32 the parameters that are not rounded.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import cache, partial
 from typing import Any
@@ -26,6 +28,8 @@ from gyroquant.models.execution.runner import build_skeleton
 from gyroquant.models.graph.model_graph import TOKENS, LinearOp
 from gyroquant.models.stores.packed import PackedStore
 
+_ROWS = "gyroquant_rows"
+
 
 def traced_store(store: PackedStore) -> Any:
     """The graph of the model in a folder that gyroquant wrote."""
@@ -39,7 +43,8 @@ def traced_store(store: PackedStore) -> Any:
     products = run_all_experts(model)
     for op in rounded.values():
         _replace(model, store, op, products.get(op.weight, []), replaced)
-    graph = traced(model, replaced)
+    with _rows_in_embeddings():
+        graph = traced(model, replaced)
     _restore_dtype(graph, store.dtype)
     return graph
 
@@ -71,8 +76,9 @@ def _replace(model: Any, store: PackedStore, op: LinearOp, products: list[Produc
         module = model.get_submodule(parent)
         if not op.entry.stacked and type(module).forward in (nn.Linear.forward, Conv1D.forward):
             replaced.add(module, partial(_zeros, op.matrix_shape[0]), lambda x: _layer(ops, store, op, weight(), x))
-        elif table and type(module).forward is nn.Embedding.forward:
-            replaced.add(module, partial(_zero_rows, op.matrix_shape[1]), lambda ids: ops.looked_up(ids, weight()))
+        elif table and isinstance(module, nn.Embedding):
+            module.add_module(_ROWS, rows := _Rows(op.matrix_shape[1]))
+            replaced.add(rows, rows.forward, lambda ids: ops.looked_up(ids, weight()))
         setattr(module, last, nn.Parameter(torch.zeros(()), requires_grad=False))
         stored = _Stored(op.shape)
         parametrize.register_parametrization(module, last, stored, unsafe=True)
@@ -90,14 +96,38 @@ class _Stored(nn.Module):
         return x.expand(self._sizes)
 
 
+class _Rows(nn.Module):
+    """The rows of a rounded table at token ids, in place of `nn.Embedding.forward`. Some classes scale these rows. They
+    are zeros in the trace, where only their shape matters.
+    """
+
+    def __init__(self, columns: int):
+        super().__init__()
+        self._columns = columns
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return torch.zeros(*ids.shape, self._columns)
+
+
+@contextmanager
+def _rows_in_embeddings() -> Iterator[None]:
+    """Within a with block, embeddings that have a `_Rows` take their rows from it."""
+    plain = nn.Embedding.forward
+
+    def forward(self: nn.Embedding, ids: Tensor) -> Tensor:
+        rows = self._modules.get(_ROWS)
+        return plain(self, ids) if rows is None else rows(ids)
+
+    nn.Embedding.forward = forward  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Embedding.forward = plain  # type: ignore[method-assign]
+
+
 def _zeros(features: int, x: Tensor) -> Tensor:
     """The output of a layer during the trace, where only its shape matters."""
     return x.new_zeros((*x.shape[:-1], features))
-
-
-def _zero_rows(columns: int, ids: Tensor) -> Tensor:
-    """The output of a table of embeddings during the trace, where only its shape matters."""
-    return torch.zeros(*ids.shape, columns)
 
 
 def _layer(ops: OpenVinoOperations, store: PackedStore, op: LinearOp, weight: QuantizedWeight, x: Any) -> Any:

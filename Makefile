@@ -18,9 +18,10 @@ demo: $(READY)
 	$(BIN)/python demo/run.py
 
 # Fast tests, one process for each logical core (`-n auto` takes the physical ones). JOBS=0 runs them in one process.
+# Each process, and each that it starts, computes with one thread.
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 test: $(READY)
-	$(BIN)/pytest -m "not slow" -n $(JOBS) --dist worksteal
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -m "not slow" -n $(JOBS) --dist worksteal
 
 test-all: $(READY)
 	$(BIN)/pytest

@@ -7,6 +7,7 @@ import pytest
 import tiny_models
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import spearmanr
 
 import gyroquant as gq
 from gyroquant.errors import RecipeError
@@ -70,6 +71,26 @@ def test_a_run_stays_within_its_budget_and_beats_even_bits(
         for out in ("mixed", "even")
     }
     assert kl["mixed"] < kl["even"]
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "gpt2", "gemma2"])
+def test_costs_by_gradient_order_choices_as_measured_ones(
+    name: str, folders: dict[str, Path], corpus: Path, tmp_path: Path
+) -> None:
+    """Measured with rounding to nearest, so that both have the same rounded weights."""
+    found = {}
+    for costs in ("measured", "gradient"):
+        allocate = f"weights.allocate={{budget: 5.2, bits: [3, 4, 6], nsamples: 8, costs: {costs}}}"
+        changes = [allocate, "weights.symmetric=true"]
+        allocation = pipeline.run(job(folders[name], tmp_path / costs, corpus, "rtn", *changes))["allocation"]
+        found[costs] = {
+            (layer, bits): cost for layer, each in allocation["divergence"].items() for bits, cost in each.items()
+        }
+        assert allocation["per_weight"] <= 5.2
+    choices = sorted(found["measured"])
+    assert choices == sorted(found["gradient"])
+    order = spearmanr([found["measured"][one] for one in choices], [found["gradient"][one] for one in choices])
+    assert order.statistic > 0.8
 
 
 def test_it_is_repeatable_and_composes(folders: dict[str, Path], corpus: Path, tmp_path: Path) -> None:

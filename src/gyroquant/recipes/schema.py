@@ -402,6 +402,8 @@ class Recipe(BaseModel):
         new = [(data, key) for key in ("embeddings", "head", "keep_ties")] + [(data["calibration"], "all_experts")]
         if data["weights"]["allocate"] is not None:
             new += [(data["weights"]["allocate"], key) for key in ("bytes", "embeddings")]
+            if data["weights"]["allocate"]["costs"] == "measured":
+                del data["weights"]["allocate"]["costs"]
         for section, key in new:
             if not section[key]:
                 del section[key]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -19,8 +19,7 @@ Choice = tuple[str, int]
 class Allocate(BaseModel):
     """Chooses the bits of every layer of the blocks.
 
-    The cost of a choice is measured: the KL divergence of the model's predictions when the recipe's solver rounds this
-    layer alone.
+    The cost of a choice is the KL divergence of the model's predictions when this layer alone is rounded.
 
     One of these two is the limit:
 
@@ -33,6 +32,9 @@ class Allocate(BaseModel):
     - `embeddings`: the bits that rounded embeddings and heads may get, if `bytes` is the limit. By default they are
       rounded as their sections say.
     - `nsamples`: windows of the calibration text on which costs are measured. Default 2.
+    - `costs`: `measured` (default): the model runs for every choice, with the layer rounded by the recipe's solver.
+      `gradient`: all choices from one backward pass, for rounding to nearest; heads are measured. Models with stacked
+      experts are measured in any case.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -41,6 +43,7 @@ class Allocate(BaseModel):
     bits: tuple[Annotated[int, Field(ge=1, le=8)], ...] = (2, 3, 4)
     embeddings: tuple[Annotated[int, Field(ge=1, le=8)], ...] = ()
     nsamples: Annotated[int, Field(gt=0)] = 2
+    costs: Literal["measured", "gradient"] = "measured"
 
     @model_validator(mode="after")
     def _at_least_two_bits(self) -> Allocate:

@@ -283,6 +283,7 @@ def test_a_second_run_is_refused_until_the_first_is_dead(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_command_says_that_it_goes_on(folders: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "gyroquant", "quantize", str(folders["llama"]), str(tmp_path / "out")]
     command += ["--recipe", "gptq", "--text", str(corpus), "--seqlen", "128", "--set", "weights.group_size=16"]

@@ -20,6 +20,8 @@ from gyroquant.formats.export import export, formats
 from gyroquant.formats.ties import without_ties
 from gyroquant.grids import IntegerGrid
 from gyroquant.models.stores.packed import PackedStore
+from gyroquant.pipeline.export_requirements import check_job
+from gyroquant.pipeline.job import prepare
 
 IDS = {"F16": 1, "Q4_0": 2, "Q5_0": 6, "Q8_0": 8, "Q2_0": 42}
 TABLE = "model.embed_tokens.weight"
@@ -176,6 +178,24 @@ def test_a_kept_tie_becomes_a_head_of_its_own(name: str, kept: dict[str, PackedS
     assert manifest["facts"]["untied"] == f"{head} in 16 bits, {2 * rows * columns} bytes"
     assert 0 < manifest["facts"]["deviation"] < 2.0**-11
     assert manifest["check"]["relative_logit_error"] < 1e-3
+
+
+def test_the_decoder_of_a_model_that_takes_images_is_untied(tmp_path: Path) -> None:
+    more = table(8, 32) | {"keep_ties": True}
+    store = saved_models.rounded(tiny_models.build("mistral3"), tmp_path / "ours", R1, save_dtype="float16", more=more)
+    manifest = export(store.folder, "dense", tmp_path / "dense")
+    assert manifest["facts"]["untied"].startswith("lm_head.weight")
+    assert manifest["check"]["relative_logit_error"] < 2e-3
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "mistral3"])
+def test_a_quantization_may_ask_for_an_export_that_unties(name: str, tmp_path: Path) -> None:
+    chosen = saved_models.recipe(R1) | table(8, 32) | {"keep_ties": True}
+    model, text = tiny_models.build(name), [tiny_models.prose(3000)]
+    job = prepare(model, tmp_path / "ours", chosen, text, tokenizer=tiny_models.tokenizer())
+    check_job("dense", job)
+    with pytest.raises(gq.InputError, match=r"does not support|cannot hold the rounded embedding"):
+        check_job("executorch", job)
 
 
 @pytest.mark.parametrize("format_name", ["dense", "compressed-tensors"])

@@ -95,7 +95,7 @@ class ModelRequirements:
     @property
     def tie_points(self) -> tuple[HookPoint, ...]:
         """Where online maps keep the head tied to the embedding; see `gyroquant.formats.ties`."""
-        return tie_points(self.online, self.config, self.architecture)
+        return tie_points(self.online, self.architecture) if self.online else ()
 
     def around_blocks(self, layer: Layer) -> bool:
         """Whether a layer is an embedding or a head."""

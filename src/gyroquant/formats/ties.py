@@ -28,12 +28,14 @@ from gyroquant.models.stores.packed import PackedStore
 _ROWS = 4096  # rows of a head that are computed at once
 
 
-def tie_points(online: Iterable[OnlineOp], config: Any, architecture: Architecture | None) -> tuple[HookPoint, ...]:
-    """Where maps run that keep a head tied: before the last norm and before the head. Empty if there are none."""
+def tie_points(online: Iterable[OnlineOp], architecture: Architecture | None) -> tuple[HookPoint, ...]:
+    """Where maps run that keep a head tied: before the last norm and before the head. Empty if there are none.
+
+    Nothing else makes a map run before the last norm.
+    """
     maps = [op for op in online if isinstance(op, OnlineMap) and op.hook_point.point == "input"]
-    if not maps or config is None or not config.get_text_config(decoder=True).tie_word_embeddings:
-        return ()
-    names = modules_around(architecture, (Linear, Norm))
+    norms = {op.module for op in maps} & set(modules_around(architecture, (Norm,)))
+    names = norms and {*norms, *modules_around(architecture, (Linear,))}
     return tuple(op.hook_point for op in maps if op.module in names)
 
 

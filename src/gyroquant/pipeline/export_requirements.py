@@ -28,7 +28,7 @@ def requirements_of_job(job: Job) -> ModelRequirements:
         for grid in _grids(job, name, op)
     ]
     online = (*job.plan.online, *job.quantizers)
-    return ModelRequirements(job.graph.config.model_type, tuple(layers), online, job.graph.config)
+    return ModelRequirements(job.graph.config.model_type, tuple(layers), online, job.graph.config, job.graph)
 
 
 def _grids(job: Job, name: str, op: LinearOp) -> Iterable[Grid]:

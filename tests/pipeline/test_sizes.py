@@ -38,7 +38,12 @@ def stored(folder: Path) -> int:
 
 @pytest.mark.parametrize(
     ("name", "more"),
-    [("llama_tied", ["keep_ties=true"]), ("llama_tied", []), ("llama", []), ("gpt2", ["keep_ties=true"])],
+    [
+        ("llama_tied", ["keep_ties=true"]),
+        ("llama_tied", []),
+        pytest.param("llama", [], marks=pytest.mark.slow),
+        ("gpt2", ["keep_ties=true"]),
+    ],
 )
 def test_the_result_is_just_below_the_size(name: str, more: list[str], corpus: Path, tmp_path: Path) -> None:
     model = tiny_models.build(name)

@@ -7,8 +7,8 @@ import pytest
 import tiny_models
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from selection import some
 from scipy.stats import spearmanr
+from selection import some
 
 import gyroquant as gq
 from gyroquant.errors import RecipeError

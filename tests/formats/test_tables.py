@@ -23,7 +23,7 @@ from gyroquant.models.stores.packed import PackedStore
 from gyroquant.pipeline.export_requirements import check_job
 from gyroquant.pipeline.job import prepare
 
-IDS = {"F16": 1, "Q4_0": 2, "Q5_0": 6, "Q8_0": 8, "Q2_0": 42}
+IDS = {"F32": 0, "F16": 1, "Q4_0": 2, "Q5_0": 6, "Q8_0": 8, "Q2_0": 42}
 TABLE = "model.embed_tokens.weight"
 R1 = {"R1": {"method": "hadamard"}}
 
@@ -178,6 +178,18 @@ def test_a_kept_tie_becomes_a_head_of_its_own(name: str, kept: dict[str, PackedS
     assert manifest["facts"]["untied"] == f"{head} in 16 bits, {2 * rows * columns} bytes"
     assert 0 < manifest["facts"]["deviation"] < 2.0**-11
     assert manifest["check"]["relative_logit_error"] < 1e-3
+
+
+def test_a_head_that_fp16_cannot_hold_is_fp32(tmp_path: Path) -> None:
+    model = tiny_models.build("llama_tied")
+    with torch.no_grad():
+        model.model.norm.weight.fill_(3e7)
+    more = table(8, 32) | {"keep_ties": True}
+    store = saved_models.rounded(model, tmp_path / "ours", R1, save_dtype="float32", more=more)
+    manifest, tensors = in_gguf(store, tmp_path / "gguf")
+    assert tensors["output.weight"][0] == IDS["F32"]
+    assert manifest["facts"]["untied"] == f"lm_head.weight in 32 bits, {4 * 96 * 64} bytes"
+    assert manifest["check"]["relative_logit_error"] < 1e-5
 
 
 def test_the_decoder_of_a_model_that_takes_images_is_untied(tmp_path: Path) -> None:

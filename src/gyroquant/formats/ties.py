@@ -91,19 +91,23 @@ class UntiedStore(PackedStore):
         """What untying did, for the manifest: the head, its bytes, and its largest deviation."""
         head, deviation = self._matrix
         size = head.numel() * head.itemsize
-        return {"untied": f"{self.head.weight} in 16 bits, {size} bytes", "deviation": deviation}
+        return {"untied": f"{self.head.weight} in {8 * head.itemsize} bits, {size} bytes", "deviation": deviation}
 
     @cached_property
     def _matrix(self) -> tuple[Tensor, float]:
         """The head in fp16, or in fp32 if fp16 cannot hold it, and its largest error relative to its largest weight."""
-        table = self._read(self.head.weight)
+        table, gain = self._read(self.head.weight), self._original_gain()
         back, again = (self._maps[module].inverse().contragredient() for module in (self.norm.module, self.head.module))
-        gain = self._original_gain()
-        rows = [back.apply(again.apply(part.double()) * gain).float() for part in table.split(_ROWS)]
-        largest = max(float(part.abs().max()) for part in rows)
-        dtype = torch.float16 if largest <= torch.finfo(torch.float16).max else torch.float32
-        error = max(float((part.to(dtype).float() - part).abs().max()) for part in rows)
-        return torch.cat([part.to(dtype) for part in rows]), error / max(largest, 1e-30)
+        for dtype in (torch.float16, torch.float32):
+            head, largest, error = torch.empty(table.shape, dtype=dtype), 0.0, 0.0
+            for part, written in zip(table.split(_ROWS), head.split(_ROWS), strict=True):
+                exact = back.apply(again.apply(part.double()) * gain)
+                written.copy_(exact)
+                largest = max(largest, float(exact.abs().max()))
+                error = max(error, float((written.double() - exact).abs().max()))
+            if bool(head.isfinite().all()):
+                break
+        return head, error / max(largest, 1e-30)
 
     def _original_gain(self) -> Tensor:
         return self._read(self.norm.gain).double() + self.norm.entry.offset

@@ -29,12 +29,14 @@ def job(model: Path, out: Path, corpus: Path, *changes: str, recipe: str = "gptq
     return prepare(model, out, loaded, corpus, tokenizer=tiny_models.tokenizer(), **options)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("size", [16, -1])
 @pytest.mark.parametrize("name", ["llama_tied", "qwen2_moe", "gpt2", "gpt_neox"])
 def test_gradients_are_those_of_the_whole_model(
-    name: str, folders: dict[str, Path], corpus: Path, tmp_path: Path
+    name: str, size: int, folders: dict[str, Path], corpus: Path, tmp_path: Path
 ) -> None:
-    """Block by block, against one backward pass through everything."""
-    pipeline.run(job(folders[name], tmp_path / "out", corpus, "weights.bits=4"))
+    """Block by block, against one backward pass through everything. Scales of whole rows get theirs from outputs."""
+    changes = ["weights.bits=4", f"weights.group_size={size}", "weights.symmetric=true", "transform.R2.method=hadamard"]
+    pipeline.run(job(folders[name], tmp_path / "out", corpus, *changes))
     store, original, ids = (
         open_model(tmp_path / "out"),
         open_model(folders[name]),
@@ -56,6 +58,8 @@ def test_gradients_are_those_of_the_whole_model(
         loss = batches.step([0, 1], 0)
         whole = gq.load(folders[name], dtype="float32")
         wanted = whole(ids).logits.log_softmax(-1)
+    assert bool(model._by_output) == (size == -1)
+    model._by_output.clear()
     for tensor in model.moved.values():
         tensor.grad = None
     names = tuple(n for n in store.shapes if n not in store.graph.tied)

@@ -11,7 +11,8 @@ states of a batch before every block, and the logits of one sequence.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +20,8 @@ from typing import Annotated, Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from gyroquant.calibration.stream import Stream
 from gyroquant.evaluation.divergence import mean_divergence
@@ -127,6 +129,43 @@ class _Model:
                 self.moved[name] = torch.zeros(store.shapes[name])
         for tensor in self.moved.values():
             tensor.requires_grad_()
+        tuned = ((name, store.quantized(name)) for name in self.moved if name in rounded)
+        self._by_output = {name: (w.grid, w.params) for name, w in tuned if self._scales_outputs(name, w)}
+
+    def _scales_outputs(self, name: str, weight: QuantizedWeight) -> bool:
+        """Whether the scales of a weight scale the outputs of a module: one for each of its rows."""
+        op = self.graph.op(name)
+        module = self.store.skeleton().get_submodule(op.module)
+        plain = isinstance(module, (nn.Linear, Conv1D)) and not op.entry.stacked
+        return plain and weight.basis is None and weight.params.scale.shape[1] == 1
+
+    def unit_scales(self, names: tuple[str, ...]) -> dict[str, Tensor]:
+        """A leaf of ones for the outputs of each layer whose scales scale outputs, by the name of its weight."""
+        tuned = [name for name in names if name in self._by_output]
+        return {name: torch.ones(len(self.moved[name])).requires_grad_() for name in tuned}
+
+    @contextmanager
+    def scaling(self, ones: Mapping[str, Tensor]) -> Iterator[None]:
+        """While it lasts, the outputs of these layers, without their biases, are multiplied by the leaves."""
+        with ExitStack() as hooks:
+            for name, leaf in ones.items():
+                module = self.store.skeleton().get_submodule(self.graph.op(name).module)
+                hooks.callback(module.register_forward_hook(_multiply(leaf), prepend=True).remove)
+            yield
+
+    def collect(self, ones: Mapping[str, Tensor]) -> None:
+        """Adds the gradients of the leaves to those of the tuned scales.
+
+        ``s dL/ds`` of a scale s is the sum of gradient times output. So the gradient of the weight itself, as costly as
+        another forward pass, is not needed.
+        """
+        for name, leaf in ones.items():
+            if leaf.grad is None:
+                continue
+            moved, (grid, stored) = self.moved[name], self._by_output[name]
+            current = grid.round_params(stored.scale * (1 + moved.detach()), stored.zero).scale
+            gradient = leaf.grad.view_as(moved) * stored.scale / torch.where(current == 0, 1.0, current)
+            moved.grad = gradient if moved.grad is None else moved.grad + gradient
 
     def rescaled(self, name: str) -> tuple[QuantizedWeight, Tensor]:
         """A rounded weight with its current scales, rounded to storable numbers, and these scales with gradients."""
@@ -148,6 +187,8 @@ class _Model:
             value = stored.float() * (1 + change)
             return straight_through(value, value.to(stored.dtype).float())
         weight, scale = self.rescaled(name)
+        if name in self._by_output:
+            scale = weight.params.scale
         rows = len(weight.codes)
         steps = weight.grid.decode(weight.codes.view(rows, scale.shape[1], -1), weight.params) / weight.params.scale
         numbers = (steps * scale).view(rows, -1)
@@ -170,6 +211,16 @@ class _Model:
                 stored = self.store.read([name])[name]
                 arrays[name] = self._param(name).to(stored.dtype)
         return arrays
+
+
+def _multiply(leaf: Tensor) -> Callable[..., Tensor]:
+    """A hook that multiplies the outputs of a module, without its bias, by a leaf."""
+
+    def hook(module: Any, inputs: Any, output: Tensor) -> Tensor:
+        scale, bias = leaf.to(output.dtype), module.bias
+        return output * scale if bias is None else (output - bias) * scale + bias
+
+    return hook
 
 
 class _Batches:
@@ -271,15 +322,17 @@ class _Batches:
 
         Returns the gradients of its inputs.
         """
-        params = self.model.params(self.model.graph.block_params(index))
+        names = self.model.graph.block_params(index)
+        params, ones = self.model.params(names), self.model.unit_scales(names)
         leaves, input_gradients = self.model.leaves(params), []
-        with attached(self.model.store.skeleton(), self._online(index)):
+        with attached(self.model.store.skeleton(), self._online(index)), self.model.scaling(ones):
             for state, call, gradient in zip(states, calls, gradients, strict=True):
                 first = state.detach().requires_grad_()
                 out = self.runner.differentiable(index, leaves, first, call[index])
                 torch.autograd.backward(out, gradient)
                 input_gradients.append(first.grad)
         pass_back(params, leaves)
+        self.model.collect(ones)
         return input_gradients
 
 

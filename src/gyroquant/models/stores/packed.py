@@ -24,6 +24,7 @@ from gyroquant.models.graph.sites import HookPoint
 from gyroquant.models.stores.base import CheckpointStore
 from gyroquant.models.stores.packed_description import MAPS, PARTS, check_places, check_version
 from gyroquant.models.stores.safetensors_files import LazyTensor
+from gyroquant.models.stores.weight_bytes import part_of
 from gyroquant.system.checksums import check_files
 from gyroquant.system.progress import Advance
 
@@ -176,7 +177,8 @@ class PackedStore(CheckpointStore):
         return unpack(self.description, name, self._tensors[name].arrays, self.shapes[name])
 
     def bits_per_weight(self) -> float:
-        names = self.description["tensors"]
+        every = self.description["tensors"]
+        names = {name for name in every if part_of(self.graph, name) == "layers"} or every
         bits = sum(
             prod(tensor.shape) * _STORED_BITS[tensor.dtype]
             for name, tensor in self._stored.items()

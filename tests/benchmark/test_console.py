@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 
-from comparison_example import example
+from comparison_example import example, of_last_release
 from rich.table import Table
 
 from gyroquant.benchmark.console import compared
@@ -28,7 +28,25 @@ def test_results_over_the_budget_are_marked() -> None:
     comparison = example()
     judged = comparison["verdict"][0]
     over = judged["rows"][-1]["key"]
-    first = compared({**comparison, "verdict": [{**judged, "over": [over]}]}, "OUT")
+    rows = [{**row, "dominated_by": None} for row in judged["rows"]]
+    rows[0]["dominated_by"] = over
+    first = compared({**comparison, "verdict": [{**judged, "over": [over], "rows": rows}]}, "OUT")
     names = [str(cell) for part in first if isinstance(part, Table) for cell in part.columns[0].cells]
-    assert [name.endswith("(over the budget)") for name in names[: len(judged["rows"])]].count(True) == 1
-    assert names[len(judged["rows"]) - 1].endswith("(over the budget)")
+    assert [name.endswith("(over the budget)") for name in names[: len(rows)]].count(True) == 1
+    assert names[len(rows) - 1].endswith("(over the budget)")
+    label = next(cell["label"] for cell in comparison["cells"] if cell["key"] == over)
+    assert names[0].endswith(f"(dominated by {label})")
+
+
+def test_sizes_are_told_in_bytes_and_bits() -> None:
+    comparison = example()
+    tables = [part for part in compared(comparison, "OUT") if isinstance(part, Table)]
+    cell = next(run for run in comparison["cells"] if run["key"] == comparison["verdict"][0]["rows"][0]["key"])
+    told = [str(column._cells[0]) for column in tables[0].columns]
+    assert told[1] == f"{cell['weight_bytes']['total'] / 1e6:.1f} MB"
+    assert told[2] == f"{cell['whole_model_bits']:.3f}"
+    assert told[3] == f"{cell['true_bits']:.3f}"
+    old = [part for part in compared(of_last_release(), "OUT") if isinstance(part, Table)]
+    told = [str(column._cells[0]) for column in old[0].columns]
+    assert told[1].endswith(" MB")
+    assert told[2] == ""

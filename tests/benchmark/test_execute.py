@@ -226,7 +226,7 @@ def test_another_program_is_asked_and_one_that_is_not_installed_is_a_row(
         def run(self, variant: str, task: Task, python: Path) -> ToolResult:
             assert (variant, python, task.size.bits) == ("fast", Path("/python"), 2)
             assert not list(task.out.iterdir())
-            return ToolResult(task.model, 2.5, 1000, 3.0, 10**9, {"program": "1"}, 1200)
+            return ToolResult(task.model, 2.5, 1000, 3.0, 10**9, {"program": "1"}, 1200, {"total": 900})
 
     tried: list[Any] = []
 
@@ -248,6 +248,8 @@ def test_another_program_is_asked_and_one_that_is_not_installed_is_a_row(
     (score,) = found["cells"][2]["tests"].values()
     assert score["kl"] == pytest.approx(0, abs=1e-9)  # it deployed the original
     assert [found["cells"][2][key] for key in ("true_bits", "bytes", "file_bytes")] == [2.5, 1000, 1200]
+    assert found["cells"][2]["weight_bytes"] == {"total": 900}
+    assert found["cells"][2]["whole_model_bits"] == 8 * 900 / found["model"]["all_weights"]
     words = shlex.split(found["cells"][2]["command"])
     assert words[words.index("--external-tools") + 1] == "program:fast"
     assert found["cells"][2]["forward_equivalents"] == 3.0 / found["cells"][2]["measured"]["forward_seconds"]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from comparison_example import EVIL, example, hostile
+from comparison_example import EVIL, example, hostile, of_last_release
 
 from gyroquant.benchmark import rows as rows
 from gyroquant.benchmark.markdown import markdown
@@ -103,7 +103,7 @@ def test_the_verdict_comes_first_and_every_section_is_there(page: str) -> None:
     names = ["verdict", "tradeoff", "results", "layers", "outliers", "mass", "seeds", "repeat"]
     assert [one for one in Reader(page).ids if one in names] == names
     assert 'id="absent"' not in page
-    assert set(data_of(page)["plots"]) == {"pareto", "layers", "outliers", "mass", "seeds"}
+    assert set(data_of(page)["plots"]) == {"pareto", "pareto_bits", "layers", "outliers", "mass", "seeds"}
     assert len(Reader(page).labels) == 6
     assert all(Reader(page).labels)
 
@@ -221,11 +221,54 @@ def test_what_is_far_larger_than_its_name_is_told_and_not_drawn(tmp_path: Path) 
     comparison = example()
     (large,) = (run for run in comparison["cells"] if run["label"] == "perq W2 g64")
     large["true_bits"] = 7.885
+    large["weight_bytes"] = {**large["weight_bytes"], "total": 987_600_000}
     page = made(comparison, tmp_path)
-    assert "Too large to be drawn: perq W2 g64 (7.885 bits)." in page
-    points = data_of(page)["plots"]["pareto"]["data"]["values"]
-    assert "perq W2 g64" not in {one["name"] for one in points}
-    assert max(one["x"] for one in points) < 5
+    drawn = data_of(page)["plots"]
+    for plot, words, limit in (("pareto", "987.6 MB", 300), ("pareto_bits", "7.885 bits", 5)):
+        assert f"Too large to be drawn: perq W2 g64 ({words})." in page
+        points = drawn[plot]["data"]["values"]
+        assert "perq W2 g64" not in {one["name"] for one in points}
+        assert max(one["x"] for one in points) < limit
+
+
+def test_the_front_is_over_bytes_and_in_the_second_view_over_bits(page: str) -> None:
+    runs = {run["label"]: run for run in example()["cells"] if run["seed"] == 0 and run["status"] == "done"}
+    drawn = data_of(page)["plots"]
+    for plot, size in (
+        ("pareto", lambda run: run["weight_bytes"]["total"] / 1e6),
+        ("pareto_bits", lambda run: run["true_bits"]),
+    ):
+        points = drawn[plot]["data"]["values"]
+        assert {one["name"] for one in points} == set(runs)
+        assert all(one["x"] == pytest.approx(size(runs[one["name"]]), rel=1e-5) for one in points)
+    assert 'data-view="pareto">' in page
+    assert 'data-view="pareto_bits" hidden>' in page
+    assert re.search(r'<option value="pareto" selected>bytes of the file</option>', page)
+
+
+def test_rows_without_bytes_are_in_the_view_of_bits(tmp_path: Path) -> None:
+    comparison = of_last_release()
+    by_files = data_of(made(comparison, tmp_path))["plots"]["pareto"]["data"]["values"]
+    sizes = {run["label"]: run["bytes"] / 1e6 for run in comparison["cells"] if run["status"] == "done"}
+    assert all(one["x"] == pytest.approx(sizes[one["name"]], rel=1e-5) for one in by_files)
+    for run in comparison["cells"]:
+        run.pop("bytes", None)
+    page = made(comparison, tmp_path)
+    assert set(data_of(page)["plots"]) >= {"pareto_bits"}
+    assert "pareto" not in data_of(page)["plots"]
+    assert 'id="pareto" data-plot="pareto_bits"' in page
+    assert "On the front, from the smallest" in page
+    assert markdown(comparison)
+
+
+def test_the_table_has_bytes_and_bits_of_everything_and_of_the_layers(page: str) -> None:
+    (run,) = (one for one in example()["cells"] if one["label"] == "gsr W4 g64" and one["seed"] == 0)
+    said = [" ".join(text.split()) for text in Reader(page).runs]
+    total, layers = (run["weight_bytes"][part] / 1e6 for part in ("total", "layers"))
+    assert f"{total:.1f} MB{layers:.1f} MB in layers" in said
+    for heading in ("Size", "Bits, all", "Bits, layers"):
+        assert f">{heading}</button>" in page
+    assert f"{run['whole_model_bits']:.3f}" in said
 
 
 def test_boxes_are_drawn_where_there_are_seeds_enough() -> None:

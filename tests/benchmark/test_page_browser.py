@@ -138,7 +138,7 @@ def test_the_table_sorts(page: Any, press: str) -> None:
             page.execute_script("arguments[0].focus()", button)
             button.send_keys(Keys.ENTER if press == "enter" else Keys.SPACE)
 
-    for name, number in (("KL", 5), ("Perplexity", 3)):
+    for name, number in (("KL", 7), ("Perplexity", 5)):
         button = heading(page, name)
         use(button)
         up = column(page, number)
@@ -227,6 +227,27 @@ def test_selectors_change_their_plot(page: Any) -> None:
         assert len(marks(page, plot)) > 8, selector
 
 
+def test_the_size_is_in_bytes_or_in_bits_and_the_other_selectors_stay(page: Any) -> None:
+    def axis() -> str:
+        return str(page.execute_script("return document.querySelector('#pareto .role-axis-title').textContent"))
+
+    def captions() -> list[str]:
+        parts = page.find_elements(By.CSS_SELECTOR, "#tradeoff figcaption span")
+        return [part.text for part in parts if part.is_displayed()]
+
+    assert "MB" in captions()[0]
+    Select(page.find_element(By.ID, "pareto-bits")).select_by_value("2")
+    before = marks(page, "pareto")
+    for view, unit in (("pareto_bits", "bits"), ("pareto", "MB")):
+        Select(page.find_element(By.ID, "pareto-view")).select_by_value(view)
+        wait(lambda unit=unit: unit in axis())
+        assert len(captions()) == 1
+        assert f" {unit}," in captions()[0]
+    wait(lambda: marks(page, "pareto") == before)
+    Select(page.find_element(By.ID, "pareto-bits")).select_by_value("3")
+    wait(lambda: marks(page, "pareto") != before)
+
+
 def test_panels_share_a_scale_of_colours(page: Any) -> None:
     before = marks(page, "layers-b", ".role-mark")
     Select(page.find_element(By.ID, "layers-left")).select_by_value("gsr W2 g64")
@@ -248,7 +269,7 @@ def test_a_pointer_on_a_mark_shows_what_it_is(page: Any) -> None:
     wait(lambda: page.find_elements(By.CSS_SELECTOR, "#vg-tooltip-element.visible"))
     shown = page.find_element(By.ID, "vg-tooltip-element")
     keys = {one.text for one in shown.find_elements(By.CSS_SELECTOR, "td.key")}
-    assert {"Method", "Family", "True bits", "Perplexity", "Gap", "KL"} <= keys
+    assert {"Method", "Family", "Size", "Bits, layers", "Perplexity", "Gap", "KL"} <= keys
     assert "undefined" not in shown.text
     assert 0 <= shown.rect["x"] <= 1280 - shown.rect["width"]
     assert shown.rect["height"] < 400

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from gyroquant.benchmark.verdict import ROOM, verdict
+from gyroquant.benchmark.sizes import ALIKE, ROOM
+from gyroquant.benchmark.verdict import verdict
 
 BASE = [2.0, 2.4, 1.8, 2.2, 2.1, 2.3, 1.9, 2.5]
 
@@ -22,7 +23,8 @@ def run(name: str, gaps: float | Sequence[float], bits: float = 2.25, **changes:
     mean = sum(losses) / len(losses)
     score = {"loss": mean, "perplexity": math.exp(mean), "perplexity_interval": [1.0, 2.0], "window_losses": losses}
     plain = {"kind": "recipe", "bits": 2, "group_size": 64, "symmetric": False, "seed": 0, "status": "done"}
-    rest = {"key": name, "name": name, "true_bits": bits, "command": f"run {name}", "tests": {"text": score}}
+    size = {"true_bits": bits, "weight_bytes": {"total": round(bits * 1e6)}}
+    rest = {"key": name, "name": name, "command": f"run {name}", "tests": {"text": score}} | size
     return plain | rest | {"rotated": name not in ("rtn", "gptq")} | changes
 
 
@@ -52,6 +54,7 @@ def test_rotating_is_recommended_only_where_it_is_significantly_better() -> None
         "p": 2 / 2**8,
         "significant": True,
         "pays": True,
+        "equal_bytes": True,
     }
     assert "\nRotating pays: gsr" in judged["text"]
     judged = judge(run("gptq", 0.5), run("gsr", 0.6))
@@ -122,17 +125,88 @@ def test_without_either_side_nothing_is_said_of_rotating() -> None:
 
 
 def test_what_is_larger_than_the_budget_is_shown_and_neither_best_nor_recommended() -> None:
-    runs = [run("gptq", 0.5), run("gsr", 0.2, 2.25 + 0.9 * ROOM), program("Q4_1", 0.05, 2.25 + 1.1 * ROOM)]
+    near, beyond = 2.25 * (1 + 0.9 * ROOM), 2.25 * (1 + 1.1 * ROOM)
+    runs = [run("gptq", 0.5), run("gsr", 0.2, near), program("Q4_1", 0.05, beyond)]
     judged = judge(*runs)
-    assert judged["limit"] == pytest.approx(2.25 + ROOM)
+    assert judged["limit"] == pytest.approx(2.25e6 * (1 + ROOM))
+    assert judged["unit"] == "weight_bytes"
     assert judged["best"] == judged["recommended"] == "gsr"
     assert judged["over"] == ["Q4_1"]
     assert judged["front"] == ["gptq", "gsr", "Q4_1"]
     assert [row["key"] for row in judged["rows"]] == ["Q4_1", "gsr", "gptq"]
-    assert "over the budget of 2.350 bits: Q4_1" in judged["text"]
+    assert "over the budget of 2.3 MB: Q4_1" in judged["text"]
     wider = judge(*runs, run("gptq", 0.6, 2.5, key="gptq32", group_size=32))
     assert wider["recommended"] == "Q4_1"  # the budget is that of the finest scales
     assert wider["over"] == []
+
+
+def test_bytes_decide_and_not_bits() -> None:
+    """A head that R1 unties has the bits of the layers, and more bytes."""
+    untied = run("gsr", 0.1, weight_bytes={"total": 3_900_000})
+    judged = judge(run("gptq", 0.5), untied)
+    assert judged["over"] == ["gsr"]
+    assert judged["recommended"] == "gptq"
+    assert "every result that rotates is over the budget" in judged["text"]
+    assert "keep_ties=true" in judged["text"]
+
+
+def test_results_without_bytes_of_weights_are_compared_by_their_files() -> None:
+    old = [
+        {**one, "weight_bytes": None, "bytes": size} for one, size in ((run("gptq", 0.5), 90), (run("gsr", 0.1), 99))
+    ]
+    judged = judge(*old)
+    assert judged["unit"] == "bytes"
+    assert judged["over"] == ["gsr"]
+    assert judge(old[0], {**run("gsr", 0.1), "bytes": 90})["unit"] == "bytes"  # one of them is enough
+
+
+def test_rotating_is_judged_at_equal_bytes() -> None:
+    """The best result without rotation is larger: it is not what a smaller rotated one is measured by."""
+    ours, large = run("gsr", 0.3, 2.0), program("Q4_1", 0.1, 2.25)
+    judged = judge(run("gptq", 0.5), ours, large)
+    assert judged["recommended"] == "Q4_1"
+    assert "significantly worse at 11 % fewer bytes" in judged["text"]
+    assert judged["rotation"]["equal_bytes"] is judged["rotation"]["pays"] is False
+    assert "Whether rotating pays at equal bytes is not known: Q4_1 has 1.22 times lower" in judged["text"]
+    small = {**program("Q3", 0.6, 1.9), "bits": 3}
+    for one in verdict([run("gptq", 0.5), ours, large, small], ORIGINAL)[:1]:
+        assert (one["rotation"]["rotated"], one["rotation"]["plain"]) == ("gsr", "Q3")
+        assert one["rotation"]["pays"]
+        assert one["rotation"]["equal_bytes"]
+        assert "Rotating pays at equal bytes: gsr" in one["text"]
+        assert "of all with at most 2.0 MB" in one["text"]
+
+
+def dominated(*runs: dict[str, Any], windows: int = len(BASE)) -> dict[str, str | None]:
+    verdicts = verdict(runs, {"text": {"loss": 2.2, "window_losses": BASE[:windows]}})
+    return {row["key"]: row["dominated_by"] for judged in verdicts for row in judged["rows"]}
+
+
+def test_a_result_is_dominated_by_a_smaller_one_that_is_no_worse() -> None:
+    assert dominated(run("gptq", 0.5, 2.0), run("gsr", 0.5, 2.5)) == {"gptq": None, "gsr": "gptq"}
+    noisy = run("gsr", [0.45 + gap for gap in NOISY], 2.5)  # lower by chance
+    assert dominated(run("gptq", 0.5, 2.0), noisy)["gsr"] == "gptq"
+    assert dominated(run("gptq", 0.5, 2.0), run("gsr", 0.4, 2.5)) == {"gptq": None, "gsr": None}
+
+
+def test_at_equal_bytes_a_result_is_dominated_by_one_that_is_significantly_better() -> None:
+    close = 2.25 * (1 + 0.5 * ALIKE)
+    assert dominated(run("gptq", 0.5), run("gsr", 0.4, close)) == {"gptq": "gsr", "gsr": None}
+    chance = [0.45 + gap for gap in NOISY]
+    assert dominated(run("gptq", 0.5), run("gsr", chance, close)) == {"gptq": None, "gsr": None}
+
+
+def test_bits_do_not_protect_from_being_dominated() -> None:
+    four = {**run("rtn", 0.6, 4.25), "bits": 4}
+    assert dominated(run("gptq", 0.5, 3.0), four) == {"gptq": None, "rtn": "gptq"}
+    judged = verdict([run("gptq", 0.5, 3.0), four], ORIGINAL)[1]
+    assert "But gptq (" in judged["text"]
+    assert "of W2, is smaller and has a lower perplexity" in judged["text"]
+
+
+def test_nothing_is_dominated_where_nothing_can_be_significant() -> None:
+    runs = run("gptq", [0.5] * 5, 2.0), run("gsr", [0.5] * 5, 2.5)
+    assert set(dominated(*runs, windows=5).values()) == {None}
 
 
 def test_p_is_adjusted_for_having_chosen() -> None:

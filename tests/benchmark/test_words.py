@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from comparison_example import example
+from comparison_example import example, of_last_release
 
 from gyroquant.benchmark import rows as rows
 from gyroquant.benchmark.markdown import markdown
@@ -31,12 +31,15 @@ def lines(text: str, mark: str) -> set[str]:
 def test_what_sets_a_row_apart_stands_in_it(tmp_path: Path) -> None:
     comparison = example()
     text, shown = markdown(comparison), page(comparison, tmp_path)
-    assert lines(text, "*over the budget*") == {"llama.cpp: K-quants"}
+    assert lines(text, "*over the budget*") == {"gsr", "quarot", "perq"}
+    assert len(lines(text, "*dominated by gyro")) == 8
     assert lines(text, "*128 samples*") == {"gyro"}
     tests = len(rows.tests(comparison))
-    assert shown.count(">over the budget</span>") == 3 * tests
+    assert shown.count(">over the budget</span>") == 3 * 3 * tests
     assert shown.count(">128 samples</span>") == 3 * 5 * tests  # as many seeds
-    assert "over the budget (more true bits than 2.380 at 2 bits, 3.380" in notes(comparison)
+    assert "over the budget (more than 88.7 MB at 2 bits, 102.2 MB at 3 bits" in notes(comparison)
+    assert "A result is dominated if another one" in notes(comparison)
+    assert "over the budget (more than 2.380 true bits at 2 bits, 3.380" in notes(of_last_release())
     for words in (text, shown):
         assert notes(comparison) in words
 

@@ -55,6 +55,7 @@ def make_comparison(
             "blocks": len(graph.blocks),
             "hidden": graph.hidden,
             "weights": sum(math.prod(op.shape) for block in graph.blocks for op in block.linears if op.entry.quantize),
+            "all_weights": store.weights,
         },
         "texts": {
             "calibration": {

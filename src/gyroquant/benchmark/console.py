@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from gyroquant.benchmark.sizes import bytes_of, text, unit
 from gyroquant.report.console import table
 
 
@@ -12,9 +13,10 @@ def compared(comparison: Mapping[str, Any], out: str) -> list[Any]:
     """The results of `compare`: a table and a verdict for each number of bits and text, then runs without a result."""
     by_key = {run["key"]: run for run in comparison["cells"]}
     shown: list[Any] = [f"note: {note}" for note in comparison["notes"]]
-    header = ("", "true bits", "perplexity", "95 %", "KL", "p against best", "proof", "minutes")
+    kind = unit(comparison["cells"])
+    header = ("", "size", "bits, all", "bits, layers", "perplexity", "95 %", "KL", "p against best", "proof", "minutes")
     for budget in comparison["verdict"]:
-        rows = [_cells(by_key[row["key"]], row, budget) for row in budget["rows"]]
+        rows = [_cells(by_key, row, budget, kind) for row in budget["rows"]]
         base = comparison["original"]["tests"][budget["test"]]["perplexity"]
         title = f"{budget['bits']} bits on {budget['test']}; the original has perplexity {base:.2f}"
         shown += [table(title, header, rows, right=range(1, len(header))), budget["text"], ""]
@@ -28,15 +30,23 @@ def compared(comparison: Mapping[str, Any], out: str) -> list[Any]:
     return [*shown, f"the page with all results: {out}/index.html"]
 
 
-def _cells(run: Mapping[str, Any], row: Mapping[str, Any], budget: Mapping[str, Any]) -> tuple[str, ...]:
+def _cells(
+    by_key: Mapping[str, Mapping[str, Any]], row: Mapping[str, Any], budget: Mapping[str, Any], kind: str
+) -> tuple[str, ...]:
+    run = by_key[row["key"]]
     score = run["tests"][budget["test"]]
     low, high = score["perplexity_interval"]
     proof = "" if run["proof_error"] is None else f"{run['proof_error']:.0e}"
     against = "best" if row["key"] == budget["best"] else f"{row['against_best']['p']:.4f}"
     kl = "" if score["kl"] is None else f"{score['kl']:.3f}"
     name = run["label"] + (" *" if row["key"] in budget["front"] else "")
+    size, whole, other = bytes_of(run, kind), run.get("whole_model_bits"), by_key.get(row.get("dominated_by") or "")
+    marks = ["over the budget"] if row["key"] in budget["over"] else []
+    marks += [f"dominated by {other['label']}"] if other else []
     return (
-        name + (" (over the budget)" if row["key"] in budget["over"] else ""),
+        name + (f" ({', '.join(marks)})" if marks else ""),
+        "" if size is None else text(size),
+        "" if whole is None else f"{whole:.3f}",
         f"{run['true_bits']:.3f}",
         f"{score['perplexity']:.4g}",
         f"{low:.4g} to {high:.4g}",

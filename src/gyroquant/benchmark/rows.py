@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from gyroquant.benchmark.kinds import EXTERNAL_TOOL
+from gyroquant.benchmark.sizes import FILES, bytes_of, in_layers, unit
+from gyroquant.benchmark.sizes import text as size_text
 from gyroquant.system.environment import size
 
 UNROTATED, OURS, PAPERS, EXTERNAL_TOOLS = "not rotated", "gyroquant's own", "recipes of papers", "external tools"
 FAMILIES = (UNROTATED, OURS, PAPERS, EXTERNAL_TOOLS)
 NONE = "-"
 OVER = "over the budget"
+DOMINATED = "dominated by"
 
 RunResult = Mapping[str, Any]
 
@@ -89,7 +92,7 @@ class Row:
     row: its row in the verdict. Empty if it has none.
     gap: ln(perplexity / perplexity of the original), or None.
     roles: those of "recommended", "best" and "baseline" that the verdict gives it.
-    marks: how it differs from the other rows: over the budget, another number of calibration windows.
+    marks: how it differs from the other rows: over the budget, dominated, another number of calibration windows.
     seed: its seed in words. Empty if there is one seed only.
     spread: the lowest and the highest perplexity over seeds, or None.
     """
@@ -120,6 +123,7 @@ def rows(comparison: Mapping[str, Any], test: str) -> list[Row]:
     """Every run on one text: by bits, then runs with a result by gap, then runs without."""
     original = number(comparison["original"]["tests"].get(test, {}).get("perplexity"))
     budget_of = {budget["bits"]: budget for budget in comparison["verdict"] if budget["test"] == test}
+    labels = {run["key"]: str(run["label"]) for run in comparison["cells"]}
     result = []
     for group in by_seed(comparison, done=False):
         over_seeds = [number(_evaluation(run, test).get("perplexity")) for run in group]
@@ -140,7 +144,7 @@ def rows(comparison: Mapping[str, Any], test: str) -> list[Row]:
                     row=row,
                     gap=gap,
                     roles=_roles(budget, run),
-                    marks=_marks(comparison, budget, run),
+                    marks=_marks(comparison, budget, run, labels.get(row.get("dominated_by"))),
                     seed=f"seed {run['seed']}" if len(group) > 1 else "",
                     spread=(min(perplexities), max(perplexities)) if len(perplexities) > 1 else None,
                 )
@@ -163,10 +167,13 @@ def own_samples(comparison: Mapping[str, Any], run: RunResult) -> int | None:
     return nsamples if nsamples is not None and nsamples != comparison["settings"]["nsamples"] else None
 
 
-def _marks(comparison: Mapping[str, Any], budget: Mapping[str, Any], run: RunResult) -> tuple[str, ...]:
+def _marks(
+    comparison: Mapping[str, Any], budget: Mapping[str, Any], run: RunResult, dominating: str | None
+) -> tuple[str, ...]:
     samples = own_samples(comparison, run)
-    over = (OVER,) if run["key"] in budget.get("over", ()) else ()
-    return over if samples is None else (*over, f"{samples} samples")
+    marks = [OVER] if run["key"] in budget.get("over", ()) else []
+    marks += [f"{DOMINATED} {dominating}"] if dominating else []
+    return tuple(marks if samples is None else [*marks, f"{samples} samples"])
 
 
 def decimals(value: Any, digits: int, sign: bool = False) -> str:
@@ -291,27 +298,42 @@ def _task(name: str) -> Column:
     return Column(f"task-{name}", name, meaning, value, _printed(value, lambda share: f"{100 * share:.1f} %"), error)
 
 
+def _size(kind: str) -> Column:
+    """The column of bytes."""
+    meaning = "bytes of all weights in the file: layers, embeddings, head and the rest"
+    if kind == FILES:
+        meaning = "bytes of the result's files, with 16 bits for every weight that is not rounded"
+
+    def value(row: Row) -> float | None:
+        return bytes_of(row.run, kind) if row.done else None
+
+    return Column(
+        "bytes", "Size", meaning, value, _printed(value, size_text), lambda row: in_layers(row.run) if row.done else ""
+    )
+
+
 def columns(comparison: Mapping[str, Any]) -> list[Column]:
     """The columns of the table after the name, without those that are empty for all runs."""
     tasks = dict.fromkeys(name for run in comparison["cells"] for name in (run.get("tasks") or {}))
     all_columns = [
         _column("bits", "Bits", "the bit budget", lambda row: number(row.run["bits"]), lambda bits: f"{bits:.0f}"),
+        _size(unit(comparison["cells"])),
+        _column(
+            "whole_bits",
+            "Bits, all",
+            "bits of everything that is stored, per weight of the original",
+            _of_run("whole_model_bits"),
+            lambda bits: f"{bits:.3f}",
+        ),
         _column(
             "true_bits",
-            "True bits",
+            "Bits, layers",
             "all stored bits per rounded weight: codes, scales, zero points, padding, online maps",
             _of_run("true_bits"),
             lambda bits: f"{bits:.3f}",
         ),
         *_evaluated(),
         *map(_task, tasks),
-        _column(
-            "bytes",
-            "Size",
-            "size of the result's files, with 16 bits for every weight that is not rounded",
-            _of_run("bytes"),
-            size,
-        ),
         _column("minutes", "Minutes", "time to quantize", _measured("seconds"), lambda seconds: f"{seconds / 60:.1f}"),
         _column("memory", "Memory", "peak memory while quantizing", _measured("peak_memory_bytes"), size),
         _column(

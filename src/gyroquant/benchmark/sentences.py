@@ -7,6 +7,7 @@ from typing import Any
 
 from gyroquant.benchmark.kinds import RECIPE
 from gyroquant.benchmark.rows import OVER, by_seed, columns, interval, own_samples, perplexity, tests
+from gyroquant.benchmark.sizes import FILES, WEIGHTS, text, unit
 
 COVERAGE = {2: 50, 3: 75, 4: 80, 5: 84, 6: 85, 8: 88, 10: 90, 15: 92, 20: 93, 30: 93}
 """By number of windows: the percentage of normally distributed samples whose 95 % bootstrap interval holds the mean."""
@@ -71,18 +72,36 @@ def notes(comparison: Mapping[str, Any]) -> str:
             "Each p in a table is for one row and the best of its budget. The p values of the verdict are adjusted for "
             "the selection."
         )
-    limits = {one["bits"]: one["limit"] for one in comparison["verdict"] if one.get("over")}
+    limits = {one["bits"]: _limit(one) for one in comparison["verdict"] if one.get("over")}
     if limits:
-        budgets = ", ".join(f"{limit:.3f} at {bits} bits" for bits, limit in limits.items())
+        budgets = ", ".join(f"{limit} at {bits} bits" for bits, limit in limits.items())
+        lines.append(f"A result {OVER} (more than {budgets}) is neither best nor recommended. It may be on the front.")
+    if any(row.get("dominated_by") for one in comparison["verdict"] for row in one["rows"]):
         lines.append(
-            f"A result {OVER} (more true bits than {budgets}) is neither best nor recommended. It may be on the front."
+            "A result is dominated if another one, of whatever bits, has fewer bytes and a perplexity that is not "
+            "significantly higher, or equal bytes and a perplexity that is significantly lower."
         )
     if "bytes" in shown:
-        lines.append(
-            "The size has 16 bits for every weight that is not rounded. If embedding and head were tied, a rotated "
-            "model is larger, because R1 unties them."
-        )
+        lines.append(_SIZES[unit(comparison["cells"])])
     return " ".join(lines)
+
+
+def _limit(budget: Mapping[str, Any]) -> str:
+    """The budget of a verdict, as text. Comparisons of the last release have one in true bits."""
+    return text(budget["limit"]) if "unit" in budget else f"{budget['limit']:.3f} true bits"
+
+
+_SIZES = {
+    WEIGHTS: (
+        "The size is that of all weights in the file, with embedding and head as each tool leaves them by default, and "
+        "at most 16 bits for a weight that is not rounded. R1 unties a head that is tied to the embedding, unless "
+        "keep_ties is set: then the two are larger."
+    ),
+    FILES: (
+        "The size is that of all files, with 16 bits for every weight that is not rounded. If embedding and head were "
+        "tied, a rotated model is larger, because R1 unties them."
+    ),
+}
 
 
 def _intervals(comparison: Mapping[str, Any]) -> Iterable[str]:

@@ -12,14 +12,8 @@ from typing import Any
 
 from gyroquant.benchmark.kinds import EXTERNAL_TOOL, RECIPE
 from gyroquant.benchmark.rows import perplexity, same
+from gyroquant.benchmark.sizes import ALIKE, ROOM, bytes_of, dominating, percent, text, unit
 from gyroquant.evaluation.paired import LEVEL, front, max_t, paired
-
-ROOM = 0.1
-"""Bits per weight that a result may take above our recipes that rotate nothing and still be within the budget.
-
-Stored rotations take a few hundredths of a bit. Another format of scales, or padded rows, takes a few more. The next
-larger type of an external tool takes half a bit, and would win by its size alone.
-"""
 
 Result = Mapping[str, Any]
 
@@ -28,27 +22,47 @@ def verdict(runs: Sequence[Result], original: Mapping[str, Any]) -> list[dict[st
     """One verdict for every number of bits and every test. Runs that are not done or have a loss that is not finite do
     not count.
 
-    The budget is the largest true bits of our recipes that rotate nothing, plus ROOM. A result over the budget is a row
-    and may be on the front, but it is neither best nor recommended. Two questions are answered within the budget:
+    Results are compared at equal bytes of all their weights. The budget is the most bytes of our recipes that rotate
+    nothing, plus ROOM. A result over the budget is a row and may be on the front, but it is neither best nor
+    recommended. A row states by which result it is dominated (`dominating`), at whatever bits. Two questions are
+    answered within the budget:
 
     - Which result to use: the one with the lowest loss among those that are significantly better than the baseline.
       If there is no such result, the baseline. The baseline is the best of our recipes that rotate nothing.
     - Whether rotating pays: the best result that rotates against the best result that does not, ours or an external
-      tool's.
+      tool's. If one of them has more bytes, each side is searched again, at whatever bits, for results that have no
+      more bytes than the smaller one.
 
     Each p of an answer is adjusted for the selection (`max_t`). Each p in `rows` is for one pair of runs, unadjusted.
     All of them use the lowest seed of each run, so they do not include the randomness of a run itself. If there are
     several seeds, the text gives the range of both runs, and at how many seeds the answer is the same.
     """
-    verdicts = []
+    verdicts, kind = [], unit(runs)
+    every = {test: _finite_runs([run for run in runs if run["status"] == "done"], test) for test in original}
+    dominated = {test: dominating(_first_seeds(every[test]), test) for test in original}
     for bits in sorted({run["bits"] for run in runs}):
         for test in original:
             done = [c for c in runs if c["bits"] == bits and c["status"] == "done" and test in c["tests"]]
-            finite = [run for run in done if _finite(run["tests"][test])]
+            finite = [run for run in every[test] if run["bits"] == bits]
             if finite:
                 lost = sorted({run["name"] for run in done} - {run["name"] for run in finite})
-                verdicts.append(_budget(bits, _Field(finite, test), lost, original[test]))
+                by_key = {run["key"]: run for run in every[test]}
+                others = {key: by_key[other] for key, other in dominated[test].items()}
+                field = _Field(finite, test, kind, others, every[test])
+                verdicts.append(_budget(bits, field, lost, original[test]))
     return verdicts
+
+
+def _finite_runs(done: Sequence[Result], test: str) -> list[Result]:
+    return [run for run in done if test in run["tests"] and _finite(run["tests"][test])]
+
+
+def _first_seeds(runs: Sequence[Result]) -> list[Result]:
+    """The lowest seed of each run."""
+    first: dict[tuple[Any, ...], Result] = {}
+    for run in sorted(runs, key=lambda run: run["seed"]):
+        first.setdefault(same(run), run)
+    return list(first.values())
 
 
 def _finite(score: Mapping[str, Any]) -> bool:
@@ -61,12 +75,21 @@ def _rotated(run: Result) -> bool:
 
 @dataclass(frozen=True)
 class _Contest:
-    """Two runs on the same windows. `factor` is the perplexity of `higher` over that of `lower`."""
+    """Two runs on the same windows. `factor` is the perplexity of `higher` over that of `lower`.
+
+    `more` is the share of bytes that `lower` takes above those of `higher`; negative if it takes fewer.
+    """
 
     lower: Result
     higher: Result
     factor: float
     p: float
+    more: float = 0.0
+
+    @property
+    def sizes(self) -> str:
+        """How the bytes of `lower` differ from those of `higher`. Empty if they do not."""
+        return "" if abs(self.more) <= ALIKE else f"{percent(self.more)} {'more' if self.more > 0 else 'fewer'} bytes"
 
     @property
     def significant(self) -> bool:
@@ -75,7 +98,12 @@ class _Contest:
 
 @dataclass(frozen=True)
 class _Rotation(_Contest):
-    """The contest of the best run that rotates and the best run that does not."""
+    """The contest of the best run that rotates and the best run that does not.
+
+    `room`: the most bytes that either could have, if they were searched at equal bytes.
+    """
+
+    room: float | None = None
 
     @property
     def lower_rotates(self) -> bool:
@@ -90,8 +118,13 @@ class _Rotation(_Contest):
         return self.higher if self.lower_rotates else self.lower
 
     @property
+    def larger(self) -> bool:
+        """Whether the lower run has more bytes, so that the contest is not at equal bytes."""
+        return self.more > ALIKE and self.room is None
+
+    @property
     def pays(self) -> bool:
-        return self.lower_rotates and self.significant
+        return self.lower_rotates and self.significant and not self.larger
 
 
 class _Field:
@@ -99,22 +132,29 @@ class _Field:
 
     runs: lowest seed of each, by rising loss.
     baseline: the best of our recipes that rotate nothing, or None.
-    limit: true bits of the budget, or None without a baseline.
+    limit: bytes of the budget, or None without a baseline.
+    kind: what bytes are of (`sizes.unit`).
+    dominated: by the key of a run, the run that dominates it.
+    every: the same as `runs`, of all numbers of bits.
     over, within: the runs over the budget, and the others.
     candidates: the runs within the budget that are tested against the baseline. `adjusted` has their p by key.
     recommended: the first candidate that is significantly better than the baseline, else the baseline, else the best.
     """
 
-    def __init__(self, runs: Sequence[Result], test: str):
-        self.test, self.all = test, runs
-        first: dict[tuple[Any, ...], Result] = {}
-        for run in sorted(runs, key=lambda run: run["seed"]):
-            first.setdefault(same(run), run)
-        self.runs = sorted(first.values(), key=lambda run: (self.loss(run), run["key"]))
+    def __init__(
+        self,
+        runs: Sequence[Result],
+        test: str,
+        kind: str,
+        dominated: Mapping[str, Result],
+        every: Sequence[Result],
+    ):
+        self.test, self.all, self.kind, self.dominated = test, runs, kind, dominated
+        self.runs, self.every = self._ranked(runs), self._ranked(every)
         plain = [run for run in self.runs if run["kind"] == RECIPE and not _rotated(run)]
         self.baseline = next(iter(plain), None)
-        self.limit = max(run["true_bits"] for run in plain) + ROOM if plain else None
-        self.over = [run for run in self.runs if self.limit is not None and run["true_bits"] > self.limit]
+        self.limit = max(map(self.size, plain)) * (1 + ROOM) if plain else None
+        self.over = [run for run in self.runs if self.limit is not None and self.size(run) > self.limit]
         self.within = [run for run in self.runs if run not in self.over]
         self.best = self.within[0]
         # Another of our recipes that rotate nothing cannot be better than the best of them.
@@ -122,10 +162,19 @@ class _Field:
         self.adjusted = self._max_t(self.candidates, self.baseline) if self.baseline else {}
         self.recommended = next(filter(self.better, self.candidates), self.baseline or self.best)
 
+    def _ranked(self, runs: Sequence[Result]) -> list[Result]:
+        """The lowest seed of each run, by rising loss."""
+        return sorted(_first_seeds(runs), key=lambda run: (self.loss(run), run["key"]))
+
     def seeds(self, run: Result) -> dict[int, float]:
         """The perplexities of a run by seed."""
         alike = [other for other in self.all if same(other) == same(run)]
         return {other["seed"]: other["tests"][self.test]["perplexity"] for other in alike}
+
+    def size(self, run: Result) -> float:
+        """The bytes of a run. A run that does not state them is over every budget."""
+        size = bytes_of(run, self.kind)
+        return math.inf if size is None else size
 
     def loss(self, run: Result) -> float:
         return float(run["tests"][self.test]["loss"])
@@ -148,7 +197,8 @@ class _Field:
         swap = self.loss(second) < self.loss(first)
         lower, higher = (second, first) if swap else (first, second)
         p = self._max_t(sides[swap], higher)[lower["key"]]
-        return _Contest(lower, higher, _exponential(self.loss(higher) - self.loss(lower)), p)
+        more = self.size(lower) / self.size(higher) - 1
+        return _Contest(lower, higher, _exponential(self.loss(higher) - self.loss(lower)), p, more)
 
     def other(self) -> _Contest | None:
         """The recommended run against the best of the other kind: recipes of ours, or external tools."""
@@ -157,12 +207,30 @@ class _Field:
         return self.contest(self.recommended, sides[1][0], sides) if sides[1] else None
 
     def rotation(self) -> _Rotation | None:
-        """The best run that rotates against the best run that does not, or None if there are not both."""
-        sides = [run for run in self.within if _rotated(run)], [run for run in self.within if not _rotated(run)]
-        return _Rotation(**vars(self.contest(sides[0][0], sides[1][0], sides))) if all(sides) else None
+        """The best run that rotates against the best run that does not, or None if there are not both.
+
+        At equal bytes if possible: if one has more bytes than the other and is better, each side is searched again for
+        runs of no more bytes than the smaller one, at whatever bits.
+        """
+        sides = _sides(self.within)
+        if not all(sides):
+            return None
+        contest = _Rotation(**vars(self.contest(sides[0][0], sides[1][0], sides)))
+        if not contest.larger:
+            return contest
+        room = self.size(contest.higher) * (1 + ALIKE)
+        sides = _sides([run for run in self.every if self.size(run) <= room])
+        if not all(sides):
+            return contest
+        return _Rotation(**vars(self.contest(sides[0][0], sides[1][0], sides)), room=room)
 
     def _max_t(self, runs: Iterable[Result], against: Result) -> dict[str, float]:
         return max_t({run["key"]: self.windows(run) for run in runs}, self.windows(against))
+
+
+def _sides(runs: Sequence[Result]) -> tuple[list[Result], list[Result]]:
+    """The runs that rotate, and those that do not."""
+    return [run for run in runs if _rotated(run)], [run for run in runs if not _rotated(run)]
 
 
 def _span(run: Result, perplexities: Sequence[float]) -> str:
@@ -185,6 +253,7 @@ def _budget(bits: int, field: _Field, lost: Sequence[str], original: Mapping[str
         "bits": bits,
         "test": field.test,
         "limit": field.limit,
+        "unit": field.kind,
         "over": [run["key"] for run in field.over],
         "baseline": None if baseline is None else baseline["key"],
         "best": field.best["key"],
@@ -192,14 +261,17 @@ def _budget(bits: int, field: _Field, lost: Sequence[str], original: Mapping[str
         "command": recommended["command"],
         "home": recommended.get("home"),
         "rotation": _rotation(rotation),
-        "front": front({run["key"]: (run["true_bits"], field.loss(run)) for run in field.runs}),
+        "front": front({run["key"]: (field.size(run), field.loss(run)) for run in field.runs}),
         "rows": [_row(run, field, original) for run in field.runs],
         "text": "\n".join(" ".join(line) for line in lines if line),
     }
 
 
 def _rotation(contest: _Rotation | None) -> dict[str, Any] | None:
-    """The answer about rotations. `factor`: how many times lower the perplexity is with them (below 1: higher)."""
+    """The answer about rotations. `factor`: how many times lower the perplexity is with them (below 1: higher).
+
+    `equal_bytes`: whether the result with the lower perplexity has no more bytes than the other.
+    """
     if contest is None:
         return None
     return {
@@ -209,6 +281,7 @@ def _rotation(contest: _Rotation | None) -> dict[str, Any] | None:
         "p": contest.p,
         "significant": contest.significant,
         "pays": contest.pays,
+        "equal_bytes": not contest.larger,
     }
 
 
@@ -226,6 +299,7 @@ def _row(run: Result, field: _Field, original: Mapping[str, Any]) -> dict[str, A
         "against_baseline": None if field.baseline is None else against(field.baseline),
         "adjusted_p": field.adjusted.get(run["key"]),
         "spread": [min(seeds), max(seeds)] if len(seeds) > 1 else None,
+        "dominated_by": field.dominated[run["key"]]["key"] if run["key"] in field.dominated else None,
     }
 
 
@@ -237,14 +311,15 @@ class _Words:
         self.mentioned: set[str] = set()
 
     def mention(self, run: Result) -> str:
-        """The name of a run. The first time also perplexity, interval and true bits."""
+        """The name of a run. The first time also perplexity, interval, bytes and true bits."""
         name = str(run["name"])
         if run["key"] in self.mentioned:
             return name
         self.mentioned.add(run["key"])
         score = run["tests"][self.field.test]
         low, high = map(perplexity, score["perplexity_interval"])
-        return f"{name} ({perplexity(score['perplexity'])}, {low} to {high}, {run['true_bits']:.3f} bits)"
+        size = f"{text(self.field.size(run))} at {run['true_bits']:.3f} bits"
+        return f"{name} ({perplexity(score['perplexity'])}, {low} to {high}, {size})"
 
     def use(self) -> list[str]:
         """Which result to use and why, and which has the lowest mean loss if that is another one."""
@@ -258,7 +333,8 @@ class _Words:
         if chosen is baseline:
             lines = [f"Use {self.mention(baseline)}, the best of our recipes that rotate nothing."]
             if best is baseline:
-                return [*lines, "No other result within the budget has a lower perplexity.", *self._larger()]
+                lines.append("No other result within the budget has a lower perplexity.")
+                return [*lines, *self._larger(), *self._dominating(baseline)]
         else:
             factor = _exponential(field.loss(baseline) - field.loss(chosen))
             lines = [
@@ -271,14 +347,24 @@ class _Words:
                 f"The lowest perplexity is that of {self.mention(best)}, but it is not significantly lower than that "
                 f"of {self.mention(baseline)} (p = {field.adjusted[best['key']]:.4f}): measure on more text."
             )
-        return lines + self._larger()
+        return [*lines, *self._larger(), *self._dominating(chosen)]
+
+    def _dominating(self, chosen: Result) -> list[str]:
+        """The result that dominates the recommended one, at whatever bits."""
+        other = self.field.dominated.get(chosen["key"])
+        if other is None:
+            return []
+        smaller = "is smaller" if self.field.size(other) < self.field.size(chosen) else "takes the same bytes"
+        way = "has a lower" if self.field.loss(other) < self.field.loss(chosen) else "has no significantly higher"
+        return [f"But {self.mention(other)}, of W{other['bits']}, {smaller} and {way} perplexity."]
 
     def _larger(self) -> list[str]:
         """The best result over the budget, if it is better than the best within."""
         field = self.field
         if not field.over or field.loss(field.over[0]) >= field.loss(field.best):
             return []
-        return [f"Lower perplexity, but over the budget of {field.limit:.3f} bits: {self.mention(field.over[0])}."]
+        assert field.limit is not None
+        return [f"Lower perplexity, but over the budget of {text(field.limit)}: {self.mention(field.over[0])}."]
 
     def others(self, contest: _Contest | None) -> list[str]:
         """The best of our recipes if an external tool is recommended, and the other way round."""
@@ -288,20 +374,38 @@ class _Words:
         nearest, way = (contest.higher, "worse") if contest.lower is chosen else (contest.lower, "better")
         side = "our recipes" if chosen["kind"] == EXTERNAL_TOOL else "the external tools"
         weight = "significantly" if contest.significant else "not significantly"
-        return [f"Best of {side}: {self.mention(nearest)}, {weight} {way} (p = {contest.p:.4f})."]
+        share = self.field.size(nearest) / self.field.size(chosen) - 1
+        size = f" at {percent(share)} {'more' if share > 0 else 'fewer'} bytes" if abs(share) > ALIKE else ""
+        return [f"Best of {side}: {self.mention(nearest)}, {weight} {way}{size} (p = {contest.p:.4f})."]
 
     def rotation(self, contest: _Rotation | None) -> list[str]:
         """Whether rotating pays."""
         if contest is None:
             missing = "that does not rotate" if any(map(_rotated, self.field.within)) else "that rotates"
+            if any(map(_rotated, self.field.over)) and missing == "that rotates":
+                return [
+                    "Whether rotating pays at these bytes is not known: every result that rotates is over the budget. "
+                    "If R1 unties a head, keep_ties=true keeps the two one matrix."
+                ]
             return [f"Whether rotating pays is not known: there is no result {missing}."]
+        if contest.larger:
+            lower, higher = contest.lower, contest.higher
+            return [
+                f"Whether rotating pays at equal bytes is not known: {self.mention(lower)} has {contest.factor:.2f} "
+                f"times lower perplexity than {self.mention(higher)}, and {contest.sizes}."
+            ]
         way = "lower" if contest.lower_rotates else "higher"
         fact = (
             f"{self.mention(contest.rotated)}, the best result with rotation, has {contest.factor:.2f} times {way} "
             f"perplexity than {self.mention(contest.plain)}, the best result without"
         )
-        if contest.pays and _rotated(self.field.recommended):
-            return [f"Rotating pays: {fact} (p = {contest.p:.4f})."]
+        if contest.room is not None:
+            fact += f", of all with at most {text(contest.room)}"
+        elif contest.sizes:
+            fact += f", and the better one has {contest.sizes}"
+        if contest.pays and (contest.room is not None or _rotated(self.field.recommended)):
+            where = "" if contest.room is None else " at equal bytes"
+            return [f"Rotating pays{where}: {fact} (p = {contest.p:.4f})."]
         if contest.pays:  # significantly the best of the candidates that rotate, but not of all candidates
             return [
                 f"Rotating pays, narrowly: {fact} (p = {contest.p:.4f}, adjusted for the candidates that rotate, not "

@@ -21,6 +21,7 @@ from gyroquant.evaluation.tasks import score_tasks
 from gyroquant.models.stores.base import WeightStore
 from gyroquant.models.stores.gguf.store import GgufStore
 from gyroquant.models.stores.source import open_model
+from gyroquant.models.stores.weight_bytes import whole_model_bits
 from gyroquant.pipeline import run as pipeline
 from gyroquant.pipeline.job import prepare
 from gyroquant.system.environment import versions
@@ -74,6 +75,8 @@ def perform(spec: Mapping[str, Any]) -> dict[str, Any]:
         if not math.isfinite(test["loss"]):
             return failed(run, f"its loss is {test['loss']}: the quantized model does not compute finite numbers")
     result["measured"] |= _forward(original, Path(spec["matched"]))
+    if result["weight_bytes"]:
+        result["whole_model_bits"] = whole_model_bits(result["weight_bytes"], original.weights)
     return {
         **run,
         "status": "done",
@@ -111,6 +114,7 @@ def _recipe(spec: Mapping[str, Any], scratch: Path) -> dict[str, Any]:
     return {
         "place": out,
         "true_bits": manifest["bits"]["per_weight"],
+        "weight_bytes": manifest["bits"]["bytes"],
         "bytes": folder_bytes(out) - (out / "gyroquant.json").stat().st_size,  # its size varies: it holds times
         "proof_error": manifest["proof"]["relative_logit_error"],
         "warnings": manifest["warnings"],
@@ -163,6 +167,7 @@ def _external_tool(spec: Mapping[str, Any], scratch: Path) -> dict[str, Any]:
         "true_bits": result.true_bits,
         "bytes": result.bytes,
         "file_bytes": result.file_bytes,
+        "weight_bytes": result.weight_bytes,
         "proof_error": None,
         "warnings": [],
         "measured": {"seconds": result.seconds, "peak_memory_bytes": result.peak_memory_bytes},

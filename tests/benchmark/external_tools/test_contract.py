@@ -109,6 +109,9 @@ def test_a_run_that_ends_well(task: Task, tmp_path: Path) -> None:
     assert outcome.true_bits == 2
     assert outcome.file_bytes == sum(path.stat().st_size for path in (task.out / "files").iterdir())
     assert outcome.bytes == outcome.file_bytes - 96 * 64 * 2  # the head at 16 bits
+    layers = sum(layer_weights(task.model).values()) // 4
+    parts = {"layers": layers, "embeddings": 0, "head": 96 * 64 * 2, "rest": 0}
+    assert outcome.weight_bytes == parts | {"total": layers + 96 * 64 * 2}
     assert (outcome.seconds, outcome.peak_memory_bytes, outcome.versions) == (7.5, 11, {"fake": "1"})
     assert outcome.dense == task.out / "dense"
     given = json.loads((tmp_path / "arguments.json").read_text())

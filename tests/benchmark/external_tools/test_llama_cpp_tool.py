@@ -9,7 +9,7 @@ import torch
 from external_tool_tasks import LARGEST, error, task
 
 from gyroquant.benchmark.external_tools import ExternalToolError, Size
-from gyroquant.benchmark.external_tools.llama_cpp import LlamaCpp, opened, stored_bits, wide_tensors
+from gyroquant.benchmark.external_tools.llama_cpp import LlamaCpp, opened, stored_bits, tensor_parts, wide_tensors
 from gyroquant.errors import InputError
 from gyroquant.formats.gguf.writer import tensor_names
 from gyroquant.models.stores.source import open_model
@@ -59,6 +59,10 @@ def test_bits_are_what_a_file_stores_for_the_blocks(folders: dict[str, Path], tm
     wide, every = 2 * 32 * 64, 61440
     assert stored_bits(store, path) == pytest.approx((8.5 * wide + 4.5 * (every - wide)) / every)
     assert wide_tensors(path) == 2 * (2 * 96 * 64 + 5 * 64)  # embedding, head and five norms in fp32
+    parts = tensor_parts(store, path)
+    assert parts["embeddings"] == parts["head"] == 2 * 96 * 64
+    assert parts["rest"] == 2 * 5 * 64
+    assert parts["layers"] == pytest.approx(stored_bits(store, path) * every / 8)
 
 
 def test_a_file_without_a_layer_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -79,12 +83,13 @@ def test_it_deploys_the_numbers_that_its_file_holds(variant: str, folders: dict[
     model = folders["llama"]
     found = LlamaCpp().run(variant, task(model, tmp_path / "out", Size(4, 64)), Path(sys.executable))
     assert found.true_bits == 4.5
+    assert found.weight_bytes["embeddings"] <= 96 * 64 * 8.5 / 8
     assert 0 < error(found, model) < LARGEST
     original, dense = open_model(model), open_model(found.dense)
     deployed = open_model(tmp_path / "out" / "files" / "model.gguf")
     for name in original.shapes:
         (before,), (after,) = original.read([name]).values(), dense.read([name]).values()
-        rounded = "layers" in name and before.dim() == 2
+        rounded = before.dim() == 2  # embedding and head too, which is its default
         assert torch.equal(before, after) is not rounded, name
         assert float((after - before).norm() / before.norm()) < 0.15, name
         assert torch.allclose(after, deployed.read([name])[name], rtol=1e-6, atol=1e-9), name

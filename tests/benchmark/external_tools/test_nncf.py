@@ -6,7 +6,7 @@ from external_tool_tasks import LARGEST, error, interpreter, task
 from safetensors.torch import save_file
 
 from gyroquant.benchmark.external_tools import ExternalToolError, Size
-from gyroquant.benchmark.external_tools.nncf import Nncf, wide_constants
+from gyroquant.benchmark.external_tools.nncf import Nncf, constant_parts, wide_constants
 
 
 def test_it_has_no_asymmetric_grids_of_few_bits() -> None:
@@ -66,6 +66,26 @@ def test_constants_that_are_not_of_rounded_layers_count_16_bits_an_entry(tmp_pat
     assert wide_constants(path, tmp_path) == sum(wide for *_, wide in CONSTANTS)
 
 
+def test_constants_are_counted_by_part(folders: dict[str, Path], tmp_path: Path) -> None:
+    constants = [
+        ("self.decoder.model.embed_tokens.weight", "u8", 0, 1000),
+        ("self.decoder.model.embed_tokens.weight/scale", "f16", 1000, 20),
+        ("self.decoder.lm_head.weight", "f32", 1020, 400),
+        ("self.decoder.model.layers.0.mlp.up_proj.weight", "u4", 1420, 64),
+        ("self.decoder.model.layers.0.mlp.up_proj.weight/zero_point", "u4", 1484, 8),
+        ("Constant_1", "f32", 1492, 40),
+        ("Constant_2", "f32", 1492, 40),  # the same bytes
+    ]
+    layers = "".join(
+        f'<layer id="{i}" name="{name}" type="Const"><data element_type="{kind}" offset="{at}" size="{size}" /></layer>'
+        for i, (name, kind, at, size) in enumerate(constants)
+    )
+    path = tmp_path / "openvino_model.xml"
+    path.write_text(f"<net><layers>{layers}</layers></net>")
+    parts = {"layers": 72, "embeddings": 1020, "head": 200, "rest": 20, "total": 1312}
+    assert constant_parts(path, folders["llama"]) == parts
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "bits", "true_bits", "largest"),
@@ -82,3 +102,6 @@ def test_it_deploys_a_model_of_the_size_asked_for(
     assert found.true_bits == pytest.approx(true_bits, abs=1e-9)
     assert 0 < error(found, model) < largest
     assert found.bytes > 61440 * true_bits / 8
+    assert found.weight_bytes["layers"] == pytest.approx(61440 * true_bits / 8, rel=0.01)
+    for part in ("embeddings", "head"):  # 8 bits, a scale and a zero point in each row
+        assert found.weight_bytes[part] == pytest.approx(96 * (64 + 3), rel=0.02)

@@ -60,6 +60,9 @@ def test_sizes_are_at_16_bits(
     entries = sum(map(math.prod, open_model(folders["llama"]).shapes.values()))
     assert found.file_bytes == sum(path.stat().st_size for path in (tmp_path / "out" / "files").iterdir())
     assert found.bytes == found.file_bytes - 2 * entries
+    parts = {"layers": 2 * 61440, "embeddings": 2 * 96 * 64, "head": 2 * 96 * 64}
+    parts["rest"] = 2 * entries - sum(parts.values())
+    assert found.weight_bytes == parts | {"total": 2 * entries}
 
 
 @pytest.mark.parametrize(("module", "variant"), PROGRAMS)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from gyroquant.benchmark.external_tools import ExternalToolError
-from gyroquant.benchmark.external_tools.stored import layer_weights, true_bits, wide_bytes
+from gyroquant.benchmark.external_tools.stored import bytes_by_part, layer_weights, true_bits, wide_bytes
 
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.10.mlp.down_proj"
 
@@ -84,6 +84,23 @@ def test_what_is_not_rounded_counts_16_bits_an_entry(original: Path, tmp_path: P
     assert wide_bytes(tmp_path / "files", original) == 0
     save_file(wide, files / "model-00002-of-00002.safetensors")
     assert wide_bytes(tmp_path / "files", original) == 2 * (96 * 32 + 64 + 32 * 128) + 6 * 32
+
+
+def test_embeddings_and_heads_count_as_a_tool_leaves_them(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Codes, scales and transforms belong to their layer, biases to the rest."""
+    layer = "model.layers.0.mlp.up_proj"
+    stored = {
+        f"{layer}.qweight": torch.zeros(10, dtype=torch.int32),
+        f"{layer}.v_input.weight": torch.zeros(4, 4, dtype=torch.float16),
+        f"{layer}.scales": torch.zeros(5),  # of 32 bits, and paid for
+        f"{layer}.bias": torch.zeros(6),
+        "model.embed_tokens.qweight": torch.zeros(7, dtype=torch.int32),
+        "lm_head.weight": torch.zeros(9, dtype=torch.float32),
+        "model.norm.weight": torch.zeros(3, dtype=torch.float16),
+    }
+    save_file(stored, tmp_path / "model.safetensors")
+    parts = bytes_by_part(tmp_path, folders["llama"])
+    assert parts == {"layers": 40 + 32 + 20, "embeddings": 28, "head": 18, "rest": 12 + 6, "total": 156}
 
 
 def test_layers_are_those_of_blocks_without_routers(original: Path) -> None:

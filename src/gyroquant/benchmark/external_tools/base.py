@@ -67,6 +67,8 @@ class ToolResult:
     seconds, peak_memory_bytes: of the tool's process, with loading and saving.
     versions: versions of the tool's packages.
     file_bytes: size of the tool's files as they are.
+    weight_bytes: bytes of the tensors in the tool's files, by part of the model, and their `total`. Embedding and head
+        count as the tool's own defaults leave them, plain numbers at most 16 bits each.
     """
 
     dense: Path
@@ -76,10 +78,19 @@ class ToolResult:
     peak_memory_bytes: int
     versions: dict[str, str] = field(default_factory=dict)
     file_bytes: int = 0
+    weight_bytes: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def reported(
-        cls, program: str, report: Mapping[str, Any], dense: Path, files: Path, *, true_bits: float, wide: int
+        cls,
+        program: str,
+        report: Mapping[str, Any],
+        dense: Path,
+        files: Path,
+        *,
+        true_bits: float,
+        wide: int,
+        weight_bytes: dict[str, int],
     ) -> ToolResult:
         """The result of a script that succeeded.
 
@@ -89,6 +100,7 @@ class ToolResult:
         files: the folder of the tool's own files.
         true_bits: true bits per weight.
         wide: bytes of `files` beyond 16 bits per entry, of the entries that are not rounded.
+        weight_bytes: bytes of the tensors in `files` by part of the model.
 
         Raises ExternalToolError if the weights to evaluate are not finite, or if the logits of these weights differ
         from the tool's own logits by more than LARGEST_RELOAD_ERROR.
@@ -106,7 +118,7 @@ class ToolResult:
                 f"their size, more than {LARGEST_RELOAD_ERROR:g}"
             )
         size, measured = folder_bytes(files), (report["seconds"], report["peak_memory_bytes"], report["versions"])
-        return cls(dense, true_bits, size - wide, *measured, size)
+        return cls(dense, true_bits, size - wide, *measured, size, weight_bytes)
 
 
 class ExternalToolError(InputError):

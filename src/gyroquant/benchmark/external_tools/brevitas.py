@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from gyroquant.benchmark.external_tools.base import ExternalTool, Size, Task, ToolResult, run_script
-from gyroquant.benchmark.external_tools.stored import wide_bytes
+from gyroquant.benchmark.external_tools.stored import bytes_by_part, wide_bytes
 
 _BITS = range(2, 9)
 _ROTATED = ("--rotation", "fused_no_fx", "--replace-rmsnorm", "--rotation-mode", "had", "--rotation-sdpa-regions")
@@ -45,7 +45,8 @@ class Brevitas(ExternalTool):
         arguments.append("--options=" + " ".join(self.options(variant, task.size, task.seed)))
         report = run_script(python, "brevitas.py", [str(word) for word in arguments], task.out / "report.json")
         bits, wide = 8 * report["stored_bytes"] / report["weights"], wide_bytes(files, task.model)
-        return ToolResult.reported(self.name, report, dense, files, true_bits=bits, wide=wide)
+        parts = bytes_by_part(files, task.model)
+        return ToolResult.reported(self.name, report, dense, files, true_bits=bits, wide=wide, weight_bytes=parts)
 
     def options(self, variant: str, size: Size, seed: int) -> list[str]:
         """The options of `brevitas_ptq_llm`."""

@@ -12,25 +12,27 @@ from gyroquant.benchmark.external_tools.stored import WIDE
 from gyroquant.errors import InputError
 from gyroquant.formats.base import ModelRequirements
 from gyroquant.formats.gguf.header import stored_tensors
+from gyroquant.formats.gguf.tensors import tensor_pieces
 from gyroquant.formats.gguf.writer import Gguf, tensor_names, write_file
 from gyroquant.models.stores.base import CheckpointStore
 from gyroquant.models.stores.packed import PackedStore
+from gyroquant.models.stores.weight_bytes import add_up
 
 _SUPERBLOCK = 256
 _LIMIT = 0.5  # the largest share of weights that may be rounded to another type than the requested one
 
 
 def _type(kind: str, bits: int, block: int, imatrix: bool = False) -> dict[str, Any]:
-    return {"type": kind, "bits": bits, "block": block, "imatrix": imatrix}
+    return {"type": kind, "bits": bits, "block": block, "imatrix": imatrix, "outside": "default"}
 
 
 class LlamaCpp(ExternalTool):
     """llama.cpp through its Python binding.
 
     The groups are those of its types: blocks of 32, 64 or 256 with scales in two levels. The requested group size is
-    ignored. Embedding and head stay fp32. `dense` is the GGUF file, decoded to fp32 by llama.cpp itself. "imatrix"
-    variants get the mean square of every input column over the calibration text. Its tool `llama-imatrix` measures the
-    same.
+    ignored. Embedding and head have the types that llama.cpp gives them by default. `dense` is the GGUF file, decoded
+    to fp32 by llama.cpp itself. "imatrix" variants get the mean square of every input column over the calibration
+    text. Its tool `llama-imatrix` measures the same.
     """
 
     name = "llama.cpp"
@@ -76,7 +78,8 @@ class LlamaCpp(ExternalTool):
         finally:
             plain.unlink(missing_ok=True)
         bits, wide = stored_bits(store, path), wide_tensors(path)
-        return ToolResult.reported(self.name, report, dense / path.name, files, true_bits=bits, wide=wide)
+        place, parts = dense / path.name, tensor_parts(store, path)
+        return ToolResult.reported(self.name, report, place, files, true_bits=bits, wide=wide, weight_bytes=parts)
 
 
 class _Plain(PackedStore):
@@ -126,6 +129,17 @@ def stored_bits(store: PackedStore, path: Path) -> float:
         raise InputError(f"{path} lacks {missing[0]}")
     rounded = [stored[name] for name in expected]
     return 8 * sum(tensor.bytes for tensor in rounded) / sum(tensor.numbers for tensor in rounded)
+
+
+def tensor_parts(store: PackedStore, path: Path) -> dict[str, int]:
+    """The bytes of the tensors of a GGUF file by part of the model, and their `total`.
+
+    Plain numbers count at most 16 bits each.
+    """
+    owners = {piece.tensor: name for name, pieces in tensor_pieces(store).items() for piece in pieces}
+    stored = stored_tensors(path)
+    sizes = {name: tensor.bytes - tensor.numbers * WIDE.get(tensor.kind, 0) for name, tensor in stored.items()}
+    return add_up(store.graph, [(owners.get(name, name), size) for name, size in sizes.items()])
 
 
 def wide_tensors(path: Path) -> int:

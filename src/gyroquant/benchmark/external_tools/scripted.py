@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from gyroquant.benchmark.external_tools.base import ExternalTool, ExternalToolError, Size, Task, ToolResult, run_script
-from gyroquant.benchmark.external_tools.stored import true_bits, wide_bytes
+from gyroquant.benchmark.external_tools.stored import bytes_by_part, true_bits, wide_bytes
 
 
 class ScriptedTool(ExternalTool):
@@ -41,7 +41,8 @@ class ScriptedTool(ExternalTool):
         if not (dense / "config.json").exists():
             raise ExternalToolError(f"{self.script} ended with status 0 but wrote no model to {dense}")
         bits, wide = true_bits(files, task.model), wide_bytes(files, task.model)
-        return ToolResult.reported(self.name, report, dense, files, true_bits=bits, wide=wide)
+        parts = bytes_by_part(files, task.model)
+        return ToolResult.reported(self.name, report, dense, files, true_bits=bits, wide=wide, weight_bytes=parts)
 
     def _arguments(self, variant: str, task: Task) -> list[str]:
         size = task.size

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from gyroquant.benchmark.external_tools.base import ExternalToolError
+from gyroquant.models.graph.model_graph import ModelGraph
+from gyroquant.models.stores.source import open_model
+from gyroquant.models.stores.weight_bytes import add_up
 
 _BITS = {
     **dict.fromkeys(("F64", "I64", "U64"), 64),
@@ -53,12 +57,47 @@ def wide_bytes(files: Path, original: Path) -> int:
     These are the floating-point tensors that are not part of a rounded linear layer in the blocks of `original`:
     embedding, head, norms, biases, and weights that were not rounded. Raises ExternalToolError as `true_bits` does.
     """
+    return sum(_too_wide(files, original).values())
+
+
+def _too_wide(files: Path, original: Path) -> dict[str, int]:
+    """The bytes beyond 16 bits per entry of every tensor that `wide_bytes` counts, by name."""
     modules = layer_weights(original)
     plain = {f"{module}.{part}" for module in modules for part in ("weight", "bias")}  # rounded layers have codes here
     rounded = tuple(f"{module}." for module in modules)
     wide = {name: header for name, header in _headers(files).items() if header.dtype in WIDE}
-    outside = (header for name, header in wide.items() if name in plain or not name.startswith(rounded))
-    return sum(math.prod(header.shape) * WIDE[header.dtype] for header in outside)
+    return {
+        name: math.prod(header.shape) * WIDE[header.dtype]
+        for name, header in wide.items()
+        if name in plain or not name.startswith(rounded)
+    }
+
+
+def bytes_by_part(files: Path, original: Path) -> dict[str, int]:
+    """Bytes of the tensors in the safetensors files in `files`, by part of the model `original`, and their `total`.
+
+    What a tool does to embeddings and head by default counts as it is in the files. Plain floating-point numbers count
+    at most 16 bits each, because their width depends on the input. Both arguments are folders.
+    """
+    too_wide = _too_wide(files, original)
+    sizes = {name: header.bits // 8 - too_wide.get(name, 0) for name, header in _headers(files).items()}
+    return grouped(sizes, open_model(original).graph)
+
+
+def grouped(sizes: Mapping[str, int], graph: ModelGraph, prefix: str = "") -> dict[str, int]:
+    """Bytes by part of a model and their `total`, from the bytes of tensors by name.
+
+    A tensor belongs to the layer or table whose module begins its name (after `prefix`), unless it is a bias.
+    """
+    weights = {op.weight.removesuffix(".weight"): op.weight for op in (*graph.linears, *graph.tables)}
+
+    def owner(name: str) -> str:
+        name = name.removeprefix(prefix)
+        parts = name.split(".")
+        modules = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
+        return next((weights[module] for module in modules if module in weights and not _bias(name)), name)
+
+    return add_up(graph, [(owner(name), size) for name, size in sizes.items()])
 
 
 def layer_weights(original: Path) -> dict[str, int]:
@@ -99,4 +138,4 @@ def _read(path: Path) -> dict[str, _Header]:
     return headers
 
 
-__all__ = ["WIDE", "layer_weights", "true_bits", "wide_bytes"]
+__all__ = ["WIDE", "bytes_by_part", "grouped", "layer_weights", "true_bits", "wide_bytes"]

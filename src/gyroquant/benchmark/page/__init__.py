@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from functools import lru_cache
+from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,22 @@ _MISSING = 'the page of a comparison needs vl-convert-python and Jinja2: pip ins
 
 
 def plots(comparison: Mapping[str, Any]) -> dict[str, Spec]:
-    """The plots that have data, by name: pareto, layers, outliers, mass, seeds.
+    """The plots that have data, by name: pareto, pareto_bits, layers, outliers, mass, seeds.
+
+    `pareto` is over bytes of all weights, `pareto_bits` over true bits of the layers.
 
     Each is a Vega-Lite specification that holds its data. Its `params` select the text, budget, site or recipe. By
     default it shows the first of each.
     """
     _check(comparison)
-    makers = {"pareto": pareto, "layers": layers, "outliers": outliers, "mass": mass, "seeds": seeds}
+    makers: dict[str, Callable[[Mapping[str, Any]], Spec | None]] = {
+        "pareto": pareto,
+        "pareto_bits": partial(pareto, view="bits"),
+        "layers": layers,
+        "outliers": outliers,
+        "mass": mass,
+        "seeds": seeds,
+    }
     specs = {name: make(comparison) for name, make in makers.items()}
     return {name: _clean(spec) for name, spec in specs.items() if spec is not None}
 

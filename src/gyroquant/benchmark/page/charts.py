@@ -1,4 +1,4 @@
-"""Plots of a comparison as Vega-Lite specifications: true bits against the perplexity gap, and seeds.
+"""Plots of a comparison as Vega-Lite specifications: size against the perplexity gap, and seeds.
 
 Every specification holds its data. The page selects what it shows with its parameters (`test`, `bits`, ...).
 """
@@ -26,10 +26,12 @@ from gyroquant.benchmark.rows import (
     sizes,
     tests,
 )
+from gyroquant.benchmark.sizes import View, bytes_of, text, unit
 from gyroquant.evaluation.paired import front as undominated
 
 Spec = dict[str, Any]
 _FAR = 2.0  # true bits above the nominal bits at which a point is not drawn
+_FAR_BYTES = 3.0  # times the bytes of the largest result on a front from which on a point is not drawn
 _BOXED = 5  # the least number of seeds for a box
 
 
@@ -73,44 +75,76 @@ def lowest_seeds(comparison: Mapping[str, Any], test: str) -> list[Row]:
     return [row for row in rows(comparison, test) if row.run["key"] in first]
 
 
-def front(points: Iterable[Row]) -> list[Row]:
-    """The Pareto front of true bits and gap, by rising true bits."""
-    by_key = {row.run["key"]: row for row in points}
-    return [by_key[key] for key in undominated({k: (r.run["true_bits"], r.gap or 0.0) for k, r in by_key.items()})]
+class Sizes:
+    """The sizes of the rows of a comparison in one view: MB of all weights, or true bits per weight of the layers."""
+
+    def __init__(self, comparison: Mapping[str, Any], view: View):
+        self.comparison, self.view, self.unit = comparison, view, unit(comparison["cells"])
+
+    def __call__(self, row: Row) -> float:
+        """The size of a row that `points` returned."""
+        size = self._of(row)
+        assert size is not None
+        return size
+
+    def _of(self, row: Row) -> float | None:
+        if self.view == "bits":
+            return number(row.run["true_bits"])
+        size = bytes_of(row.run, self.unit)
+        return None if size is None else size / 1e6
+
+    def text(self, row: Row) -> str:
+        """The size of a row, as printed."""
+        return f"{self(row):.3f} bits" if self.view == "bits" else text(1e6 * self(row))
+
+    def points(self, test: str) -> list[Row]:
+        """The rows that have a gap on this text and a size."""
+        return [row for row in lowest_seeds(self.comparison, test) if row.gap is not None and self._of(row) is not None]
+
+    def front(self, points: Iterable[Row]) -> list[Row]:
+        """The Pareto front of size and gap, by rising size."""
+        by_key = {row.run["key"]: row for row in points}
+        return [by_key[key] for key in undominated({k: (self(r), r.gap or 0.0) for k, r in by_key.items()})]
+
+    def fronts(self, test: str) -> dict[str, list[Row]]:
+        """The fronts of one text: of "all" runs, and of each budget.
+
+        The front of the verdict is used in the view of the verdict: bytes, or bits in the last release.
+        """
+        points = self.points(test)
+        of_verdict = {
+            budget["bits"]: budget["front"]
+            for budget in self.comparison["verdict"]
+            if budget["test"] == test and ("unit" in budget) == (self.view == "bytes")
+        }
+        by_scope = {"all": self.front(points)}
+        for bits in sizes(self.comparison):
+            of_bits = [row for row in points if row.run["bits"] == bits]
+            given = [row for row in of_bits if row.run["key"] in of_verdict.get(bits, ())]
+            by_scope[str(bits)] = sorted(given, key=self) or self.front(of_bits)
+        return by_scope
+
+    def far_out(self, test: str) -> list[Row]:
+        """The rows that are not drawn, because they would squeeze all other points together. None is on a front."""
+        along = [row for rows_of_scope in self.fronts(test).values() for row in rows_of_scope]
+        kept, limit = {row.run["key"] for row in along}, _FAR_BYTES * max(map(self, along), default=math.inf)
+        points = [row for row in self.points(test) if row.run["key"] not in kept]
+        if self.view == "bytes":
+            return [row for row in points if self(row) > limit]
+        return [row for row in points if self(row) > row.run["bits"] + _FAR]
 
 
-def fronts(comparison: Mapping[str, Any], test: str) -> dict[str, list[Row]]:
-    """The fronts of one text: of "all" runs, and of each budget. The front of the verdict is used if there is one."""
-    points = [row for row in lowest_seeds(comparison, test) if row.gap is not None]
-    of_verdict = {budget["bits"]: budget["front"] for budget in comparison["verdict"] if budget["test"] == test}
-    by_scope = {"all": front(points)}
-    for bits in sizes(comparison):
-        of_bits = [row for row in points if row.run["bits"] == bits]
-        given = [row for row in of_bits if row.run["key"] in of_verdict.get(bits, ())]
-        by_scope[str(bits)] = sorted(given, key=lambda row: row.run["true_bits"]) or front(of_bits)
-    return by_scope
+def _corners(along: Sequence[Row], size_of: Sizes) -> dict[str, list[float | None]]:
+    """The rows of a front that get a name in the plot, by key. Of several with almost the same size, the last one.
 
-
-def far_out(comparison: Mapping[str, Any], test: str) -> list[Row]:
-    """The rows with over _FAR true bits more than their nominal bits, except those on a front. They are not drawn,
-    because they would squeeze all other points together.
+    Each has the position (size, gap) of the named row before it, or two Nones.
     """
-    kept = {row.run["key"] for along in fronts(comparison, test).values() for row in along}
-    points = [row for row in lowest_seeds(comparison, test) if row.gap is not None and row.run["key"] not in kept]
-    return [row for row in points if row.run["true_bits"] > row.run["bits"] + _FAR]
-
-
-def _corners(along: Sequence[Row]) -> dict[str, list[float | None]]:
-    """The rows of a front that get a name in the plot, by key. Of several with almost the same bits, the last one.
-
-    Each has the position (true bits, gap) of the named row before it, or two Nones.
-    """
-    bits = [row.run["true_bits"] for row in along]
+    bits = [size_of(row) for row in along]
     room = 0.06 * (bits[-1] - bits[0]) if bits else 0.0
     after = [*bits[1:], math.inf][: len(bits)]
     named = [row for row, x, next_x in zip(along, bits, after, strict=True) if next_x - x > room]
     before: list[list[float | None]] = [[None, None]]
-    before += [[rounded(row.run["true_bits"], 7), rounded(row.gap)] for row in named]
+    before += [[rounded(size_of(row), 7), rounded(row.gap)] for row in named]
     return {row.run["key"]: place for row, place in zip(named, before, strict=False)}
 
 
@@ -128,40 +162,46 @@ def _hover(row: Row, shown: Sequence[Column]) -> dict[str, str]:
     return lines
 
 
-def pareto(comparison: Mapping[str, Any]) -> Spec | None:
-    """True bits against ln(perplexity / perplexity of the original), with the front. Parameters `test` and `bits`."""
-    shown = columns(comparison)
+def pareto(comparison: Mapping[str, Any], view: View = "bytes") -> Spec | None:
+    """Size against ln(perplexity / perplexity of the original), with the front. Parameters `test` and `bits`.
+
+    view: "bytes" of all weights in the file, or "bits" of the rounded layers. A run without bytes is in the latter.
+    """
+    shown, size_of = columns(comparison), Sizes(comparison, view)
     points: list[dict[str, Any]] = []
     steps: list[dict[str, Any]] = []
     hover: dict[str, str] = {}
     for test in tests(comparison):
-        along = fronts(comparison, test)
-        corners = {scope: _corners(rows_of_scope) for scope, rows_of_scope in along.items()}
-        beyond = far_out(comparison, test)
-        for row in lowest_seeds(comparison, test):
-            if row.gap is None or number(row.run["true_bits"]) is None or row in beyond:
+        along = size_of.fronts(test)
+        corners = {scope: _corners(rows_of_scope, size_of) for scope, rows_of_scope in along.items()}
+        beyond = size_of.far_out(test)
+        for row in size_of.points(test):
+            if row in beyond:
                 continue
             tooltip = {}
             for heading, words in _hover(row, shown).items():
                 tooltip[hover.setdefault(heading, f"c{len(hover)}")] = words  # a heading may not be a valid field name
             low, high = row.interval or (None, None)
-            place = {"test": test, "x": rounded(row.run["true_bits"], 7), "y": rounded(row.gap), "name": row.name}
+            place = {"test": test, "x": rounded(size_of(row), 7), "y": rounded(row.gap), "name": row.name}
             place |= {"low": rounded(low), "high": rounded(high), "budget": row.run["bits"], "lost": row.family}
             named = {scope: keys[row.run["key"]] for scope, keys in corners.items() if row.run["key"] in keys}
             points.append(place | {"corners": named, "turned": bool(row.run.get("rotated"))} | tooltip)
         for scope, rows_of_scope in along.items():
-            ends = [{"x": rounded(row.run["true_bits"], 7), "y": rounded(row.gap)} for row in rows_of_scope]
+            ends = [{"x": rounded(size_of(row), 7), "y": rounded(row.gap)} for row in rows_of_scope]
             steps += [{"test": test, "scope": scope, "order": n} | end for n, end in enumerate(ends)]
     if not points:
         return None
     points = [dict.fromkeys(hover.values(), NONE) | point for point in points]
     return frame(
-        "True bits per weight against ln(perplexity / perplexity of the original), one point per method and size.",
+        f"The {_AXES[view]} against ln(perplexity / perplexity of the original), one point per method and size.",
         460,
         {"test": tests(comparison)[0], "bits": "all"},
         data={"values": points},
-        layer=_pareto_layers(points, steps, {"Method": "name"} | hover),
+        layer=_pareto_layers(points, steps, {"Method": "name"} | hover, _AXES[view]),
     )
+
+
+_AXES = {"bytes": "weights of the file, MB", "bits": "true bits per weight of the layers"}
 
 
 def _gap_axis(points: Sequence[Mapping[str, Any]]) -> Spec:
@@ -183,8 +223,10 @@ def _gap_axis(points: Sequence[Mapping[str, Any]]) -> Spec:
     return {"field": "y", "type": "quantitative", "title": "ln perplexity gap (nats)", "scale": scale, "axis": axis}
 
 
-def _pareto_layers(points: list[dict[str, Any]], steps: list[dict[str, Any]], hover: Mapping[str, str]) -> list[Spec]:
-    x = {"field": "x", "type": "quantitative", "title": "true bits per weight", "scale": {"zero": False, "padding": 20}}
+def _pareto_layers(
+    points: list[dict[str, Any]], steps: list[dict[str, Any]], hover: Mapping[str, str], title: str
+) -> list[Spec]:
+    x = {"field": "x", "type": "quantitative", "title": title, "scale": {"zero": False, "padding": 20}}
     x["axis"] = {"tickCount": {"expr": "width / 80"}}
     place = {"x": x, "y": _gap_axis(points)}
     families = {"field": "lost", "type": "nominal", "scale": {"domain": list(FAMILIES)}}

@@ -75,8 +75,17 @@ function showTest(test) {
   }
 }
 
+function show(select) {
+  // Another plot in the same place: the specification has its own data and axis.
+  const plot = document.getElementById(select.dataset.targets);
+  plot.dataset.plot = select.value;
+  for (const one of document.querySelectorAll("[data-view]")) one.hidden = one.dataset.view !== select.value;
+  drawing = drawing.then(() => draw(plot));
+}
+
 function take(select) {
   const { param, targets } = select.dataset;
+  if (param === "view") return [];
   const plots = targets.split(" ").map((id) => document.getElementById(id)).filter((one) => one?.matches(".plot"));
   for (const plot of plots) chosen.set(plot.id, { ...chosen.get(plot.id), [param]: select.value });
   return plots;
@@ -84,6 +93,7 @@ function take(select) {
 
 function onSelect(event) {
   const select = event.target;
+  if (select.dataset.param === "view") { show(select); return; }
   const plots = new Set(take(select));
   if (select.dataset.param === "test") {
     showTest(select.value);

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from gyroquant.benchmark import diagnostics
-from gyroquant.benchmark.page.charts import Spec, far_out, fronts
+from gyroquant.benchmark.page.charts import Sizes, Spec
 from gyroquant.benchmark.page.diagnostic_charts import FIGURES
 from gyroquant.benchmark.page.themes import categories
 from gyroquant.benchmark.rows import (
@@ -21,10 +21,12 @@ from gyroquant.benchmark.rows import (
     tests,
 )
 from gyroquant.benchmark.sentences import counts, introduction, model_facts, notes, original_line
+from gyroquant.benchmark.sizes import View, bytes_of, unit
+from gyroquant.benchmark.sizes import text as size_text
 
 _NAMES = {
     "verdict": "Verdict",
-    "tradeoff": "Bits against quality",
+    "tradeoff": "Size against quality",
     "results": "All results",
     "layers": "Layers",
     "outliers": "Outliers",
@@ -33,7 +35,7 @@ _NAMES = {
     "repeat": "Repeat",
 }
 _ABSENT = {
-    "pareto": "Bits against quality: no method has a perplexity to compare with the original's.",
+    "pareto": "Size against quality: no method has a perplexity to compare with the original's.",
     "layers": "Errors of the layers: no result has measurements of its layers.",
     "outliers": "Outliers: the activations were not measured.",
     "mass": "Mass of blocks: the l1 masses were not measured.",
@@ -114,35 +116,49 @@ def _budget_facts(comparison: Mapping[str, Any], budget: Mapping[str, Any]) -> l
     for role in ("recommended", "best", "baseline"):
         row = by_key.pop(budget.get(role), None)
         if row and not (role == "best" and facts):
-            facts.append((f"{role.capitalize()}: {row.name}", _figures(row)))
+            facts.append((f"{role.capitalize()}: {row.name}", _figures(row, unit(comparison["cells"]))))
     original = original_line(comparison, budget["test"])
     if original:
         facts.append((f"Original, {budget['test']}", f"perplexity {original.partition(' (')[0]}"))
     return facts
 
 
-def _figures(row: Row) -> str:
-    return f"perplexity {perplexity(row.evaluation.get('perplexity'))} at {row.run['true_bits']:.3f} true bits"
+def _figures(row: Row, kind: str) -> str:
+    size = bytes_of(row.run, kind)
+    words = f"perplexity {perplexity(row.evaluation.get('perplexity'))} at {row.run['true_bits']:.3f} true bits"
+    return words if size is None else f"{words}, {size_text(size)}"
 
 
 def _pareto(comparison: Mapping[str, Any], plots: Mapping[str, Spec]) -> dict[str, Any] | None:
-    if "pareto" not in plots:
+    views = [(_VIEW_PLOTS[view], words) for view, words in _VIEW_WORDS.items() if _VIEW_PLOTS[view] in plots]
+    if not views:
         return None
-    captions = []
-    for test in tests(comparison):
-        named = [
-            f"{row.name} ({row.run['true_bits']:.3f} bits, {row.gap:+.4f} nats)"
-            for row in fronts(comparison, test)["all"]
-        ]
-        caption = f"On the front, from the smallest: {', '.join(named)}." if named else "There is no front."
-        beyond = [f"{row.name} ({row.run['true_bits']:.3f} bits)" for row in far_out(comparison, test)]
-        captions.append((test, f"{caption} Too large to be drawn: {', '.join(beyond)}." if beyond else caption))
-    present = {point["budget"] for point in plots["pareto"]["data"]["values"]}
+    first = views[0][0]
+    captions = [
+        (test, [(name, _caption(Sizes(comparison, view), test)) for view, name in _VIEW_PLOTS.items() if name in plots])
+        for test in tests(comparison)
+    ]
+    present = {point["budget"] for name, _ in views for point in plots[name]["data"]["values"]}
     return {
+        "plot": first,
+        "view": _control("pareto-view", "Size", "view", "pareto", views, first),
         "test": _tests(comparison, "pareto"),
         "bits": _bits("pareto", "pareto", present, "all", every=True),
         "captions": captions,
     }
+
+
+_VIEW_PLOTS: dict[View, str] = {"bytes": "pareto", "bits": "pareto_bits"}
+_VIEW_WORDS: dict[View, str] = {"bytes": "bytes of the file", "bits": "bits of the layers"}
+
+
+def _caption(size_of: Sizes, test: str) -> str:
+    """The front of a text in words, and the results that are too large to be drawn."""
+    along = size_of.fronts(test)["all"]
+    named = [f"{row.name} ({size_of.text(row)}, {row.gap:+.4f} nats)" for row in along]
+    caption = f"On the front, from the smallest: {', '.join(named)}." if named else "There is no front."
+    beyond = [f"{row.name} ({size_of.text(row)})" for row in size_of.far_out(test)]
+    return f"{caption} Too large to be drawn: {', '.join(beyond)}." if beyond else caption
 
 
 def _table(comparison: Mapping[str, Any]) -> dict[str, Any]:

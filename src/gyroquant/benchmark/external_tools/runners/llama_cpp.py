@@ -72,11 +72,12 @@ def imatrix(library: Any, squares: dict[str, Any]) -> Any:
 
 
 def rewrite(library: Any, errors: list[str], source: Path, target: Path, kind: str, data: Any = None) -> None:
-    """Writes a GGUF file again with another type for its blocks. Embedding and head are written in fp32."""
+    """Writes a GGUF file again with another type. Embedding and head get the types that llama.cpp's defaults say."""
     settings = library.llama_model_quantize_default_params()
     settings.ftype = 0 if kind == "F32" else getattr(library, f"LLAMA_FTYPE_MOSTLY_{kind}")
     settings.allow_requantize = True
-    settings.token_embedding_type = settings.output_tensor_type = library.GGML_TYPE_F32
+    if kind == "F32":
+        settings.token_embedding_type = settings.output_tensor_type = library.GGML_TYPE_F32
     if data is not None:
         settings.imatrix = data
     if library.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(settings)):

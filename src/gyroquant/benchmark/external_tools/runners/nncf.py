@@ -17,6 +17,7 @@ from typing import Any
 START = time.perf_counter()
 CHECKED = 32  # tokens on which the decoded weights are compared
 PREFIX = "self.decoder."  # prefix of parameter names in the graph of `Logits`
+OUTSIDE = ("model.embed_tokens.weight", "lm_head.weight")  # weights that are not in a block
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0", "KV_CACHE_PRECISION": "f32"}
 
 
@@ -62,7 +63,7 @@ def graph_of(model: Any) -> Any:
 
 
 def compress(graph: Any, tokens: Any, given: argparse.Namespace) -> Any:
-    """The graph with rounded weights in the blocks. Embedding and head do not change."""
+    """The graph with rounded weights. Embedding and head have the type that NNCF gives them by default (8 bits)."""
     import nncf
 
     calibrated = given.awq or given.scale_estimation or given.gptq
@@ -73,7 +74,6 @@ def compress(graph: Any, tokens: Any, given: argparse.Namespace) -> Any:
         ratio=1.0,
         group_size=given.group_size,
         all_layers=False,
-        backup_mode=nncf.BackupMode.NONE,
         dataset=nncf.Dataset(texts) if calibrated else None,
         subset_size=len(texts),
         awq=given.awq,
@@ -114,13 +114,17 @@ def awq_scales(matmul: Any) -> tuple[Any, str]:
 
 
 def rounded_weights(graph: Any) -> dict[str, tuple[Any, int]]:
-    """Every rounded weight of a graph by its parameter's name: its values times AWQ's scales, and its bytes."""
+    """Every rounded weight of a graph by its parameter's name: its values times AWQ's scales, and its bytes.
+
+    A table of embeddings is the first input of a Gather, the weight of a layer the second input of a MatMul.
+    """
     weights: dict[str, tuple[Any, int]] = {}
     used: set[str] = set()
     for matmul in graph.get_ordered_ops():
-        if matmul.get_type_name() != "MatMul":
+        if matmul.get_type_name() not in ("MatMul", "Gather"):
             continue
-        node = matmul.input_value(1).get_node()
+        layer = matmul.get_type_name() == "MatMul"
+        node = matmul.input_value(int(layer)).get_node()
         codes = node
         while codes.get_type_name() != "Constant" and codes.get_input_size():
             codes = codes.input_value(0).get_node()
@@ -128,7 +132,7 @@ def rounded_weights(graph: Any) -> dict[str, tuple[Any, int]]:
         if codes is node or not name.startswith(PREFIX) or codes.get_element_type().get_type_name() in ("f16", "f32"):
             continue
         weight, size = decoded(node)
-        scales, inserted = awq_scales(matmul)
+        scales, inserted = awq_scales(matmul) if layer else (None, "")
         if scales is not None:
             weight, used = weight * scales, used | {inserted}
         weights[name.removeprefix(PREFIX)] = weight, size
@@ -171,18 +175,20 @@ def main() -> None:
         for name, module in model.model.layers.named_modules()
         if isinstance(module, torch.nn.Linear)
     }
-    if set(weights) != set(linears):
-        different = sorted(set(weights) ^ set(linears))
-        raise SystemExit(f"NNCF rounded {len(weights)} layers, the blocks have {len(linears)}; {different[0]} differs")
+    inside = {name: weight for name, weight in weights.items() if name not in OUTSIDE}
+    if set(inside) != set(linears):
+        different = sorted(set(inside) ^ set(linears))
+        raise SystemExit(f"NNCF rounded {len(inside)} layers, the blocks have {len(linears)}; {different[0]} differs")
     for name, (weight, _) in weights.items():
-        linears[name].weight.data = torch.from_numpy(weight).view_as(linears[name].weight).float().contiguous()
+        parameter = model.get_parameter(name)
+        parameter.data = torch.from_numpy(weight).view_as(parameter).float().contiguous()
     model.save_pretrained(given.dense)
     AutoTokenizer.from_pretrained(given.model).save_pretrained(given.dense)
     report = {
         "seconds": seconds,
         "peak_memory_bytes": peak,
-        "stored_bytes": sum(size for _, size in weights.values()),
-        "weights": sum(weight.size for weight, _ in weights.values()),
+        "stored_bytes": sum(size for _, size in inside.values()),
+        "weights": sum(weight.size for weight, _ in inside.values()),
         "reload_error": reload_error(path, model, tokens),
         "versions": {name: version(name) for name in ("nncf", "openvino", "torch", "transformers")}
         | {"python": platform.python_version()},

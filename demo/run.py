@@ -74,8 +74,8 @@ def main(fresh: bool = False) -> None:
         show(f"{name:>10}: {PROMPT} {sentence}")
     show(
         "proof: relative logit error of the folded model before rounding (fp32). true bits: all stored bits "
-        "per rounded weight of the layers. file: all weights. gyro-w2 also rounds the embedding, to 4 bits; with --effort "
-        "default it takes longer and is better (docs/results)."
+        "per rounded weight of the layers. file: all weights. gyro-w2 rounds the embedding too, to 4 bits, and is here "
+        "with --effort light; without it, it is better and takes longer (docs/results)."
     )
     (out / "demo.json").write_text(json.dumps({"original": reference, "rows": rows}, indent=1))
     LOG.print(f"{duration(time.perf_counter() - started)}; the models are in {out}", highlight=False)

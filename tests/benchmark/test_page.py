@@ -248,7 +248,9 @@ def test_the_front_is_over_bytes_and_in_the_second_view_over_bits(page: str) -> 
 
 def test_rows_without_bytes_are_in_the_view_of_bits(tmp_path: Path) -> None:
     comparison = of_last_release()
-    by_files = data_of(made(comparison, tmp_path))["plots"]["pareto"]["data"]["values"]
+    drawn = data_of(made(comparison, tmp_path))["plots"]["pareto"]
+    assert '"files, MB"' in json.dumps(drawn["layer"])
+    by_files = drawn["data"]["values"]
     sizes = {run["label"]: run["bytes"] / 1e6 for run in comparison["cells"] if run["status"] == "done"}
     assert all(one["x"] == pytest.approx(sizes[one["name"]], rel=1e-5) for one in by_files)
     for run in comparison["cells"]:

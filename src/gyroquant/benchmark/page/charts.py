@@ -26,7 +26,7 @@ from gyroquant.benchmark.rows import (
     sizes,
     tests,
 )
-from gyroquant.benchmark.sizes import View, bytes_of, text, unit
+from gyroquant.benchmark.sizes import WEIGHTS, View, bytes_of, text, unit
 from gyroquant.evaluation.paired import front as undominated
 
 Spec = dict[str, Any]
@@ -80,6 +80,13 @@ class Sizes:
 
     def __init__(self, comparison: Mapping[str, Any], view: View):
         self.comparison, self.view, self.unit = comparison, view, unit(comparison["cells"])
+
+    @property
+    def title(self) -> str:
+        """What the sizes are."""
+        if self.view == "bits":
+            return "true bits per weight of the layers"
+        return "weights of the file, MB" if self.unit == WEIGHTS else "files, MB"
 
     def __call__(self, row: Row) -> float:
         """The size of a row that `points` returned."""
@@ -193,15 +200,12 @@ def pareto(comparison: Mapping[str, Any], view: View = "bytes") -> Spec | None:
         return None
     points = [dict.fromkeys(hover.values(), NONE) | point for point in points]
     return frame(
-        f"The {_AXES[view]} against ln(perplexity / perplexity of the original), one point per method and size.",
+        f"The {size_of.title} against ln(perplexity / perplexity of the original), one point per method and size.",
         460,
         {"test": tests(comparison)[0], "bits": "all"},
         data={"values": points},
-        layer=_pareto_layers(points, steps, {"Method": "name"} | hover, _AXES[view]),
+        layer=_pareto_layers(points, steps, {"Method": "name"} | hover, size_of.title),
     )
-
-
-_AXES = {"bytes": "weights of the file, MB", "bits": "true bits per weight of the layers"}
 
 
 def _gap_axis(points: Sequence[Mapping[str, Any]]) -> Spec:

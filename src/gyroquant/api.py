@@ -27,6 +27,7 @@ from gyroquant.pipeline.job import prepare
 from gyroquant.pipeline.options import OutputOptions
 from gyroquant.pipeline.stages.compare import compare_store
 from gyroquant.recipes.schema import Recipe, load_recipe
+from gyroquant.recipes.size import parse_size, with_size
 from gyroquant.system.checksums import check_files, unchecked
 from gyroquant.system.deprecation import renamed, warn_renamed
 from gyroquant.system.environment import versions
@@ -42,6 +43,7 @@ def quantize(
     *,
     tokenizer: Any = None,
     add_bos: bool | None = None,
+    size: int | str | None = None,
     options: OutputOptions | None = None,
     progress: Progress | None = None,
     **old_options: Any,
@@ -55,6 +57,8 @@ def quantize(
     out: a folder that does not exist yet. By default nothing is kept on disk.
     tokenizer: by default the model's own.
     add_bos: whether calibration windows begin with BOS. By default the recipe's `calibration.add_bos`.
+    size: bits are chosen so that all weights take at most this, in bytes or as text such as "60MB". By default the
+        recipe says the bits.
     options: settings of the run and of its output, see `OutputOptions`. Its fields are also accepted as keywords of
         this function, for one release and with a FutureWarning.
 
@@ -65,16 +69,21 @@ def quantize(
         if name in {field.name for field in fields(OutputOptions)}:
             warn_renamed(f"{name}= of quantize()", f"options=gyroquant.OutputOptions({name}=...)", stacklevel=3)
     options = (options or OutputOptions()).changed("quantize", old_options)
+    reads = [recipe] if isinstance(recipe, (str, Path)) else []
+    if add_bos is not None:
+        recipe = load_recipe(recipe, [f"calibration.add_bos={str(add_bos).lower()}"])
+    if size is not None:
+        recipe = with_size(load_recipe(recipe), parse_size(size) if isinstance(size, str) else size)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(out) if out is not None else Path(scratch) / "model"
         job = prepare(
             model,
             folder,
-            recipe if add_bos is None else load_recipe(recipe, [f"calibration.add_bos={str(add_bos).lower()}"]),
+            recipe,
             text,
             tokenizer=tokenizer,
             options=options,
-            reads=[recipe] if isinstance(recipe, (str, Path)) else (),
+            reads=reads,
         )
         manifest = pipeline.run(job, progress)
         loaded = load(folder, device=options.device)

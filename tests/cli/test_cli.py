@@ -228,6 +228,28 @@ def test_usage_errors_and_help(monkeypatch: pytest.MonkeyPatch, capfd: Captured)
         assert command in capfd.readouterr().out
 
 
+def test_bits_and_sizes_choose_a_recipe(
+    folders: dict[str, Path], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Captured
+) -> None:
+    """Without --recipe it is ours: at these bits, or at those that the size leaves."""
+    few = ["--text", corpus, "--effort", "light", "--nsamples", "8", "--seqlen", "32", "--json"]
+    for options, wanted in ((["--bits", "2"], "gyro-w2"), (["--size", "33kB"], "gyro-w3")):
+        out = tmp_path / wanted
+        assert inside(monkeypatch, "quantize", folders["llama_tied"], out, *options, *few) == 0
+        assert json.loads(capfd.readouterr().out)["recipe"]["name"] == f"{wanted} (light)"
+    assert (tmp_path / "gyro-w3" / "model.safetensors").stat().st_size <= 33_000
+    for options, message in (
+        (["--bits", "5"], "--bits is 2, 3 or 4, not 5"),
+        (["--bits", "3", "--recipe", "gyro-w2"], "write --set weights.bits=3"),
+        (["--size", "3 apples"], "'3 apples' is not a size"),
+        (["--size", "2kB"], "the smallest that is possible is"),
+    ):
+        out, given = tmp_path / "no", [*few, *options]
+        assert inside(monkeypatch, "quantize", folders["llama_tied"], out, *given) == 1
+        assert message in " ".join(capfd.readouterr().err.split())
+    assert not (tmp_path / "no").exists()
+
+
 def test_interrupting_leaves_what_the_same_command_goes_on_from(
     folders: dict[str, Path], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,8 +16,9 @@ from gyroquant.formats import output_folder as module
 from gyroquant.formats.output_folder import OutputFolder, check_destination, check_room, check_rooms, left_behind
 from gyroquant.formats.shards import merge, write_piece
 from gyroquant.pipeline import run as pipeline
-from gyroquant.pipeline.job import expected_bytes, prepare
+from gyroquant.pipeline.job import prepare
 from gyroquant.pipeline.resources import check_fits
+from gyroquant.pipeline.sizes import expected_bytes
 from gyroquant.system import files as written
 
 

@@ -100,3 +100,11 @@ def test_our_recipe_is_chosen_by_the_bits_that_a_size_leaves(folders: dict[str, 
     store = open_original(folders["llama_tied"])
     weights = sum(prod(shape) for shape in store.shapes.values())
     assert [preset_bits(store, int(weights * bits / 8)) for bits in (1, 2.5, 3.3, 9)] == [2, 2, 3, 4]
+
+
+def test_python_takes_a_size_too(corpus: Path, tmp_path: Path) -> None:
+    model, recipe = tiny_models.build("llama_tied"), gq.load_recipe("gptq", [*RECIPE, "keep_ties=true"])
+    tokenizer = tiny_models.tokenizer()
+    loaded = gq.quantize(model, recipe, corpus, tmp_path / "out", tokenizer=tokenizer, size="50 kB")
+    assert 46_000 < stored(tmp_path / "out") <= 50_000
+    assert loaded.gyroquant_manifest["recipe"]["weights"]["allocate"]["bytes"] == 50_000

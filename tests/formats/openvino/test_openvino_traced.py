@@ -160,7 +160,7 @@ def test_weights_stay_compressed(name: str, bits: int, kind: str, dtype: str, tm
     )
     manifest = export(out, "openvino", tmp_path / "ir")
     assert manifest["check"]["relative_logit_error"] < 1e-5
-    assert ("DYNAMIC_QUANTIZATION_GROUP_SIZE" in manifest["facts"]["runtime_options"]) == (bits <= 3)
+    assert ("KV_CACHE_PRECISION" in manifest["facts"]["runtime_options"]) == (bits <= 3)
     assert constants(tmp_path / "ir")[kind] == rounded(out)
     held = {"u2": 2, "i4": 4}[kind] * rounded(out) // 8
     allowed = held + sum(path.stat().st_size for path in out.glob("*.safetensors"))

@@ -89,11 +89,12 @@ def matrix(weight: QuantizedWeight, experts: int = 0) -> Any:
     sizes = (experts, rows // experts) if experts else (rows,)
     result = opset13.convert(opset13.constant(stored.reshape(*sizes, -1, held), dtype=kind), np.float16)
     if not grid.symmetric:
-        zeros = opset13.constant(zero.to(torch.uint8).reshape(*sizes, -1, 1).numpy(), dtype=kind)
+        zero_kind, zero_dtype = (Type.i4, np.int8) if kind == Type.u2 else (kind, np.uint8)
+        zeros = opset13.constant(zero.reshape(*sizes, -1, 1).numpy().astype(zero_dtype), dtype=zero_kind)
         result = opset13.subtract(result, opset13.convert(zeros, np.float16))
     elif not centre:
-        middle = np.full([1] * (len(sizes) + 2), 2 ** (grid.bits - 1), np.uint8)
-        result = opset13.subtract(result, opset13.convert(opset13.constant(middle, dtype=Type.u8), np.float16))
+        middle = np.full([1] * (len(sizes) + 2), 2 ** (grid.bits - 1), np.int8)
+        result = opset13.subtract(result, opset13.convert(opset13.constant(middle), np.float16))
     result = opset13.multiply(result, opset13.constant(scale.half().reshape(*sizes, -1, 1).numpy()))
     return opset13.convert(opset13.reshape(result, shape(*sizes, columns), False), np.float32)
 

@@ -46,7 +46,7 @@ TRACED = (
     "starcoder2",
 )
 _FEW_BITS = 3
-_CAREFUL = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "0", "KV_CACHE_PRECISION": "f16"}
+_CAREFUL = {"KV_CACHE_PRECISION": "f16"}
 
 
 class OpenVino(Format):

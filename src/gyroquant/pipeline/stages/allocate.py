@@ -15,6 +15,7 @@ from gyroquant.pipeline.cost_probe import CostProbe, StageCost, Ticks
 from gyroquant.pipeline.job import Job
 from gyroquant.pipeline.memory_model import MemoryModel
 from gyroquant.pipeline.stages.base import RunContext, Shortage, Stage, shorter_windows
+from gyroquant.pipeline.trials import has_gradient_costs
 from gyroquant.rounding.bit_allocation import grids_by_bits
 from gyroquant.rounding.layers import LayerGroup, round_layers
 
@@ -48,6 +49,8 @@ class Allocate(Stage):
         inside = sum(op.weight in model.job.targets for group in model.graph.blocks for op in group.linears)
         state = model.length * model.width * model.compute
         tables = [*model.job.tables.values()] if settings.embeddings else []
+        if has_gradient_costs(model.job):
+            return self._backward_memory(model, settings.nsamples, len(settings.bits))
         trials = (inside * len(settings.bits) + len(tables) * len(settings.embeddings)) * settings.nsamples * state
         codes = len(settings.embeddings) * sum(op.numel for op in tables)
         block, largest = model.numel(model.block), max((n * rows for n, rows in model.layer_groups()), default=0)
@@ -62,11 +65,42 @@ class Allocate(Stage):
         tabling = codes + max((16 * op.numel for op in tables), default=0)
         return model.measured_maps + around + trials + hidden + codes + max(rounding, logits, making, tabling)
 
+    def _backward_memory(self, model: MemoryModel, windows: int, widths: int) -> float:
+        """Inputs of every block for all windows; one block with gradients and its changes, or logits."""
+        state, block = model.length * model.width * model.compute, model.numel(model.block)
+        states = (len(model.graph.blocks) + 2) * windows * state
+        backward = model.folded(model.block) + (8 + 4 * widths) * block + 3 * model.activations(model.length, 4)
+        logits = 6 * 4 * model.length * model.graph.config.vocab_size
+        tables = 16 * sum(op.numel for op in model.job.tables.values())
+        around = model.outer_folded + model.compute * model.outer_numel
+        return model.measured_maps + around + states + max(backward, logits, tables)
+
     def cost(self, probe: CostProbe) -> StageCost:
+        if has_gradient_costs(probe.job):
+            return probe.measured(lambda: _backward(probe))
         return probe.measured(lambda: _one_layer(probe))
 
     def remedies(self, job: Job, shortage: Shortage) -> list[str]:
         return [*super().remedies(job, shortage), shorter_windows(job)]
+
+
+def _backward(probe: CostProbe) -> tuple[float, int]:
+    """Runs the first block once, and once more with gradients and backwards."""
+    job, settings = probe.job, probe.job.recipe.weights.allocate
+    assert settings is not None
+    assert job.tokens is not None
+    runner = BlockRunner.of(job.store)
+    outer = job.plan.read_outer(job.store)
+    stream = Stream(runner, probe.sample[:1], outer, job.compute_dtype, None, job.output.device)
+    assert stream.hidden is not None
+    local, ticks = stream.local(job.plan.read_block(job.store, 0)), Ticks()
+    with attached(runner.model, job.plan.online_in(0)), torch.enable_grad():
+        stream.few(0, local, stream.hidden.detach(), [0])
+        first = stream.hidden.detach().to(stream.device).requires_grad_()
+        stream.few(0, local, first, [0]).sum().backward()
+    ticks.tick()
+    windows, blocks = min(settings.nsamples, len(job.tokens)), len(job.graph.blocks)
+    return ticks.last() * windows * blocks, (blocks + 1) * windows * first.numel() * first.element_size()
 
 
 @torch.no_grad()

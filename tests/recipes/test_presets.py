@@ -24,6 +24,9 @@ def test_presets_are_those_of_the_last_release_except_for_descriptions(name: str
             recipe["weights"].pop("allocate")
         if effort == "light":  # groups of 64 took the place of an allocation
             found["weights"]["group_size"] = expected["weights"]["group_size"]
+    for step in found["transform"].values():  # ours were refused for models that one of their sites does not fit
+        if isinstance(step, dict) and preset in ("gyro-w2", "gyro-w3", "gyro-w4"):
+            assert step.pop("optional")
     for recipe in (expected, found):
         assert recipe.pop("description")  # for people: it does not change the result
     assert json.dumps(found) == json.dumps(expected)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gyroquant.calibration.measure import SiteMeasurement
+from gyroquant.errors import UnsupportedModelError
 from gyroquant.maps import Diagonal, Householder, Map, PairRotation, Permutation, dump, load
 from gyroquant.methods import Context, Method
 from gyroquant.models.folding.fold import FoldPlan
@@ -60,8 +61,13 @@ def plan_folds(
                 measured += [(entry, SiteMeasurement(site, method.statistics)) for site in _sites(graph, entry)]
                 waiting.append(entry)
             else:
-                for site in _sites(graph, entry):
-                    plan.add(site, choose(method, site, recipe, None), online)
+                try:
+                    for site in _sites(graph, entry):
+                        plan.add(site, choose(method, site, recipe, None), online)
+                except UnsupportedModelError as error:
+                    if not entry.step.optional:
+                        raise
+                    plan.left_out.append(f"{entry.site} is left out: {error}")
         if measure is not None and measured:
             measure(plan, [measurement for _, measurement in measured])
         for entry, measurement in measured:

@@ -45,7 +45,7 @@ def run(job: Job, progress: Progress | None = None) -> dict[str, Any]:
     warnings = job.state.warnings
     with _threads(job), Journal(job.output.folder, job.output.fresh) as journal, evaluating(job.store.skeleton()):
         recover(job.output.folder)
-        warnings += job.store.notes
+        warnings += [*job.store.notes, *job.spec.planned.left_out]
         with progress.stage("fingerprint the model", len(job.store.shapes)) as advance:
             model = _fingerprint(job, advance)
         facts = _facts(job, model)

@@ -56,11 +56,13 @@ class Step(BaseModel):
     - `method`: chooses the map.
     - `online` (None): true: the map must run with the model. false: it must be folded into weights. None: whichever
       the site allows.
+    - `optional` (false): true: the map is left out, with a note, of a model that does not allow it.
     """
 
     model_config = _STRICT
     method: AnyMethod
     online: bool | None = None
+    optional: bool = False
 
 
 class Override(BaseModel):
@@ -218,7 +220,7 @@ class ProofSettings(BaseModel):
 
 
 def _read_step(value: Any) -> Any:
-    """A step from a method's name, from its options with `online` beside them, or from a method."""
+    """A step from a method's name, from its options with `online` and `optional` beside them, or from a method."""
     if isinstance(value, Step):
         return value
     if isinstance(value, Method):
@@ -227,10 +229,13 @@ def _read_step(value: Any) -> Any:
     online = options.pop("online", None)
     if online is not None and not isinstance(online, bool):
         raise refusal_at("online", f"is true, false or left out, not {online!r}", online)
+    optional = options.pop("optional", False)
+    if not isinstance(optional, bool):
+        raise refusal_at("optional", f"is true or false, not {optional!r}", optional)
     method = options.get("method")
     if isinstance(method, Method) and len(options) == 1:
-        return Step(method=method, online=online)
-    return Step(method=build(Method.registry, "method", options), online=online)
+        return Step(method=method, online=online, optional=optional)
+    return Step(method=build(Method.registry, "method", options), online=online, optional=optional)
 
 
 def _read_steps(value: Any) -> Any:
@@ -363,7 +368,10 @@ class Recipe(BaseModel):
         flat = {}
         for name, steps in value.items():
             dumped = [
-                step.method.model_dump() | ({} if step.online is None else {"online": step.online}) for step in steps
+                step.method.model_dump()
+                | ({} if step.online is None else {"online": step.online})
+                | ({"optional": True} if step.optional else {})
+                for step in steps
             ]
             flat[name] = dumped[0] if len(dumped) == 1 else dumped
         return flat

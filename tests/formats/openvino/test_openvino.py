@@ -27,9 +27,7 @@ def test_weights_stay_compressed(tmp_path: Path) -> None:
     kinds = [op.get_element_type() for op in graph.get_ops() if op.get_type_name() == "Constant"]
     assert kinds.count(ov.Type.u2) == 14
     assert graph.get_rt_info(["runtime_options", "KV_CACHE_PRECISION"]).astype(str) == "f16"
-    assert not graph.has_rt_info(
-        ["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"]
-    )  # slow
+    assert not graph.has_rt_info(["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"])  # slow
 
 
 @given(st.integers(1, 256), st.integers(1, 40))

@@ -103,6 +103,7 @@ class FoldPlan:
     - edits: the edits of each parameter, in order.
     - online: the maps that run online.
     - folded: for each planned map: its site, the map, and whether it runs online.
+    - left_out: for each optional map that the model does not allow: a sentence with the reason.
     - keeps_ties: a head that is tied to the embedding stays so when R1 is fused. The gain of the last norm then cannot
       go into the head. Instead the residual stream is turned back before the last norm, and turned again after it: two
       online maps, once a token.
@@ -112,6 +113,7 @@ class FoldPlan:
     edits: dict[str, list[Edit]] = field(default_factory=lambda: defaultdict(list))
     online: list[OnlineMap] = field(default_factory=list)
     folded: list[tuple[Site, Map, bool]] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
     keeps_ties: bool = False
     _absorbed: set[str] = field(default_factory=set)
     _inverses: dict[HookPoint, dict[int, tuple[Span, Map]]] = field(default_factory=lambda: defaultdict(dict))

@@ -15,10 +15,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "2" if os.environ.get("PYTEST_XDIST_WOR
 
 from pathlib import Path
 
+import fake_hub
 import pytest
 import tiny_models
 import torch
 import transformers
+from huggingface_hub import constants
 
 from gyroquant.inspection import verify_export
 
@@ -66,3 +68,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has `verify_export` start no process to measure speed in."""
     monkeypatch.setattr(verify_export, "footprint", lambda *asked, exact: {})
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[fake_hub.FakeHub]:
+    """A running hub, with a token for it."""
+    with fake_hub.running(fake_hub.FakeHub()) as running:
+        monkeypatch.setattr(constants, "ENDPOINT", running.endpoint)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("HF_TOKEN", fake_hub.TOKEN)
+        yield running

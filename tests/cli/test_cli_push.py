@@ -4,26 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-import fake_hub
 import pytest
 from fake_hub import FakeHub
-from huggingface_hub import constants
 
 from gyroquant.cli import main
 
 Captured = pytest.CaptureFixture[str]
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    with fake_hub.running(FakeHub()) as running:
-        monkeypatch.setattr(constants, "ENDPOINT", running.endpoint)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setenv("HF_TOKEN", fake_hub.TOKEN)
-        yield running
 
 
 def inside(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:

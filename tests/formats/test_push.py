@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
-import fake_hub
 import pytest
 import saved_models
 import tiny_models
@@ -21,16 +19,6 @@ from gyroquant.system.checksums import check
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as `quantize` writes it."""
     return saved_models.rounded(tiny_models.build("llama"), tmp_path_factory.mktemp("push") / "ours").folder
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    """A running hub, with a token for it."""
-    with fake_hub.running(FakeHub()) as running:
-        monkeypatch.setattr(constants, "ENDPOINT", running.endpoint)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setenv("HF_TOKEN", fake_hub.TOKEN)
-        yield running
 
 
 def content(folder: Path) -> dict[str, bytes]:

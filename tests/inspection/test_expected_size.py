@@ -26,6 +26,7 @@ TABLE = ("embeddings.bits=8", "embeddings.group_size=16", "keep_ties=true")
         ("rtn-w4", ()),
         ("gsr-w2", ()),
         ("gsr-w2", TABLE),
+        ("gsr-w2", (*TABLE[:2], "head={bits: 6, group_size: 16}")),
         ("quarot", ()),
         ("gptq-w3", ("weights.symmetric=true",)),
     ],

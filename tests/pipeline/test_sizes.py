@@ -75,6 +75,15 @@ def test_the_smallest_size_that_is_named_is_possible(corpus: Path, tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
+def test_plain_output_has_no_size_to_choose(corpus: Path, tmp_path: Path) -> None:
+    options = gq.OutputOptions(dense=True)
+    recipe = with_size(gq.load_recipe("gptq", RECIPE[1:-2]), 50_000)
+    with pytest.raises(gq.GyroquantError, match="leave out --dense, or --size"):
+        prepare(
+            tiny_models.build("llama"), tmp_path, recipe, corpus, tokenizer=tiny_models.tokenizer(), options=options
+        )
+
+
 def test_sizes_are_read_with_their_units() -> None:
     assert [parse_size(text) for text in ("60MB", "1.5 GiB", "1000", "2kb")] == [60_000_000, 3 << 29, 1000, 2000]
     for text in ("", "MB", "-3MB", "0", "3 metres"):

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from gyroquant.errors import RecipeError
+from gyroquant.errors import InputError, RecipeError
 from gyroquant.grids import Grid, stored_bits
 from gyroquant.models.execution.online import OnlineOp
 from gyroquant.models.folding.fold import FoldPlan
@@ -56,9 +56,36 @@ def preset_bits(store: WeightStore, size: int) -> int:
     return max((bits for bits in PRESET_BITS if bits <= average), default=min(PRESET_BITS))
 
 
-def rounded_bits(op: LinearOp, grid: Grid) -> float:
-    """The bits of a rounded layer in a basis that needs none itself: codes, scales and zero points."""
-    return op.numel * (grid.bits + grid.group_bits / grid.group_of(op.in_features, op.name))
+def layer_bytes(job: Sized, op: LinearOp, grid: Grid) -> int:
+    """The bytes of a rounded layer or table: codes, scales, zero points, and what its basis needs."""
+    basis = job.recipe.weights.basis
+    columns = op.in_features if basis is None else basis.order(op.in_features)
+    groups = 1 if grid.group_size == -1 else columns / grid.group_size
+    bits = op.numel // op.in_features * (columns * grid.bits + groups * grid.group_bits) + grid.tensor_bits
+    scales = 16 * columns if basis is not None and basis.needs_statistics else 0
+    return int((bits + scales) / 8)
+
+
+def plain_bytes(job: Sized, untied: Collection[str]) -> dict[str, int]:
+    """The bytes of every parameter that is not rounded, heads that the maps untie included."""
+    store, tied = job.store, job.graph.tied
+    shapes = {**store.shapes, **{name: store.shapes[tied[name]] for name in untied}}
+    carried, rounded = set(job.graph.carried), job.targets.keys() | job.tables.keys()
+    sizes = {name: store.dtype.itemsize if name in carried else job.output.dtype.itemsize for name in shapes}
+    return {name: prod(shape) * sizes[name] for name, shape in shapes.items() if name not in rounded}
+
+
+def untied_by(job: Sized) -> tuple[str, ...]:
+    """The tied parameters that the maps untie. Reads the parameters around the blocks."""
+    return job.plan.unties(job.store.read(job.graph.outer_params()))
+
+
+def map_bytes(job: Sized) -> int:
+    """The bytes of the online maps. Those that are measured and not chosen yet have placeholders without size."""
+    description, arrays = PackedDescription(), dict[str, torch.Tensor]()
+    for online in (*job.plan.online, *job.quantizers):
+        arrays |= description.add_online(online)
+    return stored_bits(arrays) // 8
 
 
 def fixed_bytes(job: Sized, chosen: Collection[str]) -> int:
@@ -67,21 +94,11 @@ def fixed_bytes(job: Sized, chosen: Collection[str]) -> int:
     Counts parameters that are not rounded, a head that is untied, rounded layers whose bits are not chosen, online
     maps, and what files need besides.
     """
-    store, graph = job.store, job.graph
-    rounded = {**job.targets, **job.tables}
-    shapes = dict(store.shapes)
-    untied = job.plan.unties(store.read(graph.outer_params()))
-    shapes |= {alias: store.shapes[graph.tied[alias]] for alias in untied}
-    carried = set(graph.carried)
-    plain = [name for name in shapes if name not in rounded]
-    each = {name: store.dtype.itemsize if name in carried else job.output.dtype.itemsize for name in plain}
-    total = sum(prod(shapes[name]) * each[name] for name in plain)
-    total += sum(int(rounded_bits(op, job.spec.grid(name)) / 8) for name, op in rounded.items() if name not in chosen)
-    description = PackedDescription()
-    for online in (*job.plan.online, *job.quantizers):
-        total += stored_bits(description.add_online(online)) // 8
-    total += sum(len(name) + _ENTRY for name in plain)
-    return total + sum(_arrays(job.spec.grid(name)) * (len(name) + _ENTRY) for name in rounded)
+    rounded, plain = {**job.targets, **job.tables}, plain_bytes(job, untied_by(job))
+    others = [layer_bytes(job, op, job.spec.grid(name)) for name, op in rounded.items() if name not in chosen]
+    entries = sum(len(name) + _ENTRY for name in plain)
+    entries += sum(_arrays(job.spec.grid(name)) * (len(name) + _ENTRY) for name in rounded)
+    return sum(plain.values()) + sum(others) + map_bytes(job) + entries
 
 
 def _arrays(grid: Grid) -> int:
@@ -91,17 +108,23 @@ def _arrays(grid: Grid) -> int:
 
 
 def check_bytes(job: Sized) -> None:
-    """Raises RecipeError if `weights.allocate.bytes` is less than the fewest bits of everything take."""
+    """Raises RecipeError if `weights.allocate.bytes` is less than the fewest bits of everything take.
+
+    Raises InputError for plain output, whose size does not depend on the bits.
+    """
     settings = job.recipe.weights.allocate
     if settings is None or settings.bytes is None:
         return
-    least = {name: rounded_bits(op, at_bits(job.spec.grid(name), low)) for name, op, low in _chosen(job)}
-    smallest = fixed_bytes(job, least.keys()) + int(sum(least.values()) / 8) + 1
+    if job.output.dense:
+        raise InputError("--dense writes plain numbers, whose size no bits change: leave out --dense, or --size")
+    least = {name: layer_bytes(job, op, at_bits(job.spec.grid(name), low)) for name, op, low in _chosen(job)}
+    fixed = fixed_bytes(job, least.keys())
+    smallest = fixed + sum(least.values()) + 1
     if smallest > settings.bytes:
         raise RecipeError(
             f"{settings.bytes / 1e6:.3f} MB are too few for this model and recipe: the smallest that is possible is "
-            f"{smallest / 1e6:.3f} MB, of which {fixed_bytes(job, least.keys()) / 1e6:.3f} MB are not rounded. Ask for "
-            "that, or add smaller numbers to weights.allocate.bits and weights.allocate.embeddings"
+            f"{smallest / 1e6:.3f} MB, of which {fixed / 1e6:.3f} MB have no bits to choose. Ask for that, or add "
+            "smaller numbers to weights.allocate.bits and weights.allocate.embeddings"
         )
 
 
@@ -120,25 +143,14 @@ def _chosen(job: Sized) -> Iterator[tuple[str, LinearOp, int]]:
 
 
 def expected_bytes(job: Sized) -> int:
-    """The size of the result in bytes: codes and scales of the targets, and all else in the output's dtype.
-
-    An upper bound where bits are chosen.
-    """
-    basis, chosen = job.recipe.weights.basis, job.recipe.weights.allocate
-    rounded, bits = 0, 0.0
-    for name, op in job.targets.items():
-        count, grid = op.numel, job.grids[name]
-        order = op.in_features if basis is None else basis.order(op.in_features)
-        each = max(chosen.bits) if chosen is not None else grid.bits
-        each_group = 0.0 if grid.group_size == -1 else grid.group_bits / grid.group_size
-        rounded, bits = rounded + count, bits + count * order / op.in_features * (each + each_group)
-        bits += 16 * order if basis is not None and basis.needs_statistics else 0
-    for name, op in job.tables.items():
+    """The largest size that a result can have, in bytes: every head untied, the most bits where they are chosen."""
+    chosen, around = job.recipe.weights.allocate, {op.weight for op in job.graph.outer.linears}
+    rounded = {**job.targets, **job.tables}
+    total = sum(plain_bytes(job, job.graph.tied.keys() - rounded.keys()).values()) + map_bytes(job)
+    for name, op in rounded.items():
         grid = job.spec.grid(name)
-        each = max(grid.bits, *chosen.embeddings) if chosen is not None and chosen.embeddings else grid.bits
-        each_group = grid.group_bits / grid.group_of(op.in_features)
-        rounded, bits = rounded + op.numel, bits + op.numel * (each + each_group)
-    everything = sum(prod(shape) for shape in job.store.shapes.values())
-    everything += sum(prod(job.store.shapes[name]) for name in job.graph.tied.values())  # if untied
-    bits = rounded * 8 * job.output.dtype.itemsize if job.output.dense else bits
-    return int(bits / 8) + (everything - rounded) * job.output.dtype.itemsize
+        if chosen is not None:
+            outside = name in job.tables or name in around
+            grid = at_bits(grid, max(chosen.embeddings or (grid.bits,)) if outside else max(chosen.bits))
+        total += op.numel * job.output.dtype.itemsize if job.output.dense else layer_bytes(job, op, grid)
+    return int(total)

@@ -47,9 +47,8 @@ def main() -> None:
     def summed(bits: dict[str, int]) -> float:
         return sum(costs[layer][str(width)] for layer, width in bits.items())
 
-    print(
-        f"{len(choices)} choices; the fewest bits everywhere: {sum(next(iter(each.values())) for each in costs.values()):.3f}"
-    )
+    fewest = sum(next(iter(each.values())) for each in costs.values())
+    print(f"{len(choices)} choices; summed divergence of the fewest bits everywhere: {fewest:.3f}")
     print("| | rank correlation | summed divergence of its choice | CPU seconds |\n|---|--:|--:|--:|")
     print(f"| measured, 2 windows | 1 | {summed(measured['bits']):.3f} | {seconds:.0f} |")
     for nsamples in given.nsamples:

@@ -3,11 +3,11 @@
     python benchmarks/whole_file.py types MODEL --text CALIBRATION --test TEST --out FOLDER
     python benchmarks/whole_file.py speed MODEL --text CALIBRATION --out FOLDER --ours W4_FOLDER W2_FOLDER [--rounds 2]
 
-`types`: llama.cpp rounds the model by its defaults, without an importance matrix. Its files are read back and measured as
-ours are, with the first 8 windows of 1,024 tokens. `speed`: exports of two folders that `gyro-w4` and `gyro-w2` made,
-against the same layers with embedding and head in 16 bits, and against llama.cpp's Q4_0. The layers to compare with are
-rounded to nearest: a product takes as long whatever the numbers are. Every round measures every row once, in turn; ratios
-are medians over rounds. Needs llama-cpp-python. What is made already is not made again.
+`types`: llama.cpp rounds the model by its defaults, without an importance matrix. Its files are read back and measured
+as ours are, with the first 8 windows of 1,024 tokens. `speed`: exports of two folders that `gyro-w4` and `gyro-w2`
+made, against the same layers with embedding and head in 16 bits, and against llama.cpp's Q4_0. The layers to compare
+with are rounded to nearest: a product takes as long whatever the numbers are. Every round measures every row once, in
+turn; ratios are medians over rounds. Needs llama-cpp-python. What is made already is not made again.
 """
 
 from __future__ import annotations

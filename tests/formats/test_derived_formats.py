@@ -60,8 +60,6 @@ def test_it_works_or_is_refused_by_name(
         return
     if importlib.util.find_spec(PACKAGES.get(format_name, "gguf")) is None:
         pytest.skip("its package is not installed")
-    if (format_name, name) == ("compressed-tensors", "mamba"):
-        pytest.skip("its recurrence amplifies rounding to 16 bits up to the limit of the check")
     format_named(format_name).check_packages()
     check = export(store.folder, format_name, tmp_path / "x")["check"]
     if "not_run" in check:

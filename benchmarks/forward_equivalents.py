@@ -1,8 +1,9 @@
 """What a quantization costs, in passes of the model over the same calibration tokens, measured in one run.
 
-    python benchmarks/forward_equivalents.py [MODEL --text FILE] [--recipes rtn gptq gsr] [--json FILE]
+    python benchmarks/forward_equivalents.py [MODEL --text FILE] [--recipes rtn gptq gsr] [--bits 2] [--json FILE]
 
-The unit is one plain forward pass of transformers in bfloat16, head included, over all calibration tokens.
+The unit is one plain forward pass of transformers in bfloat16, head included, over all calibration tokens. The columns
+are the stages of a run. What none of them takes (the fingerprint, checksums) is in `all` only.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from transformers import AutoModelForCausalLM
 import gyroquant as gq
 from gyroquant.pipeline import run as pipeline
 from gyroquant.pipeline.job import Job, prepare
+from gyroquant.pipeline.stages import STAGES as ALL_STAGES
 from gyroquant.system.environment import versions
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "demo"))
 BATCH_TOKENS = 4096
+STAGES = [stage.name for stage in ALL_STAGES]
 
 
 def forward_seconds(model: Path, tokens: torch.Tensor) -> float:
@@ -45,7 +48,8 @@ def main() -> None:
     parser.add_argument("model", nargs="?", type=Path)
     parser.add_argument("--text", type=Path)
     parser.add_argument("--recipes", nargs="+", default=["rtn", "gptq", "gsr", "quarot"])
-    parser.add_argument("--nsamples", type=int, default=128)
+    parser.add_argument("--bits", type=int, help="the bits of recipes without a number in their name")
+    parser.add_argument("--nsamples", type=int, default=64)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
@@ -53,19 +57,23 @@ def main() -> None:
         import assets
 
         given.model, given.text = assets.model(), assets.texts()[0]
-    changes = [f"calibration.nsamples={given.nsamples}", f"calibration.seqlen={given.seqlen}", "weights.bits=2"]
+    changes = [f"calibration.nsamples={given.nsamples}", f"calibration.seqlen={given.seqlen}"]
     rows, unit = [], None
     for name in given.recipes:
+        bits = [] if given.bits is None or name[-1].isdigit() else [f"weights.bits={given.bits}"]
         with tempfile.TemporaryDirectory() as scratch:
-            job: Job = prepare(given.model, Path(scratch) / "out", gq.load_recipe(name, changes), given.text)
+            job: Job = prepare(given.model, Path(scratch) / "out", gq.load_recipe(name, changes + bits), given.text)
             if unit is None:
                 assert job.tokens is not None
                 unit = forward_seconds(given.model, job.tokens)
                 print(f"one pass over {job.tokens.numel()} tokens: {unit:.1f} s\n")
-                print("| recipe | seconds | passes |\n|---|--:|--:|")
-            seconds = pipeline.run(job)["seconds"]
-        rows.append({"recipe": name, "seconds": seconds, "forward_equivalents": seconds / unit})
-        print(f"| {name} | {seconds:.0f} | {seconds / unit:.2f} |", flush=True)
+                print(f"| recipe | {' | '.join(STAGES)} | all |\n|---|{'--:|' * (len(STAGES) + 1)}")
+            manifest = pipeline.run(job)
+        passes = {stage: seconds / unit for stage, seconds in manifest["stage_seconds"].items()}
+        row = {"recipe": name, "passes": passes, "seconds": manifest["seconds"]}
+        rows.append(row | {"forward_equivalents": manifest["seconds"] / unit})
+        cells = (f"{passes[stage]:.2f}" if stage in passes else "" for stage in STAGES)
+        print(f"| {name} | {' | '.join(cells)} | {manifest['seconds'] / unit:.2f} |", flush=True)
     if given.json:
         given.json.write_text(json.dumps({"unit": unit, "rows": rows, "versions": versions()}, indent=1) + "\n")
 

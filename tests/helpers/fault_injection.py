@@ -58,7 +58,7 @@ _CONTEXT = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else 
 if hasattr(os, "fork"):
     # what takes seconds to import; this module itself, which lies beside tests, the server does not find
     _CONTEXT.set_forkserver_preload(["gyroquant.pipeline.run", "transformers.models.llama.modeling_llama"])
-MEASURED = ("seconds", "peak_memory_bytes")
+MEASURED = ("seconds", "stage_seconds", "peak_memory_bytes")
 
 
 @dataclass(frozen=True)

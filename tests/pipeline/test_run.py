@@ -158,7 +158,8 @@ def test_the_manifest_explains_the_result(folders: dict[str, Path], corpus: Path
     assert len(manifest["layers"]) == 14
     assert all(0 < layer["output_error"] < 1 for layer in manifest["layers"])
     assert manifest["versions"]["transformers"] == transformers.__version__
-    assert manifest["seconds"] > 0
+    assert list(manifest["stage_seconds"]) == ["compare with transformers", "prove", "quantize", "save"]
+    assert 0 < sum(manifest["stage_seconds"].values()) < manifest["seconds"]
     assert manifest["peak_memory_bytes"] > 10**6
     stored = load_file(tmp_path / "out" / "model.safetensors")
     rounded = sum(

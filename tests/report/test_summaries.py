@@ -43,6 +43,12 @@ def test_bytes_are_told_by_part() -> None:
     assert "6.0 MB (layers 3.0 MB, embeddings 2.0 MB, rest 1.0 MB)" in text
 
 
+def test_time_is_told_by_long_stages() -> None:
+    manifest = json.loads((FOLDER / "gyroquant.json").read_text())
+    manifest |= {"seconds": 300.0, "stage_seconds": {"prove": 29.0, "quantize": 80.0, "finetune": 180.0}}
+    assert "5.0 min (finetune 3.0 min, quantize 80 s)" in shown(summaries.quantized(manifest, str(FOLDER)))
+
+
 @pytest.mark.parametrize(("seconds", "expected"), [(3.2, "3 s"), (119.6, "120 s"), (150.0, "2.5 min")])
 def test_durations_are_for_people(seconds: float, expected: str) -> None:
     assert console.duration(seconds) == expected

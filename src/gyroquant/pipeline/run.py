@@ -57,10 +57,9 @@ def run(job: Job, progress: Progress | None = None) -> dict[str, Any]:
             progress.warn(f"continuing where an earlier run was stopped ({journal.folder})")
         with ExitStack() as opened:
             context = RunContext(job, journal, progress, opened)
-            for stage in STAGES:
-                if stage.applies(job):
-                    stage.run(context)
+            seconds = _run_stages(context)
             manifest = _manifest(job, model)
+            manifest["stage_seconds"] = seconds
             manifest["seconds"] = round(time.perf_counter() - started, 3)
             manifest["peak_memory_bytes"] = peak_memory_bytes()
             folder = context.folder
@@ -73,6 +72,17 @@ def run(job: Job, progress: Progress | None = None) -> dict[str, Any]:
     for text in warnings:
         progress.warn(text)
     return manifest
+
+
+def _run_stages(context: RunContext) -> dict[str, float]:
+    """Runs every stage that the job has. Returns the seconds that each took, by its name."""
+    seconds: dict[str, float] = {}
+    for stage in STAGES:
+        if stage.applies(context.job):
+            started = time.perf_counter()
+            stage.run(context)
+            seconds[stage.name] = round(time.perf_counter() - started, 3)
+    return seconds
 
 
 def _fingerprint(job: Job, advance: Advance) -> str:

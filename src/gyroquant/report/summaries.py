@@ -66,7 +66,7 @@ def quantized(manifest: Mapping[str, Any], out: str) -> list[Table]:
         ("squared relative error of the weights", f"{_mean(weights):.2g} (mean of {len(weights)} layers)"),
         ("squared relative error of the outputs", f"{_mean(outputs):.2g}" if outputs else "not measured"),
         ("above the rate-distortion bound", _above(limits) if limits else "not measured"),
-        ("time", duration(manifest["seconds"])),
+        ("time", _time(manifest)),
         ("peak memory", size(manifest["peak_memory_bytes"])),
     ]
     if manifest.get("source_quantization"):
@@ -74,6 +74,14 @@ def quantized(manifest: Mapping[str, Any], out: str) -> list[Table]:
     if manifest["untied"]:
         rows.append(("untied", ", ".join(manifest["untied"]) + " (its norm's gain was folded into it)"))
     return [table("", ("quantized", ""), rows)]
+
+
+def _time(manifest: Mapping[str, Any]) -> str:
+    """The time of the last process, and that of the stages that took at least a tenth of it, longest first."""
+    total, stages = manifest["seconds"], manifest.get("stage_seconds", {})  # the last release has no stages
+    long = sorted(((seconds, name) for name, seconds in stages.items() if seconds >= total / 10), reverse=True)
+    parts = ", ".join(f"{name} {duration(seconds)}" for seconds, name in long)
+    return f"{duration(total)} ({parts})" if parts else duration(total)
 
 
 def _whole_model(bits: float, bytes_: Mapping[str, int] | None) -> list[tuple[str, str]]:

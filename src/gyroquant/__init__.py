@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     )
     from gyroquant.rounding.activations import Activations, KvCache
     from gyroquant.rounding.bit_allocation import Allocate
+    from gyroquant.rounding.guided import Guided
     from gyroquant.rounding.solvers.auto_round import AutoRound
     from gyroquant.rounding.solvers.gptaq import Gptaq
     from gyroquant.rounding.solvers.gptq import Gptq
@@ -74,6 +75,7 @@ __all__ = [
     "Fp8Grid",
     "Gptaq",
     "Gptq",
+    "Guided",
     "GyroquantError",
     "Head",
     "InputError",
@@ -129,6 +131,7 @@ _MODULES = {
     "Fp8Grid": "grids.floating",
     "Gptaq": "rounding.solvers.gptaq",
     "Gptq": "rounding.solvers.gptq",
+    "Guided": "rounding.guided",
     "GyroquantError": "errors",
     "Head": "recipes.schema",
     "InputError": "errors",

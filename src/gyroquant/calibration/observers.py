@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -198,6 +198,45 @@ class PairedSecondMoments(SecondMoments):
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     """The total plus ``a^T b``. None counts as 0."""
     return a.T @ b if total is None else total.addmm_(a.T, b)
+
+
+class GuidedSecondMoments(SecondMoments):
+    """`SecondMoments` of an input, and beside them one of each group of outputs of the layers that read it, in which
+    tokens count by their weights.
+
+    - `parts`: those of the groups, by the name of a layer's weight: a list, one for each group.
+
+    `weights` has the weights of all tokens, shape (groups, tokens), by the name of a layer's weight. `make` makes an
+    observer of vectors of n numbers for each group; a `pairing` is the one of these observers. The observer sees all
+    tokens, in their order, once or more often.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        weights: Mapping[str, Tensor],
+        make: Callable[[int], SecondMoments] = SecondMoments,
+        pairing: PairedForward | None = None,
+    ):
+        super().__init__(n)
+        self.parts = {name: [make(n) for _ in groups] for name, groups in weights.items()}
+        self._roots = {name: groups.float().sqrt() for name, groups in weights.items()}
+        self._tokens = next(iter(weights.values())).shape[1]
+        self._pairing, self._next = pairing, {True: 0, False: 0}
+
+    @classmethod
+    def examples(cls, n: int = 256) -> list[Self]:
+        return [cls(n, {"layer": torch.ones(2, 1024)})]
+
+    def __call__(self, x: Tensor) -> None:
+        original = self._pairing is not None and self._pairing.original
+        start, stop = self._next[original], self._next[original] + len(x)
+        self._next[original] = stop % self._tokens
+        if not original:
+            super().__call__(x)
+        for name, observers in self.parts.items():
+            for root, observer in zip(self._roots[name], observers, strict=True):
+                observer(x * root[start:stop, None].to(device=x.device, dtype=x.dtype))
 
 
 class PaddedSpectrum(Observer):

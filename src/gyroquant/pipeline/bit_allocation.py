@@ -9,6 +9,7 @@ import torch
 
 from gyroquant.pipeline.job import Job
 from gyroquant.pipeline.sizes import fixed_bytes
+from gyroquant.pipeline.token_weights import TokenWeights
 from gyroquant.pipeline.trials import GradientTrials, Trials, has_gradient_costs
 from gyroquant.rounding.base import Warn
 from gyroquant.rounding.bit_allocation import at_bits, choose
@@ -21,16 +22,17 @@ _FULL = 0.99  # of the room that an allocation in bytes takes
 
 
 @torch.no_grad()
-def allocate(job: Job, progress: Progress, warn: Warn) -> dict[str, Any]:
+def allocate(job: Job, progress: Progress, warn: Warn, collected: TokenWeights | None = None) -> dict[str, Any]:
     """Chooses the bits of every layer for a recipe with `weights.allocate`; returns them with the measured costs.
 
     With ``costs: measured``, the folded model runs block by block, unrounded, on the calibration text. One model for
     each choice of layer and bits runs beside it on some of the windows, with this layer rounded. Memory holds the
-    hidden states of all of them. With ``costs: gradient``, one backward pass takes their place (`GradientTrials`).
+    hidden states of all of them. With ``costs: gradient``, one backward pass takes their place (`GradientTrials`). Its
+    windows are added to `collected`.
     """
     settings = job.recipe.weights.allocate
     assert settings is not None
-    trials = (GradientTrials if has_gradient_costs(job) else Trials)(job, warn)
+    trials = GradientTrials(job, warn, collected) if has_gradient_costs(job) else Trials(job, warn)
     trials.run(progress)
     costs, sizes = trials.divergences(progress), trials.sizes
     names = {name for name, _ in sizes}

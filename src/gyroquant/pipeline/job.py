@@ -32,6 +32,7 @@ from gyroquant.pipeline.state import RunState
 from gyroquant.pipeline.validation import (
     check_budget,
     check_forms,
+    check_guided,
     check_held_out,
     check_places,
     check_seqlen,
@@ -346,6 +347,7 @@ def prepare(
     check_bytes(Job.begin(spec))
     check_held_out(recipe, spec.tokens)
     check_steps(store.graph, targets, recipe)
+    check_guided(store, targets, recipe)
     check_workers(options.workers, recipe, store)
     job = Job.begin(spec)
     check_room(out, expected_bytes(job) * 2 - left_behind(out))  # the pieces, and the files that they are merged into

@@ -8,9 +8,16 @@ from pathlib import Path
 
 from torch import Tensor
 
-from gyroquant.calibration.observers import Key, SecondMoments, observing
+from gyroquant.calibration.observers import (
+    GuidedSecondMoments,
+    Key,
+    SecondMoments,
+    input_key,
+    modules_with_own_map,
+    observing,
+)
 from gyroquant.calibration.stream import Stream
-from gyroquant.models.execution.online import CacheQuantizer, all_experts, attached, observing_keys
+from gyroquant.models.execution.online import CacheQuantizer, OnlineOp, all_experts, attached, observing_keys
 from gyroquant.models.graph.model_graph import LinearOp
 from gyroquant.models.graph.rounded_layer import RoundedLayer
 from gyroquant.models.graph.sites import attention_module
@@ -88,6 +95,7 @@ def _round_in_turn(
             every = all_experts(job.recipe.calibration.all_experts)
             watching = observing(model, group, online, stream.observer, keys, stop=not last)
             with every, attached(model, online), watching as new:
+                _guide(job, stream, targets, new, online)
                 stream.observe(index, current, advance, tensors, move=last)
             observed |= new
         if job.rounded:
@@ -95,6 +103,23 @@ def _round_in_turn(
         else:
             layers |= round_layers(LayerGroup(group, targets, tensors, observed, online), config)
     return layers, observed
+
+
+def _guide(
+    job: Job,
+    stream: Stream,
+    targets: Mapping[str, LinearOp],
+    observed: dict[Key, SecondMoments],
+    online: Sequence[OnlineOp],
+) -> None:
+    """Replaces observers by guided ones, if tokens have weights."""
+    own, readers = modules_with_own_map(online), dict[str, dict[str, Tensor]]()
+    for name, op in targets.items():
+        if name in job.state.token_weights:
+            readers.setdefault(input_key(op, own), {})[name] = job.state.token_weights[name]
+    for key, weights in readers.items():
+        width = len(observed[key, None].lower)
+        observed[key, None] = GuidedSecondMoments(width, weights, stream.observer, stream.pairing)
 
 
 def _center_keys(job: Job, index: int, tensors: Mapping[str, Tensor], stream: Stream, advance: Advance) -> None:

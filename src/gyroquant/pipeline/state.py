@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from gyroquant.grids import Grid, QuantizedWeight
 from gyroquant.models.execution.online import OnlineOp
 from gyroquant.models.folding.fold import FoldPlan
@@ -17,6 +19,8 @@ class RunState:
     - ``plan``: the maps to fold. At first it has placeholders for measured maps; `measure` and `learn` replace it.
     - ``grids``: the grid of each layer to round, by the name of its weight. `allocate` replaces some.
     - ``quantizers``: the quantizers that run with the model. `quantize` adds the measured means of keys.
+    - ``token_weights``: the weights of calibration tokens, shape (groups, tokens), by the name of a layer's weight.
+      `guide` writes them.
     - ``external_codes``: the layers that an external solver has rounded, by the name of the weight.
     - ``warnings``: texts for the user, shown at the end and kept in the manifest.
     - ``results``: plain data for the manifest, by its key there.
@@ -25,6 +29,7 @@ class RunState:
     plan: FoldPlan
     grids: dict[str, Grid]
     quantizers: list[OnlineOp]
+    token_weights: dict[str, Tensor] = field(default_factory=dict)
     external_codes: dict[str, QuantizedWeight] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     results: dict[str, Any] = field(default_factory=dict)

@@ -6,11 +6,9 @@ Two ways to a cost: run every one of them, or take the gradient of the loss at e
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from gyroquant.calibration.observers import observing
@@ -20,8 +18,11 @@ from gyroquant.models.execution.online import attached
 from gyroquant.models.execution.runner import BlockRunner
 from gyroquant.models.graph.model_graph import LinearOp
 from gyroquant.models.graph.rounded_layer import RoundedLayer
+from gyroquant.pipeline.backward import BackwardPass, See
 from gyroquant.pipeline.job import Job
 from gyroquant.pipeline.tables import round_table, table_statistics
+from gyroquant.pipeline.token_weights import TokenWeights
+from gyroquant.pipeline.validation import backward_problem
 from gyroquant.rounding.base import Warn
 from gyroquant.rounding.bit_allocation import Choice, at_bits, grids_by_bits
 from gyroquant.rounding.layers import LayerGroup, is_head, round_layers
@@ -161,15 +162,13 @@ class Trials:
 
 
 def has_gradient_costs(job: Job) -> bool:
-    """Whether a recipe asks for costs by gradient and the model has them.
-
-    Stacked experts have no module of their own to observe, a basis has no weights that are rounded in place, and blocks
-    that pass on more than hidden states cannot be run backwards one by one: these are measured instead.
-    """
-    weights = job.recipe.weights
-    asked = weights.allocate is not None and weights.allocate.costs == "gradient"
-    plain = weights.basis is None and not any(op.entry.stacked for op in job.targets.values())
-    return asked and plain and not BlockRunner.of(job.store).passed
+    """Whether a recipe asks for costs by gradient and the model has them. Else they are measured."""
+    allocate = job.recipe.weights.allocate
+    return (
+        allocate is not None
+        and allocate.costs == "gradient"
+        and not backward_problem(job.store, job.targets, job.recipe)
+    )
 
 
 class GradientTrials(Trials):
@@ -178,11 +177,14 @@ class GradientTrials(Trials):
     Rounding a layer changes its outputs by D. The KL divergence that this makes is, to second order, half the expected
     square of ``sum(G * D)``, where G is the gradient of the loss at these outputs for labels that are drawn from the
     model's own predictions (the Fisher information). D is that of rounding to nearest. Tokens are taken as independent.
+
+    The same pass adds its windows to `collected`, if that is given.
     """
 
-    def __init__(self, job: Job, warn: Warn):
+    def __init__(self, job: Job, warn: Warn, collected: TokenWeights | None = None):
         super().__init__(job, warn)
         self._costs: dict[Choice, float] = {}
+        self._collected = collected
 
     def _tokens(self, tokens: Tensor) -> Tensor:
         return tokens[: self.settings.nsamples]
@@ -192,59 +194,31 @@ class GradientTrials(Trials):
         return min(self.settings.nsamples, _HEAD_WINDOWS)
 
     def run(self, progress: Progress) -> None:
-        """Runs the model forwards and backwards, block by block. Memory holds the inputs of all blocks."""
-        job, stream, blocks = self.job, self.stream, len(self.job.graph.blocks)
-        assert stream.hidden is not None
-        states: list[Tensor] = []
-        with progress.stage("allocate", 2 * blocks) as advance:
-            for index in range(blocks):
-                states.append(stream.hidden.clone())
-                with attached(job.store.skeleton(), job.plan.online_in(index)):
-                    stream.run(index, job.plan.read_block(job.store, index))
-                advance()
-            gradients = self._loss_gradients()
-            for index in reversed(range(blocks)):
-                gradients = self._backward(index, states.pop(), gradients)
-                advance()
+        """Runs the model forwards and backwards, block by block."""
+        with progress.stage("allocate", 2 * len(self.job.graph.blocks)) as advance:
+            gradients = BackwardPass(self.job, self.stream, self.outer).run(self._visit, advance)
+        if self._collected is not None:
+            self._collected.windows += len(self.stream.input_ids)
         self._embedding_costs(gradients)
         self._round_heads()
 
-    def _loss_gradients(self) -> list[Tensor]:
-        """For every window, the gradient of the loss at the last hidden states. Labels are drawn from predictions."""
-        assert self.stream.hidden is not None
-        generator = torch.Generator().manual_seed(self.job.recipe.seed)
-        local, found = self.stream.local(self.outer), []
-        for window in self.stream.hidden.split(1):
-            state = window.to(self.stream.device).requires_grad_()
-            with _around(self.job), torch.enable_grad():
-                predicted = self.runner.logits(state, local)[0].float().log_softmax(-1)
-                labels = torch.multinomial(predicted.detach().exp().cpu(), 1, generator=generator)
-                (gradient,) = torch.autograd.grad(-predicted.gather(1, labels.to(predicted.device)).sum(), state)
-            found.append(gradient)
-        return found
+    def _visit(self, index: int, tensors: Mapping[str, Tensor]) -> See:
+        changes = self._changes(index, tensors)
+        collect = None if self._collected is None else self._collected.visit(index, tensors)
 
-    def _backward(self, index: int, states: Tensor, gradients: Sequence[Tensor]) -> list[Tensor]:
-        """Adds the costs of a block's layers. Returns the gradients at its inputs."""
-        job, stream = self.job, self.stream
-        tensors = job.plan.read_block(job.store, index)
-        local, changes = stream.local(tensors), self._changes(index, tensors)
-        found = []
-        for window, (state, gradient) in enumerate(zip(states.split(1), gradients, strict=True)):
-            first = state.to(stream.device).requires_grad_()
-            with _observed(job, index, [op for op, _ in changes.values()]) as seen, torch.enable_grad():
-                out = stream.few(index, local, first, [window])
-                torch.autograd.backward(out, gradient)
-            assert first.grad is not None
-            found.append(first.grad)
-            for choice, (op, change) in changes.items():
-                for inputs, outputs in seen[op.weight]:
-                    gradient_here = None if outputs.grad is None else outputs.grad.flatten(0, -2)
-                    self._add(choice, inputs.flatten(0, -2).float() @ change.T, gradient_here)
-        return found
+        def see(op: LinearOp, inputs: Tensor, gradient: Tensor | None) -> None:
+            for bits, change in changes[op.weight].items():
+                self._add((op.weight, bits), inputs.float() @ change.T, gradient)
+            if collect is not None:
+                collect(op, inputs, gradient)
 
-    def _changes(self, index: int, tensors: Mapping[str, Tensor]) -> dict[Choice, tuple[LinearOp, Tensor]]:
-        """What rounding to nearest subtracts from the weights of a block's layers, shape (out, in), for each choice."""
-        group, found = self.job.graph.blocks[index], {}
+        return see
+
+    def _changes(self, index: int, tensors: Mapping[str, Tensor]) -> dict[str, dict[int, Tensor]]:
+        """What rounding to nearest subtracts from the weights of a block's layers, shape (out, in), by the name of the
+        weight and the bits.
+        """
+        group, found = self.job.graph.blocks[index], dict[str, dict[int, Tensor]]()
         layers = LayerGroup(group, self.job.targets, tensors, {}, [])
         grids = grids_by_bits(self.job.recipe.weights.grid, self.settings.bits)
         for op in group.linears:
@@ -253,7 +227,7 @@ class GradientTrials(Trials):
                 rounded = RoundToNearest().solve(matrix, grid.with_tensor_scale(matrix), None)
                 self.sizes[op.weight, bits] = rounded.bits
                 change = (matrix - rounded.dequantize()).to(self.stream.device)
-                found[op.weight, bits] = op, change
+                found.setdefault(op.weight, {})[bits] = change
         return found
 
     def _add(self, choice: Choice, change: Tensor, gradient: Tensor | None) -> None:
@@ -285,27 +259,3 @@ class GradientTrials(Trials):
         """The costs in nats per token. Those of heads are measured on some windows."""
         measured = super().divergences(progress)
         return {choice: cost + self._costs.get(choice, 0.0) for choice, cost in measured.items()}
-
-
-class _observed(ExitStack):  # noqa: N801 - used like a function
-    """While it lasts, the inputs and outputs of a block's layers are kept, the outputs with their gradients."""
-
-    def __init__(self, job: Job, index: int, ops: Sequence[LinearOp]):
-        super().__init__()
-        model = job.store.skeleton()
-        self.enter_context(attached(model, job.plan.online_in(index)))
-        self.seen: dict[str, list[tuple[Tensor, Tensor]]] = {op.weight: [] for op in ops}
-        for op in {op.weight: op for op in ops}.values():
-            handle = model.get_submodule(op.module).register_forward_hook(self._keeper(op.weight))
-            self.callback(handle.remove)
-
-    def _keeper(self, name: str) -> Any:
-        def keep(module: Any, inputs: Any, output: Tensor) -> None:
-            output.retain_grad()
-            self.seen[name].append((inputs[0].detach(), output))
-
-        return keep
-
-    def __enter__(self) -> Any:
-        super().__enter__()
-        return self.seen

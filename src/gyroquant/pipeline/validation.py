@@ -13,6 +13,7 @@ from gyroquant.errors import InputError, RecipeError, UnsupportedModelError
 from gyroquant.finetuning import Finetune
 from gyroquant.formats.output_folder import check_destination, check_writable
 from gyroquant.models.execution.online import OnlineOp
+from gyroquant.models.execution.runner import BlockRunner
 from gyroquant.models.folding.fold import FoldPlan, fold
 from gyroquant.models.graph.model_graph import LinearOp, ModelGraph
 from gyroquant.models.stores.base import WeightStore
@@ -125,6 +126,27 @@ def check_steps(graph: ModelGraph, targets: Mapping[str, LinearOp], recipe: Reci
     """Refuses layers that one of the recipe's steps cannot work on."""
     for step in recipe.weights.steps:
         step.check_layers(graph, targets)
+
+
+def backward_problem(store: WeightStore, targets: Mapping[str, LinearOp], recipe: Recipe) -> str:
+    """Why the loss's gradient at every layer cannot be found block by block; empty if it can.
+
+    Stacked experts have no module of their own to observe. A basis has no weights that are rounded in place.
+    """
+    if recipe.weights.basis is not None:
+        return "weights are rounded in another basis (weights.basis)"
+    if any(op.entry.stacked for op in targets.values()):
+        return "the experts of this model are stacked in one parameter"
+    if BlockRunner.of(store).passed:
+        return "the blocks of this model pass on more than hidden states"
+    return ""
+
+
+def check_guided(store: WeightStore, targets: Mapping[str, LinearOp], recipe: Recipe) -> None:
+    """Refuses `weights.guided` where there are no gradients."""
+    problem = backward_problem(store, targets, recipe) if recipe.weights.guided is not None else ""
+    if problem:
+        raise UnsupportedModelError(f"weights.guided needs the gradient at every layer, but {problem}: leave it out")
 
 
 def check_budget(graph: ModelGraph, targets: Mapping[str, LinearOp], recipe: Recipe) -> None:

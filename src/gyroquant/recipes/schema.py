@@ -34,6 +34,7 @@ from gyroquant.recipes.yaml_reader import plain
 from gyroquant.rounding import (
     Activations,
     Allocate,
+    Guided,
     Ignore,
     KvCache,
     Refine,
@@ -97,6 +98,7 @@ class Weights(StepOptions):
     - `refine` (None): improves codes and scales after the solver.
     - `tune` (None): tunes the rounded layers of a block together.
     - `target` (None): changes the weights that the solver rounds, to correct the input error.
+    - `guided` (None): weights the calibration tokens by the gradient of the loss.
     - `overrides` (none): other grids for some layers. If several name a layer, the last one counts.
     - `allocate` (None): chooses the bits of every layer.
     - `true_sequential` (None): true: the layers of a block are observed one after another, each after the layers before
@@ -113,6 +115,7 @@ class Weights(StepOptions):
     refine: Section[Refine] | None = None
     tune: Section[SignRound] | None = None
     target: Section[Target] | None = None
+    guided: Section[Guided] | None = None
     overrides: Annotated[tuple[Annotated[Override, _OVERRIDE], ...], BeforeValidator(_list_of_overrides)] = ()
     allocate: Section[Allocate] | None = None
     true_sequential: bool | None = None
@@ -122,7 +125,7 @@ class Weights(StepOptions):
     @model_validator(mode="after")
     def _steps_do_not_contradict(self) -> Weights:
         codes = [step.key for step in self.steps if step.when < When.CORRECT_BLOCK and step.key != self.solver.key]
-        sections = [*codes, *(name for name in ("basis", "allocate") if getattr(self, name))]
+        sections = [*codes, *(name for name in ("basis", "allocate", "guided") if getattr(self, name))]
         conflicts = [self.solver.conflicts(sections, (self.grid, *(override.grid for override in self.overrides)))]
         conflicts += [step.conflicts(self.solver) for step in self.steps if isinstance(step, LayerStep)]
         for conflict in filter(None, conflicts):
@@ -133,6 +136,10 @@ class Weights(StepOptions):
     def _options_do_not_contradict(self) -> Weights:
         if self.allocate is not None and self.overrides:
             raise ValueError("allocate chooses the bits of every layer: leave overrides out, or allocate")
+        if self.guided is not None and not any(step.needs_statistics for step in self.layer_steps):
+            raise ValueError(
+                "guided changes second moments, and no step of this recipe reads them: take a solver such as gptq"
+            )
         if self.allocate is not None and not self.grid.has_bit_widths:
             raise ValueError(
                 f"allocate chooses bits, and the grid {self.grid.grid} has only one number of bits: leave allocate out"
@@ -407,14 +414,15 @@ class Recipe(BaseModel):
         and the keys of its results stay valid.
         """
         data = self.model_dump(mode="json")
-        new = [(data, key) for key in ("embeddings", "head", "keep_ties")] + [(data["calibration"], "all_experts")]
+        new = [(data, key) for key in ("embeddings", "head", "keep_ties")]
+        new += [(data["calibration"], "all_experts"), (data["weights"], "guided")]
         if data["weights"]["allocate"] is not None:
             new += [(data["weights"]["allocate"], key) for key in ("bytes", "embeddings")]
             if data["weights"]["allocate"]["costs"] == "measured":
                 del data["weights"]["allocate"]["costs"]
-        for section, key in new:
-            if not section[key]:
-                del section[key]
+        for owner, key in new:
+            if not owner[key]:
+                del owner[key]
         for section in ("weights", "embeddings", "head", "activations", "kv_cache"):
             if data.get(section) is not None:
                 data[section] = data[section].pop("grid") | data[section]

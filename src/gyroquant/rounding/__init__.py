@@ -3,6 +3,7 @@
 from gyroquant.rounding.activations import Activations, Ignore, KvCache
 from gyroquant.rounding.base import InputStatistics, Solver, output_error
 from gyroquant.rounding.bit_allocation import Allocate
+from gyroquant.rounding.guided import Guided
 from gyroquant.rounding.steps.refine import Refine
 from gyroquant.rounding.steps.signround import SignRound
 from gyroquant.rounding.steps.target import Target
@@ -11,6 +12,7 @@ from gyroquant.rounding.weight_basis import WeightBasis
 __all__ = [
     "Activations",
     "Allocate",
+    "Guided",
     "Ignore",
     "InputStatistics",
     "KvCache",

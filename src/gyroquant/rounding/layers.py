@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from gyroquant.calibration.observers import Key, SecondMoments, input_key, modules_with_own_map
+from gyroquant.calibration.observers import GuidedSecondMoments, Key, SecondMoments, input_key, modules_with_own_map
 from gyroquant.errors import RecipeError
 from gyroquant.grids import Basis, Grid, GroupParams, QuantizedWeight
 from gyroquant.models.execution.online import OnlineOp
@@ -204,16 +204,23 @@ class LayerGroup:
         Each call makes a new object, because keeping those of all experts would take much memory.
         """
         moments = self.observed.get((key, expert))
-        if moments is None:
-            return None
-        return InputStatistics(
-            moments.second_moments, moments.count, moments.input_error_cross, moments.input_error_second_moments
-        )
+        return None if moments is None else _statistics(moments)
+
+    def guided(self, key: str, op: LinearOp) -> list[SecondMoments]:
+        """The second moments for each group of a layer's outputs (`weights.guided`); empty without them."""
+        moments = self.observed.get((key, None))
+        return moments.parts.get(op.weight, []) if isinstance(moments, GuidedSecondMoments) else []
 
     def forget(self, key: str) -> None:
         """Drops the statistics of an input, those of all its experts included."""
         for observed_key in [observed_key for observed_key in self.observed if observed_key[0] == key]:
             del self.observed[observed_key]
+
+
+def _statistics(moments: SecondMoments) -> InputStatistics:
+    return InputStatistics(
+        moments.second_moments, moments.count, moments.input_error_cross, moments.input_error_second_moments
+    )
 
 
 def round_layers(layers: LayerGroup, config: RoundingConfig) -> dict[str, RoundedLayer]:
@@ -248,6 +255,12 @@ def _warn_about(warn: Warn, name: str, text: str) -> None:
 
 def _round_together(layers: LayerGroup, ops: list[LinearOp], key: str, config: RoundingConfig) -> list[QuantizedWeight]:
     matrices = [layers.matrix(op) for op in ops]
+    if layers.guided(key, ops[0]):
+        grid = config.grid_of(ops[0]).with_tensor_scale(torch.cat(matrices))
+        return [
+            _round_guided(op, matrix, layers.guided(key, op), grid, config)
+            for op, matrix in zip(ops, matrices, strict=True)
+        ]
     names = ", ".join(op.module for op in ops)
     prepared = config.prepare(names, torch.cat(matrices), layers.statistics(key))
     solved = config.solve(prepared, config.grid_of(ops[0]).with_tensor_scale(prepared.matrix))
@@ -261,6 +274,16 @@ def _round_together(layers: LayerGroup, ops: list[LinearOp], key: str, config: R
         )
         for codes, scale, zero in pieces
     ]
+
+
+def _round_guided(
+    op: LinearOp, matrix: Tensor, moments: Sequence[SecondMoments], grid: Grid, config: RoundingConfig
+) -> QuantizedWeight:
+    """Rounds groups of rows, each with second moments of its own. `GuidedSecondMoments` splits rows in the same way."""
+    parts = zip(matrix.tensor_split(len(moments)), moments, strict=True)
+    solved = [config.solve(config.prepare(op.module, rows, _statistics(own)), grid) for rows, own in parts]
+    scale, zero = (torch.cat([getattr(part.params, kind) for part in solved]) for kind in ("scale", "zero"))
+    return QuantizedWeight(grid, torch.cat([part.codes for part in solved]), GroupParams(scale, zero))
 
 
 def _round_experts(layers: LayerGroup, op: LinearOp, key: str, config: RoundingConfig) -> QuantizedWeight:

@@ -5,6 +5,7 @@ from gyroquant.pipeline.stages.base import RunContext, Shortage, Stage
 from gyroquant.pipeline.stages.compare import Compare
 from gyroquant.pipeline.stages.external_solver import RunExternalSolver
 from gyroquant.pipeline.stages.finetune import Finetune
+from gyroquant.pipeline.stages.guide import Guide
 from gyroquant.pipeline.stages.learn import Learn
 from gyroquant.pipeline.stages.measure import Measure
 from gyroquant.pipeline.stages.prove import Prove
@@ -17,6 +18,7 @@ STAGES: tuple[Stage, ...] = (
     Learn(),
     Prove(),
     Allocate(),
+    Guide(),
     RunExternalSolver(),
     Quantize(),
     Save(),

@@ -10,11 +10,13 @@ from gyroquant.calibration.observers import observing
 from gyroquant.calibration.stream import Stream
 from gyroquant.models.execution.online import attached
 from gyroquant.models.execution.runner import BlockRunner
+from gyroquant.pipeline.backward import backward_cost, backward_memory
 from gyroquant.pipeline.bit_allocation import ALLOCATION, allocate, apply_bits
 from gyroquant.pipeline.cost_probe import CostProbe, StageCost, Ticks
 from gyroquant.pipeline.job import Job
 from gyroquant.pipeline.memory_model import MemoryModel
 from gyroquant.pipeline.stages.base import RunContext, Shortage, Stage, shorter_windows
+from gyroquant.pipeline.token_weights import TOKEN_WEIGHTS, TokenWeights, collect
 from gyroquant.pipeline.trials import has_gradient_costs
 from gyroquant.rounding.bit_allocation import grids_by_bits
 from gyroquant.rounding.layers import LayerGroup, round_layers
@@ -31,11 +33,15 @@ class Allocate(Stage):
         return job.recipe.weights.allocate is not None
 
     def run(self, context: RunContext) -> None:
-        job, state = context.job, context.job.state
+        job, state, guided = context.job, context.job.state, context.job.recipe.weights.guided
 
         def choose() -> dict[str, Any]:
             warnings: list[str] = []
-            return {"found": allocate(job, context.progress, warnings.append), "warnings": warnings}
+            collected = None if guided is None else TokenWeights(guided)
+            found = allocate(job, context.progress, warnings.append, collected)
+            if collected is not None and collected.windows:  # the same pass gives the weights of these tokens
+                context.journal.put(TOKEN_WEIGHTS, collect(job, collected, context.progress), {})
+            return {"found": found, "warnings": warnings}
 
         kept = context.journal.stage(self.journal_key, choose)
         state.warnings += kept["warnings"]
@@ -50,7 +56,8 @@ class Allocate(Stage):
         state = model.length * model.width * model.compute
         tables = [*model.job.tables.values()] if settings.embeddings else []
         if has_gradient_costs(model.job):
-            return self._backward_memory(model, settings.nsamples, len(settings.bits))
+            changes = 4 * len(settings.bits) * model.numel(model.block)
+            return backward_memory(model, settings.nsamples, changes)
         trials = (inside * len(settings.bits) + len(tables) * len(settings.embeddings)) * settings.nsamples * state
         codes = len(settings.embeddings) * sum(op.numel for op in tables)
         block, largest = model.numel(model.block), max((n * rows for n, rows in model.layer_groups()), default=0)
@@ -65,42 +72,16 @@ class Allocate(Stage):
         tabling = codes + max((16 * op.numel for op in tables), default=0)
         return model.measured_maps + around + trials + hidden + codes + max(rounding, logits, making, tabling)
 
-    def _backward_memory(self, model: MemoryModel, windows: int, widths: int) -> float:
-        """Inputs of every block for all windows; one block with gradients and its changes, or logits."""
-        state, block = model.length * model.width * model.compute, model.numel(model.block)
-        states = (len(model.graph.blocks) + 2) * windows * state
-        backward = model.folded(model.block) + (8 + 4 * widths) * block + 3 * model.activations(model.length, 4)
-        logits = 6 * 4 * model.length * model.graph.config.vocab_size
-        tables = 16 * sum(op.numel for op in model.job.tables.values())
-        around = model.outer_folded + model.compute * model.outer_numel
-        return model.measured_maps + around + states + max(backward, logits, tables)
-
     def cost(self, probe: CostProbe) -> StageCost:
         if has_gradient_costs(probe.job):
-            return probe.measured(lambda: _backward(probe))
+            assert probe.job.tokens is not None
+            assert probe.job.recipe.weights.allocate is not None
+            windows = min(probe.job.recipe.weights.allocate.nsamples, len(probe.job.tokens))
+            return probe.measured(lambda: backward_cost(probe, windows, windows))
         return probe.measured(lambda: _one_layer(probe))
 
     def remedies(self, job: Job, shortage: Shortage) -> list[str]:
         return [*super().remedies(job, shortage), shorter_windows(job)]
-
-
-def _backward(probe: CostProbe) -> tuple[float, int]:
-    """Runs the first block once, and once more with gradients and backwards."""
-    job, settings = probe.job, probe.job.recipe.weights.allocate
-    assert settings is not None
-    assert job.tokens is not None
-    runner = BlockRunner.of(job.store)
-    outer = job.plan.read_outer(job.store)
-    stream = Stream(runner, probe.sample[:1], outer, job.compute_dtype, None, job.output.device)
-    assert stream.hidden is not None
-    local, ticks = stream.local(job.plan.read_block(job.store, 0)), Ticks()
-    with attached(runner.model, job.plan.online_in(0)), torch.enable_grad():
-        stream.few(0, local, stream.hidden.detach(), [0])
-        first = stream.hidden.detach().to(stream.device).requires_grad_()
-        stream.few(0, local, first, [0]).sum().backward()
-    ticks.tick()
-    windows, blocks = min(settings.nsamples, len(job.tokens)), len(job.graph.blocks)
-    return ticks.last() * windows * blocks, (blocks + 1) * windows * first.numel() * first.element_size()
 
 
 @torch.no_grad()

@@ -1,0 +1,73 @@
+"""How much every calibration token counts for every layer, from the gradient of the loss (`weights.guided`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from gyroquant.calibration.stream import Stream
+from gyroquant.models.execution.runner import BlockRunner
+from gyroquant.models.graph.model_graph import LinearOp
+from gyroquant.pipeline.backward import BackwardPass, See
+from gyroquant.pipeline.job import Job
+from gyroquant.rounding.guided import Guided
+from gyroquant.system.progress import Progress
+
+TOKEN_WEIGHTS = "token-weights"
+"""Their name in a run's journal."""
+
+AT_ONCE = 16  # windows of one backward pass, whose block inputs are in memory
+_LARGEST = float(torch.finfo(torch.float16).max)
+
+
+class TokenWeights:
+    """Collects the squared gradients at the outputs of layers, window after window.
+
+    - `windows`: the number of windows so far.
+    """
+
+    def __init__(self, settings: Guided):
+        self.settings, self.windows = settings, 0
+        self._squares: dict[str, list[Tensor]] = {}
+
+    def visit(self, index: int, tensors: Mapping[str, Tensor]) -> See:
+        """As `BackwardPass.run` calls it."""
+        return self._see
+
+    def _see(self, op: LinearOp, inputs: Tensor, gradient: Tensor | None) -> None:
+        groups = min(self.settings.groups, op.numel // op.in_features)
+        if gradient is None:
+            squares = torch.zeros(groups, len(inputs))
+        else:
+            parts = gradient.float().tensor_split(groups, 1)
+            squares = torch.stack([part.square().mean(1) for part in parts]).cpu()
+        self._squares.setdefault(op.weight, []).append(squares)
+
+    def result(self) -> dict[str, Tensor]:
+        """The weights of tokens, shape (groups, tokens), fp16, by the name of the layer's weight. The mean of each
+        group is 1. A group without any gradient counts all tokens equally.
+        """
+        found = {}
+        for name, squares in self._squares.items():
+            weights = torch.cat(squares, 1).double() ** self.settings.power
+            mean = weights.mean(1, keepdim=True)
+            equal = torch.where(mean > 0, weights / torch.where(mean > 0, mean, 1.0), 1.0)
+            found[name] = equal.clamp_max(_LARGEST).half()
+        return found
+
+
+def collect(job: Job, collected: TokenWeights, progress: Progress) -> dict[str, Tensor]:
+    """The weights of all calibration tokens. Runs the windows that were not collected yet, some at a time."""
+    assert job.tokens is not None
+    outer, runner = job.plan.read_outer(job.store), BlockRunner.of(job.store)
+    starts = range(collected.windows, len(job.tokens), AT_ONCE)
+    with progress.stage("backward", 2 * len(job.graph.blocks) * len(starts)) as advance:
+        for start in starts:
+            tokens = job.tokens[start : start + AT_ONCE]
+            arguments = (job.compute_dtype, job.output.offload, job.output.device)
+            stream = Stream(runner, tokens, outer, *arguments)
+            BackwardPass(job, stream, outer, start).run(collected.visit, advance)
+            collected.windows += len(tokens)
+    return collected.result()

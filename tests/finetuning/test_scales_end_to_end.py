@@ -19,6 +19,7 @@ from gyroquant.models.stores.source import open_model
 from gyroquant.pipeline import cost_probe
 from gyroquant.pipeline import run as pipeline
 from gyroquant.pipeline.job import Job, prepare
+from gyroquant.pipeline.stages import finetune as stage
 
 SMALL = ["weights.group_size=16", "calibration.nsamples=24", "calibration.seqlen=32", "calibration.dtype=float32"]
 FINETUNE = "finetune={steps: 20, batch_size: 4, lr: 0.005}"
@@ -29,12 +30,15 @@ def job(model: Path, out: Path, corpus: Path, *changes: str, recipe: str = "gptq
     return prepare(model, out, loaded, corpus, tokenizer=tiny_models.tokenizer(), **options)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("size", [16, -1])
 @pytest.mark.parametrize("name", ["llama_tied", "qwen2_moe", "gpt2", "gpt_neox"])
 def test_gradients_are_those_of_the_whole_model(
-    name: str, size: int, folders: dict[str, Path], corpus: Path, tmp_path: Path
+    name: str, size: int, keep: bool, folders: dict[str, Path], corpus: Path, tmp_path: Path
 ) -> None:
-    """Block by block, against one backward pass through everything. Scales of whole rows get theirs from outputs."""
+    """Block by block or with all blocks kept, against one backward pass through everything. Scales of whole rows get
+    theirs from outputs.
+    """
     changes = ["weights.bits=4", f"weights.group_size={size}", "weights.symmetric=true", "transform.R2.method=hadamard"]
     pipeline.run(job(folders[name], tmp_path / "out", corpus, *changes))
     store, original, ids = (
@@ -47,7 +51,7 @@ def test_gradients_are_those_of_the_whole_model(
     stream = Stream(BlockRunner(original.skeleton(), original.graph), ids, outer)
     for index in range(len(original.graph.blocks)):
         stream.run(index, original.read(original.graph.block_params(index)))
-    model = _Model(store, Finetune(), torch.float32)
+    model = _Model(store, Finetune(), torch.float32, keep)
     batches = _Batches(model, stream, outer, ids, Finetune())
     batches._adam.step = lambda: None  # type: ignore[method-assign]
     found: dict[str, torch.Tensor] = {}
@@ -75,6 +79,25 @@ def test_gradients_are_those_of_the_whole_model(
         if float(tensor.grad.norm()) > 1e-6:
             gap = float((found[label] - tensor.grad).norm() / tensor.grad.norm())
             assert gap < 1e-3, (label, gap)
+
+
+@pytest.mark.parametrize("size", [16, -1])
+def test_what_is_kept_in_memory_changes_no_byte(
+    size: int, folders: dict[str, Path], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = [
+        "weights.bits=2",
+        "weights.symmetric=true",
+        f"weights.group_size={size}",
+        FINETUNE,
+        "transform.R4.method=hadamard",
+    ]
+    for name, share in (("kept", 0.25), ("again", 0.0)):
+        monkeypatch.setattr(stage, "_SHARE", share)
+        manifest = pipeline.run(job(folders["llama_tied"], tmp_path / name, corpus, *changes, FINETUNE))
+        assert manifest["finetuned"]["kept"]
+    kept, again = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("kept", "again"))
+    assert kept == again
 
 
 @pytest.mark.parametrize("name", ["llama_tied", "qwen2_moe"])

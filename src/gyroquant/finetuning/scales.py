@@ -5,7 +5,8 @@ biases around them change, as in the second phase of EfficientQAT (arXiv 2407.11
 Codes do not change, so the folder keeps its size.
 
 The backward pass goes block by block. Each block is decoded and run again for it. Memory holds one block, the hidden
-states of a batch before every block, and the logits of one sequence.
+states of a batch before every block, and the logits of one sequence. With `keep`, memory holds all blocks, decoded, and
+the activations of one sequence in all of them: nothing is run again, and the numbers are the same.
 """
 
 from __future__ import annotations
@@ -78,8 +79,11 @@ def finetune(
     seed: int,
     progress: Progress,
     checkpoint: Path | None = None,
+    keep: bool = False,
 ) -> dict[str, Any]:
     """Tunes a packed folder in place on tokens of shape (samples, length). Some samples must remain besides `held_out`.
+
+    `keep` takes more memory and less time.
 
     With `checkpoint`, a file, the state is saved there every few steps, and a run that was stopped continues from it.
     Returns the loss of every step, the divergence on the held-out windows before and after, and whether the result was
@@ -90,7 +94,7 @@ def finetune(
     stream = Stream(BlockRunner.of(original), tokens, outer, dtype)
     with progress.stage("finetune: run the original", blocks) as advance:
         stream.run_all(original, advance)
-    model = _Model(store, settings, dtype)
+    model = _Model(store, settings, dtype, keep)
     batches = _Batches(model, stream, outer, tokens, settings)
     with progress.stage("finetune", settings.steps + 2) as advance:
         losses: list[float] = [] if checkpoint is None else batches.resume(checkpoint)
@@ -113,10 +117,14 @@ def finetune(
 
 
 class _Model:
-    """The parameters of the rounded model. A tuned parameter is its stored value times ``1 + moved``."""
+    """The parameters of the rounded model. A tuned parameter is its stored value times ``1 + moved``.
 
-    def __init__(self, store: PackedStore, settings: Finetune, dtype: torch.dtype):
-        self.store, self.graph, self.dtype = store, store.graph, dtype
+    - `keep`: whether weights that do not change are kept decoded.
+    """
+
+    def __init__(self, store: PackedStore, settings: Finetune, dtype: torch.dtype, keep: bool = False):
+        self.store, self.graph, self.dtype, self.keep = store, store.graph, dtype, keep
+        self._kept: dict[str, Tensor] = {}
         rounded = set(store.description["tensors"])
         *blocks, outer = self.graph.params
         names = [name for block in blocks for name in block]
@@ -139,33 +147,38 @@ class _Model:
         plain = isinstance(module, (nn.Linear, Conv1D)) and not op.entry.stacked
         return plain and weight.basis is None and weight.params.scale.shape[1] == 1
 
-    def unit_scales(self, names: tuple[str, ...]) -> dict[str, Tensor]:
-        """A leaf of ones for the outputs of each layer whose scales scale outputs, by the name of its weight."""
-        tuned = [name for name in names if name in self._by_output]
-        return {name: torch.ones(len(self.moved[name])).requires_grad_() for name in tuned}
+    def ratios(self, names: tuple[str, ...]) -> dict[str, Tensor]:
+        """The current scales over the stored ones, a leaf for each layer whose scales scale outputs, by the name of its
+        weight.
+        """
+        found = {}
+        for name in names:
+            if name in self._by_output:
+                grid, stored = self._by_output[name]
+                scale = stored.scale * (1 + self.moved[name].detach())
+                ratio = grid.round_params(scale, stored.zero).scale / torch.where(stored.scale == 0, 1.0, stored.scale)
+                found[name] = torch.where(stored.scale == 0, 1.0, ratio).flatten().requires_grad_()
+        return found
 
     @contextmanager
-    def scaling(self, ones: Mapping[str, Tensor]) -> Iterator[None]:
+    def scaling(self, ratios: Mapping[str, Tensor]) -> Iterator[None]:
         """While it lasts, the outputs of these layers, without their biases, are multiplied by the leaves."""
         with ExitStack() as hooks:
-            for name, leaf in ones.items():
+            for name, leaf in ratios.items():
                 module = self.store.skeleton().get_submodule(self.graph.op(name).module)
                 hooks.callback(module.register_forward_hook(_multiply(leaf), prepend=True).remove)
             yield
 
-    def collect(self, ones: Mapping[str, Tensor]) -> None:
-        """Adds the gradients of the leaves to those of the tuned scales.
+    def collect(self, ratios: Mapping[str, Tensor]) -> None:
+        """Adds the gradients of the leaves to those of the tuned scales: ``1 + moved`` is the ratio before rounding.
 
-        ``s dL/ds`` of a scale s is the sum of gradient times output. So the gradient of the weight itself, as costly as
-        another forward pass, is not needed.
+        So the gradient of the weight itself, as costly as another forward pass, is not needed.
         """
-        for name, leaf in ones.items():
-            if leaf.grad is None:
-                continue
-            moved, (grid, stored) = self.moved[name], self._by_output[name]
-            current = grid.round_params(stored.scale * (1 + moved.detach()), stored.zero).scale
-            gradient = leaf.grad.view_as(moved) * stored.scale / torch.where(current == 0, 1.0, current)
-            moved.grad = gradient if moved.grad is None else moved.grad + gradient
+        for name, leaf in ratios.items():
+            if leaf.grad is not None:
+                moved = self.moved[name]
+                gradient = leaf.grad.view_as(moved)
+                moved.grad = gradient if moved.grad is None else moved.grad + gradient
 
     def rescaled(self, name: str) -> tuple[QuantizedWeight, Tensor]:
         """A rounded weight with its current scales, rounded to storable numbers, and these scales with gradients."""
@@ -175,20 +188,29 @@ class _Model:
         return replace(weight, params=storable), straight_through(scale, storable.scale)
 
     def params(self, names: tuple[str, ...]) -> dict[str, Tensor]:
-        """The current parameters, fp32, with gradients to the tuned tensors."""
+        """The current parameters, fp32, with gradients to the tuned tensors. Those with a ratio have their stored
+        scales.
+        """
         return {name: self._param(name) for name in names}
+
+    def _unchanged(self, name: str) -> Tensor:
+        """A parameter as it is stored, fp32, kept if that is asked for."""
+        value = self._kept.get(name)
+        if value is None:
+            value = self.store.read([name])[name].float()
+            if self.keep:
+                self._kept[name] = value
+        return value
 
     def _param(self, name: str) -> Tensor:
         change = self.moved.get(name)
-        if change is None:
-            return self.store.read([name])[name].float()
+        if change is None or name in self._by_output:
+            return self._unchanged(name)
         if name not in self.store.description["tensors"]:
             stored = self.store.read([name])[name]
             value = stored.float() * (1 + change)
             return straight_through(value, value.to(stored.dtype).float())
         weight, scale = self.rescaled(name)
-        if name in self._by_output:
-            scale = weight.params.scale
         rows = len(weight.codes)
         steps = weight.grid.decode(weight.codes.view(rows, scale.shape[1], -1), weight.params) / weight.params.scale
         numbers = (steps * scale).view(rows, -1)
@@ -267,8 +289,9 @@ class _Batches:
         starts = [self.runner.begin(self.tokens[pick : pick + 1], outer) for pick in picks]
         states, calls = [[first for first, _ in starts]], [calls for _, calls in starts]
         for index in range(len(self.model.graph.blocks)):
-            tensors = self.model.leaves(self.model.params(self.model.graph.block_params(index)))
-            with attached(self.model.store.skeleton(), self._online(index)):
+            names = self.model.graph.block_params(index)
+            tensors, ratios = self.model.leaves(self.model.params(names)), self.model.ratios(names)
+            with attached(self.model.store.skeleton(), self._online(index)), self.model.scaling(ratios):
                 states.append(
                     [
                         self.runner.run(index, tensors, state, call[index])
@@ -296,23 +319,50 @@ class _Batches:
 
     def step(self, picks: list[int], number: int) -> float:
         """Takes step `number` on these windows. Returns the loss before it."""
-        states, calls = self._forward(picks)
         with torch.enable_grad():
             params = self.model.params(self.model.graph.outer_params())
-            leaves, total, gradients = self.model.leaves(params), 0.0, []
-            for pick, state in zip(picks, states.pop(), strict=True):
-                last = state.detach().requires_grad_()
-                loss = self._loss(pick, last, leaves) / len(picks)
-                loss.backward()
-                total += float(loss.detach())
-                gradients.append(last.grad)
+            leaves = self.model.leaves(params)
+            total = (self._at_once if self.model.keep else self._block_by_block)(picks, leaves)
             pass_back(params, leaves)
-            for index in reversed(range(len(self.model.graph.blocks))):
-                gradients = self._backward(index, states.pop(), calls, gradients)
             for group in self._adam.param_groups:
                 group["lr"] = self.settings.lr * (1 + math.cos(math.pi * number / self.settings.steps)) / 2
             self._adam.step()
             self._adam.zero_grad()
+        return total
+
+    def _at_once(self, picks: list[int], outer: Mapping[str, Tensor]) -> float:
+        """Runs whole sequences forwards and backwards. Returns the loss; gradients go to the tuned tensors."""
+        model, total = self.model, 0.0
+        blocks = [model.graph.block_params(index) for index in range(len(model.graph.blocks))]
+        params, ratios = [model.params(names) for names in blocks], [model.ratios(names) for names in blocks]
+        leaves = [model.leaves(tensors) for tensors in params]
+        for pick in picks:
+            with torch.no_grad():
+                state, calls = self.runner.begin(self.tokens[pick : pick + 1], outer)
+            for index in range(len(blocks)):
+                with attached(model.store.skeleton(), self._online(index)), model.scaling(ratios[index]):
+                    state = self.runner.differentiable(index, leaves[index], state, calls[index])
+            loss = self._loss(pick, state, outer) / len(picks)
+            loss.backward()
+            total += float(loss.detach())
+        for index in reversed(range(len(blocks))):
+            pass_back(params[index], leaves[index])
+            model.collect(ratios[index])
+        return total
+
+    def _block_by_block(self, picks: list[int], outer: Mapping[str, Tensor]) -> float:
+        """The same with one block in memory."""
+        with torch.no_grad():
+            states, calls = self._forward(picks)
+        total, gradients = 0.0, []
+        for pick, state in zip(picks, states.pop(), strict=True):
+            last = state.detach().requires_grad_()
+            loss = self._loss(pick, last, outer) / len(picks)
+            loss.backward()
+            total += float(loss.detach())
+            gradients.append(last.grad)
+        for index in reversed(range(len(self.model.graph.blocks))):
+            gradients = self._backward(index, states.pop(), calls, gradients)
         return total
 
     def _backward(
@@ -323,16 +373,16 @@ class _Batches:
         Returns the gradients of its inputs.
         """
         names = self.model.graph.block_params(index)
-        params, ones = self.model.params(names), self.model.unit_scales(names)
+        params, ratios = self.model.params(names), self.model.ratios(names)
         leaves, input_gradients = self.model.leaves(params), []
-        with attached(self.model.store.skeleton(), self._online(index)), self.model.scaling(ones):
+        with attached(self.model.store.skeleton(), self._online(index)), self.model.scaling(ratios):
             for state, call, gradient in zip(states, calls, gradients, strict=True):
                 first = state.detach().requires_grad_()
                 out = self.runner.differentiable(index, leaves, first, call[index])
                 torch.autograd.backward(out, gradient)
                 input_gradients.append(first.grad)
         pass_back(params, leaves)
-        self.model.collect(ones)
+        self.model.collect(ratios)
         return input_gradients
 
 

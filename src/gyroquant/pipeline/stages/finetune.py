@@ -12,6 +12,10 @@ from gyroquant.pipeline.cost_probe import CostProbe, StageCost
 from gyroquant.pipeline.job import Job
 from gyroquant.pipeline.memory_model import MemoryModel
 from gyroquant.pipeline.stages.base import RunContext, Shortage, Stage, fewer_samples, shorter_windows
+from gyroquant.system.environment import available_memory
+
+_SHARE = 0.25  # of the available memory that kept blocks may take
+_SAVED = 4  # activations that autograd saves, in units of those of a forward pass
 
 
 class Finetune(Stage):
@@ -31,11 +35,15 @@ class Finetune(Stage):
         checkpoint = context.journal.path(self.journal_key)
         with evaluating(store.skeleton()):
             arguments = (settings, job.compute_dtype, job.recipe.seed)
-            result = finetune(store, job.store, job.tokens, *arguments, context.progress, checkpoint)
+            keep = _kept(MemoryModel(job)) > 0
+            result = finetune(store, job.store, job.tokens, *arguments, context.progress, checkpoint, keep)
         job.state.results["finetuned"] = result | {"seconds": round(time.perf_counter() - started, 3)}
 
     def memory(self, model: MemoryModel) -> float:
-        """Hidden states of the original, inputs of every block for a batch, one block with gradients, logits."""
+        """Hidden states of the original, inputs of every block for a batch, one block with gradients, logits.
+
+        If all blocks are kept, these and the activations of a sequence.
+        """
         settings = model.recipe.finetune
         assert settings is not None
         outer, blocks, block = model.numel(model.outer), len(model.graph.blocks), model.numel(model.block)
@@ -48,16 +56,18 @@ class Finetune(Stage):
         states = (blocks + 1) * settings.batch_size * state
         logits = 6 * 4 * model.length * model.graph.config.vocab_size + 2 * 4 * model.outer_numel
         backward = 20 * block + 3 * model.activations(model.length, model.compute)
-        return model.measured_maps + held + tuned + states + max(logits, backward)
+        return model.measured_maps + held + tuned + states + max(logits, backward) + _kept(model)
 
     def cost(self, probe: CostProbe) -> StageCost:
-        """Memory from the sizes. A step takes two forward passes and a backward pass, which counts as two more."""
+        """Memory from the sizes. A step takes a forward pass, two if blocks are not kept, and a backward pass, which
+        counts as two more.
+        """
         job, settings = probe.job, probe.job.recipe.finetune
         assert settings is not None
         assert job.tokens is not None
         head = _head_seconds(probe)
         trained, held_out = settings.steps * settings.batch_size, 2 * settings.held_out
-        passes = len(job.tokens) + 4 * trained + held_out
+        passes = len(job.tokens) + (3 if _kept(probe.model) else 4) * trained + held_out
         seconds = passes * len(job.graph.blocks) * probe.forward_seconds + (5 * trained + 2 * held_out) * head
         return StageCost(probe.model.base + int(self.memory(probe.model)), seconds)
 
@@ -67,6 +77,16 @@ class Finetune(Stage):
             "leave finetuning out (--set finetune=null)",
             shorter_windows(job),
         ]
+
+
+def _kept(model: MemoryModel) -> int:
+    """Bytes of all blocks, decoded, and of the activations of a sequence that the backward pass needs. 0 if that is
+    more than a part of the memory: then each block is decoded and run again.
+    """
+    blocks = len(model.graph.blocks)
+    copy = model.compute if model.compute != 4 else 0
+    kept = blocks * ((4 + copy) * model.numel(model.block) + _SAVED * model.activations(model.length, model.compute))
+    return kept if kept < _SHARE * available_memory() else 0
 
 
 def _head_seconds(probe: CostProbe) -> float:

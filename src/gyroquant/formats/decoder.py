@@ -5,14 +5,15 @@ supports Llama and the architectures that share its layout.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from gyroquant.formats.operations import Operations
 from gyroquant.grids import QuantizedWeight
-from gyroquant.maps import Map
+from gyroquant.maps import Map, Product, Signs
 from gyroquant.models.execution.online import OnlineMap
 from gyroquant.models.graph.model_graph import Group, NormOp
 from gyroquant.models.graph.rope import rope_settings
@@ -94,6 +95,7 @@ class Decoder:
         self.maps: dict[tuple[str, str], Map] = {
             (op.module, op.hook_point.point): op.map for op in store.online if isinstance(op, OnlineMap)
         }
+        self._signs: dict[str, Tensor] = {}  # signs of the rows of layers, see `_take_signs`
         self._mapped: dict[tuple[int, int], Any] = {}
         self._rope_angles: dict[str, Any] = {}
         self._table: Any = None  # what the embedding and a head that is tied to it share: numbers or codes
@@ -123,7 +125,7 @@ class Decoder:
     def _embedded(self) -> Any:
         name, ops = self.graph.outer.ops[0].weight, self.ops  # type: ignore[union-attr]
         if name in self.packed:
-            self._table = self.store.quantized(name)
+            self._table = ops.stored_form(self.store.quantized(name))
             x = ops.looked_up(ops.ids, self._table)
         else:
             self._table = ops.numbers(self._read(name))
@@ -154,14 +156,39 @@ class Decoder:
     def _linear(self, module: str, x: Any, entered: bool = False) -> Any:
         """A linear layer, with the online maps before and after it. With `entered`, `x` is already mapped."""
         x = x if entered else self._at(module, "input", x)
-        name, bias = f"{module}.weight", f"{module}.bias"
+        name = f"{module}.weight"
         if name in self.packed:
-            y = self.ops.rounded(x, self.store.quantized(name))
+            y = self.ops.rounded(x, self._quantized(module))
         else:
-            y = self.ops.product(x, self.ops.numbers(self._read(name)), transposed=True)
+            y = self.ops.product(x, self.ops.numbers(self._turned_rows(module, self._read(name))), transposed=True)
+        return self._left(module, y)
+
+    def _left(self, module: str, y: Any) -> Any:
+        """The result of a product with the bias of its layer and the online map after it."""
+        bias = f"{module}.bias"
         if bias in self.graph.shapes:
-            y = self.ops.add(y, self.ops.numbers(self._read(bias)))
+            y = self.ops.add(y, self.ops.numbers(self._turned_rows(module, self._read(bias))))
         return self._at(module, "output", y)
+
+    def _linears(self, modules: Sequence[str], x: Any) -> list[Any]:
+        """Linear layers of one input. Rounded ones behind the same map, of one grid, are one product."""
+        inputs = [self._at(module, "input", x) for module in modules]
+        if any(y is not inputs[0] for y in inputs) or any(f"{module}.weight" not in self.packed for module in modules):
+            return [self._linear(module, y, entered=True) for module, y in zip(modules, inputs, strict=True)]
+        ys = self.ops.rounded_together(inputs[0], [self._quantized(module) for module in modules])
+        return [self._left(module, y) for module, y in zip(modules, ys, strict=True)]
+
+    def _quantized(self, module: str) -> QuantizedWeight:
+        weight = self.store.quantized(f"{module}.weight")
+        if module not in self._signs:
+            return weight
+        params = replace(weight.params, scale=self._turned_rows(module, weight.params.scale))
+        return replace(weight, params=params)
+
+    def _turned_rows(self, module: str, rows: Tensor) -> Tensor:
+        """Rows of a parameter times the signs that a layer has taken over from the map behind it, if any."""
+        signs = self._signs.get(module)
+        return rows if signs is None else rows * signs.to(rows.dtype).view(-1, *[1] * (rows.dim() - 1))
 
     def _norm(self, op: NormOp, x: Any) -> Any:
         """An RMS norm over the last dimension, with the online maps before and after it."""
@@ -185,18 +212,29 @@ class Decoder:
         return self._added(x, y)
 
     def _added(self, x: Any, y: Any) -> Any:
-        return self.ops.add(x, self._times(y, self.graph.residual_multiplier))
+        return self.ops.residual(x, self._times(y, self.graph.residual_multiplier))
 
     def _feed_forward(self, name: str, x: Any) -> Any:
         kind = getattr(self.config, "hidden_act", None) or self.config.hidden_activation
-        gate, up = self._linear(f"{name}.gate_proj", x), self._linear(f"{name}.up_proj", x)
+        self._take_signs(f"{name}.up_proj", f"{name}.down_proj")
+        gate, up = self._linears([f"{name}.gate_proj", f"{name}.up_proj"], x)
         return self._linear(f"{name}.down_proj", self.ops.multiply(self.ops.activated(kind, gate), up))
+
+    def _take_signs(self, before: str, after: str) -> None:
+        """Moves random signs with which the map in front of a layer begins to the rows of the layer whose output is
+        multiplied there, exactly.
+        """
+        m = self.maps.get((after, "input"))
+        if isinstance(m, Product) and isinstance(m.parts[0], Signs) and (before, "output") not in self.maps:
+            self._signs[before] = m.parts[0].values
+            self.maps[after, "input"] = Product(m.parts[1:])
 
     def _attention(self, index: int, norms: dict[str, NormOp], x: Any) -> Any:
         name = f"{self.graph.architecture.block_prefix(index)}self_attn"
         module, ops = self.skeleton.get_submodule(name), self.ops
         counts = (("q", self.graph.heads), ("k", self.graph.kv_heads), ("v", self.graph.kv_heads))
-        q, k, v = (ops.reshaped(self._linear(f"{name}.{p}_proj", x), 2, n, self.graph.head_dim) for p, n in counts)
+        parts = self._linears([f"{name}.{p}_proj" for p, _ in counts], x)
+        q, k, v = (ops.reshaped(y, 2, n, self.graph.head_dim) for y, (_, n) in zip(parts, counts, strict=True))
         if "q_norm" in norms:
             q, k = self._norm(norms["q_norm"], q), self._norm(norms["k_norm"], k)
         q, k, v = (ops.by_head(y) for y in (q, k, v))

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gyroquant.formats.base import Layer, halves
-from gyroquant.grids import Basis, IntegerGrid, QuantizedWeight
+from gyroquant.grids import Basis, GroupParams, IntegerGrid, QuantizedWeight
 from gyroquant.maps import (
     BlockDiagonal,
     Diagonal,
@@ -39,6 +40,31 @@ def stored_scale(weight: QuantizedWeight) -> Tensor:
     return half if torch.equal(half.float(), scale) else scale
 
 
+def in_whole_steps(weight: QuantizedWeight, stored_bits: int) -> QuantizedWeight:
+    """The same matrix on a grid whose zero point is a code, if its zero point lies half-way between two codes and its
+    codes are stored in a wider type: then codes can count half steps, which takes one more bit. 3 bits in 4 are -7, -5
+    .. 7 halves of the scale. Others, and those whose halved scales fp16 does not hold, are returned as they are.
+    """
+    grid, params = weight.grid, weight.params
+    assert isinstance(grid, IntegerGrid)
+    half = params.scale / 2
+    if not halves(grid) or stored_bits <= grid.bits or not torch.equal(half.half().float(), half.float()):
+        return weight
+    wider = grid.model_copy(update={"bits": grid.bits + 1, "midrise": False})
+    zero = torch.full_like(params.zero, 2.0**grid.bits)
+    return replace(weight, grid=wider, codes=2 * weight.codes + 1, params=GroupParams(half, zero))
+
+
+def joined_rows(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """The rows of several matrices of one grid, columns and group size as one matrix."""
+    if len(weights) == 1:
+        return weights[0]
+    scale = torch.cat([weight.params.scale for weight in weights])
+    zero = torch.cat([weight.params.zero for weight in weights])
+    codes = torch.cat([weight.codes for weight in weights])
+    return replace(weights[0], codes=codes, params=GroupParams(scale, zero))
+
+
 def wider_codes(layers: Iterable[Layer], bits_in_file: Callable[[Layer], int]) -> dict[str, Any]:
     """The codes for which a runtime has no type of their width, and which the file holds in a wider one, exactly: how
     many matrices, and the names of tables. Empty if there are none.
@@ -60,6 +86,13 @@ def wider_codes(layers: Iterable[Layer], bits_in_file: Callable[[Layer], int]) -
 class Operations(ABC):
     """What a graph format provides for any computation."""
 
+    def __init__(self) -> None:
+        self._sums: dict[tuple[int, int], tuple[Any, Any]] = {}
+
+    @abstractmethod
+    def bits_in_file(self, grid: IntegerGrid, columns: int) -> int:
+        """The number of bits in which a code of a matrix is stored."""
+
     @abstractmethod
     def rank(self, x: Any) -> int:
         """The number of dimensions."""
@@ -75,6 +108,10 @@ class Operations(ABC):
     @abstractmethod
     def add(self, x: Any, y: Any) -> Any:
         """x + y."""
+
+    def residual(self, x: Any, y: Any) -> Any:
+        """x + y of one shape (batch, length, width), before which or after which a norm may stand."""
+        return self.add(x, y)
 
     @abstractmethod
     def multiply(self, x: Any, y: Any) -> Any:
@@ -122,8 +159,8 @@ class Operations(ABC):
 
     @abstractmethod
     def coded(self, x: Any, weight: QuantizedWeight) -> Any:
-        """``x @ W.T``, computed from the codes, which stay packed in the file. A zero point half-way between two codes
-        is replaced by the upper one; `rounded` corrects for that.
+        """``x @ W.T``, computed from the codes, which stay packed in the file. On grids that are `corrected`, the zero
+        point is the upper of the two codes beside it; `rounded` corrects for that.
         """
 
     @abstractmethod
@@ -153,33 +190,65 @@ class Operations(ABC):
         last = self.rank(x) - 1
         return self.transposed(x, *range(last - 1), last, last - 1)
 
+    def stored_form(self, weight: QuantizedWeight) -> QuantizedWeight:
+        """A matrix as the file holds it: see `in_whole_steps`."""
+        assert isinstance(weight.grid, IntegerGrid)
+        return in_whole_steps(weight, self.bits_in_file(weight.grid, weight.codes.shape[1]))
+
+    def corrected(self, grid: IntegerGrid) -> bool:
+        """Whether products of this grid need a correction, because `coded` replaces its zero point."""
+        return halves(grid)
+
     def rounded(self, x: Any, weight: QuantizedWeight) -> Any:
         """``x @ W.T`` for a rounded matrix.
 
         If the matrix was rounded in a basis, the inputs are transformed to that basis, by the transpose of decoding.
         Kernels do not support a zero point half-way between two codes. For such grids, half a step times the sum of the
-        inputs of each group is added after the product.
+        inputs of each group is added after the product. Products with the same `x` share these sums.
         """
         if weight.basis is not None:
             x = self._in_basis(x, weight.basis)
+        weight = self.stored_form(weight)
         y = self.coded(x, weight)
         assert isinstance(weight.grid, IntegerGrid)
-        if not halves(weight.grid):
+        if not self.corrected(weight.grid):
             return y
         steps = weight.params.scale[..., 0].float().T.contiguous() / 2
-        if len(steps) == 1:
-            return self.add(y, self.multiply(self.summed(x, True), self.numbers(steps)))
-        return self.add(y, self.product(self.summed(self.split(x, len(steps)), False), self.numbers(steps)))
+        product = self.multiply if len(steps) == 1 else self.product
+        return self.add(y, product(self._group_sums(x, len(steps)), self.numbers(steps)))
+
+    def rounded_together(self, x: Any, weights: Sequence[QuantizedWeight]) -> list[Any]:
+        """``x @ W.T`` for several matrices. Those of one grid are one product, whose result is cut: that is faster than
+        a small product for each.
+        """
+        forms = [self.stored_form(weight) for weight in weights]
+        together: dict[Any, list[int]] = {}
+        for i, form in enumerate(forms):
+            alike = i if form.basis is not None else (form.grid, form.codes.shape[1], form.params.scale.shape[1])
+            together.setdefault(alike, []).append(i)
+        found: dict[int, Any] = {}
+        for places in together.values():
+            y = self.rounded(x, joined_rows([forms[i] for i in places]))
+            pieces = [y] if len(places) == 1 else self.cut(y, [len(forms[i].codes) for i in places])
+            found |= zip(places, pieces, strict=True)
+        return [found[i] for i in range(len(weights))]
+
+    def _group_sums(self, x: Any, groups: int) -> Any:
+        """The sums of the inputs of each group, (.., groups)."""
+        if (id(x), groups) not in self._sums:
+            sums = self.summed(x, True) if groups == 1 else self.summed(self.split(x, groups), False)
+            self._sums[id(x), groups] = sums, x  # x is kept, so that no other value gets its id
+        return self._sums[id(x), groups][0]
 
     def looked_up(self, ids: Any, weight: QuantizedWeight) -> Any:
-        """The rows of a rounded table at token ids of shape (batch, length): (batch, length, row).
+        """The rows of a rounded table, in its stored form, at token ids of shape (batch, length): (batch, length, row).
 
         The table may have been rounded in a basis, or on a grid with a zero point half-way between two codes; see
         `rounded`.
         """
         rows = self.coded_rows(ids, weight)
         assert isinstance(weight.grid, IntegerGrid)
-        if halves(weight.grid):
+        if self.corrected(weight.grid):
             scale, columns = stored_scale(weight)[..., 0], weight.codes.shape[1]
             half = self.multiply(self.gathered(self.numbers(scale), ids), self.scalar(0.5))
             groups = scale.shape[1]

@@ -64,11 +64,13 @@ class OnnxOperations(Operations):
     """The operations of a graph. Large constants are written to `data` as soon as they are made."""
 
     def __init__(self, data: BinaryIO | None = None):
+        super().__init__()
         self.nodes: list[NodeProto] = []
         self.constants: list[TensorProto] = []
         self._data = data
         self._table: tuple[QuantizedWeight, _Held] | None = None
         self._casts: dict[str, str] = {}
+        self._added: tuple[Value, ...] = (Value("", 0),)  # the last `residual` and its terms
         self._shaped: dict[
             str, tuple[Value, int]
         ] = {}  # its source, and the number of leading dimensions that are unchanged
@@ -145,6 +147,9 @@ class OnnxOperations(Operations):
                 nodes.append(node)
         return nodes[::-1]
 
+    def bits_in_file(self, grid: IntegerGrid, columns: int) -> int:
+        return held_bits(grid, columns)
+
     def rank(self, x: Value) -> int:
         return x.rank
 
@@ -156,6 +161,11 @@ class OnnxOperations(Operations):
 
     def add(self, x: Value, y: Value) -> Value:
         return self.node("Add", [x, y], max(x.rank, y.rank))
+
+    def residual(self, x: Value, y: Value) -> Value:
+        total = self.add(x, y)
+        self._added = total, x, y
+        return total
 
     def multiply(self, x: Value, y: Value) -> Value:
         return self.node("Mul", [x, y], max(x.rank, y.rank))
@@ -177,6 +187,8 @@ class OnnxOperations(Operations):
     def reshaped(self, x: Value, keep: int, *sizes: int) -> Value:
         source, same = self._shaped.get(x.name, (x, keep))
         source = source if keep <= same else x
+        if len(sizes) == 1 and source.rank == keep + 1:
+            return source
         y = self.node("Reshape", [source, self.integers(*[0] * keep, *sizes)], keep + len(sizes))
         self._shaped[y.name] = source, keep
         return y
@@ -197,6 +209,12 @@ class OnnxOperations(Operations):
         return self.node("ReduceSum", [x, self.integers(-1)], x.rank if keep else x.rank - 1, keepdims=int(keep))
 
     def normed(self, x: Value, gain: Tensor, eps: float) -> Value:
+        total, *parts = self._added
+        if total is x and self.nodes[-1].output[0] == x.name:
+            self.nodes.pop()  # one node adds and norms; the sum keeps its name
+            inputs, names = [*parts, self.numbers(gain)], ["", "", x.name]
+            settings = {"domain": "com.microsoft", "epsilon": eps}
+            return self.nodes_of("SkipSimplifiedLayerNormalization", inputs, [3] * 4, names, **settings)[0]
         return self.node("RMSNormalization", [x, self.numbers(gain)], x.rank, axis=-1, epsilon=eps)
 
     def coded(self, x: Value, weight: QuantizedWeight) -> Value:

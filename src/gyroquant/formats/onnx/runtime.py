@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +10,9 @@ from torch import Tensor
 from gyroquant.errors import InputError
 from gyroquant.formats.onnx.layout import MODEL
 from gyroquant.formats.runtime import Runtime
+
+_TEXT = ("input_ids", "attention_mask", "position_ids")
+_ROOM = 512  # tokens for which there is room at first
 
 
 class OnnxRuntime(Runtime):
@@ -29,35 +31,50 @@ class OnnxRuntime(Runtime):
         model = (folder / MODEL).read_bytes()
         self._session = ort.InferenceSession(in_fp32(model) if exact else model, settings, ["CPUExecutionProvider"])
         self._value = ort.OrtValue.ortvalue_from_numpy
+        self._inputs = [tensor.name for tensor in self._session.get_inputs()]
         self._outputs = [output.name for output in self._session.get_outputs()]
+        self._room, self._cache = 0, self._keys_and_values(1, 0)
         self.start()
 
     def start(self) -> None:
-        self._length, self._past = 0, self._empty_cache(1)
+        self._length = 0
 
-    def _empty_cache(self, batch: int) -> dict[str, Any]:
-        """Keys and values of no tokens."""
-        shapes = {tensor.name: tensor.shape for tensor in self._session.get_inputs()[3:]}
-        return {
-            name: self._value(torch.zeros(batch, heads, 0, size).numpy())
-            for name, (_, heads, _, size) in shapes.items()
-        }
+    def _keys_and_values(self, batch: int, room: int) -> list[Tensor]:
+        """Room for the keys and values of so many tokens, zeros, in the order of the graph's inputs."""
+        shapes = (tensor.shape for tensor in self._session.get_inputs()[len(_TEXT) :])
+        return [torch.zeros(batch, heads, room, size) for _, heads, _, size in shapes]
+
+    def _make_room(self) -> None:
+        """Moves keys and values to larger buffers, if they have become too small for the text."""
+        if self._length <= self._room:
+            return
+        self._room, before = max(_ROOM, 2 * self._room, self._length), self._cache
+        self._cache = self._keys_and_values(1, self._room)
+        for new, old in zip(self._cache, before, strict=True):
+            new[:, :, : old.shape[2]] = old
+        # Output and input are the same buffer: the runtime writes new keys and values into it and copies nothing.
+        self._binding = self._session.io_binding()
+        self._binding.bind_output(self._outputs[0])  # results come in the order in which they were bound
+        for past, present, buffer in zip(self._inputs[len(_TEXT) :], self._outputs[1:], self._cache, strict=True):
+            value = self._value(buffer.numpy())
+            self._binding.bind_ortvalue_input(past, value)
+            self._binding.bind_ortvalue_output(present, value)
 
     def feed(self, ids: Tensor) -> Tensor:
         before, self._length = self._length, self._length + ids.shape[1]
-        mask = torch.ones(1, self._length, dtype=torch.long)
-        return self._infer(ids, mask, torch.arange(before, self._length)[None])[0]
+        self._make_room()
+        mask, positions = torch.ones(1, self._length, dtype=torch.long), torch.arange(before, self._length)[None]
+        text = [self._value(tensor.contiguous().numpy()) for tensor in (ids, mask, positions)]
+        for name, value in zip(_TEXT, text, strict=True):
+            self._binding.bind_ortvalue_input(name, value)
+        self._binding.bind_output(self._outputs[0])
+        self._session.run_with_iobinding(self._binding)
+        return torch.from_numpy(self._binding.get_outputs()[0].numpy().copy())[0]
 
     def _batch(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        self._past = self._empty_cache(len(ids))
-        return self._infer(ids, mask, positions)
-
-    def _infer(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-        values = {name: self._value(tensor.numpy()) for name, tensor in inputs.items()}
-        logits, *present = self._session.run_with_ort_values(self._outputs, values | self._past)
-        self._past = dict(zip(self._past, present, strict=True))
-        return torch.from_numpy(logits.numpy().copy())
+        values = [*(ids, mask, positions), *self._keys_and_values(len(ids), 0)]
+        named = {name: value.numpy() for name, value in zip(self._inputs, values, strict=True)}
+        return torch.from_numpy(self._session.run(self._outputs[:1], named)[0])
 
 
 def in_fp32(model: bytes) -> bytes:

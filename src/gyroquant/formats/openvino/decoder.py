@@ -31,6 +31,7 @@ class OpenVinoDecoder(OpenVinoOperations, DecoderOperations):
     """Builds one graph."""
 
     def __init__(self, heads: Heads):
+        super().__init__()
         self.heads = heads
         self.parameters: list[Any] = []
         self.sinks: list[Any] = []

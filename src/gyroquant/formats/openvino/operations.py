@@ -17,7 +17,7 @@ from openvino.op.util import Variable, VariableInfo
 from torch import Tensor
 
 from gyroquant.formats.base import halves
-from gyroquant.formats.openvino.layout import held_group
+from gyroquant.formats.openvino.layout import held_group, stored_bits
 from gyroquant.formats.operations import Operations
 from gyroquant.grids import GroupParams, IntegerGrid, QuantizedWeight
 from gyroquant.models.graph.model_graph import LinearOp
@@ -94,7 +94,10 @@ def matrix(weight: QuantizedWeight, experts: int = 0) -> Any:
         result = opset13.subtract(result, opset13.convert(zeros, np.float16))
     elif not centre:
         middle = np.full([1] * (len(sizes) + 2), 2 ** (grid.bits - 1), np.int8)
-        result = opset13.subtract(result, opset13.convert(opset13.constant(middle), np.float16))
+        zero_point = opset13.convert(opset13.constant(middle), np.float16)
+        if halves(grid) and not experts:
+            zero_point = opset13.constant((middle - 0.5).astype(np.float16))
+        result = opset13.subtract(result, zero_point)
     result = opset13.multiply(result, opset13.constant(scale.half().reshape(*sizes, -1, 1).numpy()))
     return opset13.convert(opset13.reshape(result, shape(*sizes, columns), False), np.float32)
 
@@ -110,10 +113,18 @@ def _part(weight: QuantizedWeight, experts: int, part: tuple[int, int]) -> Quant
 
 
 class OpenVinoOperations(Operations):
-    """The operations of a graph."""
+    """The operations of a graph. Products of 2 bits have a zero point between two codes as it is, as a number of fp16;
+    at 4 and 8 bits, the plugin would not round activations then, which its fast kernels do.
+    """
 
     _table: tuple[QuantizedWeight | None, Any] = None, None
     """A rounded table and its matrix, which a tied head shares."""
+
+    def bits_in_file(self, grid: IntegerGrid, columns: int) -> int:
+        return stored_bits(grid.bits)
+
+    def corrected(self, grid: IntegerGrid) -> bool:
+        return halves(grid) and grid.bits > 2
 
     def rank(self, x: Any) -> int:
         return len((x if isinstance(x, ov.Output) else x.output(0)).get_partial_shape())
@@ -191,7 +202,7 @@ class OpenVinoOperations(Operations):
         if not grid.symmetric:
             zeros: Any = opset13.unsqueeze(self._unpacked(ids, zero), shape(-1))
         else:
-            zeros = scalar(2.0 ** (grid.bits - 1))
+            zeros = scalar(2.0 ** (grid.bits - 1) - halves(grid) / 2)
         centred = opset13.subtract(self.split(codes, scale.shape[1]), zeros)
         steps = opset13.unsqueeze(self.gathered(self.numbers(scale), ids), shape(-1))
         return self.joined(opset13.multiply(centred, steps), columns)
@@ -212,10 +223,10 @@ class OpenVinoOperations(Operations):
         """``x @ W.T`` for every expert, x of shape (experts, tokens, in). `part` is the number of a part of the rows of
         each expert, and the number of equal parts. The matrix is rounded in its own basis.
         """
-        chosen = _part(weight, experts, part)
+        chosen = _part(self.stored_form(weight), experts, part)
         y = self.product(x, matrix(chosen, experts), transposed=True)
-        assert isinstance(weight.grid, IntegerGrid)
-        if not halves(weight.grid):
+        assert isinstance(chosen.grid, IntegerGrid)
+        if not halves(chosen.grid):
             return y
         steps = chosen.params.scale[..., 0].float().reshape(experts, -1, chosen.params.scale.shape[1]) / 2
         sums = self.summed(self.split(x, steps.shape[-1]), False)
@@ -223,9 +234,10 @@ class OpenVinoOperations(Operations):
 
     def parameter(self, weight: QuantizedWeight, op: LinearOp) -> Any:
         """A rounded parameter in its stored shape, for code that reads it. Rounded in its own basis."""
+        weight = self.stored_form(weight)
         values = matrix(weight)
         assert isinstance(weight.grid, IntegerGrid)
-        if halves(weight.grid):
+        if self.corrected(weight.grid):
             steps = weight.params.scale[..., 0].float() / 2
             groups, (rows, columns) = steps.shape[1], op.matrix_shape
             split = opset13.reshape(values, shape(rows, groups, columns // groups), False)

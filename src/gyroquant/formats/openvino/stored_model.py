@@ -64,7 +64,8 @@ def _fill(model: Any, store: PackedStore, rounded: dict[str, LinearOp]) -> None:
 def _replace(model: Any, store: PackedStore, op: LinearOp, products: list[Product], replaced: Replaced) -> None:
     """Replaces whatever reads a rounded parameter: the layers or the products whose weight it is, and other code."""
     ops, table = OpenVinoOperations(), op.entry.reads == TOKENS
-    weight = cache(lambda: store.quantized(op.weight)) if table else partial(store.quantized, op.weight)
+    read = partial(store.quantized, op.weight)
+    weight = cache(lambda: ops.stored_form(read())) if table else read
     for product in products:
 
         def piece(x: Any, product: Product = product) -> Any:

@@ -1,11 +1,12 @@
 """Our SignRound beside Intel's auto-round: the same model, windows of text, iterations, batch, group and grid.
 
     python benchmarks/auto_round_parity.py MODEL --text FILE --evaluate FILE [FILE ...] --python PYTHON [--iters 50]
-        [--nsamples 32] [--seqlen 512] [--batch-size 8] [--bits 2] [--group-size 64] [--json FILE]
+        [--nsamples 32] [--seqlen 512] [--batch-size 8] [--bits 2] [--group-size 64] [--blocks N] [--json FILE]
 
 PYTHON is an interpreter with auto-round in it (a virtual environment of its own: `pip install -c constraints.txt torch
 auto-round`). Each side runs in its own process, one after the other; both results are measured by the same code, on
-windows of 1,024 tokens. Both store the same: codes, fp16 scales, zero points of as many bits as codes.
+windows of 1,024 tokens. Both store the same: codes, fp16 scales, zero points of as many bits as codes. `--blocks` cuts
+the model off after its first N blocks. Seconds are those of the processor, so that the machine need not be idle.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ def arguments() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--bits", type=int, default=2)
     parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--blocks", type=int)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--ours", type=Path, help=argparse.SUPPRESS)  # this process is our side: quantize to here
     return parser.parse_args()
@@ -50,8 +53,8 @@ def recipe(given: argparse.Namespace) -> gq.Recipe:
     return gq.load_recipe("signround", changes)
 
 
-def plain_folder(job: Job, folder: Path) -> Path:
-    """The model as transformers saves it, for a side that does not read what we read."""
+def plain_folder(job: Job, folder: Path, blocks: int | None) -> Path:
+    """The model, or its first blocks, as transformers saves it, for a side that does not read what we read."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -59,6 +62,11 @@ def plain_folder(job: Job, folder: Path) -> Path:
     with torch.no_grad():
         for name in job.store.shapes:
             model.get_parameter(name).copy_(job.store.read([name])[name])
+    if blocks is not None:
+        model.model.layers = model.model.layers[:blocks]
+        model.config.num_hidden_layers = blocks
+        if getattr(model.config, "layer_types", None):
+            model.config.layer_types = model.config.layer_types[:blocks]
     model.save_pretrained(folder)
     job.tokenizer.save_pretrained(folder)
     return folder
@@ -74,15 +82,17 @@ def main() -> None:
     given = arguments()
     if given.ours is not None:
         manifest = pipeline.run(prepare(given.model, given.ours, recipe(given), given.text))
-        print(json.dumps({key: manifest[key] for key in ("seconds", "peak_memory_bytes", "bits")}))
+        measured = {key: manifest[key] for key in ("peak_memory_bytes", "bits")}
+        print(json.dumps(measured | {"seconds": time.process_time()}))
         return
     with tempfile.TemporaryDirectory() as scratch:
         here = Path(scratch)
         job = prepare(given.model, here / "ours", recipe(given), given.text)
         assert job.tokens is not None
         save_file({"tokens": job.tokens}, here / "tokens.safetensors")
-        model = plain_folder(job, here / "model")
-        ours = run([sys.executable, *sys.argv, "--ours", str(here / "ours")])
+        model = plain_folder(job, here / "model", given.blocks)
+        arguments_of_ours = [str(model) if word == str(given.model) else word for word in sys.argv]
+        ours = run([sys.executable, *arguments_of_ours, "--ours", str(here / "ours")])
         options = [f"--{name}={getattr(given, name.replace('-', '_'))}" for name in ("bits", "group-size", "iters")]
         options += [f"--batch-size={given.batch_size}"]
         side = [given.python, str(SIDE), str(model), str(here / "tokens.safetensors"), str(here / "theirs"), *options]
@@ -103,7 +113,7 @@ def table(found: dict[str, dict[str, Any]], texts: list[str]) -> str:
     """Both sides as Markdown, times and memory as ratios to auto-round's."""
     head = "".join(f" perplexity, {text} | KL |" for text in texts)
     lines = [
-        f"| | true bits |{head} seconds | ratio | peak memory | ratio |",
+        f"| | true bits |{head} CPU seconds | ratio | peak memory | ratio |",
         "|---|--:|" + "--:|" * (2 * len(texts) + 4),
     ]
     unit = found["auto-round"]

@@ -1,6 +1,7 @@
 """What the process does to its own memory."""
 
 import platform
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from gyroquant.system.environment import (
     forget_peak,
     peak_memory_bytes,
     resident_memory_bytes,
+    reused_memory,
     size,
     steady_memory,
 )
@@ -42,6 +44,25 @@ def test_freed_blocks_go_back_to_the_system() -> None:
     assert held - before > 80
     assert resident_mb() - before < 30
     assert kept.sum() == 5 << 18
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator has this setting")
+def test_freed_blocks_can_be_reused_until_the_end_of_a_loop() -> None:
+    steady_memory()
+    before = resident_mb()
+    with reused_memory():
+        torch.ones(25 << 18)  # 26 MB
+        kept = resident_mb()
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(20):
+            torch.ones(25 << 18)
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+    assert kept - before > 20
+    assert faults < 20_000  # 20 times 26 MB are 128,000 pages
+    assert resident_mb() - before < 10
+    block = torch.ones(25 << 18)
+    del block
+    assert resident_mb() - before < 10
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux lets a process forget its peak")

@@ -137,11 +137,12 @@ class Stream:
         progress: Advance = lambda: None,
         original: Mapping[str, Tensor] | None = None,
         move: bool = True,
+        rounded: bool = True,
     ) -> None:
         """Runs block `index` for observers. The hidden states stay; those of the original move to the block's output.
 
         The original runs with the parameters `original`, by default with `tensors`. Without `move`, its hidden states
-        stay too.
+        stay too. Without `rounded`, only the original runs.
         """
         started = time.perf_counter()
         local = self.local(tensors)
@@ -149,6 +150,8 @@ class Stream:
         for start, ids in self._batches():
             for hidden in self._turns(ids.numel()):
                 first = hidden is self.original
+                if not (first or rounded):
+                    continue
                 weights = unrounded if first else local
                 self._run(index, weights, hidden, start, len(ids), keep=first and move)
             self._end_batch(start)

@@ -142,6 +142,12 @@ class JobSpec:
         return self.recipe.weights.needs_statistics or self.centers_keys
 
     @property
+    def observes_layers(self) -> bool:
+        """Whether the inputs of layers are observed while the text runs. Tuning alone does not need that."""
+        weights = self.recipe.weights
+        return weights.observes_layers or (self.needs_stream and not weights.needs_original)
+
+    @property
     def rounds_head(self) -> bool:
         """Whether a layer or a table outside the blocks is rounded too."""
         inside = {op.weight for group in self.graph.blocks for op in group.linears}
@@ -238,6 +244,10 @@ class Job:
     @property
     def needs_stream(self) -> bool:
         return self.spec.needs_stream
+
+    @property
+    def observes_layers(self) -> bool:
+        return self.spec.observes_layers
 
     @property
     def tables(self) -> dict[str, LinearOp]:

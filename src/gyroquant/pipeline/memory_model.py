@@ -162,7 +162,7 @@ class MemoryModel:
 
     def second_moments(self) -> int:
         """Bytes of the second moments of all inputs of a block, which are kept until its layers are reported."""
-        return sum(4 * self._products * n**2 for n, _ in self.layer_groups()) if self.job.needs_stream else 0
+        return sum(4 * self._products * n**2 for n, _ in self.layer_groups()) if self.job.observes_layers else 0
 
     @property
     def _factor(self) -> int:
@@ -180,7 +180,7 @@ class MemoryModel:
         for n, rows in self.layer_groups():
             matrix, square = 4 * n * rows, n * n
             need = 2 * matrix + 2 * 4 * min(n * rows, _PIECE) + n * rows
-            if self.job.needs_stream:  # the report takes eigenvalues of second moments
+            if self.job.observes_layers:  # the report takes eigenvalues of second moments
                 need = max(need, 5 * square + 4 * matrix)
             if any(step.needs_statistics for step in weights.steps if step.when <= When.SOLVER):
                 need = max(need, self._factor * square + 3 * matrix + 2 * n * rows)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -93,10 +95,13 @@ def _round_in_turn(
             last, keys = number == len(turns) - 1, by_shared_input(group, targets, online).keys()
             model = job.store.skeleton()
             every = all_experts(job.recipe.calibration.all_experts)
-            watching = observing(model, group, online, stream.observer, keys, stop=not last)
+            observes = job.observes_layers
+            watching: AbstractContextManager[dict[Key, Any]] = nullcontext({})
+            if observes:
+                watching = observing(model, group, online, stream.observer, keys, stop=not last)
             with every, attached(model, online), watching as new:
                 _guide(job, stream, targets, new, online)
-                stream.observe(index, current, advance, tensors, move=last)
+                stream.observe(index, current, advance, tensors, move=last, rounded=observes)
             observed |= new
         if job.rounded:
             layers |= {name: RoundedLayer(op, job.rounded[name]) for name, op in targets.items()}

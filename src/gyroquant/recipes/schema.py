@@ -153,7 +153,12 @@ class Weights(StepOptions):
     @property
     def needs_statistics(self) -> bool:
         """Whether rounding needs the model to run on calibration text."""
-        if any(step.needs_statistics for step in self.steps) or self.needs_original or self.measure:
+        return self.observes_layers or self.needs_original
+
+    @property
+    def observes_layers(self) -> bool:
+        """Whether the inputs of layers are observed: for a step that reads their second moments, or for `measure`."""
+        if any(step.needs_statistics for step in self.steps) or self.needs_input_error or self.measure:
             return True
         return self.allocate is not None or (self.basis is not None and self.basis.needs_statistics)
 

@@ -1,6 +1,7 @@
 """Tuning of rounding: a rounded matrix as a function of what is tuned, a block's loss, and whole runs."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_models
@@ -12,7 +13,7 @@ from selection import some_pairs
 
 import gyroquant as gq
 from gyroquant.errors import RecipeError
-from gyroquant.grids import Grid, IntegerGrid, QuantizedWeight
+from gyroquant.grids import Grid, IntegerGrid, QuantizedWeight, straight_through
 from gyroquant.inspection import dry_run
 from gyroquant.pipeline import run as pipeline
 from gyroquant.pipeline.job import prepare
@@ -20,6 +21,7 @@ from gyroquant.recipes.schema import load_recipe
 from gyroquant.rounding import SignRound, WeightBasis
 from gyroquant.rounding.solvers.gptq import Gptq
 from gyroquant.rounding.solvers.rtn import RoundToNearest
+from gyroquant.rounding.steps import signround
 from gyroquant.rounding.steps.tunable import TunableWeight
 from gyroquant.testing.solvers import grids, problem
 
@@ -59,16 +61,13 @@ class TestTunableWeight:
         tunable.offset.uniform_(-0.5, 0.5, generator=torch.Generator().manual_seed(0))
         tunable.stretch.fill_(1.1)
         target = tunable.matrix()
-        leaves = [tunable.offset.zero_().requires_grad_(), tunable.stretch.fill_(1).requires_grad_()]
+        tunable.offset.zero_()
+        tunable.stretch.fill_(1)
         losses = []
         for _ in range(30):
-            loss = (tunable.matrix() - target).square().mean()
-            losses.append(float(loss.detach()))
-            gradients = torch.autograd.grad(loss, leaves)
-            with torch.no_grad():
-                for leaf, gradient in zip(leaves, gradients, strict=True):
-                    leaf.sub_(gradient.sign(), alpha=0.02)
-            tunable.clamp()
+            difference = tunable.matrix() - target
+            losses.append(float(difference.square().mean()))
+            tunable.descend(difference, 0.02, 0.02)
         assert losses[-1] < 0.8 * losses[0]
 
 
@@ -100,9 +99,42 @@ def test_in_a_basis_of_its_own_it_is_stored_too() -> None:
     rounded = RoundToNearest().solve(basis.encode(weight), IntegerGrid(bits=3, group_size=64))
     tunable = TunableWeight(weight, QuantizedWeight(rounded.grid, rounded.codes, rounded.params, basis))
     assert torch.allclose(tunable.matrix(), tunable.result().dequantize(), atol=1e-5)
-    tunable.offset.requires_grad_()
-    tunable.matrix().square().sum().backward()
-    assert tunable.offset.grad is not None
+    before = float(tunable.matrix().square().sum())
+    for _ in range(5):
+        tunable.descend(tunable.matrix(), 0.05, 0.05)
+    assert float(tunable.matrix().square().sum()) < before
+
+
+@given(st.integers(0, 10**6), st.integers(2, 4), st.booleans())
+@settings(max_examples=25, deadline=None)
+def test_steps_follow_the_straight_through_gradients(seed: int, bits: int, symmetric: bool) -> None:
+    """Against autograd on the formula. Offsets still move where rounding brings a weight back into the range."""
+    generator = torch.Generator().manual_seed(seed)
+    weight, gradient = torch.randn(2, 4, 32, generator=generator)
+    grid = IntegerGrid(bits=bits, group_size=16, symmetric=symmetric)
+    tunable = TunableWeight(weight, RoundToNearest().solve(weight, grid))
+    tunable.offset.uniform_(-0.4, 0.4, generator=generator)
+    tunable.stretch.uniform_(0.8, 1.2, generator=generator)
+    offset, stretch = tunable.offset.clone().requires_grad_(), tunable.stretch.clone().requires_grad_()
+    scale, zero = grid.rescale(tunable.start.params, stretch[..., :1], stretch[..., 1:])
+    kept = grid.round_params(scale.detach(), zero.detach())
+    scale, zero = straight_through(scale, kept.scale), straight_through(zero, kept.zero)
+    steps = tunable.wanted / scale + offset
+    by_offset = (straight_through(steps, steps.round()) + zero).clamp(0, 2**bits - 1)
+    in_range = (steps + zero).clamp(0, 2**bits - 1)
+    by_stretch = straight_through(in_range, in_range.round())
+    slopes = []
+    for codes, tensor in ((by_offset, offset), (by_stretch, stretch)):
+        matrix = ((codes - zero) * scale).view(4, 32)
+        assert torch.allclose(matrix, tunable.matrix(), atol=1e-5)
+        slopes += torch.autograd.grad(matrix, tensor, gradient, retain_graph=True)
+    moved = tunable.offset.clone(), tunable.stretch.clone()
+    tunable.descend(gradient, 0.01, 0.02)
+    for before, after, slope, length in zip(
+        moved, (tunable.offset, tunable.stretch), slopes, (0.01, 0.02), strict=True
+    ):
+        sure = (slope.abs() > 1e-4) | (slope == 0)
+        assert torch.allclose((after - before)[sure], -length * slope.sign()[sure], atol=1e-6)
 
 
 def run(model: Path, out: Path, corpus: Path, recipe: str, *changes: str) -> dict[str, object]:
@@ -149,6 +181,29 @@ def test_it_composes_and_is_repeatable(
     assert one == two
     loaded = gq.load(tmp_path / "one", dtype="float32")
     assert loaded(tiny_models.tokens(loaded)).logits.isfinite().all()
+
+
+def test_interrupted_tuning_ends_with_the_same_bytes(
+    folders: dict[str, Path], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stops in the second epoch of the second block, and continues from a state three steps earlier."""
+    tune = ["weights.bits=2", "weights.tune={iters: 12, batch_size: 4}"]
+    run(folders["llama_tied"], tmp_path / "whole", corpus, "rtn", *tune)
+    monkeypatch.setattr(signround, "_CHECKPOINT", 5)
+    plain, calls = signround.BlockTuner._step, iter(range(1000))
+
+    def stopping(*args: Any) -> None:
+        if next(calls) == 12 + 8:
+            raise KeyboardInterrupt
+        plain(*args)
+
+    monkeypatch.setattr(signround.BlockTuner, "_step", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run(folders["llama_tied"], tmp_path / "stopped", corpus, "rtn", *tune)
+    run(folders["llama_tied"], tmp_path / "stopped", corpus, "rtn", *tune)
+    assert next(calls) == 12 + 8 + 1 + 7
+    whole, stopped = ((tmp_path / out / "model.safetensors").read_bytes() for out in ("whole", "stopped"))
+    assert whole == stopped
 
 
 def test_clipping_alone_can_be_learned(folders: dict[str, Path], corpus: Path, tmp_path: Path) -> None:

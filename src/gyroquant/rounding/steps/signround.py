@@ -8,7 +8,7 @@ weight between two codes, and the two ends of each group's range. The steps use 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -18,15 +18,16 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from typing_extensions import Self
 
-from gyroquant.models.execution.runner import pass_back
 from gyroquant.models.graph.rounded_layer import RoundedLayer
 from gyroquant.rounding.base import When
 from gyroquant.rounding.solvers.rtn import rows_on_grid
 from gyroquant.rounding.steps.base import BlockStep, RoundedBlock
 from gyroquant.rounding.steps.tunable import TunableWeight
+from gyroquant.system.environment import reused_memory
 from gyroquant.system.journal import get_state, put_state
 
 _CHECKPOINT = 20  # steps between two saved states
+_PIECE_TOKENS = 1024  # this many tokens run through the block at once
 
 
 class SignRound(BlockStep):
@@ -76,7 +77,7 @@ class SignRound(BlockStep):
 
     def apply_block(self, block: RoundedBlock) -> RoundedBlock:
         tuner = BlockTuner(block)
-        with torch.enable_grad():
+        with reused_memory():
             return replace(block, layers=tuner.tune(self))
 
     def rate(self, lr: float | None, step: int) -> float:
@@ -88,30 +89,55 @@ class SignRound(BlockStep):
 
 @dataclass
 class _State:
-    """The state of tuning: tuned tensors with their step lengths, the best values with their loss, the generator."""
+    """The state of tuning.
 
-    moving: list[tuple[Tensor, float | None]]
+    - `moving`: the tuned tensors.
+    - `order`: the order of the sequences in this epoch, from `generator`.
+    - `done`: the number of finished steps.
+    - `best`, `least`: the values with the least loss, and that loss.
+    - `first`: the loss of the first step, before anything moved.
+    """
+
+    moving: list[Tensor]
     generator: torch.Generator
+    order: Tensor
     done: int = 0
     best: list[Tensor] | None = None
     least: float = math.inf
+    first: float = math.inf
 
     def save(self, path: Path, mark: str) -> None:
-        tensors = {f"moving.{i}": tensor for i, (tensor, _) in enumerate(self.moving)}
+        tensors = {f"moving.{i}": tensor for i, tensor in enumerate(self.moving)}
         tensors |= {f"best.{i}": tensor for i, tensor in enumerate(self.best or ())}
-        put_state(path, tensors | {"generator": self.generator.get_state()}, mark, [self.done, self.least])
+        tensors |= {"generator": self.generator.get_state(), "order": self.order}
+        put_state(path, tensors, mark, [self.done, self.least, self.first])
 
     def resume(self, path: Path, mark: str) -> None:
         """Loads a state with the same mark. Any other file is ignored."""
         saved = get_state(path, mark)
         if saved is None:
             return
-        tensors, (self.done, self.least) = saved
+        tensors, (self.done, self.least, self.first) = saved
         self.generator.set_state(tensors["generator"])
+        self.order = tensors["order"]
         self.best = [tensors[f"best.{i}"] for i in range(len(self.moving))] if "best.0" in tensors else None
-        with torch.no_grad():
-            for i, (tensor, _) in enumerate(self.moving):
-                tensor.copy_(tensors[f"moving.{i}"])
+        for i, tensor in enumerate(self.moving):
+            tensor.copy_(tensors[f"moving.{i}"])
+
+    def keep(self) -> None:
+        """Makes the current values the best ones."""
+        if self.best is None:
+            self.best = [tensor.clone() for tensor in self.moving]
+            return
+        for kept, tensor in zip(self.best, self.moving, strict=True):
+            kept.copy_(tensor)
+
+    def picks(self, step: int, count: int) -> list[int]:
+        """The `count` sequences of a step. All sequences are used before one is used again."""
+        position = step % max(1, len(self.order) // count) * count
+        if position == 0:
+            self.order = torch.randperm(len(self.order), generator=self.generator)
+        return self.order[position : position + count].tolist()
 
 
 class BlockTuner:
@@ -131,42 +157,43 @@ class BlockTuner:
                 self.rest[name] = layer.param.to(hidden.dtype)
             else:
                 self.tunable[name] = TunableWeight(matrix, weight)
+        self.leaves = {name: block.layers[name].param.to(hidden.dtype, copy=True) for name in self.tunable}
 
-    def _weights(self) -> dict[str, Tensor]:
-        return {name: self.block.layers[name].op.to_param(weight.matrix()) for name, weight in self.tunable.items()}
+    def _refresh(self) -> None:
+        """Writes the current rounded weights to the leaves."""
+        for name, weight in self.tunable.items():
+            self.leaves[name].detach().copy_(self.block.layers[name].op.to_param(weight.matrix()))
 
-    def _error(self, weights: Mapping[str, Tensor], sequences: list[int]) -> Tensor:
+    def _error(self, sequences: list[int]) -> Tensor:
         """The sum over sequences of the squared error of the block's output, relative to that of returning the
         input.
         """
         hidden, target = self.hidden[sequences], self.target[sequences].float()
         scale = (target - hidden.float()).square().flatten(1).mean(1).clamp_min(1e-30)
-        output = self.block.run(weights, hidden, sequences)
+        output = self.block.run(self.leaves | self.rest, hidden, sequences)
         return ((output.float() - target).square().flatten(1).mean(1) / scale).sum()
 
     def _pieces(self, sequences: list[int]) -> Iterator[list[int]]:
         """The sequences in batches of sizes that the block can run on."""
         start, most = 0, self.block.text.batch
+        if self.hidden.device.type == "cpu":  # the activations of a small batch stay in the processor's cache
+            most = min(most, max(1, _PIECE_TOKENS // self.hidden.shape[1]))
         while start < len(sequences):
             size = min(1 << (most.bit_length() - 1), 1 << ((len(sequences) - start).bit_length() - 1))
             yield sequences[start : start + size]
             start += size
 
     def loss(self, sequences: list[int], backward: bool) -> float:
-        """The mean error over sequences. With `backward`, its gradients are added to the tuned tensors."""
+        """The mean error over sequences. With `backward`, its gradients are added to the leaves."""
+        total = 0.0
+        for leaf in self.leaves.values():
+            leaf.requires_grad_(backward)
         with torch.set_grad_enabled(backward):
-            rounded = self._weights()
-            leaves = {name: value.detach().to(self.hidden.dtype) for name, value in rounded.items()}
-            total = 0.0
-            for leaf in leaves.values():
-                leaf.requires_grad_(backward)
             for piece in self._pieces(sequences):
-                error = self._error(leaves | self.rest, piece) / len(sequences)
+                error = self._error(piece) / len(sequences)
                 total += float(error.detach())
                 if backward:
                     error.backward()
-            if backward:
-                pass_back(rounded, leaves)
         return total
 
     def tune(self, settings: SignRound) -> dict[str, RoundedLayer]:
@@ -179,7 +206,8 @@ class BlockTuner:
             for _ in range(settings.iters):
                 progress()
             return dict(self.block.layers)
-        state = _State(self._tuned_tensors(settings), torch.Generator().manual_seed(seed))
+        moving = [tensor for weight in self.tunable.values() for tensor in (weight.offset, weight.stretch)]
+        state = _State(moving, torch.Generator().manual_seed(seed), torch.arange(len(self.hidden)))
         if checkpoint is not None:
             state.resume(checkpoint, str(seed))
         for step in range(settings.iters):
@@ -188,45 +216,39 @@ class BlockTuner:
                 if checkpoint is not None and state.done % _CHECKPOINT == 0:
                     state.save(checkpoint, str(seed))
             progress()
-        if state.best is not None:
-            with torch.no_grad():
-                for (tensor, _), value in zip(state.moving, state.best, strict=True):
-                    tensor.copy_(value)
-        return self._better_layers(settings, state.generator)
+        return self._better_layers(settings, state)
 
     def _step(self, settings: SignRound, state: _State, step: int) -> None:
-        picks = torch.randperm(len(self.hidden), generator=state.generator)[: settings.batch_size].tolist()
+        picks = state.picks(step, min(settings.batch_size, len(self.hidden)))
+        if step:
+            self._refresh()
         loss = self.loss(picks, backward=True)
+        if step == 0:
+            state.first = loss
         if settings.best and loss < state.least:
-            state.best, state.least = [tensor.detach().clone() for tensor, _ in state.moving], loss
-        with torch.no_grad():
-            for tensor, lr in state.moving:
-                if tensor.grad is not None:
-                    tensor.sub_(tensor.grad.sign(), alpha=settings.rate(lr, step))
-                    tensor.grad = None
-        for weight in self.tunable.values():
-            weight.clamp()
+            state.keep()
+            state.least = loss
+        steps = (
+            settings.rate(settings.lr, step) if settings.codes else 0.0,
+            settings.rate(settings.minmax_lr or settings.lr, step) if settings.minmax else 0.0,
+        )
+        for name, weight in self.tunable.items():
+            gradient, self.leaves[name].grad = self.leaves[name].grad, None
+            if gradient is not None:
+                weight.descend(self.block.layers[name].op.to_matrix(gradient), *steps)
         state.done = step + 1
 
-    def _tuned_tensors(self, settings: SignRound) -> list[tuple[Tensor, float | None]]:
-        moving: list[tuple[Tensor, float | None]] = []
-        for weight in self.tunable.values():
-            moving += [(weight.offset, settings.lr)] if settings.codes else []
-            moving += [(weight.stretch, settings.minmax_lr or settings.lr)] if settings.minmax else []
-        for tensor, _ in moving:
-            tensor.requires_grad_()
-        return moving
-
-    def _better_layers(self, settings: SignRound, generator: torch.Generator) -> dict[str, RoundedLayer]:
-        """The tuned layers or the initial ones, whichever have the lower loss on twice as many sequences as a step
-        uses.
+    def _better_layers(self, settings: SignRound, state: _State) -> dict[str, RoundedLayer]:
+        """The tuned layers, or the initial ones if their loss is lower. Both are measured on the sequences of the first
+        step, which measured the initial layers.
         """
+        if state.best is not None:
+            for tensor, value in zip(state.moving, state.best, strict=True):
+                tensor.copy_(value)
         before = dict(self.block.layers)
-        picks = torch.randperm(len(self.hidden), generator=generator)[: 2 * settings.batch_size].tolist()
-        loss = self.loss(picks, backward=False)
-        tuned = {name: RoundedLayer(before[name].op, weight.result()) for name, weight in self.tunable.items()}
-        for weight in self.tunable.values():
-            with torch.no_grad():
-                weight.offset.zero_()
-                weight.stretch.fill_(1)
-        return before | tuned if loss < self.loss(picks, backward=False) else before
+        first = _State(state.moving, torch.Generator().manual_seed(self.block.seed), torch.arange(len(self.hidden)))
+        self._refresh()
+        loss = self.loss(first.picks(0, min(settings.batch_size, len(self.hidden))), backward=False)
+        if loss >= state.first:
+            return before
+        return before | {name: RoundedLayer(before[name].op, weight.result()) for name, weight in self.tunable.items()}

@@ -18,6 +18,7 @@ from gyroquant.calibration.offload import Spilled
 from gyroquant.models.execution.online import attached
 from gyroquant.models.execution.runner import BlockDoneError, BlockRunner
 from gyroquant.models.stores.base import WeightStore
+from gyroquant.system.environment import reused_memory
 from gyroquant.system.progress import Advance
 
 _TOKENS = 4096  # this many tokens run through a block at once
@@ -114,10 +115,11 @@ class Stream:
         """Runs block `index` on every sequence. With `keep`, its output replaces its input."""
         assert self.hidden is not None
         local = self.local(tensors)
-        for start, ids in self._batches():
-            self._run(index, local, self.hidden, start, len(ids), keep)
-            self._end_batch(start)
-            progress()
+        with reused_memory():
+            for start, ids in self._batches():
+                self._run(index, local, self.hidden, start, len(ids), keep)
+                self._end_batch(start)
+                progress()
 
     def run_all(self, store: WeightStore, progress: Advance = lambda: None) -> None:
         """Runs all blocks of a model, online operations included. Reports progress once a block."""
@@ -147,15 +149,16 @@ class Stream:
         started = time.perf_counter()
         local = self.local(tensors)
         unrounded = local if original is None or self.original is None else self.local(original)
-        for start, ids in self._batches():
-            for hidden in self._turns(ids.numel()):
-                first = hidden is self.original
-                if not (first or rounded):
-                    continue
-                weights = unrounded if first else local
-                self._run(index, weights, hidden, start, len(ids), keep=first and move)
-            self._end_batch(start)
-            progress()
+        with reused_memory():
+            for start, ids in self._batches():
+                for hidden in self._turns(ids.numel()):
+                    first = hidden is self.original
+                    if not (first or rounded):
+                        continue
+                    weights = unrounded if first else local
+                    self._run(index, weights, hidden, start, len(ids), keep=first and move)
+                self._end_batch(start)
+                progress()
         self.observing_seconds += time.perf_counter() - started
 
     def mean_error(self, index: int, tensors: Mapping[str, Tensor], progress: Advance = lambda: None) -> Tensor:

@@ -31,6 +31,7 @@ from gyroquant.models.execution.online import OnlineOp, attached
 from gyroquant.models.execution.runner import BlockRunner, Call, pass_back
 from gyroquant.models.stores.base import WeightStore
 from gyroquant.models.stores.packed import PackedStore
+from gyroquant.system.environment import reused_memory
 from gyroquant.system.files import save_tensors
 from gyroquant.system.journal import get_state, put_state
 from gyroquant.system.progress import Progress
@@ -96,7 +97,7 @@ def finetune(
         stream.run_all(original, advance)
     model = _Model(store, settings, dtype, keep)
     batches = _Batches(model, stream, outer, tokens, settings)
-    with progress.stage("finetune", settings.steps + 2) as advance:
+    with progress.stage("finetune", settings.steps + 2) as advance, reused_memory():
         losses: list[float] = [] if checkpoint is None else batches.resume(checkpoint)
         before = batches.before if losses else batches.held_out()
         batches.before = before

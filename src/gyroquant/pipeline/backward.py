@@ -20,6 +20,7 @@ from gyroquant.models.graph.model_graph import LinearOp
 from gyroquant.pipeline.cost_probe import CostProbe, Ticks
 from gyroquant.pipeline.job import Job
 from gyroquant.pipeline.memory_model import MemoryModel
+from gyroquant.system.environment import reused_memory
 from gyroquant.system.progress import Advance
 
 See = Callable[[LinearOp, Tensor, Tensor | None], None]
@@ -43,6 +44,10 @@ class BackwardPass:
         """Runs both directions; reports progress twice a block. Returns, for every window, the gradient of the loss at
         the inputs of the first block. The stream ends after the last block.
         """
+        with reused_memory():
+            return self._run(visit, advance)
+
+    def _run(self, visit: Visit, advance: Advance) -> list[Tensor]:
         job, stream, blocks = self.job, self.stream, len(self.job.graph.blocks)
         assert stream.hidden is not None
         states: list[Tensor] = []

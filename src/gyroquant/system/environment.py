@@ -22,6 +22,7 @@ _M_MMAP_THRESHOLD = -3
 _M_TRIM_THRESHOLD = -1
 _LARGE = 4 << 20
 _TRIM = 128 << 10  # the default of glibc
+_reusing: list[bool] = []  # whether `reused_memory` is at work
 _NEVER = 1 << 30  # more than any block that tuning allocates
 
 
@@ -154,17 +155,20 @@ def reused_memory() -> Iterator[None]:
     """Keeps freed memory in the process for the next allocation, and returns it to the system at the end.
 
     For loops that allocate the same large blocks again and again. Under `steady_memory`, the system clears all their
-    pages anew in every iteration, which can take a quarter of the time of a step. Works only with glibc.
+    pages anew in every iteration, which can take a quarter of the time of a step. Works only with glibc. Inside another
+    such context it changes nothing.
     """
-    if platform.libc_ver()[0] != "glibc":
+    if _reusing or platform.libc_ver()[0] != "glibc":
         yield
         return
+    _reusing.append(True)
     libc = ctypes.CDLL(None)
     libc.mallopt(_M_MMAP_THRESHOLD, _NEVER)
     libc.mallopt(_M_TRIM_THRESHOLD, _NEVER)
     try:
         yield
     finally:
+        _reusing.clear()
         libc.mallopt(_M_TRIM_THRESHOLD, _TRIM)
         libc.mallopt(_M_MMAP_THRESHOLD, _LARGE)
         libc.malloc_trim(0)

@@ -30,10 +30,10 @@ ROWS_OF = {"a scale a row": "group_size: -1, symmetric: true, midrise: true", "g
 def rows() -> dict[str, list[str]]:
     """Every row of the table, with its changes of the recipe."""
     found: dict[str, list[str]] = {}
-    for bits in (8, 6, 5, 4, 3, 2):
+    for bits in (8, 7, 6, 5, 4, 3, 2):
         for name, options in ROWS_OF.items():
             found[f"tied, {bits} bits, {name}"] = [*TIED, f"embeddings={{bits: {bits}, scale: mse, {options}}}"]
-    for bits in (8, 6, 5, 4, 3, 2):
+    for bits in (8, 7, 6, 5, 4, 3, 2):
         grid = f"bits: {bits}, group_size: 64, scale: mse"
         kept = f'weights.ignore=["{KEPT}", "lm_head"]'
         wide = "head={bits: 8, group_size: 64}"

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gyroquant import maps
-from gyroquant.calibration.observers import Moments, SecondMoments, observing
+from gyroquant.calibration.observers import GuidedSecondMoments, Moments, SecondMoments, observing
 from gyroquant.calibration.stream import Stream
 from gyroquant.models.execution.online import attached
 from gyroquant.models.execution.runner import BlockRunner
@@ -29,6 +29,18 @@ def test_gram_is_the_sum_of_outer_products(n: int, batches: list[int]) -> None:
     assert gram.count == len(x)
     assert torch.allclose(gram.second_moments, x.T @ x, atol=1e-4)
     assert torch.equal(gram.second_moments, gram.second_moments.T)
+
+
+def test_guided_second_moments_weight_the_tokens_of_every_group_once_a_pass() -> None:
+    x, weights = torch.randn(12, 5), {"q": torch.rand(2, 12), "k": torch.rand(1, 12)}
+    guided = GuidedSecondMoments(5, weights)
+    for _ in range(2):  # two passes over all tokens
+        for part in x.split([7, 5]):
+            guided(part)
+    torch.testing.assert_close(guided.second_moments, 2 * x.T @ x)
+    for name, groups in weights.items():
+        for moments, tokens in zip(guided.parts[name], groups, strict=True):
+            torch.testing.assert_close(moments.second_moments, 2 * x.T @ (tokens[:, None] * x))
 
 
 def test_moments_of_known_distributions() -> None:

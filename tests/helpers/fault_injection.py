@@ -46,6 +46,7 @@ RECIPES = {
             "learn.objective=weights",
             "learn.checkpoint_every=1",
             "learn.sites=[R1]",
+            "weights.guided={groups: 2}",
             "weights.tune.iters=4",
             "weights.tune.batch_size=2",
             "finetune.steps=4",

@@ -11,6 +11,7 @@ from tiny_runs import with_text_repeated
 import gyroquant as gq
 from gyroquant.pipeline import resources as module
 from gyroquant.pipeline.job import Job, prepare
+from gyroquant.pipeline.memory_model import MemoryModel
 from gyroquant.pipeline.resources import check_fits, disk, estimate, hidden_bytes
 from gyroquant.pipeline.stages import quantize
 from gyroquant.system.environment import resident_memory_bytes
@@ -45,6 +46,18 @@ def test_the_stages_are_those_of_the_recipe(
     found = stages(job(folders["llama"], corpus, tmp_path, recipe, *changes))
     assert list(found) == names
     assert all(peak > resident_memory_bytes() * 0.9 for peak in found.values())
+
+
+def test_second_moments_of_groups_of_outputs_are_counted(
+    folders: dict[str, Path], corpus: Path, tmp_path: Path
+) -> None:
+    """Of an input of n numbers, one of the whole, and one for each group of each layer that reads it."""
+    plain, guided = (
+        MemoryModel(job(folders["llama"], corpus, tmp_path, "gptq", *changes))
+        for changes in ((), ("weights.guided={groups: 3}",))
+    )
+    read = [op.in_features for op in plain.group.linears if op.entry.quantize]
+    assert guided.second_moments() - plain.second_moments() == sum(4 * 3 * n**2 for n in read)
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt2", "cohere2", "llama_tied"])

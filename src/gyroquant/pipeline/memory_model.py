@@ -162,7 +162,13 @@ class MemoryModel:
 
     def second_moments(self) -> int:
         """Bytes of the second moments of all inputs of a block, which are kept until its layers are reported."""
-        return sum(4 * self._products * n**2 for n, _ in self.layer_groups()) if self.job.observes_layers else 0
+        if not self.job.observes_layers:
+            return 0
+        guided, inputs = self.recipe.weights.guided, [n for n, _ in self.layer_groups()]
+        if guided is None:
+            return sum(4 * self._products * n**2 for n in inputs)
+        read = [op.in_features for op in self.group.linears if op.weight in self.job.targets]  # by each layer's groups
+        return sum(4 * n**2 for n in inputs) + sum(4 * self._products * guided.groups * n**2 for n in read)
 
     @property
     def _factor(self) -> int:

@@ -63,7 +63,7 @@ def collect(job: Job, collected: TokenWeights, progress: Progress) -> dict[str, 
     assert job.tokens is not None
     outer, runner = job.plan.read_outer(job.store), BlockRunner.of(job.store)
     starts = range(collected.windows, len(job.tokens), AT_ONCE)
-    with progress.stage("backward", 2 * len(job.graph.blocks) * len(starts)) as advance:
+    with progress.stage("guide", 2 * len(job.graph.blocks) * len(starts)) as advance:
         for start in starts:
             tokens = job.tokens[start : start + AT_ONCE]
             arguments = (job.compute_dtype, job.output.offload, job.output.device)

@@ -1,4 +1,4 @@
-"""Quantizes a real model, SmolLM2-135M-Instruct, to 2 and to 3 bits: RTN, GPTQ, SignRound, and our own recipe.
+"""Quantizes a real model, SmolLM2-135M-Instruct, to 2 and to 3 bits: with RTN, with GPTQ, and with our own recipe.
 
     make demo                      # or python demo/run.py [--fresh]
 
@@ -33,7 +33,6 @@ from gyroquant.report.console import ConsoleProgress, duration, show, table
 BITS = (2, 3)
 CALIBRATION = ("calibration.nsamples=16", "calibration.seqlen=512")
 TEXT = {"windows": 4, "window": 1024}
-SIGNROUND = ("weights.tune.iters=20", "weights.tune.batch_size=4")  # its default is 200 steps
 PROMPT = "The capital of France is"
 LOG = Console(stderr=True)
 
@@ -90,7 +89,6 @@ def _recipes() -> list[tuple[str, str, str | None, tuple[str, ...]]]:
     for bits in BITS:
         rows.append((f"RTN {bits}", f"rtn-w{bits}g64", None, ()))
         rows.append((f"GPTQ {bits}", f"gptq-w{bits}g64", None, ()))
-        rows.append((f"SignRound {bits}", f"signround-w{bits}g64", None, SIGNROUND))
         rows.append((f"gyro-w{bits}", f"gyro-w{bits}", "light", ("weights.allocate.nsamples=4",)))
     return rows
 

@@ -1,4 +1,4 @@
-"""Quantizes a real model, SmolLM2-135M-Instruct, to 2 and to 3 bits: with RTN, with GPTQ, and with our own recipe.
+"""Quantizes a real model, SmolLM2-135M-Instruct, to 2 bits with RTN, with GPTQ, and with our own recipe.
 
     make demo                      # or python demo/run.py [--fresh]
 
@@ -30,9 +30,8 @@ from gyroquant.pipeline import run as pipeline
 from gyroquant.pipeline.job import prepare
 from gyroquant.report.console import ConsoleProgress, duration, show, table
 
-BITS = (2, 3)
-CALIBRATION = ("calibration.nsamples=16", "calibration.seqlen=512")
-TEXT = {"windows": 4, "window": 1024}
+RECIPES = {"RTN": ("rtn-w2g64", None), "GPTQ": ("gptq-w2g64", None), "gyro-w2": ("gyro-w2", "light")}  # recipe, effort
+CALIBRATION = ("calibration.nsamples=32", "calibration.seqlen=512")
 PROMPT = "The capital of France is"
 LOG = Console(stderr=True)
 
@@ -55,42 +54,31 @@ def main(fresh: bool = False) -> None:
     out, progress = cache() / "demo", ConsoleProgress()
     LOG.print(f"model {original}\ntext  {calibration}\n", highlight=False)
     rows: list[dict[str, Any]] = []
-    for name, recipe, effort, changes in _recipes():
-        folder, options = out / name.lower().replace(" ", "-"), f" --effort {effort}" if effort else ""
-        options += "".join(f" --set {change}" for change in (*changes, *CALIBRATION))
-        LOG.print(f"gyroquant quantize {original.name} {folder} --recipe {recipe}{options} --text {calibration.name}")
-        loaded = gq.load_recipe(recipe, [*changes, *CALIBRATION], effort)
+    for name, (recipe, effort) in RECIPES.items():
+        folder, options = out / name.lower(), f"--recipe {recipe}" + (f" --effort {effort}" if effort else "")
+        LOG.print(f"gyroquant quantize {original.name} {folder} {options} --nsamples 32 --text {calibration.name}")
+        loaded = gq.load_recipe(recipe, CALIBRATION, effort)
         manifest = pipeline.run(prepare(original, folder, loaded, calibration, overwrite=True, fresh=fresh), progress)
-        measured = gq.evaluate(folder, validation, **TEXT, progress=progress)
+        measured = gq.evaluate(folder, validation, original, preset="bbt", progress=progress)
         rows.append({"name": name, "manifest": manifest, "measured": measured, "writes": write(folder)})
-    reference = gq.evaluate(original, validation, **TEXT, progress=progress)
+    reference = gq.evaluate(original, validation, preset="bbt", progress=progress)
     bits = rows[0]["manifest"]["bits"]
     whole = f"{16 * bits['bytes']['total'] / bits['whole_model'] / 1e6:.0f} MB"
-    cells = [("original", "", "16", whole, f"{reference['perplexity']:.1f}", "", "")]
+    cells = [("original", "", "16", whole, f"{reference['perplexity']:.2f}", "", "", "")]
     cells += [_cells(row) for row in rows]
-    header = ("", "proof", "true bits", "file", "perplexity", "95 %", "time")
-    title = "SmolLM2-135M-Instruct, 4 windows of 1,024 tokens of Wikipedia"
-    show(table(title, header, cells, right=(1, 2, 3, 4, 5, 6)))
+    header = ("2 bits", "proof", "true bits", "file", "perplexity", "95 %", "KL", "time")
+    title = "SmolLM2-135M-Instruct, 8 windows of 1,024 tokens of Wikipedia"
+    show(table(title, header, cells, right=(1, 2, 3, 4, 5, 6, 7)))
     sentences = {"original": write(original.parent, gguf_file=original.name)} | {r["name"]: r["writes"] for r in rows}
     for name, sentence in sentences.items():
-        show(f"{name:>12}: {PROMPT} {sentence}")
+        show(f"{name:>10}: {PROMPT} {sentence}")
     show(
         "proof: relative logit error of the folded model before rounding (fp32). true bits: all stored bits "
-        "per rounded weight of the layers. file: all weights. gyro rounds the embedding too, to 4 and 5 bits, and is "
-        "here with --effort light and 16 windows of text; by default, it is better and takes longer (docs/results)."
+        "per rounded weight of the layers. file: all weights. gyro-w2 rounds the embedding too, to 4 bits, and is here "
+        "with --effort light; without it, it is better and takes longer (docs/results)."
     )
     (out / "demo.json").write_text(json.dumps({"original": reference, "rows": rows}, indent=1))
     LOG.print(f"{duration(time.perf_counter() - started)}; the models are in {out}", highlight=False)
-
-
-def _recipes() -> list[tuple[str, str, str | None, tuple[str, ...]]]:
-    """Name, recipe, effort and changes of every row."""
-    rows: list[tuple[str, str, str | None, tuple[str, ...]]] = []
-    for bits in BITS:
-        rows.append((f"RTN {bits}", f"rtn-w{bits}g64", None, ()))
-        rows.append((f"GPTQ {bits}", f"gptq-w{bits}g64", None, ()))
-        rows.append((f"gyro-w{bits}", f"gyro-w{bits}", "light", ("weights.allocate.nsamples=4",)))
-    return rows
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
@@ -104,6 +92,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         f"{manifest['bits']['bytes']['total'] / 1e6:.0f} MB",
         f"{measured['perplexity']:,.0f}",
         f"{low:,.0f} to {high:,.0f}",
+        f"{measured['kl']:.2f}",
         duration(manifest["seconds"]),
     )
 

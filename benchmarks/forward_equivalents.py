@@ -2,8 +2,8 @@
 
     python benchmarks/forward_equivalents.py [MODEL --text FILE] [--recipes rtn gptq gsr] [--bits 2] [--json FILE]
 
-The unit is one plain forward pass of transformers in bfloat16, head included, over all calibration tokens. The columns
-are the stages of a run. What none of them takes (the fingerprint, checksums) is in `all` only.
+The unit is one plain forward pass of transformers, head included, over all calibration tokens: in bfloat16 where the
+processor multiplies it, else in float32. The columns are the stages of a run. What none of them takes (the fingerprint, checksums) is in `all` only.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import gyroquant as gq
 from gyroquant.pipeline import run as pipeline
 from gyroquant.pipeline.job import Job, prepare
 from gyroquant.pipeline.stages import STAGES as ALL_STAGES
-from gyroquant.system.environment import versions
+from gyroquant.system.environment import native_bfloat16, versions
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "demo"))
 BATCH_TOKENS = 4096
@@ -30,10 +30,11 @@ STAGES = [stage.name for stage in ALL_STAGES]
 
 
 def forward_seconds(model: Path, tokens: torch.Tensor) -> float:
-    """One pass over all tokens, shape (samples, length), in bfloat16."""
+    """One pass over all tokens, shape (samples, length)."""
     where = {"gguf_file": model.name} if model.is_file() else {}
     folder = model.parent if where else model
-    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **where)
+    dtype = torch.bfloat16 if native_bfloat16(torch.device("cpu")) else torch.float32
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **where)
     batch = max(1, BATCH_TOKENS // tokens.shape[1])
     with torch.no_grad():
         loaded(tokens[:batch], use_cache=False)

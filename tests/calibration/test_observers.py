@@ -1,5 +1,6 @@
 """Observers see what the linear layers see, accumulate it exactly, and leave nothing behind."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -128,7 +129,7 @@ def test_a_block_need_not_run_on_behind_what_is_observed(name: str) -> None:
     found, ran = {}, {}
     first = group.linears[0].entry.reads
     for stop in (False, True):
-        with observing(model, group, [], SecondMoments, {first}, stop) as observed:
+        with observing(model, group, [], SecondMoments, {first}, partial(bool, stop)) as observed:
             stream.observe(0, tensors)
         found[stop], ran[stop] = observed[first, None], calls.copy()
         calls.clear()
@@ -136,7 +137,7 @@ def test_a_block_need_not_run_on_behind_what_is_observed(name: str) -> None:
     assert found[True].count == found[False].count > 0
     assert not ran[True]
     assert set(ran[False]) > {first}
-    with observing(model, group, [], SecondMoments, stop=True) as observed:  # several inputs: the block runs to its end
+    with observing(model, group, [], SecondMoments, stop=lambda: True) as observed:  # several inputs
         stream.observe(0, tensors)
     assert {key for key, _ in observed} == {
         op.entry.reads if not op.entry.stacked else op.weight for op in group.linears if op.entry.quantize

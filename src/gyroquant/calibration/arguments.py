@@ -64,6 +64,11 @@ class BlockArguments:
                 chosen[place] = self._kept[stream, place, None, 0][list(sequences)].to(device)
         return with_arguments((rest, named), chosen)
 
+    def separate(self, index: int) -> bool:
+        """Whether a block takes nothing from other blocks but hidden states, and gives them nothing else."""
+        call = next(iter(self.calls.values()))[index]
+        return not self.passed and not any(isinstance(value, MutableMapping) for _, value in _places(call))
+
     def _contents(self, stream: str, place: Place, sequences: Sequence[int], device: Any) -> dict[Any, Any]:
         parts: dict[Any, list[Tensor]] = {}
         for (owner, where, key, _), value in sorted(self._kept.items(), key=lambda item: item[0][3]):

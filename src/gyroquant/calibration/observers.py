@@ -58,7 +58,6 @@ class SecondMoments(Observer):
     """Sum of ``x^T x`` over tokens, shape (n, n), fp32."""
 
     input_error_cross: Tensor | None = None
-    input_error_second_moments: Tensor | None = None
 
     def __init__(self, n: int):
         self.lower = torch.zeros(n, n)
@@ -68,10 +67,7 @@ class SecondMoments(Observer):
         x = x.float()
         self.lower = self.lower.to(x.device)
         self.count += x.shape[0]
-        n = x.shape[1]
-        for stripe in range(_STRIPES):  # only on and below the diagonal stripes: five eighths of the work
-            start, stop = n * stripe // _STRIPES, n * (stripe + 1) // _STRIPES
-            self.lower[start:stop, :stop].addmm_(x[:, start:stop].T, x[:, :stop])
+        _add_square(self.lower, x)
 
     @staticmethod
     def size_in_bytes(n: int) -> int:
@@ -79,13 +75,31 @@ class SecondMoments(Observer):
 
     @property
     def second_moments(self) -> Tensor:
-        """The sum so far. The upper triangle is filled in place. Later updates do not read it."""
-        for start in range(0, len(self.lower), _STRIP):
-            rows = self.lower[start : start + _STRIP, : start + _STRIP]
-            square = rows[:, start:]
-            square.copy_(square.tril() + square.tril(-1).T)
-            self.lower[:start, start : start + _STRIP] = rows[:, :start].T
-        return self.lower
+        """The sum so far."""
+        return _symmetric(self.lower)
+
+    @property
+    def input_error_second_moments(self) -> Tensor | None:
+        """None. `PairedSecondMoments` has them."""
+        return None
+
+
+def _add_square(lower: Tensor, x: Tensor) -> None:
+    """Adds ``x^T x`` to a matrix, only on and below the diagonal stripes: five eighths of the work."""
+    n = len(lower)
+    for stripe in range(_STRIPES):
+        start, stop = n * stripe // _STRIPES, n * (stripe + 1) // _STRIPES
+        lower[start:stop, :stop].addmm_(x[:, start:stop].T, x[:, :stop])
+
+
+def _symmetric(lower: Tensor) -> Tensor:
+    """Fills the upper triangle of a matrix in place from the lower one. `_add_square` does not read it."""
+    for start in range(0, len(lower), _STRIP):
+        rows = lower[start : start + _STRIP, : start + _STRIP]
+        square = rows[:, start:]
+        square.copy_(square.tril() + square.tril(-1).T)
+        lower[:start, start : start + _STRIP] = rows[:, :start].T
+    return lower
 
 
 class MeanAbs(Observer):
@@ -174,6 +188,7 @@ class PairedSecondMoments(SecondMoments):
     def __init__(self, n: int, pairing: PairedForward):
         super().__init__(n)
         self.pairing = pairing
+        self._error: Tensor | None = None
 
     @classmethod
     def examples(cls, n: int = 256) -> list[Self]:
@@ -190,14 +205,15 @@ class PairedSecondMoments(SecondMoments):
         if partner is not None and whole:
             x = x.float()
             error = partner.float() - x
-            self.input_error_cross = _add_product(self.input_error_cross, error, x)
+            cross = self.input_error_cross
+            self.input_error_cross = error.T @ x if cross is None else cross.addmm_(error.T, x)
             if self.pairing.input_error_second_moments:
-                self.input_error_second_moments = _add_product(self.input_error_second_moments, error, error)
+                self._error = torch.zeros_like(self.lower) if self._error is None else self._error
+                _add_square(self._error, error)
 
-
-def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """The total plus ``a^T b``. None counts as 0."""
-    return a.T @ b if total is None else total.addmm_(a.T, b)
+    @property
+    def input_error_second_moments(self) -> Tensor | None:
+        return None if self._error is None else _symmetric(self._error)
 
 
 class GuidedSecondMoments(SecondMoments):
@@ -356,14 +372,15 @@ def observing(
     online: Sequence[OnlineOp],
     make: Callable[[int], Any],
     only: Collection[str] | None = None,
-    stop: bool = False,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[dict[Key, Any]]:
     """Observes the inputs of a group's quantizable linear layers for the duration of a with block.
 
     - online: the online operations. They must be attached before.
     - make: makes an observer for an input of n features: a function of vectors, shape (tokens, n).
     - only: the input keys to observe. None: all.
-    - stop: if only one input is observed, each run of the block ends with BlockDoneError after this input.
+    - stop: if only one input is observed, a run of the block ends with BlockDoneError after this input where this is
+      true.
 
     Yields the observers by key. Those of stacked experts are added with the first token of an expert.
     """
@@ -381,13 +398,13 @@ def observing(
             if (key, expert) not in observers:
                 observers[key, expert] = make(op.in_features)
             observers[key, expert](x if missing is None else fake(missing, x))
-            if alone:
+            if alone and stop():
                 raise BlockDoneError
 
         return note
 
     wanted = [op for op in group.linears if op.entry.quantize and (only is None or input_key(op, own) in only)]
-    alone = stop and len({input_key(op, own) for op in wanted}) == 1 and not wanted[0].entry.stacked
+    alone = len({input_key(op, own) for op in wanted}) == 1 and not wanted[0].entry.stacked
     watched = set()
     for op in wanted:
         key = input_key(op, own)

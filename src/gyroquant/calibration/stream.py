@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from gyroquant.calibration.arguments import BlockArguments
+from gyroquant.calibration.kept_outputs import KeptOutputs
 from gyroquant.calibration.observers import PairedForward, PairedSecondMoments, SecondMoments
 from gyroquant.calibration.offload import Spilled
 from gyroquant.models.execution.online import attached
@@ -33,6 +35,7 @@ class Stream:
       and the next sequences. By default they are in memory.
     - pairing: the hidden states of the original model are then kept too, in `original`. `observe` runs the original's
       block on them, with the weights that it is given; `run` does not.
+    - kept: the outputs of layers that `run` and `observe` do not compute again. None by default.
     - observing_seconds: the time spent in `observe` so far, in seconds.
     """
 
@@ -51,6 +54,7 @@ class Stream:
         self._outer = {name: t.to(device=self.device, dtype=dtype) for name, t in outer.items()}
         self.arguments = BlockArguments(len(input_ids), runner.passed)
         self.observing_seconds = 0.0
+        self.kept: KeptOutputs | None = None
         self._spilled: list[Spilled] = []
         self.hidden: Tensor | None = None
         for start, ids in self._batches():
@@ -185,6 +189,10 @@ class Stream:
             for hidden in self._turns(stop - start):
                 self._finish(local, hidden[number, start:stop])
 
+    def runs_original(self) -> bool:
+        """Whether the original's block is running, in `observe`."""
+        return self.pairing is not None and self.pairing.original
+
     def _turns(self, tokens: int) -> Iterator[Tensor]:
         """The hidden states to run for each batch, one after the other."""
         assert self.hidden is not None
@@ -201,7 +209,8 @@ class Stream:
         stream = "original" if states is self.original else ""
         try:
             call = self.arguments.call(index, sequences, stream)
-            out, *more = self.runner.step(index, local, hidden.to(self.device), call)
+            with nullcontext() if self.kept is None else self.kept.running(stream, start):
+                out, *more = self.runner.step(index, local, hidden.to(self.device), call)
         except BlockDoneError:
             if keep:  # an observer stopped a block that had to run to its end
                 raise

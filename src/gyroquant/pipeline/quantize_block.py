@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from gyroquant.calibration.kept_outputs import KeptOutputs, can_be_kept, kept_features, modules_to_keep
 from gyroquant.calibration.observers import (
     GuidedSecondMoments,
     Key,
@@ -29,7 +31,10 @@ from gyroquant.rounding.base import When
 from gyroquant.rounding.layer_report import LayerReport, layer_reports
 from gyroquant.rounding.layers import LayerGroup, by_shared_input, round_layers
 from gyroquant.rounding.steps.base import BlockStep, RoundedBlock
+from gyroquant.system.environment import available_memory
 from gyroquant.system.progress import Advance
+
+_SHARE = 0.25  # of the available memory that kept outputs may take
 
 
 def quantize_block(
@@ -92,22 +97,80 @@ def _round_in_turn(
     for number, targets in enumerate(turns):
         if stream:
             current = {**tensors, **{name: layer.param for name, layer in layers.items()}}
+            if stream.kept:
+                stream.kept.final = {
+                    "original": _modules(group.linears),
+                    "": _modules(layers[name].op for name in layers),
+                }
+                stream.kept.storing = {"original": number < len(turns) - 1, "": True}
             last, keys = number == len(turns) - 1, by_shared_input(group, targets, online).keys()
             model = job.store.skeleton()
             every = all_experts(job.recipe.calibration.all_experts)
             observes = job.observes_layers
             watching: AbstractContextManager[dict[Key, Any]] = nullcontext({})
             if observes:
-                watching = observing(model, group, online, stream.observer, keys, stop=not last)
+                watching = observing(model, group, online, stream.observer, keys, _ends(stream, last))
             with every, attached(model, online), watching as new:
                 _guide(job, stream, targets, new, online)
                 stream.observe(index, current, advance, tensors, move=last, rounded=observes)
             observed |= new
+            if stream.kept:
+                stream.kept.final = {}
         if job.rounded:
             layers |= {name: RoundedLayer(op, job.rounded[name]) for name, op in targets.items()}
         else:
             layers |= round_layers(LayerGroup(group, targets, tensors, observed, online), config)
     return layers, observed
+
+
+def _modules(layers: Iterable[LinearOp]) -> frozenset[str]:
+    return frozenset(op.module for op in layers if can_be_kept(op))
+
+
+def _ends(stream: Stream, last: bool) -> Callable[[], bool]:
+    """Whether a run ends after the observed input. In the last turn, the original runs on, to the next block."""
+    return lambda: not (last and stream.runs_original())
+
+
+def kept_bytes(job: Job, index: int) -> int:
+    """Bytes of the outputs that are kept while a block is rounded.
+
+    0 where none are: if layers are not observed in turn, in workers, on other devices than CPUs, and if they would take
+    more than a part of the memory.
+    """
+    parts = [list(part.values()) for part in observed_in_turn(job, index)]
+    if job.tokens is None or len(parts) == 1 or job.output.workers is not None or job.output.device.type != "cpu":
+        return 0
+    needed = kept_features(parts, job.graph.hidden) * job.tokens.numel() * job.compute_dtype.itemsize
+    return needed if needed < _SHARE * available_memory() else 0
+
+
+@contextmanager
+def keeping_outputs(job: Job, index: int, stream: Stream | None) -> Iterator[None]:
+    """Keeps outputs of a block's layers from run to run for the duration of a with block, if there is memory."""
+    if stream is None or not kept_bytes(job, index):
+        yield
+        return
+    stream.kept = KeptOutputs()
+    try:
+        block = job.graph.architecture.block_prefix(index).removesuffix(".")
+        modules = modules_to_keep(block, job.graph.blocks[index].linears, stream.arguments.separate(index))
+        with stream.kept.attached(job.store.skeleton(), modules):
+            yield
+    finally:
+        stream.kept = None
+
+
+def reuse_outputs(block: RoundedBlock) -> None:
+    """Lets the last run of a block, which no step has changed, use the outputs that were kept while it was rounded.
+
+    Layers are computed anew if storing has changed their bias.
+    """
+    if block.stream is not None and block.stream.kept is not None:
+        stored, tensors = block.plain, block.tensors
+        changed = {name for name in stored if not torch.equal(stored[name].float(), tensors[name].float())}
+        exact = [layer.op for layer in block.layers.values() if layer.op.bias not in changed]
+        block.stream.kept.final, block.stream.kept.storing = {"": _modules(exact)}, {}
 
 
 def _guide(
@@ -140,4 +203,4 @@ def _center_keys(job: Job, index: int, tensors: Mapping[str, Tensor], stream: St
             job.quantizers[place] = replace(quantizer, key_mean=mean.result())
 
 
-__all__ = ["apply_steps", "observed_in_turn", "quantize_block"]
+__all__ = ["apply_steps", "keeping_outputs", "kept_bytes", "observed_in_turn", "quantize_block", "reuse_outputs"]

@@ -20,7 +20,7 @@ from gyroquant.models.graph.rounded_layer import RoundedLayer
 from gyroquant.models.graph.sites import attention_module
 from gyroquant.models.stores.ranges import Ranges
 from gyroquant.pipeline.job import Job
-from gyroquant.pipeline.quantize_block import observed_in_turn, quantize_block
+from gyroquant.pipeline.quantize_block import keeping_outputs, observed_in_turn, quantize_block, reuse_outputs
 from gyroquant.pipeline.tables import round_table, table_statistics
 from gyroquant.rounding.layer_report import LayerReport, layer_reports, table_report
 from gyroquant.rounding.layers import LayerGroup, RoundingConfig, round_layers
@@ -146,9 +146,14 @@ def keep_block(
     tensors, warnings = folded_block(job, index), list[str]()
     tuning = journal.path(f"{TUNING}-{index}" if apart else TUNING)
     steps = job.recipe.weights.block_steps
-    block, reports = quantize_block(job, index, tensors, stream, advance, warnings, steps, tuning)
-    layers = [*block.layers.values()]
-    _check_rounded(layers, tensors, job.output.dtype)
+    with keeping_outputs(job, index, stream):
+        block, reports = quantize_block(job, index, tensors, stream, advance, warnings, steps, tuning)
+        layers = [*block.layers.values()]
+        _check_rounded(layers, tensors, job.output.dtype)
+        if stream is not None and not apart:
+            if not steps and job.recipe.calibration.inputs != "original":
+                reuse_outputs(block)
+            carry(job, index, stream, tensors, block.deployed, advance)
     piece = writer.piece(_stored(block.plain, job.output.dtype), layers)
     record: dict[str, Any] = {
         "notes": piece.notes,
@@ -159,7 +164,6 @@ def keep_block(
     if stream is None:
         advance()
     elif not apart:
-        carry(job, index, stream, tensors, block.deployed, advance)
         last = index == len(job.graph.blocks) - 1 and not job.rounds_head
         record["states"] = [] if last else journal.put_states(f"states-{index % 2}", stream.states)
         record["arguments"] = stream.arguments.layout

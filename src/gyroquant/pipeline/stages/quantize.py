@@ -11,7 +11,7 @@ from gyroquant.pipeline.cost_probe import CostProbe, StageCost, Ticks
 from gyroquant.pipeline.job import Job
 from gyroquant.pipeline.memory_model import MemoryModel, most_workers
 from gyroquant.pipeline.parallel_blocks import quantize_blocks_in_parallel
-from gyroquant.pipeline.quantize_block import apply_steps, quantize_block
+from gyroquant.pipeline.quantize_block import apply_steps, kept_bytes, quantize_block
 from gyroquant.pipeline.quantize_model import quantize_model
 from gyroquant.pipeline.stages.base import RunContext, Shortage, Stage, less_hidden
 from gyroquant.rounding.steps.base import RoundedBlock
@@ -68,15 +68,16 @@ def _one_process(model: MemoryModel) -> int:
     models = 2 if weights.needs_original else 1
     turns = decoded if weights.observes_in_turn else 0
     inputs = (max if weights.observes_in_turn else sum)(n for n, _ in model.layer_groups())
+    kept = kept_bytes(model.job, model.graph.blocks.index(model.group))
     waiting = model.compute * model.batch * inputs if weights.needs_input_error else 0
     running = models * local + model.activations(model.batch, max(4, model.compute)) + waiting
     deployed = 2 * decoded + local
-    held = folded + codes + turns + model.second_moments()
+    held = folded + codes + turns + kept + model.second_moments()
     return model.in_memory + max(
         making,
         held + running,
         held + model.solving(),
-        folded + codes + deployed + model.activations(model.batch, model.compute),
+        folded + codes + kept + deployed + model.activations(model.batch, model.compute),
     )
 
 

@@ -77,16 +77,13 @@ class _Descent:
         self.params = GroupParams(rounded.params.scale.clone(), rounded.params.zero.clone())
         damp = damp_percent * statistics.second_moments.diagonal().mean().clamp_min(1e-30)
         eye = torch.eye(columns, device=weight.device)
-        scale = max(statistics.count, 1)  # so that fp32 holds every product for any number of tokens
-        self.h = ((statistics.second_moments + damp * eye) / scale).to(weight)  # moments in another basis are fp64
-        wanted = ((statistics.cross + damp * eye) / scale).to(weight)
+        tokens = max(statistics.count, 1)  # so that fp32 holds every product for any number of tokens
+        self.h = ((statistics.second_moments + damp * eye) / tokens).to(weight)  # moments in another basis are fp64
+        wanted = ((statistics.cross + damp * eye) / tokens).to(weight)
         self.number = prepared.decode()
         self.slope = weight @ wanted - self.number @ self.h
-
-    def _update(self, start: int, stop: int, change: Tensor) -> None:
-        """Updates numbers and slope after a change of columns start..stop."""
-        self.number[:, start:stop] += change
-        self.slope -= change @ self.h[start:stop]
+        scale, zero = self.params.scale, self.params.zero
+        self.zero_moves = not torch.equal(self.grid.round_params(scale, zero + 1).zero, zero)
 
     def codes(self) -> int:
         """Sets every column of codes to its best values, one column after another; returns how many codes changed."""
@@ -102,20 +99,20 @@ class _Descent:
         slope, h = self.slope[:, start:stop].T.contiguous(), self.h[start:stop, start:stop]
         number = self.number[:, start:stop].T.contiguous()
         code = self.code[:, start:stop].T.contiguous()
-        before, changed = number.clone(), 0
+        before, curvature = number.clone(), h.diagonal().tolist()
         for i in range(stop - start):
-            wanted = number[i] + slope[i] / h[i, i]
-            new = self.grid.encode(wanted[:, None], params)
-            value = self.grid.decode(new, params)[:, 0]
-            move = value - number[i]
-            better = move * (2 * slope[i] - move * h[i, i]) > 0
-            move = torch.where(better, move, 0.0)
+            new = self.grid.encode((number[i] + slope[i] / curvature[i])[:, None], params)
+            move = self.grid.decode(new, params)[:, 0] - number[i]
+            better = move * (2 * slope[i] - move * curvature[i]) > 0
+            move *= better
             code[i] = torch.where(better, new[:, 0], code[i])
             number[i] += move
             slope.addr_(h[i], move, alpha=-1)
-            changed += int(better.sum())
+        changed = int((self.code[:, start:stop] != code.T).sum())
         self.code[:, start:stop] = code.T
-        self._update(start, stop, (number - before).T)
+        change = (number - before).T
+        self.number[:, start:stop] += change
+        self.slope.addmm_(change, self.h[start:stop], alpha=-1)
         return changed
 
     def scales(self) -> None:
@@ -123,6 +120,8 @@ class _Descent:
         for group in range(self.params.scale.shape[1]):
             scale, zero = self.params.scale[:, group], self.params.zero[:, group]
             self._change(group, self._best_step(group, self._numbers(group) / scale), torch.zeros_like(zero))
+            if not self.zero_moves:
+                continue
             scale = self.params.scale[:, group]
             self._change(group, torch.zeros_like(scale), self._best_step(group, -scale.expand(-1, self.size)))
 
@@ -144,8 +143,10 @@ class _Descent:
         old, start = self.params[:, group], group * self.size
         new = self.grid.round_params(old.scale + more_scale, old.zero + more_zero)
         move = self.grid.decode(self.code[:, start : start + self.size], new) - self._numbers(group)
-        slope = self.slope[:, start : start + self.size]
-        better = (move * (2 * slope - move @ self._h(group))).sum(1, keepdim=True) > 0
+        columns = slice(start, start + self.size)
+        pull = move @ self.h[columns]
+        better = (move * (2 * self.slope[:, columns] - pull[:, columns])).sum(1, keepdim=True) > 0
         self.params.scale[:, group] = torch.where(better, new.scale, old.scale)
         self.params.zero[:, group] = torch.where(better, new.zero, old.zero)
-        self._update(start, start + self.size, torch.where(better, move, 0.0))
+        self.number[:, columns] += torch.where(better, move, 0.0)
+        self.slope -= torch.where(better, pull, 0.0)

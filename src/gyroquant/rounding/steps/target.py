@@ -64,18 +64,13 @@ class Target(LayerStep):
         if statistics.input_error_cross is None or statistics.input_error_second_moments is None:
             return weight, plain
         factor = inverse_factor(statistics.second_moments, self.damp_percent, warn)
-        input_error_cross, input_error_second_moments = (
-            statistics.input_error_cross.double(),
-            statistics.input_error_second_moments.double(),
-        )
         changes, explained, energy = [], 0.0, 0.0
-        for part in weight.split(_ROWS):
-            w = part.double()
-            slope = w @ input_error_cross
+        for w in weight.split(_ROWS):
+            slope = (w @ statistics.input_error_cross.to(w)).double()
             change = slope @ factor.T @ factor
             changes.append(change.float())
             explained += float((change * slope).sum())
-            energy += float(((w @ input_error_second_moments) * w).sum())
+            energy += float(((w @ statistics.input_error_second_moments.to(w)) * w).sum(dtype=torch.float64))
         share = determination(explained, energy) if self.share == "auto" else self.share
         return weight + share * torch.cat(changes), plain
 

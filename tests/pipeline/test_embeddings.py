@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_models
 import torch
-from tiny_runs import run
+from safetensors.torch import load_file
+from tiny_runs import SMALL, run
 
 import gyroquant as gq
+from gyroquant.pipeline import run as pipeline
+from gyroquant.pipeline import tables
+from gyroquant.pipeline.job import prepare
+from gyroquant.system.progress import Advance, Progress
 
 TABLE = ("embeddings.bits=8", "embeddings.group_size=16", "keep_ties=true")
 
@@ -88,3 +95,37 @@ def test_what_does_not_fit_is_refused_before_any_work(corpus: Path, tmp_path: Pa
     with pytest.raises(gq.GyroquantError, match=r"48.*model\.embed_tokens"):
         run(model, tmp_path / "out", "rtn-w4", corpus, "embeddings.bits=4", "embeddings.group_size=48")
     assert not (tmp_path / "out").exists()
+
+
+class Counted(Progress):
+    """Has the number of steps of each stage as announced, and as done."""
+
+    def __init__(self) -> None:
+        self.steps: dict[str, int] = {}
+        self.done: dict[str, int] = {}
+
+    @contextmanager
+    def stage(self, name: str, steps: int) -> Iterator[Advance]:
+        self.steps[name], self.done[name] = steps, 0
+
+        def advance() -> None:
+            self.done[name] += 1
+
+        yield advance
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "llama"])
+def test_tables_are_rounded_in_parts(name: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The result is that of a whole table, and progress tells of each part."""
+    steps = {}
+    for rows in (1 << 20, 32):
+        monkeypatch.setattr(tables, "_ROWS", rows)
+        progress = Counted()
+        loaded = gq.load_recipe("gptq-w4", [*SMALL, *TABLE])
+        model, out, tokenizer = tiny_models.build(name), tmp_path / str(rows), tiny_models.tokenizer()
+        pipeline.run(prepare(model, out, loaded, corpus, tokenizer=tokenizer), progress)
+        assert progress.done == progress.steps
+        steps[rows] = progress.steps["quantize"]
+    assert steps[32] == steps[1 << 20] + tiny_models.build(name).config.vocab_size // 32 - 1
+    whole, parts = (load_file(tmp_path / str(rows) / "model.safetensors") for rows in steps)
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)

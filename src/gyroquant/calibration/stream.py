@@ -182,12 +182,14 @@ class Stream:
             progress()
         return total.cpu() / self.input_ids.numel()
 
-    def observe_head(self, outer: Mapping[str, Tensor]) -> None:
-        """Runs the head for observers of its input."""
+    def observe_head(self, outer: Mapping[str, Tensor], progress: Advance = lambda: None) -> None:
+        """Runs the head for observers of its input. Reports progress once a sequence."""
         local = self.local(outer)
         for number, start, stop in self._pieces():
             for hidden in self._turns(stop - start):
                 self._finish(local, hidden[number, start:stop])
+            if stop == self.input_ids.shape[1]:
+                progress()
 
     def runs_original(self) -> bool:
         """Whether the original's block is running, in `observe`."""

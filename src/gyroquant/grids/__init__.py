@@ -1,6 +1,14 @@
 """Number grids: the numbers that can be stored, how they are fitted and packed, and the bits they take."""
 
-from gyroquant.grids.base import Grid, GroupParams, QuantizedWeight, grid_from, stored_bits, straight_through
+from gyroquant.grids.base import (
+    Grid,
+    GroupParams,
+    QuantizedWeight,
+    grid_from,
+    joined,
+    stored_bits,
+    straight_through,
+)
 from gyroquant.grids.basis import Basis
 from gyroquant.grids.floating import Fp4Grid, Fp8Grid
 from gyroquant.grids.half_scale import HalfScaleGrid
@@ -19,6 +27,7 @@ __all__ = [
     "Nvfp4Grid",
     "QuantizedWeight",
     "grid_from",
+    "joined",
     "stored_bits",
     "straight_through",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, get_origin
 
@@ -237,6 +237,14 @@ class QuantizedWeight:
 
     def pack(self) -> dict[str, Tensor]:
         return self.grid.pack(self.codes, self.params) | ({} if self.basis is None else self.basis.pack())
+
+
+def joined(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """A matrix with the rows of several ones, which share a grid and a basis."""
+    params = (torch.cat([getattr(part.params, kind) for part in parts]) for kind in ("scale", "zero"))
+    return QuantizedWeight(
+        parts[0].grid, torch.cat([part.codes for part in parts]), GroupParams(*params), parts[0].basis
+    )
 
 
 def lift(numbers: Tensor) -> float:

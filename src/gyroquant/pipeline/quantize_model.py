@@ -21,7 +21,7 @@ from gyroquant.models.graph.sites import attention_module
 from gyroquant.models.stores.ranges import Ranges
 from gyroquant.pipeline.job import Job
 from gyroquant.pipeline.quantize_block import keeping_outputs, observed_in_turn, quantize_block, reuse_outputs
-from gyroquant.pipeline.tables import round_table, table_statistics
+from gyroquant.pipeline.tables import round_table, table_statistics, table_steps
 from gyroquant.rounding.layer_report import LayerReport, layer_reports, table_report
 from gyroquant.rounding.layers import LayerGroup, RoundingConfig, round_layers
 from gyroquant.system.journal import Journal
@@ -50,7 +50,8 @@ def quantize_model(
         records.append(_outer(job, outer, None, writer, journal))
         outer = {}
     ticks, position = [_ticks(job, stream, i) for i in range(len(job.graph.blocks))], 0
-    with progress.stage("quantize", sum(ticks)) as advance:
+    around = _outer_ticks(job, stream) if job.rounds_head else 0
+    with progress.stage("quantize", sum(ticks) + around) as advance:
         for i, count in enumerate(ticks):
             record = journal.get(block_name(i))
             if record is None:
@@ -63,10 +64,10 @@ def quantize_model(
                     advance()
             writer.add_piece(journal.path(block_name(i)), record["notes"])
             records.append(record)
-    if job.rounds_head:
-        if stream is not None and position != len(ticks) and journal.get(_OUTER) is None:
-            _catch_up(job, position, len(ticks), records[-1], stream, journal)
-        records.append(_outer(job, outer, stream, writer, journal))
+        if job.rounds_head:
+            if stream is not None and position != len(ticks) and journal.get(_OUTER) is None:
+                _catch_up(job, position, len(ticks), records[-1], stream, journal)
+            records.append(_outer(job, outer, stream, writer, journal, advance))
     for record in records:
         warnings += record["warnings"]
     return [layer for record in records for layer in record["layers"]]
@@ -84,6 +85,12 @@ def _ticks(job: Job, stream: Stream | None, index: int) -> int:
     steps = job.recipe.weights.block_steps
     passes = len(observed_in_turn(job, index)) + 1 + int(job.centers_keys) + sum(step.passes for step in steps)
     return stream.steps * passes + sum(step.iterations for step in steps)
+
+
+def _outer_ticks(job: Job, stream: Stream | None) -> int:
+    """The same of the work on heads and tables."""
+    observed = len(stream.input_ids) if stream is not None else 0
+    return observed + sum(map(table_steps, job.tables.values()))
 
 
 def writer_for(job: Job, folder: OutputFolder | None = None) -> Writer:
@@ -200,44 +207,52 @@ def _restore_keys(job: Job, index: int, record: Mapping[str, Any]) -> None:
 
 
 def _outer(
-    job: Job, outer: dict[str, Tensor], stream: Stream | None, writer: Writer, journal: Journal
+    job: Job,
+    outer: dict[str, Tensor],
+    stream: Stream | None,
+    writer: Writer,
+    journal: Journal,
+    advance: Advance = lambda: None,
 ) -> dict[str, Any]:
     """Writes the parameters around the blocks to the journal and the writer. Rounds the head, if it is a target."""
     record = journal.get(_OUTER)
     if record is None:
         warnings: list[str] = []
-        rounded, reports = _round_head(job, outer, stream, warnings) if job.rounds_head else ({}, [])
+        rounded, reports = _round_head(job, outer, stream, warnings, advance) if job.rounds_head else ({}, [])
         layers = [*rounded.values()]
         _check_rounded(layers, outer, job.output.dtype)
         plain = {name: tensor for name, tensor in outer.items() if name not in rounded}
         piece = writer.piece(_stored(plain, job.output.dtype), layers)
         record = {"notes": piece.notes, "layers": [asdict(report) for report in reports], "warnings": warnings}
         journal.put(_OUTER, piece.arrays, record)
+    else:
+        for _ in range(_outer_ticks(job, stream)):
+            advance()
     writer.add_piece(journal.path(_OUTER), record["notes"])
     return record
 
 
 def _round_head(
-    job: Job, outer: dict[str, Tensor], stream: Stream | None, warnings: list[str]
+    job: Job, outer: dict[str, Tensor], stream: Stream | None, warnings: list[str], advance: Advance
 ) -> tuple[dict[str, RoundedLayer], list[LayerReport]]:
     model, group = job.store.skeleton(), job.graph.outer
     observed: dict[Key, SecondMoments] = {}
     if stream:
         with attached(model, job.running_around()), observing(model, group, [], stream.observer) as observed:
-            stream.observe_head(outer)
+            stream.observe_head(outer, advance)
     layers = LayerGroup(group, job.targets, outer, observed, [])
     rounded = round_layers(layers, job.rounding(warnings.append))
-    tables, reports = _round_tables(job, layers, job.rounding(warnings.append))
+    tables, reports = _round_tables(job, layers, job.rounding(warnings.append), advance)
     return rounded | tables, [*layer_reports(layers, rounded), *reports]
 
 
 def _round_tables(
-    job: Job, layers: LayerGroup, config: RoundingConfig
+    job: Job, layers: LayerGroup, config: RoundingConfig, advance: Advance
 ) -> tuple[dict[str, RoundedLayer], list[LayerReport]]:
     rounded, reports = dict[str, RoundedLayer](), list[LayerReport]()
     for name, op in job.tables.items():
         statistics = table_statistics(job.graph, name, layers)
-        rounded[name] = round_table(layers, op, statistics, job.grid(name), config)
+        rounded[name] = round_table(layers, op, statistics, job.grid(name), config, advance)
         reports.append(table_report(op.name, layers.matrix(op), rounded[name], statistics))
     return rounded, reports
 

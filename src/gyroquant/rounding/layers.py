@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gyroquant.calibration.observers import GuidedSecondMoments, Key, SecondMoments, input_key, modules_with_own_map
 from gyroquant.errors import RecipeError
-from gyroquant.grids import Basis, Grid, GroupParams, QuantizedWeight
+from gyroquant.grids import Basis, Grid, GroupParams, QuantizedWeight, joined
 from gyroquant.models.execution.online import OnlineOp
 from gyroquant.models.graph.model_graph import Group, LinearOp, ModelGraph
 from gyroquant.models.graph.rounded_layer import RoundedLayer
@@ -281,9 +281,7 @@ def _round_guided(
 ) -> QuantizedWeight:
     """Rounds groups of rows, each with second moments of its own. `GuidedSecondMoments` splits rows in the same way."""
     parts = zip(matrix.tensor_split(len(moments)), moments, strict=True)
-    solved = [config.solve(config.prepare(op.module, rows, _statistics(own)), grid) for rows, own in parts]
-    scale, zero = (torch.cat([getattr(part.params, kind) for part in solved]) for kind in ("scale", "zero"))
-    return QuantizedWeight(grid, torch.cat([part.codes for part in solved]), GroupParams(scale, zero))
+    return joined([config.solve(config.prepare(op.module, rows, _statistics(own)), grid) for rows, own in parts])
 
 
 def _round_experts(layers: LayerGroup, op: LinearOp, key: str, config: RoundingConfig) -> QuantizedWeight:

@@ -206,6 +206,30 @@ def test_interrupted_tuning_ends_with_the_same_bytes(
     assert whole == stopped
 
 
+def test_the_largest_errors_can_be_left_out(
+    folders: dict[str, Path], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, seen = signround.BlockTuner._error, list[tuple[float, float]]()
+
+    def compared(self: signround.BlockTuner, sequences: list[int]) -> torch.Tensor:
+        hidden, target = self.hidden[sequences], self.target[sequences]
+        with torch.no_grad():
+            squares = (self.block.run(self.leaves | self.rest, hidden, sequences) - target).square()
+        kept = squares.flatten().sort().values[: -(squares.numel() // 100)]
+        scale = (target - hidden).square().flatten(1).mean(1)
+        loss = plain(self, sequences)
+        if len(sequences) == 1:
+            seen.append((float(loss.detach()), float(kept.sum() / squares.numel() / scale[0])))
+        return loss
+
+    monkeypatch.setattr(signround.BlockTuner, "_error", compared)
+    tune = ["weights.bits=2", "weights.tune={iters: 2, batch_size: 1, outliers: 0.01}"]
+    run(folders["llama_tied"], tmp_path / "out", corpus, "rtn", *tune)
+    assert seen
+    for loss, expected in seen:
+        assert loss == pytest.approx(expected, rel=1e-4)
+
+
 def test_clipping_alone_can_be_learned(folders: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
     """OmniQuant's: codes follow the scales."""
     start = ["weights.bits=2", "weights.scale=minmax"]

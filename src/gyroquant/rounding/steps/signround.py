@@ -42,6 +42,8 @@ class SignRound(BlockStep):
     - `codes`: whether codes are tuned. Default true.
     - `minmax`: whether the ends of ranges are tuned. Default true. Without codes, this is OmniQuant's learned clipping
       (arXiv 2308.13137).
+    - `outliers`: the share of the block's outputs, those with the largest errors, that the loss leaves out. Default 0.
+      SignRoundV2 (arXiv 2512.04746) leaves out 0.001 below 4 bits.
     - `best`: whether the state with the least loss is kept instead of the last one. Default true.
     """
 
@@ -56,11 +58,16 @@ class SignRound(BlockStep):
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     codes: bool = True
     minmax: bool = True
+    outliers: Annotated[float, Field(ge=0, lt=1)] = 0.0
     best: bool = True
 
     @classmethod
     def examples(cls) -> list[Self]:
-        return [cls(iters=4, batch_size=2), cls(iters=2, batch_size=2, codes=False, schedule="cosine")]
+        return [
+            cls(iters=4, batch_size=2),
+            cls(iters=2, batch_size=2, outliers=0.01),
+            cls(iters=2, batch_size=2, codes=False, schedule="cosine"),
+        ]
 
     @model_validator(mode="after")
     def _tunes_something(self) -> SignRound:
@@ -76,7 +83,7 @@ class SignRound(BlockStep):
         return self.model_copy(update={"iters": count})
 
     def apply_block(self, block: RoundedBlock) -> RoundedBlock:
-        tuner = BlockTuner(block)
+        tuner = BlockTuner(block, self.outliers)
         with reused_memory():
             return replace(block, layers=tuner.tune(self))
 
@@ -141,13 +148,16 @@ class _State:
 
 
 class BlockTuner:
-    """One block and its tuned tensors. It computes in the dtype of the block's input."""
+    """One block and its tuned tensors. It computes in the dtype of the block's input.
 
-    def __init__(self, block: RoundedBlock):
+    `outliers` is the share of outputs that the loss leaves out, as in `SignRound`.
+    """
+
+    def __init__(self, block: RoundedBlock, outliers: float = 0.0):
         hidden, target = block.text.hidden, block.text.original
         assert hidden is not None
         assert target is not None
-        self.block, self.hidden, self.target = block, hidden, target
+        self.block, self.hidden, self.target, self.outliers = block, hidden, target, outliers
         self.tunable: dict[str, TunableWeight] = {}
         self.rest = {name: t.to(hidden.dtype) for name, t in block.tensors.items() if name not in block.layers}
         for name, layer in block.layers.items():
@@ -171,7 +181,11 @@ class BlockTuner:
         hidden, target = self.hidden[sequences], self.target[sequences].float()
         scale = (target - hidden.float()).square().flatten(1).mean(1).clamp_min(1e-30)
         output = self.block.run(self.leaves | self.rest, hidden, sequences)
-        return ((output.float() - target).square().flatten(1).mean(1) / scale).sum()
+        squares = (output.float() - target).square()
+        kept = squares.numel() - int(self.outliers * squares.numel())
+        if kept < squares.numel():
+            squares = squares * (squares <= squares.detach().flatten().kthvalue(kept).values)
+        return (squares.flatten(1).mean(1) / scale).sum()
 
     def _pieces(self, sequences: list[int]) -> Iterator[list[int]]:
         """The sequences in batches of sizes that the block can run on."""

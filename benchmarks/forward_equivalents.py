@@ -3,7 +3,8 @@
     python benchmarks/forward_equivalents.py [MODEL --text FILE] [--recipes rtn gptq gsr] [--bits 2] [--json FILE]
 
 The unit is one plain forward pass of transformers, head included, over all calibration tokens: in bfloat16 where the
-processor multiplies it, else in float32. The columns are the stages of a run. What none of them takes (the fingerprint, checksums) is in `all` only.
+processor multiplies it, else in float32. The columns are the stages of a run. What none of them takes (the fingerprint,
+checksums) is in `all` only.
 """
 
 from __future__ import annotations

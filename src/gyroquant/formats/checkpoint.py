@@ -5,7 +5,7 @@ names, then the configuration and the tokenizer. Also lists the linear layers as
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from copy import deepcopy
 from functools import partial
@@ -35,6 +35,7 @@ model = AutoModelForCausalLM.from_pretrained("FOLDER", dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 ```"""
 """How transformers opens a checkpoint, for the model card."""
+_WORD = 32  # bits of a word of packed codes, and codes that are packed at once
 Encode = Callable[[LinearOp, QuantizedWeight], dict[str, Tensor]]
 
 
@@ -97,12 +98,17 @@ def original_names(store: PackedStore, tensors: dict[str, Tensor]) -> dict[str, 
 
 
 def write_rest(
-    store: PackedStore, folder: OutputFolder, dtype: torch.dtype, quantization: dict[str, Any] | None = None
+    store: PackedStore,
+    folder: OutputFolder,
+    dtype: torch.dtype,
+    quantization: dict[str, Any] | None = None,
+    more: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes the configuration and, if the model has them, the generation settings and the tokenizer.
 
     dtype: the dtype that loaders use by default.
     quantization: the `quantization_config`. None: the configuration has none.
+    more: other entries of config.json.
     """
     config = deepcopy(store.config)
     del config.quantization_config
@@ -110,7 +116,7 @@ def write_rest(
     config.dtype = dtype
     if quantization is not None:
         config.quantization_config = quantization
-    write_config(config, folder.partial)
+    write_config(config, folder.partial, **(more or {}))
     write_companions(store, folder)
 
 
@@ -170,6 +176,22 @@ def assembled_weights(config: Any) -> list[str]:
         for pattern in entry.target_patterns
     ]
     return [name for name in model.state_dict() if any(re.search(pattern, name) for pattern in patterns)]
+
+
+def pack_words(codes: Tensor, bits: int) -> Tensor:
+    """Packs codes below 2^bits, shape (rows, n), n a multiple of 32. Each row becomes a column of 32-bit words, shape
+    (n * bits / 32, rows).
+    """
+    rows, length = codes.shape
+    runs = codes.T.reshape(length // _WORD, _WORD, rows)  # 32 numbers of b bits fill b words
+    words = torch.zeros(length // _WORD, bits, rows, dtype=torch.int64)
+    for i in range(_WORD):
+        number = runs[:, i].long()
+        word, start = divmod(i * bits, _WORD)
+        words[:, word] |= (number << start) & 0xFFFFFFFF
+        if start + bits > _WORD:
+            words[:, word + 1] |= number >> (_WORD - start)
+    return (words - ((words >> 31) << 32)).to(torch.int32).reshape(-1, rows)  # signed words with the same bits
 
 
 def rounded_modules(store: PackedStore) -> list[str]:

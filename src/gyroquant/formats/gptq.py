@@ -29,6 +29,7 @@ from gyroquant.formats.checkpoint import (
     dtype_name,
     linear_modules,
     original_names,
+    pack_words,
     rounded_modules,
     write_rest,
     write_tensors,
@@ -89,7 +90,7 @@ class Gptq(Format):
         ((bits, group_size, symmetric),) = kinds
         version_2 = not symmetric
         offset = 0 if version_2 else 1
-        packed = {f"{name}.qzeros": _pack(zero - offset, bits).T for name, zero in zeros.items()}
+        packed = {f"{name}.qzeros": pack_words(zero - offset, bits).T for name, zero in zeros.items()}
         folder.add(original_names(store, packed))
         folder.merge()
         config = {
@@ -135,26 +136,10 @@ def _arrays(module: str, weight: QuantizedWeight) -> dict[str, Tensor]:
     """The tensors that are stored for a layer, except its zero points."""
     inputs, groups = weight.codes.shape[1], weight.params.scale.shape[1]
     return {
-        f"{module}.qweight": _pack(weight.codes, weight.grid.bits),
+        f"{module}.qweight": pack_words(weight.codes, weight.grid.bits),
         f"{module}.scales": weight.params.scale.squeeze(-1).T.half(),
         f"{module}.g_idx": torch.arange(inputs, dtype=torch.int32) // (inputs // groups),
     }
-
-
-def _pack(codes: Tensor, bits: int) -> Tensor:
-    """Packs codes below 2^bits, shape (rows, n), n a multiple of 32. Each row becomes a column of 32-bit words, shape
-    (n * bits / 32, rows).
-    """
-    rows, length = codes.shape
-    runs = codes.T.reshape(length // _WORD, _WORD, rows)  # 32 numbers of b bits fill b words
-    words = torch.zeros(length // _WORD, bits, rows, dtype=torch.int64)
-    for i in range(_WORD):
-        number = runs[:, i].long()
-        word, start = divmod(i * bits, _WORD)
-        words[:, word] |= (number << start) & 0xFFFFFFFF
-        if start + bits > _WORD:
-            words[:, word + 1] |= number >> (_WORD - start)
-    return (words - ((words >> 31) << 32)).to(torch.int32).reshape(-1, rows)  # signed words with the same bits
 
 
 def _one_kind(needs: ModelRequirements) -> Iterable[str]:

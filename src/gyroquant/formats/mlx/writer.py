@@ -34,7 +34,7 @@ class Mlx(Format):
 
     Scales are those of the saved model. Biases are minus zero point times scale, rounded to fp16. They are exact where
     the zero point is a power of two, as on symmetric grids that are not mid-rise. What a bias is off is at most 2^-11
-    of it; the export is checked against the weights that the file stands for.
+    of it.
     """
 
     name = "mlx"

@@ -2,12 +2,14 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_models
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_runs import run
 
 import gyroquant as gq
 from gyroquant.grids import IntegerGrid
@@ -99,3 +101,17 @@ def test_a_spectrum_has_no_negative_numbers() -> None:
     assert bool((found >= 0).all())
     assert torch.equal(found, found.sort(descending=True).values)
     assert float(found.sum()) == pytest.approx(float(x.square().sum()), rel=1e-4)
+
+
+def test_the_bound_can_be_left_out(corpus: Path, tmp_path: Path) -> None:
+    """Errors of outputs are reported as before, and the weights are the same."""
+    manifests: dict[bool, Any] = {}
+    for bound in (True, False):
+        model, table = tiny_models.build("llama_tied"), ["embeddings.group_size=16", "keep_ties=true"]
+        manifests[bound] = run(model, tmp_path / str(bound), "gptq-w4", corpus, f"weights.bound={bound}", *table)
+    for with_it, without in zip(manifests[True]["layers"], manifests[False]["layers"], strict=True):
+        assert with_it["rate_distortion"] is not None
+        assert without == with_it | {"rate_distortion": None}
+    one, other = ((tmp_path / str(bound) / "model.safetensors").read_bytes() for bound in manifests)
+    assert one == other
+    assert "bound" not in gq.load_recipe("gptq-w4").to_dict()["weights"]

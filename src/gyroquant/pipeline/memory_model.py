@@ -186,7 +186,7 @@ class MemoryModel:
         for n, rows in self.layer_groups():
             matrix, square = 4 * n * rows, n * n
             need = 2 * matrix + 2 * 4 * min(n * rows, _PIECE) + n * rows
-            if self.job.observes_layers:  # the report takes eigenvalues of second moments
+            if self.job.observes_layers and weights.bound:  # the report takes eigenvalues of second moments
                 need = max(need, 5 * square + 4 * matrix)
             if any(step.needs_statistics for step in weights.steps if step.when <= When.SOLVER):
                 need = max(need, self._factor * square + 3 * matrix + 2 * n * rows)

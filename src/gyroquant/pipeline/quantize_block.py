@@ -61,7 +61,8 @@ def quantize_block(
     seed, multiplier = job.recipe.seed + index, job.graph.residual_multiplier
     block = RoundedBlock(index, group, tensors, layers, plain, stream, seed, multiplier, advance, checkpoint)
     block = apply_steps(job, block, [step for step in steps if step.when < When.CORRECT_BLOCK])
-    reports = layer_reports(LayerGroup(group, job.targets, tensors, observed, job.running_in(index)), block.layers)
+    observed_layers = LayerGroup(group, job.targets, tensors, observed, job.running_in(index))
+    reports = layer_reports(observed_layers, block.layers, job.recipe.weights.bound)
     return apply_steps(job, block, [step for step in steps if step.when >= When.CORRECT_BLOCK]), reports
 
 

@@ -243,7 +243,7 @@ def _round_head(
     layers = LayerGroup(group, job.targets, outer, observed, [])
     rounded = round_layers(layers, job.rounding(warnings.append))
     tables, reports = _round_tables(job, layers, job.rounding(warnings.append), advance)
-    return rounded | tables, [*layer_reports(layers, rounded), *reports]
+    return rounded | tables, [*layer_reports(layers, rounded, job.recipe.weights.bound), *reports]
 
 
 def _round_tables(
@@ -253,7 +253,8 @@ def _round_tables(
     for name, op in job.tables.items():
         statistics = table_statistics(job.graph, name, layers)
         rounded[name] = round_table(layers, op, statistics, job.grid(name), config, advance)
-        reports.append(table_report(op.name, layers.matrix(op), rounded[name], statistics))
+        bound = job.recipe.weights.bound
+        reports.append(table_report(op.name, layers.matrix(op), rounded[name], statistics, bound))
     return rounded, reports
 
 

@@ -106,6 +106,8 @@ class Weights(StepOptions):
       at once would all correct the same error.
     - `correct_bias` (false): subtracts the mean output error of a block from its last bias.
     - `measure` (false): measures output errors and rate-distortion bounds even if nothing else needs statistics.
+    - `bound` (true): reports how far each layer is from the rate-distortion bound. That takes the eigenvalues of second
+      moments, which are most of the work for layers of tens of thousands of inputs.
     """
 
     grid: AnyGrid = Field(default_factory=IntegerGrid)
@@ -121,6 +123,7 @@ class Weights(StepOptions):
     true_sequential: bool | None = None
     correct_bias: bool = False
     measure: bool = False
+    bound: bool = True
 
     @model_validator(mode="after")
     def _steps_do_not_contradict(self) -> Weights:
@@ -425,6 +428,10 @@ class Recipe(BaseModel):
             new += [(data["weights"]["allocate"], key) for key in ("bytes", "embeddings")]
             if data["weights"]["allocate"]["costs"] == "measured":
                 del data["weights"]["allocate"]["costs"]
+        if data["weights"]["tune"] is not None:
+            new += [(data["weights"]["tune"], "outliers")]
+        if data["weights"]["bound"]:
+            del data["weights"]["bound"]
         for owner, key in new:
             if not owner[key]:
                 del owner[key]

@@ -21,7 +21,7 @@ class LayerReport:
     - `name`: the layer's name, as in recipes.
     - `weight_error`: the relative squared error of its weights.
     - `output_error`: the relative squared error of its output over the calibration tokens. None without statistics.
-    - `rate_distortion`: the bound on `output_error`. None without statistics.
+    - `rate_distortion`: the bound on `output_error`. None without statistics, or if it was not computed.
     """
 
     name: str
@@ -30,8 +30,8 @@ class LayerReport:
     rate_distortion: RateDistortion | None
 
 
-def layer_reports(group: LayerGroup, rounded: Mapping[str, RoundedLayer]) -> list[LayerReport]:
-    """One report for each target.
+def layer_reports(group: LayerGroup, rounded: Mapping[str, RoundedLayer], bound: bool = True) -> list[LayerReport]:
+    """One report for each target. `bound`: whether it has the rate-distortion bound.
 
     The statistics of an input are dropped from `group` as soon as its layers are reported, the widest inputs first. So
     the memory that they free is used for the decoded layers, which are kept.
@@ -39,11 +39,11 @@ def layer_reports(group: LayerGroup, rounded: Mapping[str, RoundedLayer]) -> lis
     reports, readers = dict[str, LayerReport](), group.by_shared_input()
     for key, ops in sorted(readers.items(), key=lambda item: -item[1][0].in_features):
         statistics = group.statistics(key)
-        eigenvalues = None if statistics is None else spectrum(statistics.second_moments)
+        eigenvalues = _spectrum(statistics, bound)
         for op in ops:
             layer = rounded[op.weight]
             if op.entry.stacked:
-                reports[op.weight] = _experts(group, key, layer)
+                reports[op.weight] = _experts(group, key, layer, bound)
             else:
                 matrix = group.matrix(op)
                 bits = layer.weight.bits / op.numel
@@ -53,19 +53,25 @@ def layer_reports(group: LayerGroup, rounded: Mapping[str, RoundedLayer]) -> lis
     return [reports[op.weight] for ops in readers.values() for op in ops]
 
 
-def table_report(name: str, matrix: Tensor, layer: RoundedLayer, statistics: InputStatistics | None) -> LayerReport:
+def _spectrum(statistics: InputStatistics | None, bound: bool) -> Tensor | None:
+    return spectrum(statistics.second_moments) if bound and statistics is not None else None
+
+
+def table_report(
+    name: str, matrix: Tensor, layer: RoundedLayer, statistics: InputStatistics | None, bound: bool = True
+) -> LayerReport:
     """The report of a table of embeddings, shape (tokens, hidden). `statistics` are those of the head tied to it."""
-    eigenvalues = None if statistics is None else spectrum(statistics.second_moments)
+    eigenvalues = _spectrum(statistics, bound)
     return _report(name, matrix, layer.matrix, layer.weight.bits / layer.op.numel, statistics, eigenvalues)
 
 
-def _experts(group: LayerGroup, key: str, layer: RoundedLayer) -> LayerReport:
+def _experts(group: LayerGroup, key: str, layer: RoundedLayer, bound: bool) -> LayerReport:
     """The means over the experts of one stacked weight. Output errors are averaged over the experts that got tokens."""
     reports, matrices, rest = [], group.experts(layer.op), layer.matrix
     bits = layer.weight.bits / layer.op.numel
     for expert, matrix in enumerate(matrices):
         statistics = group.statistics(key, expert)
-        eigenvalues = None if statistics is None else spectrum(statistics.second_moments)
+        eigenvalues = _spectrum(statistics, bound)
         rows, rest = rest[: len(matrix)], rest[len(matrix) :]
         reports.append(_report("", matrix, rows, bits, statistics, eigenvalues))
     errors = [report.output_error for report in reports if report.output_error is not None]
@@ -87,9 +93,9 @@ def _report(
     eigenvalues: Tensor | None,
 ) -> LayerReport:
     matrix, rounded = in_reach(matrix, rounded)
-    if statistics is None or eigenvalues is None:
+    if statistics is None:
         return LayerReport(name, weight_error(matrix, rounded), None, None)
     energy = output_energy(matrix, statistics)
     error = output_energy(matrix - rounded, statistics) / max(energy, 1e-30)
-    bound = rate_distortion(matrix, eigenvalues, error, energy, bits)
+    bound = None if eigenvalues is None else rate_distortion(matrix, eigenvalues, error, energy, bits)
     return LayerReport(name, weight_error(matrix, rounded), error, bound)

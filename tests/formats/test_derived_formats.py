@@ -31,6 +31,7 @@ REFUSED = {  # and a part of the reason
     ("gguf", "mamba"): "does not support mamba",
     **{("onnx", name): f"does not support {name}" for name in FAMILIES},
     **{("executorch", name): f"does not support {name}" for name in FAMILIES},
+    **{("mlx", name): f"does not support {name}" for name in FAMILIES},
 }
 PACKAGES = {"compressed-tensors": "compressed_tensors"}
 

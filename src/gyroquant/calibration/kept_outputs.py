@@ -27,11 +27,13 @@ class KeptOutputs:
     nor their inputs change any more. Should the inputs change nevertheless, it is computed anew too: some are compared.
 
     - final: modules of layers by the model, "original" or "".
+    - changed: parameters with other numbers than when outputs were kept. Modules that hold one are computed anew.
     - storing: by the same, whether outputs that are not there yet are kept. Off for the last run: nothing follows it.
     """
 
     def __init__(self) -> None:
         self.final: dict[str, Collection[str]] = {}
+        self.changed: Collection[str] = ()
         self.storing: dict[str, bool] = {}
         self._place: tuple[str, int] | None = None
         self._kept: dict[tuple[str, str, int], tuple[Tensor, Any]] = {}
@@ -62,7 +64,7 @@ class KeptOutputs:
 
     def _forward(self, name: str, inner: Collection[str], compute: Callable[..., Any], *args: Any, **named: Any) -> Any:
         x = args[0] if args else named.get(_INPUT)
-        if self._place is None or not isinstance(x, Tensor) or not {*inner} <= {*self.final.get(self._place[0], ())}:
+        if self._place is None or not isinstance(x, Tensor) or not self._is_final(name, inner, self._place[0]):
             return compute(*args, **named)
         key = (name, *self._place)
         rows = x.reshape(-1, x.shape[-1])
@@ -74,6 +76,10 @@ class KeptOutputs:
                 return out
             self._kept[key] = sample.clone(), out
         return _copy(out)  # blocks may add to it in place
+
+    def _is_final(self, name: str, inner: Collection[str], stream: str) -> bool:
+        same = not any(parameter.startswith(f"{name}.") for parameter in self.changed)
+        return same and {*inner} <= {*self.final.get(stream, ())}
 
 
 def _copy(out: Any) -> Any:

@@ -165,13 +165,12 @@ def keeping_outputs(job: Job, index: int, stream: Stream | None) -> Iterator[Non
 def reuse_outputs(block: RoundedBlock) -> None:
     """Lets the last run of a block, which no step has changed, use the outputs that were kept while it was rounded.
 
-    Layers are computed anew if storing has changed their bias.
+    Modules are computed anew if storing has changed a bias or a gain in them.
     """
     if block.stream is not None and block.stream.kept is not None:
-        stored, tensors = block.plain, block.tensors
-        changed = {name for name in stored if not torch.equal(stored[name].float(), tensors[name].float())}
-        exact = [layer.op for layer in block.layers.values() if layer.op.bias not in changed]
-        block.stream.kept.final, block.stream.kept.storing = {"": _modules(exact)}, {}
+        kept, stored, tensors = block.stream.kept, block.plain, block.tensors
+        kept.changed = {name for name in stored if not torch.equal(stored[name].float(), tensors[name].float())}
+        kept.final, kept.storing = {"": _modules(layer.op for layer in block.layers.values())}, {}
 
 
 def _guide(

@@ -4,8 +4,8 @@
 # One would guess: RoPE turns the share of every head that `partial_rotary_factor` says, which is half of it by
 # default in transformers. The model type "glm4" of mlx-lm reads this setting.
 #
-# What really happens: the model type "glm" turns whole heads, with frequencies for whole heads. Logits are wrong from the second
-# token on, and nothing is said.
+# What really happens: the model type "glm" turns whole heads, with frequencies for whole heads. Logits are wrong among the first
+# tokens already, and nothing is said.
 #
 # Who meets it: checkpoints of the type "glm" that do not set the factor to 1, converted to MLX. They load without complaint.
 # Quantization is the first suspect.

@@ -54,7 +54,7 @@ class MemoryModel:
     - ``batch``: tokens that run through a block at once.
     - ``outer``: names of the parameters around the blocks.
     - ``block``: names of the parameters of the largest block.
-    - ``group``: the largest block.
+    - ``group``: the largest block. Its number is ``largest``.
     - ``hidden``: the hidden states of the text.
     - ``in_memory``: the part of ``hidden`` that is not offloaded.
     """
@@ -65,8 +65,8 @@ class MemoryModel:
         self.stored = 0 if isinstance(job.store, ModuleStore) else job.store.read_dtype.itemsize
         self.compute, self.width = job.compute_dtype.itemsize, job.graph.hidden
         self.outer = self.graph.outer_params()
-        largest = max(range(len(self.graph.blocks)), key=lambda i: self.numel(self.graph.block_params(i)))
-        self.group, self.block = self.graph.blocks[largest], self.graph.block_params(largest)
+        self.largest = max(range(len(self.graph.blocks)), key=lambda i: self.numel(self.graph.block_params(i)))
+        self.group, self.block = self.graph.blocks[self.largest], self.graph.block_params(self.largest)
         self.tokens = 0 if job.tokens is None else job.tokens.numel()
         self.length = 1 if job.tokens is None else job.tokens.shape[1]
         self.batch = min(self.tokens, max(1, _BATCH // self.length) * self.length)

@@ -157,6 +157,9 @@ def reused_memory() -> Iterator[None]:
     For loops that allocate the same large blocks again and again. Under `steady_memory`, the system clears all their
     pages anew in every iteration, which can take a quarter of the time of a step. Works only with glibc. Inside another
     such context it changes nothing.
+
+    The heap may keep holes, without memory. A later block can lie in one, and its memory is then returned at the end of
+    the next such context only.
     """
     if _reusing or platform.libc_ver()[0] != "glibc":
         yield

@@ -68,7 +68,7 @@ def _one_process(model: MemoryModel) -> int:
     models = 2 if weights.needs_original else 1
     turns = decoded if weights.observes_in_turn else 0
     inputs = (max if weights.observes_in_turn else sum)(n for n, _ in model.layer_groups())
-    kept = kept_bytes(model.job, model.graph.blocks.index(model.group))
+    kept = kept_bytes(model.job, model.largest)
     waiting = model.compute * model.batch * inputs if weights.needs_input_error else 0
     running = models * local + model.activations(model.batch, max(4, model.compute)) + waiting
     deployed = 2 * decoded + local

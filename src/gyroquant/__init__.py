@@ -28,9 +28,11 @@ if TYPE_CHECKING:
     from gyroquant.finetuning.settings import Learn
     from gyroquant.formats.export import export
     from gyroquant.formats.push import push
+    from gyroquant.grids.e8p import E8pGrid
     from gyroquant.grids.floating import Fp4Grid, Fp8Grid
     from gyroquant.grids.integer import IntegerGrid
     from gyroquant.grids.microscaling import Mxfp4Grid, Nvfp4Grid
+    from gyroquant.grids.trellis import TrellisGrid
     from gyroquant.inspection.verify import verify
     from gyroquant.inspection.verify_export import verify_export
     from gyroquant.models.execution.kv_cache import PackedKVCache
@@ -69,6 +71,7 @@ __all__ = [
     "Allocate",
     "AutoRound",
     "Calibration",
+    "E8pGrid",
     "Embeddings",
     "Finetune",
     "Fp4Grid",
@@ -100,6 +103,7 @@ __all__ = [
     "SignRound",
     "Step",
     "Target",
+    "TrellisGrid",
     "UnsupportedModelError",
     "WeightBasis",
     "Weights",
@@ -125,6 +129,7 @@ _MODULES = {
     "Allocate": "rounding.bit_allocation",
     "AutoRound": "rounding.solvers.auto_round",
     "Calibration": "recipes.schema",
+    "E8pGrid": "grids.e8p",
     "Embeddings": "recipes.schema",
     "Finetune": "finetuning.scales",
     "Fp4Grid": "grids.floating",
@@ -156,6 +161,7 @@ _MODULES = {
     "SignRound": "rounding.steps.signround",
     "Step": "recipes.schema",
     "Target": "rounding.steps.target",
+    "TrellisGrid": "grids.trellis",
     "UnsupportedModelError": "errors",
     "WeightBasis": "rounding.weight_basis",
     "Weights": "recipes.schema",

@@ -20,7 +20,7 @@ from gyroquant.errors import InputError
 from gyroquant.formats.base import Layer, ModelRequirements, format_named
 from gyroquant.formats.export import export
 from gyroquant.formats.runtime import open_runtime
-from gyroquant.grids import Basis, Fp4Grid, IntegerGrid, QuantizedWeight
+from gyroquant.grids import Basis, E8pGrid, Fp4Grid, IntegerGrid, QuantizedWeight, TrellisGrid
 from gyroquant.maps import Map
 from gyroquant.models.deriving.tiny import default_config
 
@@ -201,8 +201,9 @@ def test_what_is_not_rounded_keeps_its_dtype(dtype: str, graphs: GraphFormat, tm
 
 def test_what_it_cannot_hold_is_said_before_any_work(graphs: GraphFormat, tmp_path: Path) -> None:
     one = format_named(graphs.name)
-    fp4 = Layer("a", Fp4Grid(), 128)
-    assert "no type for the grid fp4" in one.incompatibilities(ModelRequirements("llama", (fp4,)))[0]
+    for grid in (Fp4Grid(), TrellisGrid(), E8pGrid()):
+        layer = Layer("a", grid, 128)
+        assert f"no type for the grid {grid.grid}" in one.incompatibilities(ModelRequirements("llama", (layer,)))[0]
     mamba = default_config("mamba")
     assert "does not support mamba" in one.incompatibilities(ModelRequirements("mamba", (), (), mamba))[0]
     config = tiny_models.CONFIGS["llama"]()

@@ -64,18 +64,26 @@ def test_what_is_loaded_is_what_was_rounded(
         assert torch.equal(loaded.get_parameter(key), tensor.float()), key
 
 
-FLOATS = {"mxfp4": [], "nvfp4": [], "fp4": ["weights.group_size=-1"], "fp8": ["weights.group_size=32"]}
+ROW, SHORT = ["weights.bits=4", "weights.group_size=-1"], ["weights.state_bits=10", "weights.sequence=16"]
+OTHERS = {
+    "mxfp4": [],
+    "nvfp4": [],
+    "fp4": ["weights.group_size=-1"],
+    "fp8": ["weights.group_size=32"],
+    "e8p": ROW,
+    "trellis": [*ROW, *SHORT],
+}
 
 
 @pytest.mark.parametrize(
     ("grid", "name"),
     some_pairs(
-        FLOATS,
+        OTHERS,
         ["llama_tied", "mixtral", "gpt2"],
-        [*((grid, "llama_tied") for grid in FLOATS), ("nvfp4", "mixtral"), ("mxfp4", "gpt2")],
+        [*((grid, "llama_tied") for grid in OTHERS), ("nvfp4", "mixtral"), ("mxfp4", "gpt2"), ("e8p", "gpt2")],
     ),
 )
-def test_floating_point_models_come_back_bit_for_bit(
+def test_models_on_other_grids_come_back_bit_for_bit(
     grid: str, name: str, folders: dict[str, Path], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rounded: dict[str, torch.Tensor] = {}
@@ -88,7 +96,7 @@ def test_floating_point_models_come_back_bit_for_bit(
 
     monkeypatch.setattr(blocks, "quantize_block", keep)
     out = tmp_path / "out"
-    manifest = run(folders[name], out, "gptq", corpus, f"weights.grid={grid}", *FLOATS[grid])
+    manifest = run(folders[name], out, "gptq", corpus, f"weights.grid={grid}", *OTHERS[grid])
     loaded = gq.load(out, dtype=torch.float32)
     ids = tiny_models.tokens(loaded)
     with torch.no_grad():
@@ -169,9 +177,9 @@ def test_the_manifest_explains_the_result(folders: dict[str, Path], corpus: Path
     assert open_model(tmp_path / "out").bits_per_weight() == manifest["bits"]["per_weight"]
 
 
-def test_true_bits_of_floating_point_grids(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_true_bits_of_other_grids(folders: dict[str, Path], tmp_path: Path) -> None:
     bits = {}
-    for grid, changes in FLOATS.items():
+    for grid, changes in OTHERS.items():
         manifest = run(folders["llama"], tmp_path / grid, "rtn", None, f"weights.grid={grid}", *changes)
         bits[grid], weights = manifest["bits"]["per_weight"], manifest["bits"]["rounded_weights"]
     rows = 2 * (3 * 64 + 32 + 32 + 2 * 96)  # of inputs; those of down_proj are 96 long, all others 64
@@ -181,6 +189,8 @@ def test_true_bits_of_floating_point_grids(folders: dict[str, Path], tmp_path: P
         "nvfp4": pytest.approx(4.5 + 14 * 32 / weights, abs=1e-12),
         "fp4": pytest.approx(4 + 16 * rows / weights, abs=1e-12),
         "fp8": 8.5,
+        "e8p": pytest.approx(4 + 16 * rows / weights, abs=1e-12),
+        "trellis": pytest.approx(4 + 16 * rows / weights, abs=1e-12),
     }
 
 

@@ -10,13 +10,17 @@ from gyroquant.grids.base import (
     straight_through,
 )
 from gyroquant.grids.basis import Basis
+from gyroquant.grids.e8p import E8pGrid
 from gyroquant.grids.floating import Fp4Grid, Fp8Grid
 from gyroquant.grids.half_scale import HalfScaleGrid
 from gyroquant.grids.integer import IntegerGrid
 from gyroquant.grids.microscaling import Mxfp4Grid, Nvfp4Grid
+from gyroquant.grids.tiled import TiledGrid
+from gyroquant.grids.trellis import TrellisGrid
 
 __all__ = [
     "Basis",
+    "E8pGrid",
     "Fp4Grid",
     "Fp8Grid",
     "Grid",
@@ -26,6 +30,8 @@ __all__ = [
     "Mxfp4Grid",
     "Nvfp4Grid",
     "QuantizedWeight",
+    "TiledGrid",
+    "TrellisGrid",
     "grid_from",
     "joined",
     "stored_bits",

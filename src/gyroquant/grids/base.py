@@ -100,6 +100,23 @@ class Grid(BaseModel, ABC):
         """The bits stored for the tensor scale; 0 if there is none."""
         return 0
 
+    @property
+    def tile_rows(self) -> int:
+        """The number of consecutive rows whose codes depend on each other; 1 if each weight is coded by itself.
+
+        Such a grid gets whole tiles in `encode`, `decode` and `nearest`: rows are the first dimension, and their number
+        is a multiple of this.
+        """
+        return 1
+
+    @property
+    def keeps_codes(self) -> bool:
+        """Whether numbers of the grid always get the codes that they were decoded from."""
+        return True
+
+    def check(self) -> None:
+        """Raises InputError, with the remedy, if a package that `encode` needs is not installed."""
+
     def group_of(self, columns: int, name: str = "a weight") -> int:
         """The group size for rows of `columns` weights. Raises RecipeError if it does not divide `columns`."""
         if self.group_size == -1:
@@ -109,6 +126,15 @@ class Grid(BaseModel, ABC):
                 f"group_size {self.group_size} does not divide the {columns} inputs of {name}; {self._advice(columns)}"
             )
         return self.group_size
+
+    def check_shape(self, rows: int, columns: int, name: str) -> None:
+        """Raises RecipeError if a weight of this shape cannot be coded."""
+        self.group_of(columns, name)
+        if rows % self.tile_rows:
+            raise RecipeError(
+                f"the grid {self.grid} codes {self.tile_rows} rows together, and {name} has {rows}: take another grid "
+                "or a length that divides them, or put such layers into weights.ignore"
+            )
 
     def _advice(self, columns: int) -> str:
         if get_origin(type(self).model_fields["group_size"].annotation) is Literal:
@@ -174,9 +200,11 @@ class Grid(BaseModel, ABC):
     def fake(self, x: Tensor) -> Tensor:
         """Numbers of shape (..., n), rounded with scales fitted to each group of the last dimension.
 
-        Computed in fp32, returned in the dtype of `x`. Raises RecipeError if the group size does not divide n, and
-        InputError as `fit` does.
+        Computed in fp32, returned in the dtype of `x`. Raises RecipeError if the group size does not divide n and if
+        rows depend on each other (`tile_rows`), and InputError as `fit` does.
         """
+        if self.tile_rows > 1:
+            raise RecipeError(f"the grid {self.grid} codes rows of a weight together, so it is for weights only")
         groups = x.float().unflatten(-1, (-1, self.group_of(x.shape[-1], "an activation")))
         return self.nearest(groups, self._fit_rows(groups)).reshape(x.shape).to(x.dtype)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from gyroquant.calibration.observers import MeanAbs, MeanSquare
+from gyroquant.errors import RecipeError
 from gyroquant.grids import Grid
 from gyroquant.maps import Diagonal, Identity, Map
 from gyroquant.methods.base import Context, Method
@@ -41,6 +42,10 @@ class Awq(Method):
     @classmethod
     def examples(cls) -> list[Self]:
         return [cls(steps=4), cls(steps=2, scales="recipe")]
+
+    def check(self, site: Site, context: Context) -> None:
+        if context.grid.tile_rows > 1:
+            raise RecipeError(f"awq rounds weights one by one, and the grid {context.grid.grid} codes rows together")
 
     def choose(self, site: Site, context: Context) -> Map:
         mean, power = (context.statistics[kind].value for kind in (MeanAbs, MeanSquare))

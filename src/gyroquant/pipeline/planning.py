@@ -29,15 +29,22 @@ def plan_all(graph: ModelGraph, recipe: Recipe) -> tuple[FoldPlan, dict[str, Lin
     weights = recipe.weights
     for step in weights.steps:
         step.check()
+    grids = [weights.grid, *(other.grid for other in (*weights.overrides, recipe.embeddings, recipe.head) if other)]
+    for grid in grids:
+        grid.check()
     overridden = [override.layers for override in weights.overrides]
     own_head = recipe.head is not None and not _stays_tied(graph, plan)
     targets = find_targets(graph, weights.grid_of, weights.ignore, overridden, weights.basis, own_head)
     if recipe.head is not None:
         for op in filter(is_head, targets.values()):
-            recipe.head.grid.group_of(op.in_features, op.name)
+            recipe.head.grid.check_shape(*op.matrix_shape, op.name)
     quantizers = plan_quantizers(graph, recipe)
     if recipe.learn is not None:
         learnable(plan, recipe.learn.sites)
+        if rounds_while_learning(recipe) and any(grid.tile_rows > 1 for grid in grids):
+            raise RecipeError(
+                "maps are not learned with weights on grids that code rows together: set learn.round_weights=false"
+            )
         if recipe.learn.rounds and not (quantizers or rounds_while_learning(recipe)):
             raise RecipeError(
                 f"learn.objective={recipe.learn.objective} has nothing to learn from: nothing is rounded during it. "
@@ -66,7 +73,7 @@ def plan_tables(graph: ModelGraph, recipe: Recipe, plan: FoldPlan) -> dict[str, 
     if not tables:
         raise RecipeError(f"{graph.config.model_type} has no table of embeddings that is described: remove embeddings")
     for op in tables.values():
-        recipe.embeddings.grid.group_of(op.in_features, op.name)
+        recipe.embeddings.grid.check_shape(*op.matrix_shape, op.name)
     tied = [alias for alias, name in graph.tied.items() if name in tables]
     if tied and not recipe.keep_ties and recipe.head is None and _turns(plan):
         raise RecipeError(

@@ -90,7 +90,7 @@ def _ticks(job: Job, stream: Stream | None, index: int) -> int:
 def _outer_ticks(job: Job, stream: Stream | None) -> int:
     """The same of the work on heads and tables."""
     observed = len(stream.input_ids) if stream is not None else 0
-    return observed + sum(map(table_steps, job.tables.values()))
+    return observed + sum(table_steps(op, job.spec.grid(name)) for name, op in job.tables.items())
 
 
 def writer_for(job: Job, folder: OutputFolder | None = None) -> Writer:

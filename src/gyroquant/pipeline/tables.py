@@ -25,7 +25,7 @@ from gyroquant.system.progress import Advance
 # c, relative to the mean second moment of the head's inputs. Rounded to nearest at 4 bits, the embedding of
 # SmolLM2-135M costs 0.9 % of perplexity, and the same numbers in the head 9 %.
 LOOKUP = 0.1
-_ROWS = 32768  # rows that are rounded at once
+_ROWS = 32768  # rows that are rounded at once, or a few less, so that they are whole tiles of a grid
 
 
 def table_statistics(graph: ModelGraph, name: str, layers: LayerGroup) -> InputStatistics | None:
@@ -42,9 +42,13 @@ def table_statistics(graph: ModelGraph, name: str, layers: LayerGroup) -> InputS
     return InputStatistics(moments + lookup, observed[0].count)
 
 
-def table_steps(op: LinearOp) -> int:
+def table_steps(op: LinearOp, grid: Grid) -> int:
     """How many times `round_table` reports progress."""
-    return -(-op.matrix_shape[0] // _ROWS)
+    return len(range(0, op.matrix_shape[0], _rows(grid)))
+
+
+def _rows(grid: Grid) -> int:
+    return max(1, _ROWS // grid.tile_rows) * grid.tile_rows
 
 
 def round_table(
@@ -63,7 +67,7 @@ def round_table(
         config = replace(config, steps=[RoundToNearest()])
     matrix, parts = layers.matrix(op), list[QuantizedWeight]()
     grid = grid.with_tensor_scale(config.encoded(matrix, statistics))
-    for rows in matrix.split(_ROWS):
+    for rows in matrix.split(_rows(grid)):
         parts.append(config.solve(config.prepare(op.name, rows, statistics), grid))
         advance()
     return RoundedLayer(op, joined(parts))

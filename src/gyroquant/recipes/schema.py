@@ -131,6 +131,11 @@ class Weights(StepOptions):
         sections = [*codes, *(name for name in ("basis", "allocate", "guided") if getattr(self, name))]
         conflicts = [self.solver.conflicts(sections, (self.grid, *(override.grid for override in self.overrides)))]
         conflicts += [step.conflicts(self.solver) for step in self.steps if isinstance(step, LayerStep)]
+        for grid in (self.grid, *(override.grid for override in self.overrides)):
+            if grid.tile_rows > 1:
+                single = [step.key for step in self.steps if step.needs_single_codes]
+                single += ["guided"] if self.guided is not None else []
+                conflicts += [f"the grid {grid.grid} codes rows together: leave {key} out" for key in single]
         for conflict in filter(None, conflicts):
             raise ValueError(conflict)
         return self

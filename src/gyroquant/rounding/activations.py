@@ -42,6 +42,12 @@ class Activations(BaseModel):
     ignore: Ignore = ("lm_head",)
     calibrate: bool = True
 
+    @model_validator(mode="after")
+    def _grid_codes_single_numbers(self) -> Activations:
+        if self.grid.tile_rows > 1:
+            raise ValueError(f"the grid {self.grid.grid} codes rows of a weight together: it is not for activations")
+        return self
+
     def quantizers(self, graph: ModelGraph) -> list[InputQuantizer]:
         """One quantizer for each layer that is not ignored.
 

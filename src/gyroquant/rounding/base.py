@@ -111,6 +111,8 @@ class RoundingStep(BaseModel, ABC):
     """Whether it reads the outputs of a whole block, rounded and unrounded."""
     needs_model: ClassVar[bool] = False
     """Whether it takes the whole model at once."""
+    needs_single_codes: ClassVar[bool] = False
+    """Whether it changes the code of one weight at a time, which grids with `tile_rows` above 1 do not allow."""
     random: ClassVar[bool] = False
     """Whether its result depends on the recipe's seed."""
 
@@ -161,7 +163,8 @@ class Solver(RoundingStep):
     ) -> QuantizedWeight:
         """Rounds a matrix of shape (out, in), fp32, to a grid that was made for it.
 
-        With grid and statistics given, each row is rounded independently of the others.
+        With grid and statistics given, each row, or each tile of rows (`Grid.tile_rows`), is rounded independently of
+        the others.
         """
 
     def apply(self, prepared: PreparedWeight, warn: Warn = lambda text: None) -> PreparedWeight:

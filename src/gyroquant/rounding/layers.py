@@ -165,7 +165,7 @@ def find_targets(
         raise RecipeError("weights.ignore leaves no layer to round: shorten it")
     for op in targets.values():
         name, columns = op.name, op.in_features
-        grid_of(name).group_of(columns if basis is None else basis.order(columns, name), name)
+        grid_of(name).check_shape(op.out_features, columns if basis is None else basis.order(columns, name), name)
     return targets
 
 

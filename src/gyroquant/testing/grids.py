@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gyroquant.errors import InputError
-from gyroquant.grids import Grid, GroupParams, QuantizedWeight, grid_from, stored_bits
+from gyroquant.errors import InputError, RecipeError
+from gyroquant.grids import Grid, GroupParams, IntegerGrid, QuantizedWeight, grid_from, stored_bits
 from gyroquant.models.stores.packed_description import PARTS
 from gyroquant.testing.contract import Contract, refuses, require
 
@@ -28,6 +28,15 @@ def rounded(grid: Grid, weight: Tensor) -> QuantizedWeight:
     return QuantizedWeight(grid, grid.encode(groups, params).view(rows, columns), params)
 
 
+def _rows(grid: Grid, rows: int) -> int:
+    """At least this many rows, in whole tiles."""
+    return -(-rows // grid.tile_rows) * grid.tile_rows
+
+
+def _single(grid: Grid) -> bool:
+    return grid.tile_rows == 1
+
+
 def _same(params: GroupParams, others: GroupParams) -> bool:
     return torch.equal(params.scale, others.scale) and torch.equal(params.zero, others.zero)
 
@@ -39,7 +48,7 @@ def _every_code(grid: Grid) -> Tensor:
 @GRID.check()
 def check_codes_fit_in_their_bits(grid: Grid) -> None:
     """Codes are uint8 below ``2^bits``."""
-    codes = rounded(grid, weights()).codes
+    codes = rounded(grid, weights(_rows(grid, 12))).codes
     require(codes.dtype == torch.uint8, f"codes are {codes.dtype}. Return uint8 from encode")
     require(
         int(codes.max()) < 2**grid.bits,
@@ -50,11 +59,12 @@ def check_codes_fit_in_their_bits(grid: Grid) -> None:
 @GRID.check()
 def check_packing_loses_nothing(grid: Grid) -> None:
     """`unpack` returns the codes and scales that `pack` was given."""
-    weight = rounded(grid, weights(7))
+    rows = _rows(grid, 7)
+    weight = rounded(grid, weights(rows))
     arrays = weight.pack()
     unknown = sorted(set(arrays) - set(PARTS))
     require(not unknown, f"pack gives the arrays {', '.join(unknown)}; use the names {', '.join(PARTS)}")
-    codes, params = grid.unpack(arrays, (7, COLUMNS))
+    codes, params = grid.unpack(arrays, (rows, COLUMNS))
     require(torch.equal(codes, weight.codes), "unpack gives other codes than pack was given")
     require(_same(params, weight.params), "unpack gives other scales or zero points than pack was given")
     bound = grid.with_stored_scale(arrays)
@@ -66,16 +76,17 @@ def check_packing_loses_nothing(grid: Grid) -> None:
     )
 
 
-@GRID.check()
+@GRID.check(when=lambda grid: grid.keeps_codes)
 def check_decoded_weights_keep_their_codes(grid: Grid) -> None:
     """Numbers of the grid keep their codes when they are encoded again."""
-    weight = rounded(grid, weights())
-    again = weight.dequantize().view(12, -1, grid.group_of(COLUMNS))
-    same = torch.equal(grid.encode(again, weight.params).view(12, COLUMNS), weight.codes)
+    rows = _rows(grid, 12)
+    weight = rounded(grid, weights(rows))
+    again = weight.dequantize().view(rows, -1, grid.group_of(COLUMNS))
+    same = torch.equal(grid.encode(again, weight.params).view(rows, COLUMNS), weight.codes)
     require(same, "encode gives numbers of the grid other codes than they were decoded from")
 
 
-@GRID.check()
+@GRID.check(when=_single)
 def check_encoding_takes_the_nearest_number(grid: Grid) -> None:
     """`encode` and `nearest` take the nearest of all numbers that `decode` gives."""
     values = weights(3, grid.group_of(COLUMNS)).view(3, 1, -1)
@@ -88,7 +99,39 @@ def check_encoding_takes_the_nearest_number(grid: Grid) -> None:
     require(torch.equal(bound.nearest(values, params), numbers), "nearest differs from decode of encode")
 
 
-@GRID.check()
+@GRID.check(when=lambda grid: not _single(grid))
+def check_tiles_are_coded_by_themselves(grid: Grid) -> None:
+    """The codes and numbers of a tile of rows do not depend on other tiles. `nearest` is decode of encode."""
+    rows = grid.tile_rows
+    weight = rounded(grid, weights(3 * rows))
+    alone = rounded(grid, weights(3 * rows)[rows : 2 * rows])
+    same = torch.equal(weight.codes[rows : 2 * rows], alone.codes)
+    require(same, f"the codes of {rows} rows depend on other rows. Declare how many do in tile_rows")
+    numbers = weight.dequantize()
+    require(torch.equal(numbers[rows : 2 * rows], alone.dequantize()), "the numbers of a tile depend on other tiles")
+    groups = weights(3 * rows).view(3 * rows, -1, grid.group_of(COLUMNS))
+    same = torch.equal(grid.nearest(groups, weight.params).view(numbers.shape), numbers)
+    require(same, "nearest differs from decode of encode")
+
+
+@GRID.check(when=lambda grid: not _single(grid))
+def check_coding_rows_together_pays(grid: Grid) -> None:
+    """Normal numbers have a smaller error than on the integer grid of the same bits without zero."""
+    weight = weights(_rows(grid, 64))
+    even = IntegerGrid(bits=grid.bits, group_size=grid.group_size, symmetric=True, midrise=True)
+    error, limit = (float((rounded(g, weight).dequantize() - weight).square().sum()) for g in (grid, even))
+    require(error < limit, f"its squared error is {error:.3g}, that of single codes {limit:.3g}")
+
+
+@GRID.check(when=lambda grid: not _single(grid))
+def check_it_is_refused_where_rows_come_one_by_one(grid: Grid) -> None:
+    """`fake` and shapes without whole tiles raise RecipeError."""
+    refuses(lambda: grid.fake(weights(grid.tile_rows)), RecipeError, "fake accepts it.", "weights only")
+    rows = grid.tile_rows + 1
+    refuses(lambda: grid.check_shape(rows, COLUMNS, "a weight"), RecipeError, "it accepts part of a tile.", "together")
+
+
+@GRID.check(when=_single)
 def check_step_below_is_the_distance_to_the_next_number(grid: Grid) -> None:
     """`step_below` is the distance from a number to the next one towards zero, in units of the scale."""
     unit = GroupParams(torch.ones(1, 1), rounded(grid, weights()).params.zero[0, :1])
@@ -100,7 +143,7 @@ def check_step_below_is_the_distance_to_the_next_number(grid: Grid) -> None:
     require(same, "step_below is not the distance to the next number towards zero")
 
 
-@GRID.check()
+@GRID.check(when=_single)
 def check_range_is_that_of_the_numbers(grid: Grid) -> None:
     """`range` gives the smallest and the largest number, in units of the scale."""
     zero = rounded(grid, weights()).params.zero[:, :1].contiguous()
@@ -114,14 +157,15 @@ def check_range_is_that_of_the_numbers(grid: Grid) -> None:
 @GRID.check()
 def check_scales_are_what_can_be_stored(grid: Grid) -> None:
     """Packing does not change scales from `fit` and `round_params`. `round_params` gives the nearest storable ones."""
-    weight = rounded(grid, weights())
+    rows = _rows(grid, 12)
+    weight = rounded(grid, weights(rows))
     require(
         _same(weight.grid.round_params(weight.params.scale, weight.params.zero), weight.params),
         "round_params changes scales that fit gave: one of the two gives scales that cannot be stored",
     )
     wanted = weight.params.scale * 0.79
     moved = weight.grid.round_params(wanted, weight.params.zero + 0.3)
-    _, params = grid.unpack(QuantizedWeight(weight.grid, weight.codes, moved).pack(), (12, COLUMNS))
+    _, params = grid.unpack(QuantizedWeight(weight.grid, weight.codes, moved).pack(), (rows, COLUMNS))
     require(_same(params, moved), "round_params gives scales or zero points that packing changes")
     difference = ((moved.scale - wanted).abs() - 2.0**-25).clamp(min=0)  # half a step of fp16's smallest numbers
     change = float((difference / wanted.abs()).max())
@@ -153,11 +197,12 @@ def check_a_bound_grid_stays_as_it_is(grid: Grid) -> None:
     bound = grid.with_tensor_scale(weights())
     require(bound.with_tensor_scale(100 * weights()) is bound, "with_tensor_scale changes a grid that is already bound")
     require(bound.model_dump() == grid.model_dump(), "with_tensor_scale changes a setting")
-    same = torch.equal(bound.fake(weights()), rounded(grid, weights()).dequantize())
-    require(same, "fake of a bound grid differs from rounding the weight that it was bound to")
+    if _single(grid):
+        same = torch.equal(bound.fake(weights()), rounded(grid, weights()).dequantize())
+        require(same, "fake of a bound grid differs from rounding the weight that it was bound to")
 
 
-@GRID.check()
+@GRID.check(when=_single)
 def check_fake_rounds_every_row_by_itself(grid: Grid) -> None:
     """`fake` is fit, encode and decode for each row, in the dtype of its input. It does not change the input."""
     for dtype in (torch.float32, torch.bfloat16):
@@ -185,7 +230,7 @@ def check_zeros_stay_zero(grid: Grid) -> None:
 @GRID.check(when=lambda grid: not grid.holds_zero)
 def check_zeros_become_next_to_nothing(grid: Grid) -> None:
     """A grid without zero rounds groups of zeros to its smallest numbers, within the limits of fp16 scales."""
-    largest = rounded(grid, torch.zeros(2, COLUMNS)).dequantize().abs().max()
+    largest = rounded(grid, torch.zeros(_rows(grid, 2), COLUMNS)).dequantize().abs().max()
     require(float(largest) <= 2.0**-24 * 2**grid.bits, f"zeros become as large as {float(largest):.2g}")
 
 
@@ -210,22 +255,24 @@ def check_its_fits_are_settings(grid: Grid) -> None:
 def check_numbers_that_are_not_finite_are_refused(grid: Grid) -> None:
     """NaN and infinity raise InputError."""
     for value in (torch.nan, torch.inf, -torch.inf):
-        weight = weights()
+        weight = weights(_rows(grid, 12))
         weight[3, 7] = value
-        for name, call in (("fit", lambda w=weight: rounded(grid, w)), ("fake", lambda w=weight: grid.fake(w))):
+        calls = {"fit": lambda w=weight: rounded(grid, w), "fake": lambda w=weight: grid.fake(w)}
+        for name, call in list(calls.items())[: 2 if _single(grid) else 1]:
             refuses(call, InputError, f"{name} accepts a weight of {value}.", "not finite")
 
 
 @GRID.check()
 def check_arrays_that_do_not_fit_are_refused(grid: Grid) -> None:
     """`unpack` raises InputError for arrays that are missing or of another size."""
-    arrays = rounded(grid, weights(2)).pack()
+    rows = _rows(grid, 2)
+    arrays = rounded(grid, weights(rows)).pack()
     short = arrays | {"codes": arrays["codes"][:-1]}
-    refuses(lambda: grid.unpack(short, (2, COLUMNS)), InputError, "unpack accepts too few codes.", "cannot hold")
-    refuses(lambda: grid.unpack(arrays, (3, COLUMNS)), InputError, "unpack accepts scales of another shape.")
+    refuses(lambda: grid.unpack(short, (rows, COLUMNS)), InputError, "unpack accepts too few codes.", "cannot hold")
+    refuses(lambda: grid.unpack(arrays, (rows + 1, COLUMNS)), InputError, "unpack accepts scales of another shape.")
     missing = {"codes": arrays["codes"]}
     refuses(
-        lambda: grid.unpack(missing, (2, COLUMNS)), InputError, "unpack accepts a weight without scales.", "missing"
+        lambda: grid.unpack(missing, (rows, COLUMNS)), InputError, "unpack accepts a weight without scales.", "missing"
     )
 
 

@@ -36,7 +36,7 @@ def test_it_betters_every_solver_on_every_grid_and_is_stored_exactly(grid: Grid)
 @settings(max_examples=30, deadline=None)
 def test_it_never_makes_its_objective_worse(seed: int, number: int, scales: bool) -> None:
     """Towards the outputs of the unrounded model, with inputs that drifted."""
-    made = Problem(seed, rows=4, columns=192, tokens=300)
+    made = Problem(seed, rows=max(4, GRIDS[number].tile_rows), columns=192, tokens=300)
     grid, statistics = GRIDS[number].with_tensor_scale(made.weight), made.statistics
     refine = Refine(passes=1, scales=scales, damp_percent=0)
     rounded = RoundToNearest().solve(made.weight, grid)

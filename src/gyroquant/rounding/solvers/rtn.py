@@ -32,7 +32,7 @@ class RoundToNearest(Solver):
         columns = weight.shape[1]
         size = grid.group_of(columns)
         codes, params = [], []
-        for piece in weight.split(max(1, _PIECE // columns)):
+        for piece in weight.split(max(1, _PIECE // columns // grid.tile_rows) * grid.tile_rows):
             groups = piece.reshape(piece.shape[0], columns // size, size)
             params.append(grid.fit(groups))
             codes.append(grid.encode(groups, params[-1]).view(piece.shape))
@@ -53,9 +53,11 @@ def rows_on_grid(weight: Tensor, rounded: QuantizedWeight) -> Tensor:
 def on_grid(weight: Tensor, grid: Grid) -> tuple[Tensor, QuantizedWeight] | None:
     """The rows that already lie on a grid, and the matrix rounded to nearest. None if none of a few sample rows does.
 
-    `grid` must have the tensor scale of the matrix. The scale is searched here even for grids that take it from the
-    range of a group.
+    None also for grids whose rows depend on each other. `grid` must have the tensor scale of the matrix. The scale is
+    searched here even for grids that take it from the range of a group.
     """
+    if grid.tile_rows > 1:
+        return None
     searching = grid.fitted_by("mse")
     sample = weight[torch.linspace(0, len(weight) - 1, min(len(weight), _SAMPLE)).long()]
     if not bool(rows_on_grid(sample, RoundToNearest().solve(sample, searching)).any()):

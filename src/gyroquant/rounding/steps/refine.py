@@ -103,7 +103,7 @@ class _Descent:
         for i in range(stop - start):
             new = self.grid.encode((number[i] + slope[i] / curvature[i])[:, None], params)
             move = self.grid.decode(new, params)[:, 0] - number[i]
-            better = move * (2 * slope[i] - move * curvature[i]) > 0
+            better = self._tiles(move * (2 * slope[i] - move * curvature[i])) > 0
             move *= better
             code[i] = torch.where(better, new[:, 0], code[i])
             number[i] += move
@@ -114,6 +114,11 @@ class _Descent:
         self.number[:, start:stop] += change
         self.slope.addmm_(change, self.h[start:stop], alpha=-1)
         return changed
+
+    def _tiles(self, gain: Tensor) -> Tensor:
+        """The gain of each row, shape (rows,), or that of its tile if rows can only change together."""
+        rows = self.grid.tile_rows
+        return gain if rows == 1 else gain.view(-1, rows).sum(1).repeat_interleave(rows)
 
     def scales(self) -> None:
         """Sets the scale of each group to its best value, then its zero point, both rounded to storable values."""

@@ -49,6 +49,7 @@ class SignRound(BlockStep):
 
     key = "tune"
     when = When.TUNE_BLOCK
+    needs_single_codes = True
     random = True
 
     iters: Annotated[int, Field(gt=0, le=1_000_000)] = 200

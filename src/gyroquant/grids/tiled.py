@@ -1,0 +1,72 @@
+"""Grids that code several rows of a column together."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+
+from gyroquant.errors import InputError
+from gyroquant.grids.base import GroupParams
+from gyroquant.grids.bitpack import pack, unpack
+from gyroquant.grids.half_scale import HalfScaleGrid
+
+
+class TiledGrid(HalfScaleGrid):
+    """Grids in which `tile_rows` consecutive rows of a column form one vector. Each row has one code of `bits` bits.
+
+    Scales are root mean squares of groups, times a factor of the grid. Numbers are spread as a normal distribution, so
+    these grids suit rotated weights. The papers that they come from take vectors along a row. Along a column, solvers
+    can still correct the errors of each column in all later ones.
+    """
+
+    @property
+    @abstractmethod
+    def _factor(self) -> float:
+        """The best scale for normal numbers of variance 1."""
+
+    @property
+    def holds_zero(self) -> bool:
+        return False
+
+    @property
+    def group_bits(self) -> int:
+        return 16
+
+    def _full_scale(self, groups: Tensor) -> Tensor:
+        largest = groups.abs().amax(-1, keepdim=True).clamp_min(1e-38)  # fp32 may not hold the squares
+        return (groups / largest).square().mean(-1, keepdim=True).sqrt() * largest * self._factor
+
+    def fit(self, groups: Tensor) -> GroupParams:
+        scale = self._half(self._full_scale(groups))
+        return GroupParams(scale, torch.zeros_like(scale))
+
+    def round_params(self, scale: Tensor, zero: Tensor) -> GroupParams:
+        return GroupParams(self._clamped(scale, -float("inf")), torch.zeros_like(zero))
+
+    def _vectors(self, x: Tensor) -> Tensor:
+        """Numbers of shape (rows, ...) as vectors, shape (vectors, tile_rows)."""
+        if x.shape[0] % self.tile_rows:
+            raise InputError(f"{x.shape[0]} rows cannot be coded {self.tile_rows} together")
+        return x.reshape(x.shape[0] // self.tile_rows, self.tile_rows, -1).transpose(1, 2).flatten(0, 1)
+
+    def _rows(self, vectors: Tensor, shape: torch.Size) -> Tensor:
+        """The inverse of `_vectors`."""
+        return vectors.view(shape[0] // self.tile_rows, -1, self.tile_rows).transpose(1, 2).reshape(shape)
+
+    def _steps(self, weights: Tensor, params: GroupParams) -> tuple[Tensor, Tensor]:
+        """Vectors of weights in units of their scales, fp32, and the scale of each weight relative to the largest one
+        of its vector: the error of a weight in such units counts that much.
+        """
+        scale = self._vectors(params.scale.expand(weights.shape))
+        return self._vectors(weights).float() / scale, scale / scale.abs().amax(1, keepdim=True)
+
+    def pack(self, codes: Tensor, params: GroupParams) -> dict[str, Tensor]:
+        return {"codes": pack(codes, self.bits)} | self._half_arrays(params.scale.squeeze(-1))
+
+    def unpack(self, arrays: dict[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, GroupParams]:
+        rows, columns = shape
+        groups = columns // self.group_of(columns)
+        scale = self._half_restored(arrays, (rows, groups)).unsqueeze(-1)
+        return unpack(arrays["codes"], self.bits, shape), GroupParams(scale, torch.zeros_like(scale))

@@ -1,0 +1,117 @@
+"""The best path through a trellis: the Viterbi algorithm, compiled by numba on first use.
+
+A state is the last `state_bits` bits of a sequence of codes, the newest ones lowest. So a code of b bits leads from
+state s to ``(s << b | code) mod 2^state_bits``. Each state stands for one number. A path's cost is the sum of
+``r^2 (y^2 - 2 x y)``, with y the number, x the number to code and r its weight: the weighted squared error up to a
+constant. States that differ only in their oldest code have the same successors. So a step first takes the smallest
+cost among these, and only that is kept for the way back.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+Codes = NDArray[np.uint8]
+
+_FAR = np.float32(1e30)  # the cost of a start that is not allowed
+
+
+def _compiled(bits: int) -> Any:
+    """`search` for codes of `bits` bits. The compiler must know their number to use vector instructions."""
+    codes = 1 << bits
+    # No reordering of sums, so that results do not depend on the processor's vectors.
+    compiled: Any = numba.njit(fastmath={"nnan", "ninf", "nsz", "contract"}, error_model="numpy", nogil=True)
+
+    @compiled  # type: ignore[untyped-decorator]
+    def forward(x: Floats, r: Floats, y: Floats, y2: Floats, start: int, cost: Floats, kept: Floats) -> None:
+        half = kept.shape[1]
+        if start < 0:
+            cost[:] = np.float32(0)
+        else:
+            cost[:] = _FAR
+            cost[start] = np.float32(0)
+        for t in range(x.shape[0]):
+            best = kept[t]
+            for m in range(half):
+                least = cost[m]
+                for oldest in range(1, codes):
+                    other = cost[oldest * half + m]
+                    least = other if other < least else least
+                best[m] = least
+            square = r[t] * r[t]
+            linear = np.float32(-2) * square * x[t]
+            for m in range(half):
+                for code in range(codes):
+                    s = m * codes + code
+                    cost[s] = best[m] + (square * y2[s] + linear * y[s])
+
+    @compiled  # type: ignore[untyped-decorator]
+    def back(x: Floats, r: Floats, y: Floats, y2: Floats, kept: Floats, end: int, out: Codes) -> None:
+        half, state = kept.shape[1], end
+        for t in range(x.shape[0] - 1, -1, -1):
+            out[t] = state & (codes - 1)
+            if t == 0:
+                break
+            shared = state >> bits
+            square = r[t - 1] * r[t - 1]
+            linear = np.float32(-2) * square * x[t - 1]
+            least = np.float32(3e38)
+            for oldest in range(codes):
+                s = oldest * half + shared
+                cost = kept[t - 1, s >> bits] + (square * y2[s] + linear * y[s])
+                if cost < least:
+                    least, state = cost, s
+
+    @compiled  # type: ignore[untyped-decorator]
+    def search(x: Floats, r: Floats, y: Floats, out: Codes) -> None:
+        count, length = x.shape
+        states = y.shape[0]
+        middle = length // 2
+        y2 = y * y
+        cost = np.empty(states, np.float32)
+        kept = np.empty((length, states >> bits), np.float32)
+        turned_x, turned_r = np.empty(length, np.float32), np.empty(length, np.float32)
+        for i in range(count):
+            # The ends of the sequence meet in the middle of this path, which may start and end in any state.
+            for t in range(length):
+                turned_x[t], turned_r[t] = x[i, (t + middle) % length], r[i, (t + middle) % length]
+            forward(turned_x, turned_r, y, y2, -1, cost, kept)
+            back(turned_x, turned_r, y, y2, kept, np.argmin(cost), out[i])
+            state = 0
+            for t in range(length):
+                state = ((state << bits) | out[i, (t - middle) % length]) & (states - 1)
+            forward(x[i], r[i], y, y2, state, cost, kept)
+            back(x[i], r[i], y, y2, kept, state, out[i])
+
+    return search
+
+
+_SEARCH: dict[int, Any] = {}
+
+
+def best_codes(x: Floats, r: Floats, numbers: Floats, bits: int, threads: int = 1) -> Codes:
+    """The codes of sequences, shape (sequences, length), uint8, each of `bits` bits.
+
+    `x` are the numbers to code and `r` their weights, same shape, contiguous; `numbers` has one entry for each state.
+    A sequence is tail-biting: its first codes follow on its last ones. Its start is the state in which a path from its
+    middle over its end to its middle passes the end (two passes, as in QTIP, arXiv 2406.11235). So the result is not
+    always the best one, but nearly.
+    """
+    if bits not in _SEARCH:
+        _SEARCH[bits] = _compiled(bits)
+    search, out = _SEARCH[bits], np.empty(x.shape, np.uint8)
+    threads = min(threads, len(x))
+    if threads < 2:
+        search(x, r, numbers, out)
+        return out
+    search(x[:0], r[:0], numbers, out[:0])  # compiles it, once
+    parts = [slice(i * len(x) // threads, (i + 1) * len(x) // threads) for i in range(threads)]
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda part: search(x[part], r[part], numbers, out[part]), parts))
+    return out

@@ -10,6 +10,7 @@ from gyroquant.recipes.presets import find_recipe, preset_names
 from gyroquant.recipes.schema import load_recipe
 
 # Recipe.to_dict() of every preset and effort in release 0.1, under the names of then.
+NEW = {"gyro-w2x", "qtip", "quip-sharp"}  # since then
 RECORDED = json.loads((Path(__file__).parent / "data" / "presets.json").read_text())
 
 
@@ -33,5 +34,6 @@ def test_presets_are_those_of_the_last_release_except_for_descriptions(name: str
 
 
 def test_every_preset_and_effort_is_recorded() -> None:
-    efforts = {name: ["default", *(find_recipe(name)[0].get("efforts") or {})] for name in preset_names()}
+    known = set(preset_names()) - NEW
+    efforts = {name: ["default", *(find_recipe(name)[0].get("efforts") or {})] for name in known}
     assert set(RECORDED) == {f"{name} {effort}" for name, names in efforts.items() for effort in names}

@@ -110,6 +110,11 @@ class Grid(BaseModel, ABC):
         return 1
 
     @property
+    def quick(self) -> Grid:
+        """A grid of the same size and nearly the same errors whose codes take less time, for estimates."""
+        return self
+
+    @property
     def keeps_codes(self) -> bool:
         """Whether numbers of the grid always get the codes that they were decoded from."""
         return True

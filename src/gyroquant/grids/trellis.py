@@ -18,6 +18,7 @@ from gyroquant.grids.base import GroupParams, GroupSize
 from gyroquant.grids.tiled import TiledGrid
 
 _SPREAD = 147.8  # the standard deviation of the sum of four random bytes
+_QUICK = 8  # bits of state for estimates: 15 % more error than with 12, in a tenth of the time
 _STATES = 4  # the shortest sequence in states: in shorter ones, too much of the path is tied to its own start
 
 
@@ -64,6 +65,10 @@ class TrellisGrid(TiledGrid):
     @property
     def tile_rows(self) -> int:
         return self.sequence
+
+    @property
+    def quick(self) -> TrellisGrid:
+        return self.model_copy(update={"state_bits": min(self.state_bits, _QUICK)})
 
     @property
     def _factor(self) -> float:

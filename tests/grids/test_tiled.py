@@ -119,7 +119,7 @@ def test_settings_that_do_not_fit_are_refused() -> None:
 
 def test_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gyroquant.grids.viterbi", None)  # as if numba were missing
-    with pytest.raises(InputError, match=r'pip install "gyroquant\[trellis\]"'):
+    with pytest.raises(InputError, match=r'pip install "gyroquant\[vector-grids\]"'):
         TrellisGrid().check()
 
 

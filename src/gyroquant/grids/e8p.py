@@ -6,16 +6,16 @@ from functools import cache
 from itertools import combinations
 from typing import Annotated, ClassVar, Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 from typing_extensions import Self
 
 from gyroquant.grids.base import GroupParams, GroupSize
-from gyroquant.grids.tiled import TiledGrid
+from gyroquant.grids.tiled import TiledGrid, compiled
 
 _ROWS = 8  # weights of a point
-_PIECE = 1 << 14  # points that are coded at once
 _MAIN = {2: 1.03, 3: 0.98, 4: 1.03}  # the scale for normal numbers of variance 1
 _RESIDUAL = {3: 2.04, 4: 3.45}  # what the numbers of the second book are divided by
 
@@ -57,13 +57,16 @@ class E8pGrid(TiledGrid):
     def _factor(self) -> float:
         return _MAIN[self.bits]
 
+    def check(self) -> None:
+        compiled("lattice_search", "nearest_points")
+
     def range(self, zero: Tensor) -> tuple[Tensor, Tensor]:
         largest = 2.75 + (2 if self.bits == 3 else 2.75) / _RESIDUAL.get(self.bits, torch.inf)
         return torch.full_like(zero, -largest), torch.full_like(zero, largest)
 
     def encode(self, weights: Tensor, params: GroupParams) -> Tensor:
-        pieces = zip(*(x.split(_PIECE) for x in self._steps(weights, params)), strict=True)
-        word = torch.cat([self._word(steps, relative.square()) for steps, relative in pieces])
+        steps, relative = self._steps(weights, params)
+        word = self._word(steps, relative.square())
         shift = self.bits * torch.arange(_ROWS, device=weights.device)
         return self._rows((word[:, None] >> shift) & (2**self.bits - 1), weights.shape).to(torch.uint8)
 
@@ -134,33 +137,11 @@ def _e8p(word: Tensor) -> Tensor:
 
 def _nearest_e8p(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """The words and the points of E8P that are nearest to x, shape (points, 8), by squared error times `weight`."""
-    best: Tensor | None = None
-    for bit, quarter in enumerate((0.25, -0.25)):
-        y = x - quarter
-        negative = y < 0
-        size, book = y.abs(), _magnitudes().to(x)
-        pull = weight * size
-        score = (2 * pull) @ book.T - weight @ book.square().T  # what the best signs win
-        # With the wrong number of minus signs, the sign that matters least is the wrong one. That costs 4 |y| b.
-        wrong = _odd().to(x.device) ^ (negative.sum(1, keepdim=True) % 2 == 1)
-        least = torch.full_like(score, torch.inf)
-        for i in range(_ROWS):
-            least = torch.minimum(least, pull[:, i, None] * book[:, i])
-        score -= torch.where(wrong, 4 * least, 0.0)
-        value, row = score.max(1)
-        chosen = book[row]
-        flipped = torch.nn.functional.one_hot((pull * chosen).argmin(1), _ROWS).bool()
-        signs = negative ^ (flipped & wrong.gather(1, row[:, None]))
-        bits = (signs.long() << torch.arange(_ROWS, device=x.device))[:, 1:].sum(1)
-        numbers = torch.where(signs, -chosen, chosen) + quarter
-        word = row << 8 | bits | bit
-        error = (weight * y.square()).sum(1) - value
-        if best is None:
-            best, words, points = error, word, numbers
-        else:
-            nearer = error < best
-            words, points = torch.where(nearer, word, words), torch.where(nearer[:, None], numbers, points)
-    return words, points
+    nearest_points = compiled("lattice_search", "nearest_points")
+    book, odd = _magnitudes().T.contiguous().numpy(), _odd().numpy()
+    words, points = np.empty(len(x), np.int64), np.empty(x.shape, np.float32)
+    nearest_points(*(a.contiguous().cpu().numpy() for a in (x, weight)), book, odd, words, points)
+    return torch.from_numpy(words).to(x.device), torch.from_numpy(points).to(x.device)
 
 
 def _nearest_e8(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

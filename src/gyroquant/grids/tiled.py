@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,3 +72,14 @@ class TiledGrid(HalfScaleGrid):
         groups = columns // self.group_of(columns)
         scale = self._half_restored(arrays, (rows, groups)).unsqueeze(-1)
         return unpack(arrays["codes"], self.bits, shape), GroupParams(scale, torch.zeros_like(scale))
+
+
+def compiled(module: str, function: str) -> Any:
+    """A function of a module of this package that numba compiles. Raises InputError if numba is not installed."""
+    try:
+        return getattr(import_module(f"gyroquant.grids.{module}"), function)
+    except ImportError as error:
+        raise InputError(
+            f"vectors of weights cannot be coded: {error}; install the compiler with "
+            'pip install "gyroquant[vector-grids]"'
+        ) from error

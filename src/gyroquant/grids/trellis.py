@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from typing import Annotated, ClassVar, Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor
 from typing_extensions import Self
 
-from gyroquant.errors import InputError
 from gyroquant.grids.base import GroupParams, GroupSize
-from gyroquant.grids.tiled import TiledGrid
+from gyroquant.grids.tiled import TiledGrid, compiled
 
 _SPREAD = 147.8  # the standard deviation of the sum of four random bytes
 _QUICK = 8  # bits of state for estimates: 15 % more error than with 12, in a tenth of the time
@@ -75,14 +71,14 @@ class TrellisGrid(TiledGrid):
         return (1 - 4.0**-self.bits) ** 0.5  # numbers have the variance of the weights, less the least possible error
 
     def check(self) -> None:
-        _compiler()
+        compiled("viterbi", "best_codes")
 
     def range(self, zero: Tensor) -> tuple[Tensor, Tensor]:
         numbers = _numbers(self.state_bits)
         return torch.full_like(zero, float(numbers.min())), torch.full_like(zero, float(numbers.max()))
 
     def encode(self, weights: Tensor, params: GroupParams) -> Tensor:
-        best_codes = _compiler()
+        best_codes = compiled("viterbi", "best_codes")
         arrays = (x.contiguous().cpu().numpy() for x in self._steps(weights, params))
         codes = best_codes(*arrays, _numbers(self.state_bits).numpy(), self.bits, torch.get_num_threads())
         return self._rows(torch.from_numpy(codes).to(weights.device), weights.shape)
@@ -102,14 +98,3 @@ def _numbers(state_bits: int) -> Tensor:
     hashed = (34038481 * torch.arange(2**state_bits) + 76625530) % 2**32
     four_bytes = (hashed[:, None] >> torch.tensor([0, 8, 16, 24])) & 255
     return (four_bytes.sum(1) - 510).float() / _SPREAD
-
-
-def _compiler() -> Callable[..., NDArray[np.uint8]]:
-    """`viterbi.best_codes`. Raises InputError if numba, which compiles it, is not installed."""
-    try:
-        from gyroquant.grids.viterbi import best_codes
-    except ImportError as error:
-        raise InputError(
-            f'the grid trellis cannot be encoded: {error}; install its compiler with pip install "gyroquant[trellis]"'
-        ) from error
-    return best_codes

@@ -114,6 +114,16 @@ def check_tiles_are_coded_by_themselves(grid: Grid) -> None:
     require(same, "nearest differs from decode of encode")
 
 
+@GRID.check()
+def check_quick_is_as_large_and_nearly_as_good(grid: Grid) -> None:
+    """`quick` is a grid of the same size, and its error is at most a quarter larger."""
+    weight = weights(_rows(grid, 64))
+    own, quick = rounded(grid, weight), rounded(grid.quick, weight)
+    require(own.bits == quick.bits, f"quick takes {quick.bits} bits, the grid {own.bits}")
+    error, limit = (float((w.dequantize() - weight).square().sum()) for w in (quick, own))
+    require(error <= 1.25 * limit, f"the squared error of quick is {error:.3g}, that of the grid {limit:.3g}")
+
+
 @GRID.check(when=lambda grid: not _single(grid))
 def check_coding_rows_together_pays(grid: Grid) -> None:
     """Normal numbers have a smaller error than on the integer grid of the same bits without zero."""

@@ -1,0 +1,139 @@
+"""How far each grid stands above the rate-distortion bound, and how long it takes to code weights.
+
+    gyroquant transform MODEL FOLDER --recipe gyro-w2
+    python benchmarks/grid_distances.py FOLDER --layers 28 --json grids.json --plot docs/results/grids.svg
+
+Every grid rounds a million normal numbers in rows of 1,024, and layers of FOLDER, to nearest. The bound for normal
+numbers of variance 1 at b bits is 4^-b; layers are compared with that of their own rows' variances. The true bits are
+those of the stored arrays. Time is that of one core: encoding (for grids with a search of scales, without it), and GPTQ
+for one layer of 1,536 by 576, as a ratio to GPTQ on integers of the same bits with a scale a row. `--plot` needs
+matplotlib.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from gyroquant.grids import E8pGrid, Grid, IntegerGrid, TrellisGrid, stored_bits
+from gyroquant.models.stores.source import open_model
+from gyroquant.rounding import InputStatistics
+from gyroquant.rounding.solvers.gptq import Gptq
+from gyroquant.rounding.solvers.rtn import RoundToNearest
+
+KINDS: dict[str, dict[int, Grid]] = {
+    "integer, groups of 64": {b: IntegerGrid(bits=b, group_size=64) for b in (2, 3, 4)},
+    "integer, mid-rise, a scale a row": {
+        b: IntegerGrid(bits=b, group_size=-1, symmetric=True, midrise=True) for b in (1, 2, 3, 4)
+    },
+    "e8p": {b: E8pGrid(bits=b) for b in (2, 3, 4)},
+    "trellis, 8 bits of state": {b: TrellisGrid(bits=b, state_bits=8) for b in (1, 2, 3, 4)},
+    "trellis, 10 bits of state": {b: TrellisGrid(bits=b, state_bits=10) for b in (1, 2, 3, 4)},
+    "trellis, 12 bits of state": {b: TrellisGrid(bits=b, state_bits=12) for b in (1, 2, 3, 4)},
+}
+
+
+def distance(grid: Grid, weights: list[Tensor]) -> tuple[float, float]:
+    """True bits a weight, and the error in decibels above the bound, for matrices that are rounded on their own."""
+    bits = error = least = 0.0
+    count = sum(weight.numel() for weight in weights)
+    for weight in weights:
+        rounded = RoundToNearest().solve(weight, grid.with_tensor_scale(weight))
+        bits += stored_bits(rounded.pack())
+        error += float((rounded.dequantize() - weight).square().sum())
+    for weight in weights:
+        least += float(weight.square().sum()) * 4 ** (-bits / count)
+    return bits / count, 10 * math.log10(error / least)
+
+
+def speeds(grid: Grid, base: Grid) -> tuple[float, float]:
+    """Million weights a second that are encoded, and the time of GPTQ relative to that on `base`."""
+    weight = torch.randn(1536, 576, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(4096, 576, generator=torch.Generator().manual_seed(1)) * torch.logspace(0.5, -0.5, 576)
+    statistics = InputStatistics(x.T @ x, len(x))
+    groups = weight.view(1536, -1, grid.group_of(576))
+    params = grid.fit(groups)
+    grid.encode(groups[: grid.tile_rows], params[: grid.tile_rows])  # compiles what has to be compiled
+    began = time.perf_counter()
+    grid.encode(groups, params)
+    encoded = time.perf_counter() - began
+    taken: dict[Grid, list[float]] = {base: [], grid: []}
+    for _ in range(3):
+        for one in taken:
+            began = time.perf_counter()
+            Gptq().solve(weight, one, statistics)
+            taken[one].append(time.perf_counter() - began)
+    return weight.numel() / encoded / 1e6, median(taken[grid]) / median(taken[base])
+
+
+def layers(folder: Path, count: int) -> list[Tensor]:
+    """So many layers of a model's blocks, at even distances."""
+    store = open_model(folder)
+    ops = [op for group in store.graph.blocks for op in group.linears if op.entry.quantize and not op.entry.stacked]
+    chosen = ops[:: max(1, len(ops) // count)][:count]
+    return [op.to_matrix(store.read([op.weight])[op.weight].float()) for op in chosen]
+
+
+def plot(found: list[dict[str, float | str]], target: Path) -> None:
+    """Distances over true bits, one panel for normal numbers and one for layers."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    keys = [key for key in ("normal", "layers") if key in found[0]]
+    figure, panels = plt.subplots(1, len(keys), figsize=(5.5 * len(keys), 4.2), sharey=True, squeeze=False)
+    for panel, key in zip(panels[0], keys, strict=True):
+        for kind in KINDS:
+            rows = [row for row in found if row["grid"] == kind]
+            panel.plot([row["true_bits"] for row in rows], [row[key] for row in rows], marker="o", label=kind)
+        panel.axhline(0, color="black", linewidth=0.8)
+        panel.axhline(1.53, color="gray", linestyle=":", linewidth=1)
+        panel.set_title("normal numbers" if key == "normal" else "rotated layers", fontsize=10)
+        panel.set_xlabel("true bits a weight")
+        panel.grid(alpha=0.3)
+    panels[0][0].set_ylabel("dB above the rate-distortion bound")
+    panels[0][0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(target, metadata={"Date": None})
+
+
+def main() -> None:
+    """Measures, prints a table, and writes the files that were asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    normal = [torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))]
+    real = layers(given.folder, given.layers) if given.folder else []
+    found: list[dict[str, float | str]] = []
+    print("| grid | bits | true bits | normal, dB | layers, dB | million weights a second | GPTQ, to integers |")
+    print("|---|--:|--:|--:|--:|--:|--:|")
+    for kind, grids in KINDS.items():
+        for bits, grid in grids.items():
+            true_bits, decibels = distance(grid, normal)
+            row: dict[str, float | str] = {"grid": kind, "bits": bits, "true_bits": true_bits, "normal": decibels}
+            if real:
+                row["layers"] = distance(grid, real)[1]
+            row["encoded"], row["gptq"] = speeds(grid, KINDS["integer, mid-rise, a scale a row"][bits])
+            found.append(row)
+            cells = f"{bits} | {true_bits:.3f} | {decibels:.2f} | {row.get('layers', math.nan):.2f}"
+            print(f"| {kind} | {cells} | {row['encoded']:.2f} | {row['gptq']:.1f} |", flush=True)
+    if given.json:
+        given.json.write_text(json.dumps(found, indent=1) + "\n")
+    if given.plot:
+        plot(found, given.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from gyroquant.grids.e8p import E8pGrid
     from gyroquant.grids.floating import Fp4Grid, Fp8Grid
     from gyroquant.grids.integer import IntegerGrid
+    from gyroquant.grids.lookup import LookupGrid
     from gyroquant.grids.microscaling import Mxfp4Grid, Nvfp4Grid
     from gyroquant.grids.trellis import TrellisGrid
     from gyroquant.inspection.verify import verify
@@ -85,6 +86,7 @@ __all__ = [
     "IntegerGrid",
     "KvCache",
     "Learn",
+    "LookupGrid",
     "MapError",
     "Mxfp4Grid",
     "Nvfp4Grid",
@@ -143,6 +145,7 @@ _MODULES = {
     "IntegerGrid": "grids.integer",
     "KvCache": "rounding.activations",
     "Learn": "finetuning.settings",
+    "LookupGrid": "grids.lookup",
     "MapError": "errors",
     "Mxfp4Grid": "grids.microscaling",
     "Nvfp4Grid": "grids.microscaling",

@@ -6,6 +6,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import saved_models
 import tiny_models
@@ -16,8 +17,6 @@ from gyroquant.models.stores.packed import PackedStore
 
 def write_gguf(path: Path, kind: str = "F32") -> torch.nn.Module:
     """A tiny Llama as a GGUF file, with llama.cpp's names and its order of query and key rows."""
-    import gguf
-
     model = tiny_models.build("llama")
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
@@ -120,7 +119,7 @@ def decoded(kind: int, data: bytes, shape: list[int]) -> tuple[np.ndarray, int]:
         stored = np.frombuffer(data, {0: "<f4", 1: "<f2", 30: "<u2"}[kind], count)
         plain = (stored.astype("<u4") << 16).view("<f4") if kind == 30 else stored.astype("<f4")
         return plain.reshape(shape), stored.nbytes
-    block, size = {2: (32, 18), 3: (32, 20), 6: (32, 22), 8: (32, 34), 42: (64, 18)}[kind]
+    block, size = {2: (32, 18), 3: (32, 20), 6: (32, 22), 8: (32, 34), 20: (32, 18), 42: (64, 18)}[kind]
     blocks = np.frombuffer(data, np.uint8, count // block * size).reshape(-1, size)
     scale = blocks[:, :2].copy().view("<f2").astype(np.float32)
     if kind == 8:
@@ -131,6 +130,8 @@ def decoded(kind: int, data: bytes, shape: list[int]) -> tuple[np.ndarray, int]:
         highest = np.unpackbits(blocks[:, 2:6], axis=1, bitorder="little")
         codes = np.concatenate([blocks[:, 6:] & 15, blocks[:, 6:] >> 4], 1) + 16.0 * highest
         values = scale * (codes - 16)
+    elif kind == 20:
+        values = gguf.dequantize(blocks, gguf.GGMLQuantizationType.IQ4_NL)
     else:
         codes = blocks[:, size - 16 :]
         codes = np.concatenate([codes & 15, codes >> 4], 1).astype(np.float32)

@@ -18,7 +18,7 @@ from gyroquant.errors import InputError, UnsupportedModelError
 from gyroquant.formats.output_folder import OutputFolder
 from gyroquant.formats.runtime import Runtime
 from gyroquant.formats.ties import modules_around, runs_at, tie_points
-from gyroquant.grids import Grid, GroupParams, IntegerGrid, QuantizedWeight
+from gyroquant.grids import Grid, GroupParams, IntegerGrid, LookupGrid, QuantizedWeight
 from gyroquant.grids.error import weight_error
 from gyroquant.models.deriving.derive import derived
 from gyroquant.models.execution.online import CacheQuantizer, InputQuantizer, OnlineOp
@@ -131,11 +131,12 @@ def _wide(weight: QuantizedWeight) -> bool:
 
 @dataclass(frozen=True)
 class WeightType:
-    """One way in which a format holds rounded weights: integer codes with a scale for every block of a row.
+    """One way in which a format holds rounded weights: codes with a scale for every block of a row.
 
     name: what the format calls it.
     bits: the widths of codes that fit.
-    symmetric, asymmetric, midrise: the kinds of grids that fit.
+    symmetric, asymmetric, midrise: the kinds of integer grids that fit.
+    table: the table of lookup grids that fit; then no integer grid does.
     block: weights that share a scale. Groups of this size and its multiples fit. None: groups of any size fit.
     """
 
@@ -144,19 +145,24 @@ class WeightType:
     symmetric: bool = True
     asymmetric: bool = True
     midrise: bool = False
+    table: str = ""
     block: int | None = None
 
     def holds(self, layer: Layer) -> bool:
         """Whether the codes and scales of a layer fit exactly."""
         grid = layer.grid
-        if not isinstance(grid, IntegerGrid) or grid.bits not in self.bits:
+        if grid.bits not in self.bits:
+            return False
+        if isinstance(grid, LookupGrid) and self.table:
+            return grid.table == self.table and (self.block is None or grid.group_of(layer.columns) % self.block == 0)
+        if not isinstance(grid, IntegerGrid) or self.table:
             return False
         kind = self.midrise if halves(grid) else self.symmetric if grid.symmetric else self.asymmetric
         return kind and (self.block is None or grid.group_of(layer.columns, layer.name) % self.block == 0)
 
     def __str__(self) -> str:
         kinds = ("symmetric", "asymmetric", "midrise")
-        supported = " or ".join(kind for kind in kinds if getattr(self, kind))
+        supported = " or ".join(kind for kind in kinds if getattr(self, kind)) if not self.table else "its own table"
         widths = f"{', '.join(map(str, self.bits))} bits"
         groups = "groups of any size" if self.block is None else f"groups of {self.block} or multiples of it"
         return f"{self.name} ({widths}, {supported}, {groups})"

@@ -14,6 +14,7 @@ from gyroquant.grids.e8p import E8pGrid
 from gyroquant.grids.floating import Fp4Grid, Fp8Grid
 from gyroquant.grids.half_scale import HalfScaleGrid
 from gyroquant.grids.integer import IntegerGrid
+from gyroquant.grids.lookup import LookupGrid
 from gyroquant.grids.microscaling import Mxfp4Grid, Nvfp4Grid
 from gyroquant.grids.tiled import TiledGrid
 from gyroquant.grids.trellis import TrellisGrid
@@ -27,6 +28,7 @@ __all__ = [
     "GroupParams",
     "HalfScaleGrid",
     "IntegerGrid",
+    "LookupGrid",
     "Mxfp4Grid",
     "Nvfp4Grid",
     "QuantizedWeight",

@@ -28,10 +28,11 @@ from gyroquant.grids import Fp4Grid, IntegerGrid
 from gyroquant.models.execution.online import OnlineMap
 from gyroquant.models.graph.sites import HookPoint
 from gyroquant.models.stores.packed import PackedStore
+from gyroquant.models.stores.source import open_model
 
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
-IDS = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q8_0": 8, "BF16": 30, "Q2_0": 42}
-FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q5_0": 8, "Q8_0": 7, "Q2_0": 41}
+IDS = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q8_0": 8, "IQ4_NL": 20, "BF16": 30, "Q2_0": 42}
+FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q5_0": 8, "Q8_0": 7, "IQ4_NL": 25, "Q2_0": 41}
 NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
@@ -119,6 +120,23 @@ def test_everything_comes_back(name: str, kind: str, tmp_path: Path) -> None:
     assert metadata["general.file_type"] == FILE_TYPES[kind]
     if name != "llama_bias":  # transformers does not look for its biases
         same_logits(store, tmp_path / "gguf", 1e-5 if exact else 1e-3)
+
+
+@pytest.mark.parametrize("group_size", [32, 64])
+def test_numbers_of_iq4_nl_come_back(group_size: int, tmp_path: Path) -> None:
+    weights = {"grid": "lookup", "table": "iq4_nl", "group_size": group_size, "solver": "gptq"}
+    recipe = {"weights": weights, "calibration": {"nsamples": 4, "seqlen": 32}, "proof": {"seqlen": 32}}
+    text, words = [tiny_models.prose(3000)], tiny_models.tokenizer()
+    gq.quantize(tiny_models.build("llama", **WIDE), recipe, text, out=tmp_path / "ours", tokenizer=words)
+    store = open_model(tmp_path / "ours")
+    assert isinstance(store, PackedStore)
+    facts, metadata, tensors = written(store, tmp_path / "gguf")
+    assert check(store, tensors) == {"IQ4_NL": 14}
+    assert metadata["general.file_type"] == FILE_TYPES["IQ4_NL"]
+    assert facts["deviation"] == 0
+    scales = torch.cat([store.quantized(name).params.scale.flatten() for name in store.description["tensors"]])
+    assert bool((scales < 0).any())
+    same_logits(store, tmp_path / "gguf")
 
 
 def test_it_opens_where_there_is_no_gyroquant(tmp_path: Path) -> None:
@@ -351,7 +369,7 @@ def test_what_fits_has_no_problems() -> None:
         (
             needs(group_size=16),
             r"has no type for 4-bit symmetric weights in groups of 16 .*; it has Q4_0 \(4 bits, symmetric, groups of "
-            r"32 or multiples of it\) and Q4_1",
+            r"32 or multiples of it\) and IQ4_NL \(4 bits, its own table, groups of 32 or multiples of it\) and Q4_1",
         ),
         (needs(bits=8, symmetric=False), "has no type for 8-bit asymmetric weights"),
         (needs(bits=8, midrise=True), "has no type for 8-bit midrise weights"),

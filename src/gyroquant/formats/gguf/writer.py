@@ -7,6 +7,7 @@ A row of a rounded matrix is cut into blocks. Each block has an fp16 scale d, fo
     Q4_1  q * d + m     like Q4_0, with an fp16 offset m after d
     Q5_0  (q - 16) * d  like Q4_0, with the highest bits of all codes in four bytes after d
     Q8_0  q * d         in blocks of 32, one signed code a byte
+    IQ4_NL  t[q] * d    like Q4_0, with numbers from a table
 
 Our weights are whole multiples of their scale, or odd multiples of half of it, and the types without m hold them
 exactly. 4-bit codes with zero points need m, a zero point times a scale, which is rounded to fp16. Groups larger than a
@@ -74,12 +75,13 @@ _TYPES = {
     "Q4_1": _Type(3, 3, 32, 20),
     "Q5_0": _Type(6, 8, 32, 22),
     "Q8_0": _Type(8, 7, 32, 34),
+    "IQ4_NL": _Type(20, 25, 32, 18),
     "Q2_0": _Type(42, 41, 64, 18),  # newer than the enumerations of the gguf package
 }
 
 
 def _holds(name: str, bits: tuple[int, ...], *kinds: str) -> WeightType:
-    chosen = {kind: kind in kinds for kind in _KINDS}
+    chosen: dict[str, Any] = {kind: kind in kinds for kind in _KINDS}
     return WeightType(name, bits, **chosen, block=_TYPES[name].block)
 
 
@@ -97,6 +99,7 @@ class Gguf(Format):
             _holds("Q2_0", (1,), *_KINDS),
             _holds("Q4_0", (1, 2, 3), *_KINDS),
             _holds("Q4_0", (4,), "symmetric"),
+            WeightType("IQ4_NL", (4,), table="iq4_nl", block=_TYPES["IQ4_NL"].block),
             _holds("Q4_1", (4,), "asymmetric"),
             _holds("Q5_0", (4,), "midrise"),
             _holds("Q5_0", (5,), "symmetric"),
@@ -334,7 +337,7 @@ def _encode(name: str, kind: str, weight: QuantizedWeight) -> tuple[np.ndarray, 
         )
     blocks = codes.view(len(codes), -1, _TYPES[kind].block).to(torch.int16)
     repeat = blocks.shape[1] // scale.shape[1]
-    steps = half * blocks - (half * zero).to(torch.int16).repeat_interleave(repeat, 1)
+    steps = half * blocks - (half * zero).to(torch.int16).repeat_interleave(repeat, 1)  # codes, where zero is 0
     if kind == "Q2_0":  # our steps are -2 .. 1 and the type has -1 .. 2, so steps and scale are negated
         steps, heads = -steps, [-heads[0]]
     if kind == "Q4_1":
@@ -377,7 +380,7 @@ def _pack(kind: str, steps: Tensor) -> Tensor:
     if kind == "Q2_0":
         codes = (steps + 1).unflatten(-1, (-1, 4))
         return torch.stack([codes[..., i] << 2 * i for i in range(4)]).sum(0)
-    low, high = (steps + {"Q4_0": 8, "Q4_1": 0, "Q5_0": 16}[kind]).chunk(2, -1)
+    low, high = (steps + {"Q4_0": 8, "Q4_1": 0, "IQ4_NL": 0, "Q5_0": 16}[kind]).chunk(2, -1)
     if kind != "Q5_0":
         return low | high << 4
     highest = (torch.cat((low, high), -1) >> 4).unflatten(-1, (4, 8))

@@ -5,9 +5,8 @@
 
 Every grid rounds a million normal numbers in rows of 1,024, and layers of FOLDER, to nearest. The bound for normal
 numbers of variance 1 at b bits is 4^-b; layers are compared with that of their own rows' variances. The true bits are
-those of the stored arrays. Time is that of one core: encoding (for grids with a search of scales, without it), and GPTQ
-for one layer of 1,536 by 576, as a ratio to GPTQ on integers of the same bits with a scale a row. `--plot` needs
-matplotlib.
+those of the stored arrays. Times are CPU seconds of one core: encoding (without the search of scales), and GPTQ for one
+layer of 1,536 by 576, as a ratio to GPTQ on integers of the same bits with a scale a row. `--plot` needs matplotlib.
 """
 
 from __future__ import annotations
@@ -61,15 +60,15 @@ def speeds(grid: Grid, base: Grid) -> tuple[float, float]:
     groups = weight.view(1536, -1, grid.group_of(576))
     params = grid.fit(groups)
     grid.encode(groups[: grid.tile_rows], params[: grid.tile_rows])  # compiles what has to be compiled
-    began = time.perf_counter()
+    began = time.process_time()
     grid.encode(groups, params)
-    encoded = time.perf_counter() - began
+    encoded = time.process_time() - began
     taken: dict[Grid, list[float]] = {base: [], grid: []}
     for _ in range(3):
         for one in taken:
-            began = time.perf_counter()
+            began = time.process_time()
             Gptq().solve(weight, one, statistics)
-            taken[one].append(time.perf_counter() - began)
+            taken[one].append(time.process_time() - began)
     return weight.numel() / encoded / 1e6, median(taken[grid]) / median(taken[base])
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 from typing_extensions import Self
@@ -90,7 +91,7 @@ class E8pGrid(TiledGrid):
 
 @cache
 def _magnitudes() -> Tensor:
-    """The 256 vectors of magnitudes, shape (256, 8), by rising norm."""
+    """The 256 vectors of magnitudes, shape (256, 8). Those with an odd sum are last."""
     vectors = [[0.5] * _ROWS]
     for count in (1, 2, 3, 4):
         vectors += [[1.5 if i in places else 0.5 for i in range(_ROWS)] for places in combinations(range(_ROWS), count)]
@@ -102,7 +103,8 @@ def _magnitudes() -> Tensor:
             if middle != large
         ]
     longer = [[1.5 if i in places else 0.5 for i in range(_ROWS)] for places in combinations(range(_ROWS), 5)]
-    return torch.tensor(vectors + longer[: 256 - len(vectors)])
+    vectors += longer[: 256 - len(vectors)]
+    return torch.tensor(sorted(vectors, key=lambda vector: sum(vector) % 2))
 
 
 @cache
@@ -124,23 +126,34 @@ def _short_points() -> Tensor:
     return points
 
 
-def _e8p(word: Tensor) -> Tensor:
-    """The points of E8P that 16-bit words stand for, shape (points, 8): magnitudes in the high byte, then signs."""
+@cache
+def _every_point() -> Tensor:
+    """The points that all 16-bit words stand for, shape (2^16, 8): magnitudes in the high byte, then signs."""
+    word = torch.arange(2**16)
     row, low = word >> 8, word & 0xFF
-    negative = low[:, None] >> torch.arange(_ROWS, device=word.device) & 1
+    negative = low[:, None] >> torch.arange(_ROWS) & 1
     # The lowest bit is not the sign of the first entry: it says which way all entries move, and its sign follows.
     quarter = 0.25 - 0.5 * negative[:, :1]
-    odd = _odd().to(word.device)[row].long()
-    negative[:, 0] = (negative[:, 1:].sum(1) + odd) % 2
-    return _magnitudes().to(word.device)[row] * (1 - 2 * negative) + quarter
+    negative[:, 0] = (negative[:, 1:].sum(1) + _odd()[row].long()) % 2
+    return _magnitudes()[row] * (1 - 2 * negative) + quarter
+
+
+@cache
+def _book() -> tuple[NDArray[np.float32], int]:
+    """The magnitudes for the search, shape (8, 256), and the number of the first one with an odd sum."""
+    return _magnitudes().T.contiguous().numpy(), len(_odd()) - int(_odd().sum())
+
+
+def _e8p(word: Tensor) -> Tensor:
+    """The points of E8P that 16-bit words stand for, shape (points, 8)."""
+    return _every_point().to(word.device)[word]
 
 
 def _nearest_e8p(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """The words and the points of E8P that are nearest to x, shape (points, 8), by squared error times `weight`."""
     nearest_points = compiled("lattice_search", "nearest_points")
-    book, odd = _magnitudes().T.contiguous().numpy(), _odd().numpy()
     words, points = np.empty(len(x), np.int64), np.empty(x.shape, np.float32)
-    nearest_points(*(a.contiguous().cpu().numpy() for a in (x, weight)), book, odd, words, points)
+    nearest_points(*(a.contiguous().cpu().numpy() for a in (x, weight)), *_book(), words, points)
     return torch.from_numpy(words).to(x.device), torch.from_numpy(points).to(x.device)
 
 

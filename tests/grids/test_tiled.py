@@ -58,7 +58,8 @@ def test_no_path_to_the_same_state_is_cheaper(seed: int, size: tuple[int, int]) 
     r = random.uniform(0.1, 1, (1, length)).astype(np.float32)
     codes = best_codes(x, r, numbers, bits)[0]
     every = np.array(list(itertools.product(range(2**bits), repeat=length)))
-    state = sum(np.roll(every, age, 1) << (bits * age) for age in range(-(-state_bits // bits))) % 2**state_bits
+    ages = range(-(-state_bits // bits))
+    state = sum((np.roll(every, age, 1) << state_bits) >> (bits * (age + 1)) for age in ages)
     costs = (r**2 * (x - numbers[state]) ** 2).sum(1)
     mine = (every == codes).all(1).argmax()
     same_end = state[:, -1] == state[mine, -1]

@@ -84,12 +84,11 @@ class TrellisGrid(TiledGrid):
         return self._rows(torch.from_numpy(codes).to(weights.device), weights.shape)
 
     def decode(self, codes: Tensor, params: GroupParams) -> Tensor:
-        sequences = self._vectors(codes).to(torch.int32)
-        state = sequences.clone()
-        for age in range(1, -(-self.state_bits // self.bits)):
-            state |= sequences.roll(age, 1) << (self.bits * age)
-        numbers = _numbers(self.state_bits).to(codes.device)[state & (2**self.state_bits - 1)]
-        return self._rows(numbers, codes.shape) * params.scale
+        sequences = self._vectors(codes).to(torch.int32) << self.state_bits
+        state = torch.zeros_like(sequences)
+        for age in range(-(-self.state_bits // self.bits)):
+            state |= sequences.roll(age, 1) >> (self.bits * (age + 1))
+        return self._rows(_numbers(self.state_bits).to(codes.device)[state], codes.shape) * params.scale
 
 
 @cache

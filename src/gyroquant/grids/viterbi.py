@@ -1,7 +1,7 @@
 """The best path through a trellis: the Viterbi algorithm, compiled by numba on first use.
 
-A state is the last `state_bits` bits of a sequence of codes, the newest ones lowest. So a code of b bits leads from
-state s to ``(s << b | code) mod 2^state_bits``. Each state stands for one number. A path's cost is the sum of
+A state is the last `state_bits` bits of a sequence of codes, the newest code on top. So a code of b bits leads from
+state s to ``code << (state_bits - b) | s >> b``. Each state stands for one number. A path's cost is the sum of
 ``r^2 (y^2 - 2 x y)``, with y the number, x the number to code and r its weight: the weighted squared error up to a
 constant. States that differ only in their oldest code have the same successors. So a step first takes the smallest
 cost among these, and only that is kept for the way back.
@@ -29,8 +29,8 @@ def _compiled(bits: int) -> Any:
     compiled: Any = numba.njit(fastmath={"nnan", "ninf", "nsz", "contract"}, error_model="numpy", nogil=True)
 
     @compiled  # type: ignore[untyped-decorator]
-    def forward(x: Floats, r: Floats, y: Floats, y2: Floats, start: int, cost: Floats, kept: Floats) -> None:
-        half = kept.shape[1]
+    def forward(x: Floats, r: Floats, y: Floats, start: int, cost: Floats, kept: Floats) -> None:
+        shared = kept.shape[1]
         if start < 0:
             cost[:] = np.float32(0)
         else:
@@ -38,33 +38,30 @@ def _compiled(bits: int) -> Any:
             cost[start] = np.float32(0)
         for t in range(x.shape[0]):
             best = kept[t]
-            for m in range(half):
-                least = cost[m]
+            for m in range(shared):
+                least = cost[m * codes]
                 for oldest in range(1, codes):
-                    other = cost[oldest * half + m]
+                    other = cost[m * codes + oldest]
                     least = other if other < least else least
                 best[m] = least
-            square = r[t] * r[t]
-            linear = np.float32(-2) * square * x[t]
-            for m in range(half):
-                for code in range(codes):
-                    s = m * codes + code
-                    cost[s] = best[m] + (square * y2[s] + linear * y[s])
+            square, twice = r[t] * r[t], np.float32(2) * x[t]
+            for code in range(codes):  # slices, so that the compiler sees that all three are contiguous
+                numbers, after = y[code * shared : (code + 1) * shared], cost[code * shared : (code + 1) * shared]
+                for m in range(shared):
+                    after[m] = best[m] + square * (numbers[m] * (numbers[m] - twice))
 
     @compiled  # type: ignore[untyped-decorator]
-    def back(x: Floats, r: Floats, y: Floats, y2: Floats, kept: Floats, end: int, out: Codes) -> None:
-        half, state = kept.shape[1], end
+    def back(x: Floats, r: Floats, y: Floats, kept: Floats, end: int, out: Codes) -> None:
+        shared, state = kept.shape[1], end
         for t in range(x.shape[0] - 1, -1, -1):
-            out[t] = state & (codes - 1)
+            out[t] = state // shared
             if t == 0:
                 break
-            shared = state >> bits
-            square = r[t - 1] * r[t - 1]
-            linear = np.float32(-2) * square * x[t - 1]
+            first = state % shared * codes
+            square, twice = r[t - 1] * r[t - 1], np.float32(2) * x[t - 1]
             least = np.float32(3e38)
-            for oldest in range(codes):
-                s = oldest * half + shared
-                cost = kept[t - 1, s >> bits] + (square * y2[s] + linear * y[s])
+            for s in range(first, first + codes):
+                cost = kept[t - 1, s % shared] + square * (y[s] * (y[s] - twice))
                 if cost < least:
                     least, state = cost, s
 
@@ -73,7 +70,6 @@ def _compiled(bits: int) -> Any:
         count, length = x.shape
         states = y.shape[0]
         middle = length // 2
-        y2 = y * y
         cost = np.empty(states, np.float32)
         kept = np.empty((length, states >> bits), np.float32)
         turned_x, turned_r = np.empty(length, np.float32), np.empty(length, np.float32)
@@ -81,13 +77,13 @@ def _compiled(bits: int) -> Any:
             # The ends of the sequence meet in the middle of this path, which may start and end in any state.
             for t in range(length):
                 turned_x[t], turned_r[t] = x[i, (t + middle) % length], r[i, (t + middle) % length]
-            forward(turned_x, turned_r, y, y2, -1, cost, kept)
-            back(turned_x, turned_r, y, y2, kept, np.argmin(cost), out[i])
+            forward(turned_x, turned_r, y, -1, cost, kept)
+            back(turned_x, turned_r, y, kept, np.argmin(cost), out[i])
             state = 0
             for t in range(length):
-                state = ((state << bits) | out[i, (t - middle) % length]) & (states - 1)
-            forward(x[i], r[i], y, y2, state, cost, kept)
-            back(x[i], r[i], y, y2, kept, state, out[i])
+                state = out[i, (t - middle) % length] * (states >> bits) + (state >> bits)
+            forward(x[i], r[i], y, state, cost, kept)
+            back(x[i], r[i], y, kept, state, out[i])
 
     return search
 

@@ -118,10 +118,15 @@ def test_settings_that_do_not_fit_are_refused() -> None:
             load_recipe("gptq", ["weights.grid=e8p", "weights.bits=2", change])
 
 
-def test_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "gyroquant.grids.viterbi", None)  # as if numba were missing
-    with pytest.raises(InputError, match=r'pip install "gyroquant\[vector-grids\]"'):
-        TrellisGrid().check()
+@pytest.mark.parametrize(("grid", "module"), [(TrellisGrid(), "viterbi"), (E8pGrid(), "lattice_search")], ids=str)
+def test_without_the_compiler_it_only_decodes(grid: Grid, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = rounded(grid, weights(64))
+    expected = weight.dequantize()
+    monkeypatch.setitem(sys.modules, f"gyroquant.grids.{module}", None)  # as if numba were missing
+    assert torch.equal(weight.dequantize(), expected)
+    for call in (grid.check, lambda: rounded(grid, weights(64))):
+        with pytest.raises(InputError, match=r'pip install "gyroquant\[vector-grids\]"'):
+            call()
 
 
 @pytest.mark.parametrize("grid", [TrellisGrid(bits=2, state_bits=8, sequence=16), E8pGrid()], ids=str)

@@ -17,6 +17,7 @@ from gyroquant.grids.base import GroupParams, GroupSize
 from gyroquant.grids.tiled import TiledGrid, compiled
 
 _ROWS = 8  # weights of a point
+_PIECE = 1 << 14  # points that are compared with all of a book at once
 _MAIN = {2: 1.03, 3: 0.98, 4: 1.03}  # the scale for normal numbers of variance 1
 _RESIDUAL = {3: 2.04, 4: 3.45}  # what the numbers of the second book are divided by
 
@@ -160,5 +161,6 @@ def _nearest_e8p(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 def _nearest_e8(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """The numbers of the nearest of `_short_points`, and the points, for x of shape (points, 8)."""
     book = _short_points().to(x)
-    row = ((2 * weight * x) @ book.T - weight @ book.square().T).argmax(1)
+    pieces = zip(x.split(_PIECE), weight.split(_PIECE), strict=True)
+    row = torch.cat([((2 * w * y) @ book.T - w @ book.square().T).argmax(1) for y, w in pieces])
     return row, book[row]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gyroquant import testing
 from gyroquant.calibration.observers import MeanAbs
-from gyroquant.grids import Grid, GroupParams, IntegerGrid, QuantizedWeight
+from gyroquant.grids import Grid, GroupParams, IntegerGrid, QuantizedWeight, TrellisGrid
 from gyroquant.maps import Hadamard, Identity, Map
 from gyroquant.methods import Context, Method
 from gyroquant.models.graph.sites import Site
@@ -98,6 +98,33 @@ def careless(**members: Any) -> IntegerGrid:
 )
 def test_grids_are_held_to_what_they_say(members: dict[str, Any], says: str) -> None:
     fails(testing.check_grid, careless(**members), f"Careless .*{says}")
+
+
+def _by_the_last_row(self: TrellisGrid, weights: Tensor, params: GroupParams) -> Tensor:
+    far = len(weights) > 2 * self.tile_rows
+    return TrellisGrid.encode(self, weights + weights[-1:] if far else weights, params)
+
+
+@pytest.mark.parametrize(
+    ("members", "says"),
+    [
+        ({"encode": _by_the_last_row}, "the codes of 16 rows depend on other rows"),
+        (
+            {"quick": property(lambda self: self.model_copy(update={"bits": 1, "sequence": 32}))},
+            r"quick takes \d+ bits",
+        ),
+        ({"encode": lambda self, w, p: TrellisGrid.encode(self, -w, p)}, "encode"),
+        ({"fake": lambda self, x: x}, "fake accepts it"),
+    ],
+)
+def test_grids_that_code_rows_together_are_held_to_it(members: dict[str, Any], says: str) -> None:
+    class Woven(TrellisGrid):
+        grid: Literal["woven"] = "woven"  # type: ignore[assignment]
+
+    Grid.registry.discard("woven")
+    kind = type("Woven", (Woven,), members | {"__module__": __name__})
+    Grid.registry.discard("woven")
+    fails(testing.check_grid, kind(bits=2, state_bits=8, sequence=16), f"Woven .*{says}")
 
 
 def test_a_grid_that_holds_no_zero_must_say_so() -> None:

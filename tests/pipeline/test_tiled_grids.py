@@ -59,3 +59,14 @@ def test_what_does_not_fit_is_refused_before_any_work(changes: list[str], reason
     with pytest.raises(RecipeError, match=reason):
         run("llama", tmp_path / "out", *changes)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_size_of_the_file_is_kept(tmp_path: Path) -> None:
+    recipe = gq.load_recipe("gyro-w2x", [*SHORT, "weights.sequence=32", "weights.state_bits=8"], "light")
+    words, text = tiny_models.tokenizer(), [tiny_models.prose(3000)]
+    gq.quantize(tiny_models.build("llama_tied"), recipe, text, out=tmp_path / "out", tokenizer=words, size=30_000)
+    store = open_model(tmp_path / "out")
+    assert isinstance(store, PackedStore)
+    widths = {store.quantized(key).grid.bits for key in store.description["tensors"]}
+    assert len(widths) > 1
+    assert 29_000 < (tmp_path / "out" / "model.safetensors").stat().st_size - 8 <= 31_000

@@ -103,8 +103,8 @@ def fixed_bytes(job: Sized, chosen: Collection[str]) -> int:
 
 def _arrays(grid: Grid) -> int:
     """The number of arrays that a rounded weight is stored in: codes, scales and perhaps zero points."""
-    row = torch.ones(1, max(grid.group_size, 1))
-    return len(RoundToNearest().solve(row, grid.with_tensor_scale(row), None).pack())
+    tile = torch.ones(grid.tile_rows, max(grid.group_size, 1))
+    return len(RoundToNearest().solve(tile, grid.with_tensor_scale(tile), None).pack())
 
 
 def check_bytes(job: Sized) -> None:

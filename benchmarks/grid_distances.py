@@ -1,9 +1,9 @@
 """How far each grid stands above the rate-distortion bound, and how long it takes to code weights.
 
-    gyroquant transform MODEL FOLDER --recipe gyro-w2
-    python benchmarks/grid_distances.py FOLDER --layers 28 --json grids.json --plot docs/results/grids.svg
+    python benchmarks/grid_distances.py MODEL --layers 7 --json grids.json --plot docs/results/grids.svg
 
-Every grid rounds a million normal numbers in rows of 1,024, and layers of FOLDER, to nearest. The bound for normal
+Every grid rounds a million normal numbers in rows of 1,024, and layers of MODEL with random signs and a Hadamard matrix
+on their inputs, to nearest. The bound for normal
 numbers of variance 1 at b bits is 4^-b; layers are compared with that of their own rows' variances. The true bits are
 those of the stored arrays. Times are CPU seconds of one core: encoding (without the search of scales), and GPTQ for one
 layer of 1,536 by 576, as a ratio to GPTQ on integers of the same bits with a scale a row. `--plot` needs matplotlib.
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from gyroquant.grids import E8pGrid, Grid, IntegerGrid, TrellisGrid, stored_bits
+from gyroquant.maps import hadamard
 from gyroquant.models.stores.source import open_model
 from gyroquant.rounding import InputStatistics
 from gyroquant.rounding.solvers.gptq import Gptq
@@ -72,12 +73,14 @@ def speeds(grid: Grid, base: Grid) -> tuple[float, float]:
     return weight.numel() / encoded / 1e6, median(taken[grid]) / median(taken[base])
 
 
-def layers(folder: Path, count: int) -> list[Tensor]:
-    """So many layers of a model's blocks, at even distances."""
-    store = open_model(folder)
+def layers(model: str, count: int) -> list[Tensor]:
+    """So many layers of a model's blocks, at even distances, rotated."""
+    store, generator = open_model(model), torch.Generator().manual_seed(0)
     ops = [op for group in store.graph.blocks for op in group.linears if op.entry.quantize and not op.entry.stacked]
     chosen = ops[:: max(1, len(ops) // count)][:count]
-    return [op.to_matrix(store.read([op.weight])[op.weight].float()) for op in chosen]
+    matrices = (op.to_matrix(store.read([op.weight])[op.weight].float()) for op in chosen)
+    signs = (torch.randint(2, (op.in_features,), generator=generator) * 2.0 - 1 for op in chosen)
+    return [hadamard(len(sign)).apply(matrix * sign) for matrix, sign in zip(matrices, signs, strict=True)]
 
 
 def plot(found: list[dict[str, float | str]], target: Path) -> None:
@@ -88,7 +91,9 @@ def plot(found: list[dict[str, float | str]], target: Path) -> None:
     import matplotlib.pyplot as plt
 
     keys = [key for key in ("normal", "layers") if key in found[0]]
-    figure, panels = plt.subplots(1, len(keys), figsize=(5.5 * len(keys), 4.2), sharey=True, squeeze=False)
+    figure, panels = plt.subplots(
+        1, len(keys), figsize=(5.5 * len(keys), 4.6), sharey=True, squeeze=False, layout="constrained"
+    )
     for panel, key in zip(panels[0], keys, strict=True):
         for kind in KINDS:
             rows = [row for row in found if row["grid"] == kind]
@@ -99,22 +104,21 @@ def plot(found: list[dict[str, float | str]], target: Path) -> None:
         panel.set_xlabel("true bits a weight")
         panel.grid(alpha=0.3)
     panels[0][0].set_ylabel("dB above the rate-distortion bound")
-    panels[0][0].legend(fontsize=8)
-    figure.tight_layout()
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(target, metadata={"Date": None})
 
 
 def main() -> None:
     """Measures, prints a table, and writes the files that were asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, nargs="?")
-    parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("--layers", type=int, default=7)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
     normal = [torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))]
-    real = layers(given.folder, given.layers) if given.folder else []
+    real = layers(given.model, given.layers) if given.model else []
     found: list[dict[str, float | str]] = []
     print("| grid | bits | true bits | normal, dB | layers, dB | million weights a second | GPTQ, to integers |")
     print("|---|--:|--:|--:|--:|--:|--:|")

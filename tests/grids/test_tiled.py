@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gyroquant.errors import InputError, RecipeError
-from gyroquant.grids import E8pGrid, Grid, GroupParams, TiledGrid, TrellisGrid
+from gyroquant.grids import E8pGrid, Grid, GroupParams, TiledGrid, TrellisGrid, viterbi
 from gyroquant.grids.viterbi import best_codes
 from gyroquant.recipes.schema import load_recipe
 from gyroquant.rounding import Refine, output_error
@@ -68,8 +68,9 @@ def test_no_path_to_the_same_state_is_cheaper(seed: int, size: tuple[int, int]) 
 
 def test_threads_give_the_same_codes() -> None:
     random = np.random.default_rng(0)
-    x, r = random.standard_normal((7, 32), np.float32), np.ones((7, 32), np.float32)
-    numbers = random.standard_normal(256, np.float32)
+    x, r = random.standard_normal((80, 64), np.float32), np.ones((80, 64), np.float32)
+    numbers = random.standard_normal(4096, np.float32)
+    assert x.size * numbers.size > viterbi._WORTH_A_THREAD
     assert (best_codes(x, r, numbers, 2) == best_codes(x, r, numbers, 2, threads=3)).all()
 
 

@@ -9,6 +9,7 @@ cost among these, and only that is kept for the way back.
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float32]
 Codes = NDArray[np.uint8]
 
+_WORTH_A_THREAD = 1 << 24  # states and numbers, some milliseconds of work: to wake a thread takes a tenth of one
 _FAR = np.float32(1e30)  # the cost of a start that is not allowed
 
 
@@ -103,11 +105,24 @@ def best_codes(x: Floats, r: Floats, numbers: Floats, bits: int, threads: int = 
         _SEARCH[bits] = _compiled(bits)
     search, out = _SEARCH[bits], np.empty(x.shape, np.uint8)
     threads = min(threads, len(x))
-    if threads < 2:
+    if threads < 2 or x.size * numbers.size < _WORTH_A_THREAD:
         search(x, r, numbers, out)
         return out
     search(x[:0], r[:0], numbers, out[:0])  # compiles it, once
     parts = [slice(i * len(x) // threads, (i + 1) * len(x) // threads) for i in range(threads)]
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lambda part: search(x[part], r[part], numbers, out[part]), parts))
+    others = [_pool(threads - 1).submit(search, x[part], r[part], numbers, out[part]) for part in parts[1:]]
+    search(x[parts[0]], r[parts[0]], numbers, out[parts[0]])
+    for other in others:
+        other.result()
     return out
+
+
+_POOLS: dict[tuple[int, int], ThreadPoolExecutor] = {}
+
+
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """So many threads that are kept: a solver asks for a column at a time. A forked process has to make its own."""
+    key = os.getpid(), threads
+    if key not in _POOLS:
+        _POOLS[key] = ThreadPoolExecutor(threads)
+    return _POOLS[key]

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from paired_problem import Problem
 
 from gyroquant.errors import RecipeError
-from gyroquant.grids import Grid, QuantizedWeight
+from gyroquant.grids import Grid, IntegerGrid, QuantizedWeight
 from gyroquant.recipes.schema import load_recipe
 from gyroquant.rounding import InputStatistics, Refine, output_error
 from gyroquant.rounding.solvers.gptq import Gptq
@@ -50,7 +50,7 @@ def test_it_never_makes_its_objective_worse(seed: int, number: int, scales: bool
 
 def test_at_the_end_no_code_can_be_bettered() -> None:
     weight, statistics = problem(rows=6, columns=64)
-    grid = GRIDS[0]
+    grid = IntegerGrid(bits=2, group_size=64)
     end = Refine(passes=100, scales=False, damp_percent=0).run(
         weight, Gptq().solve(weight, grid, statistics), statistics
     )

@@ -27,8 +27,8 @@ class E8pGrid(TiledGrid):
 
     A point of eight half-integers with an even sum is given by its magnitudes, one of 256 vectors (8 bits), and by its
     signs: seven are free, the last one makes the sum even. The last bit moves all coordinates by +1/4 or -1/4. The 256
-    vectors are all 227 with a squared norm up to 10, and 29 of the 56 with five entries of 3/2 and three of 1/2; QuIP#
-    chose other ones of these.
+    vectors are all 227 with a squared norm up to 10, and the first 29 of the 56 with five entries of 3/2 and three of
+    1/2. QuIP# takes 29 of them too, not necessarily the same.
 
     3 bits add a book of 256 points of E8 for the remaining error, 4 bits add E8P once more. Both books are searched one
     after the other, so numbers of these grids may get other codes when they are coded again.

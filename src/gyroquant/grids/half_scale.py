@@ -11,7 +11,8 @@ from torch import Tensor
 from typing_extensions import Self
 
 from gyroquant.errors import InputError
-from gyroquant.grids.base import Grid, stored
+from gyroquant.grids.base import Grid, GroupParams, stored
+from gyroquant.grids.bitpack import pack, unpack
 
 _TINY = 2.0**-24  # the smallest positive fp16 number
 _LARGEST = torch.finfo(torch.float16).max
@@ -108,6 +109,34 @@ class HalfScaleGrid(Grid):
     def _half_restored(self, arrays: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
         scale = stored(arrays, "scales", shape).float()
         return scale * stored(arrays, "global", (1,)).float() if "global" in arrays else scale
+
+
+class ScaleOnlyGrid(HalfScaleGrid):
+    """Grids that store nothing but codes and an fp16 scale of either sign for each group, and have no number 0."""
+
+    @property
+    def holds_zero(self) -> bool:
+        return False
+
+    @property
+    def group_bits(self) -> int:
+        return 16
+
+    def scaled(self, scale: Tensor) -> GroupParams:
+        """GroupParams with these scales, rounded to storable values."""
+        scale = self._half(scale)
+        return GroupParams(scale, torch.zeros_like(scale))
+
+    def round_params(self, scale: Tensor, zero: Tensor) -> GroupParams:
+        return GroupParams(self._clamped(scale, -math.inf), torch.zeros_like(zero))
+
+    def pack(self, codes: Tensor, params: GroupParams) -> dict[str, Tensor]:
+        return {"codes": pack(codes, self.bits)} | self._half_arrays(params.scale.squeeze(-1))
+
+    def unpack(self, arrays: dict[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, GroupParams]:
+        rows, columns = shape
+        scale = self._half_restored(arrays, (rows, columns // self.group_of(columns))).unsqueeze(-1)
+        return unpack(arrays["codes"], self.bits, shape), GroupParams(scale, torch.zeros_like(scale))
 
 
 def _fp16_suffices(scale: Tensor, peak: Tensor, mean: float, single: float) -> bool:

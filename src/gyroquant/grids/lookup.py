@@ -14,15 +14,14 @@ from torch import Tensor
 from typing_extensions import Self
 
 from gyroquant.grids.base import GroupParams, GroupSize
-from gyroquant.grids.bitpack import pack, unpack
 from gyroquant.grids.exact import prefer_exact
-from gyroquant.grids.half_scale import HalfScaleGrid
+from gyroquant.grids.half_scale import ScaleOnlyGrid
 
 _SEARCH = tuple(1.0 - 0.02 * i for i in range(-10, 36))  # factors on the scale at which no weight is clipped
 _ROUNDS = 2000  # of Lloyd's iteration; 8 bits need the most
 
 
-class LookupGrid(HalfScaleGrid):
+class LookupGrid(ScaleOnlyGrid):
     """Codes that stand for the numbers of a table, times an fp16 scale for each group.
 
     `table`:
@@ -61,14 +60,6 @@ class LookupGrid(HalfScaleGrid):
         ]
 
     @property
-    def holds_zero(self) -> bool:
-        return False
-
-    @property
-    def group_bits(self) -> int:
-        return 16
-
-    @property
     def numbers(self) -> Tensor:
         """The table, rising, shape (2^bits,), fp32."""
         return _normal(self.bits) if self.table == "normal" else _iq4_nl()
@@ -81,20 +72,14 @@ class LookupGrid(HalfScaleGrid):
     def _full_scale(self, groups: Tensor) -> Tensor:
         return self._outermost(groups) / self.numbers[0].to(groups)
 
-    def _params(self, scale: Tensor) -> GroupParams:
-        return GroupParams(self._half(scale), torch.zeros_like(scale))
-
     def fit(self, groups: Tensor) -> GroupParams:
         full = self._full_scale(groups)  # the largest magnitude of a table is that of its first number
         if self.scale == "minmax":
-            return self._params(full)
+            return self.scaled(full)
         signs = (1.0,) if self.table == "normal" else (1.0, -1.0)
-        params = self.least_squares(groups, (self._params(full * sign * f) for sign in signs for f in _SEARCH))
+        params = self.least_squares(groups, (self.scaled(full * sign * f) for sign in signs for f in _SEARCH))
         tried = self._outermost(groups) / self.numbers.to(groups)
         return prefer_exact(self, groups, params, GroupParams(tried, torch.zeros_like(tried)))
-
-    def round_params(self, scale: Tensor, zero: Tensor) -> GroupParams:
-        return GroupParams(self._clamped(scale, -float("inf")), torch.zeros_like(zero))
 
     def range(self, zero: Tensor) -> tuple[Tensor, Tensor]:
         numbers = self.numbers
@@ -115,14 +100,6 @@ class LookupGrid(HalfScaleGrid):
 
     def decode(self, codes: Tensor, params: GroupParams) -> Tensor:
         return self.numbers.to(params.scale)[codes.long()] * params.scale
-
-    def pack(self, codes: Tensor, params: GroupParams) -> dict[str, Tensor]:
-        return {"codes": pack(codes, self.bits)} | self._half_arrays(params.scale.squeeze(-1))
-
-    def unpack(self, arrays: dict[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, GroupParams]:
-        rows, columns = shape
-        scale = self._half_restored(arrays, (rows, columns // self.group_of(columns))).unsqueeze(-1)
-        return unpack(arrays["codes"], self.bits, shape), GroupParams(scale, torch.zeros_like(scale))
 
 
 @cache

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from gyroquant.errors import InputError
 from gyroquant.grids.base import GroupParams
-from gyroquant.grids.bitpack import pack, unpack
-from gyroquant.grids.half_scale import HalfScaleGrid
+from gyroquant.grids.half_scale import ScaleOnlyGrid
 
 
-class TiledGrid(HalfScaleGrid):
+class TiledGrid(ScaleOnlyGrid):
     """Grids in which `tile_rows` consecutive rows of a column form one vector. Each row has one code of `bits` bits.
 
     Scales are root mean squares of groups, times a factor of the grid. Numbers are spread as a normal distribution, so
@@ -28,24 +27,12 @@ class TiledGrid(HalfScaleGrid):
     def _factor(self) -> float:
         """The best scale for normal numbers of variance 1."""
 
-    @property
-    def holds_zero(self) -> bool:
-        return False
-
-    @property
-    def group_bits(self) -> int:
-        return 16
-
     def _full_scale(self, groups: Tensor) -> Tensor:
         largest = groups.abs().amax(-1, keepdim=True).clamp_min(1e-38)  # fp32 may not hold the squares
         return (groups / largest).square().mean(-1, keepdim=True).sqrt() * largest * self._factor
 
     def fit(self, groups: Tensor) -> GroupParams:
-        scale = self._half(self._full_scale(groups))
-        return GroupParams(scale, torch.zeros_like(scale))
-
-    def round_params(self, scale: Tensor, zero: Tensor) -> GroupParams:
-        return GroupParams(self._clamped(scale, -float("inf")), torch.zeros_like(zero))
+        return self.scaled(self._full_scale(groups))
 
     def _vectors(self, x: Tensor) -> Tensor:
         """Numbers of shape (rows, ...) as vectors, shape (vectors, tile_rows)."""
@@ -63,15 +50,6 @@ class TiledGrid(HalfScaleGrid):
         """
         scale = self._vectors(params.scale.expand(weights.shape))
         return self._vectors(weights).float() / scale, scale / scale.abs().amax(1, keepdim=True)
-
-    def pack(self, codes: Tensor, params: GroupParams) -> dict[str, Tensor]:
-        return {"codes": pack(codes, self.bits)} | self._half_arrays(params.scale.squeeze(-1))
-
-    def unpack(self, arrays: dict[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, GroupParams]:
-        rows, columns = shape
-        groups = columns // self.group_of(columns)
-        scale = self._half_restored(arrays, (rows, groups)).unsqueeze(-1)
-        return unpack(arrays["codes"], self.bits, shape), GroupParams(scale, torch.zeros_like(scale))
 
 
 def compiled(module: str, function: str) -> Any:

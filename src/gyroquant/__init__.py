@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from gyroquant.grids.e8p import E8pGrid
     from gyroquant.grids.floating import Fp4Grid, Fp8Grid
     from gyroquant.grids.integer import IntegerGrid
+    from gyroquant.grids.k_quants import KQuantGrid
     from gyroquant.grids.lookup import LookupGrid
     from gyroquant.grids.microscaling import Mxfp4Grid, Nvfp4Grid
     from gyroquant.grids.trellis import TrellisGrid
@@ -84,6 +85,7 @@ __all__ = [
     "Head",
     "InputError",
     "IntegerGrid",
+    "KQuantGrid",
     "KvCache",
     "Learn",
     "LookupGrid",
@@ -145,6 +147,7 @@ _MODULES = {
     "IntegerGrid": "grids.integer",
     "KvCache": "rounding.activations",
     "Learn": "finetuning.settings",
+    "KQuantGrid": "grids.k_quants",
     "LookupGrid": "grids.lookup",
     "MapError": "errors",
     "Mxfp4Grid": "grids.microscaling",

@@ -87,6 +87,9 @@ class Bytes:
         return self.take("BbHhIif?__Qqd"[kind])
 
 
+K_QUANTS = (10, 11, 12, 13, 14, 23)
+
+
 def read_back(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, np.ndarray]]]:
     """A file's metadata and its tensors, by the specification: (type id, decoded fp32 values)."""
     file = Bytes(path.read_bytes())
@@ -119,6 +122,10 @@ def decoded(kind: int, data: bytes, shape: list[int]) -> tuple[np.ndarray, int]:
         stored = np.frombuffer(data, {0: "<f4", 1: "<f2", 30: "<u2"}[kind], count)
         plain = (stored.astype("<u4") << 16).view("<f4") if kind == 30 else stored.astype("<f4")
         return plain.reshape(shape), stored.nbytes
+    if kind in K_QUANTS:
+        block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
+        blocks = np.frombuffer(data, np.uint8, count // block * size).reshape(-1, size)
+        return gguf.dequantize(blocks, gguf.GGMLQuantizationType(kind)).reshape(shape), blocks.size
     block, size = {2: (32, 18), 3: (32, 20), 6: (32, 22), 8: (32, 34), 20: (32, 18), 42: (64, 18)}[kind]
     blocks = np.frombuffer(data, np.uint8, count // block * size).reshape(-1, size)
     scale = blocks[:, :2].copy().view("<f2").astype(np.float32)

@@ -15,6 +15,7 @@ from gyroquant.rounding.solvers.gptq import Gptq
 from gyroquant.rounding.solvers.qronos import Qronos
 from gyroquant.rounding.solvers.rtn import RoundToNearest
 from gyroquant.testing import parametrize_with_checks
+from gyroquant.testing.grids import columns_for
 from gyroquant.testing.solvers import grids, problem
 
 GRIDS = grids()
@@ -34,7 +35,7 @@ def test_every_solver_keeps_its_contract(instance: Solver, check: Any) -> None:
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize("solver", CALIBRATED, ids=str)
 def test_calibrated_solvers_beat_round_to_nearest_by_far(solver: Solver, grid: Grid) -> None:
-    weight, statistics = problem()
+    weight, statistics = problem(columns=columns_for(grid))
     grid = grid.with_tensor_scale(weight)
     calibrated = output_error(weight, solver.solve(weight, grid, statistics).dequantize(), statistics)
     nearest = output_error(weight, RoundToNearest().solve(weight, grid).dequantize(), statistics)

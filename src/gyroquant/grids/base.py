@@ -110,6 +110,15 @@ class Grid(BaseModel, ABC):
         return 1
 
     @property
+    def super_block(self) -> int:
+        """The number of consecutive groups of a row whose scales are stored as multiples of one number; usually 1.
+
+        Such a grid gets whole super-blocks in `fit` and `round_params`: the last dimension but one counts groups, and
+        is a multiple of this.
+        """
+        return 1
+
+    @property
     def quick(self) -> Grid:
         """A grid of the same size and nearly the same errors whose codes take less time, for estimates."""
         return self
@@ -126,11 +135,18 @@ class Grid(BaseModel, ABC):
         """The group size for rows of `columns` weights. Raises RecipeError if it does not divide `columns`."""
         if self.group_size == -1:
             return columns
-        if columns % self.group_size:
-            raise RecipeError(
-                f"group_size {self.group_size} does not divide the {columns} inputs of {name}; {self._advice(columns)}"
+        if columns % (self.group_size * self.super_block):
+            size = (
+                f"group_size {self.group_size}"
+                if self.super_block == 1
+                else f"a super-block of {self._stored_together}"
             )
+            raise RecipeError(f"{size} does not divide the {columns} inputs of {name}; {self._advice(columns)}")
         return self.group_size
+
+    @property
+    def _stored_together(self) -> int:
+        return self.group_size * self.super_block
 
     def check_shape(self, rows: int, columns: int, name: str) -> None:
         """Raises RecipeError if a weight of this shape cannot be coded."""
@@ -147,6 +163,10 @@ class Grid(BaseModel, ABC):
         fits = [g for g in (16, 32, 64, 128, 256) if columns % g == 0]
         return f"use {', '.join(map(str, fits))} or -1 (one group a row)" if fits else "use -1 (one group a row)"
 
+    def at_bits(self, bits: int) -> Self:
+        """The same grid with another number of bits."""
+        return type(self)(**self.model_dump() | {"bits": bits})
+
     def with_tensor_scale(self, *weights: Tensor) -> Grid:
         """This grid for one weight of any shape, or for several weights that are stored as one.
 
@@ -161,7 +181,7 @@ class Grid(BaseModel, ABC):
 
     @abstractmethod
     def fit(self, groups: Tensor) -> GroupParams:
-        """Scales for groups of weights, shape (..., group), fp32.
+        """Scales for groups of weights, shape (..., group), fp32; (..., groups, group) if they form super-blocks.
 
         Raises InputError for NaN, for infinity, and for groups whose scale cannot be stored.
         """

@@ -62,7 +62,7 @@ class LookupGrid(ScaleOnlyGrid):
     @property
     def numbers(self) -> Tensor:
         """The table, rising, shape (2^bits,), fp32."""
-        return _normal(self.bits) if self.table == "normal" else _iq4_nl()
+        return _normal(self.bits) if self.table == "normal" else iq4_nl()
 
     def _outermost(self, groups: Tensor) -> Tensor:
         """The weight of largest magnitude of each group, shape (..., 1)."""
@@ -114,5 +114,5 @@ def _normal(bits: int) -> Tensor:
 
 
 @cache
-def _iq4_nl() -> Tensor:
+def iq4_nl() -> Tensor:
     return torch.tensor(gguf.quants.IQ4_NL.kvalues, dtype=torch.float32)

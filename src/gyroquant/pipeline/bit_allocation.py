@@ -12,7 +12,7 @@ from gyroquant.pipeline.sizes import fixed_bytes
 from gyroquant.pipeline.token_weights import TokenWeights
 from gyroquant.pipeline.trials import GradientTrials, Trials, has_gradient_costs
 from gyroquant.rounding.base import Warn
-from gyroquant.rounding.bit_allocation import at_bits, choose
+from gyroquant.rounding.bit_allocation import choose
 from gyroquant.system.progress import Progress
 
 ALLOCATION = "allocation"
@@ -56,4 +56,4 @@ def allocate(job: Job, progress: Progress, warn: Warn, collected: TokenWeights |
 
 def apply_bits(job: Job, bits: Mapping[str, int]) -> None:
     """Sets the grids in the state of a job to these bits, given by the name of the layer's weight."""
-    job.state.grids |= {name: at_bits(job.spec.grid(name), number) for name, number in bits.items()}
+    job.state.grids |= {name: job.spec.grid(name).at_bits(number) for name, number in bits.items()}

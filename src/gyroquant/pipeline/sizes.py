@@ -16,7 +16,6 @@ from gyroquant.models.graph.model_graph import LinearOp, ModelGraph
 from gyroquant.models.stores.base import WeightStore
 from gyroquant.models.stores.packed_description import PackedDescription
 from gyroquant.recipes.schema import Recipe
-from gyroquant.rounding.bit_allocation import at_bits
 from gyroquant.rounding.layers import is_head
 from gyroquant.rounding.solvers.rtn import RoundToNearest
 
@@ -117,7 +116,7 @@ def check_bytes(job: Sized) -> None:
         return
     if job.output.dense:
         raise InputError("--dense writes plain numbers, whose size no bits change: leave out --dense, or --size")
-    least = {name: layer_bytes(job, op, at_bits(job.spec.grid(name), low)) for name, op, low in _chosen(job)}
+    least = {name: layer_bytes(job, op, job.spec.grid(name).at_bits(low)) for name, op, low in _chosen(job)}
     fixed = fixed_bytes(job, least.keys())
     smallest = fixed + sum(least.values()) + 1
     if smallest > settings.bytes:
@@ -151,6 +150,6 @@ def expected_bytes(job: Sized) -> int:
         grid = job.spec.grid(name)
         if chosen is not None:
             outside = name in job.tables or name in around
-            grid = at_bits(grid, max(chosen.embeddings or (grid.bits,)) if outside else max(chosen.bits))
+            grid = grid.at_bits(max(chosen.embeddings or (grid.bits,)) if outside else max(chosen.bits))
         total += op.numel * job.output.dtype.itemsize if job.output.dense else layer_bytes(job, op, grid)
     return int(total)

@@ -24,7 +24,7 @@ from gyroquant.pipeline.tables import round_table, table_statistics
 from gyroquant.pipeline.token_weights import TokenWeights
 from gyroquant.pipeline.validation import backward_problem
 from gyroquant.rounding.base import Warn
-from gyroquant.rounding.bit_allocation import Choice, at_bits, grids_by_bits
+from gyroquant.rounding.bit_allocation import Choice, grids_by_bits
 from gyroquant.rounding.layers import LayerGroup, is_head, round_layers
 from gyroquant.rounding.solvers.rtn import RoundToNearest
 from gyroquant.system.progress import Progress
@@ -82,7 +82,7 @@ class Trials:
         layers = LayerGroup(self.job.graph.outer, self.job.targets, self.outer, {}, [])
         for name, op in self.job.tables.items() if self.settings.embeddings else ():
             for bits in self.settings.embeddings:
-                grid = at_bits(self.job.spec.grid(name), bits)
+                grid = self.job.spec.grid(name).at_bits(bits)
                 rounded = round_table(layers, op, None, grid, self.job.rounding(self.warn))
                 self.sizes[name, bits] = rounded.weight.bits
                 local = self.stream.local(self.outer | {name: rounded.param})
@@ -122,10 +122,10 @@ class Trials:
             for name, op in job.tables.items():
                 statistics = table_statistics(job.graph, name, layers)
                 if statistics is not None:
-                    grid = at_bits(job.spec.grid(name), bits)
+                    grid = job.spec.grid(name).at_bits(bits)
                     self._heads[name, bits] = round_table(layers, op, statistics, grid, config)
             for op in heads:
-                grids = {op.weight: at_bits(job.spec.grid(op.weight), bits)}
+                grids = {op.weight: job.spec.grid(op.weight).at_bits(bits)}
                 (rounded,) = round_layers(layers, replace(config, others=grids)).values()
                 self._heads[op.weight, bits] = rounded
                 self.sizes[op.weight, bits] = rounded.weight.bits
@@ -245,7 +245,7 @@ class GradientTrials(Trials):
         layers = LayerGroup(self.job.graph.outer, self.job.targets, self.outer, {}, [])
         for name, op in self.job.tables.items():
             for bits in self.settings.embeddings:
-                grid = at_bits(self.job.spec.grid(name), bits)
+                grid = self.job.spec.grid(name).at_bits(bits)
                 rounded = round_table(layers, op, None, grid, self.job.rounding(self.warn))
                 self.sizes[name, bits] = rounded.weight.bits
                 local = self.stream.local(self.outer)

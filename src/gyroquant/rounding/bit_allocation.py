@@ -62,12 +62,7 @@ class Allocate(BaseModel):
 
 def grids_by_bits(grid: Grid, bits: Iterable[int]) -> dict[int, Grid]:
     """The same grid at each of these bits."""
-    return {count: at_bits(grid, count) for count in sorted(set(bits))}
-
-
-def at_bits(grid: Grid, bits: int) -> Grid:
-    """The same grid with another number of bits."""
-    return type(grid)(**grid.model_dump() | {"bits": bits})
+    return {count: grid.at_bits(count) for count in sorted(set(bits))}
 
 
 def choose(costs: Mapping[Choice, float], sizes: Mapping[Choice, int], room: int) -> dict[str, int]:

@@ -20,6 +20,7 @@ from gyroquant.rounding.base import PreparedWeight, When
 from gyroquant.rounding.solvers.rtn import RoundToNearest
 from gyroquant.rounding.steps.base import BlockStep, LayerStep
 from gyroquant.testing.contract import Contract, require
+from gyroquant.testing.grids import columns_for
 from gyroquant.testing.models import amount, prose, tiny_model, tokenizer
 from gyroquant.testing.solvers import grids, problem
 
@@ -46,7 +47,7 @@ def _on_layers(step: LayerStep) -> bool:
 def prepared(step: LayerStep, rows: int | None = None) -> Iterator[PreparedWeight]:
     """A problem for every kind of grid, as a step on layers gets it. After the solver, it is rounded to nearest."""
     for grid in grids():
-        weight, statistics = problem()
+        weight, statistics = problem(columns=columns_for(grid))
         grid = grid.with_tensor_scale(weight)
         rounded = None if _before(step) else RoundToNearest().solve(weight[:rows], grid)
         seen = _with_input_error(statistics) if step.needs_original else statistics
@@ -104,9 +105,9 @@ def check_it_leaves_a_matrix_to_round(step: LayerStep) -> None:
 @STEP.check(when=_after)
 def check_it_keeps_to_the_grid_and_makes_nothing_worse(step: LayerStep) -> None:
     """After the solver, it returns codes and scales that can be stored, and the output error does not grow."""
-    weight, statistics = problem()
     for state in prepared(step):
         assert state.grid is not None
+        weight, statistics = problem(columns=state.matrix.shape[1])
         old = _codes(state.rounded)
         before = old.dequantize()
         new = _codes(step.apply(state).rounded)

@@ -32,7 +32,9 @@ from gyroquant.models.stores.source import open_model
 
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
 IDS = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q8_0": 8, "IQ4_NL": 20, "BF16": 30, "Q2_0": 42}
+IDS |= {"Q2_K": 10, "Q3_K": 11, "Q4_K": 12, "Q5_K": 13, "Q6_K": 14, "IQ4_XS": 23}
 FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q5_0": 8, "Q8_0": 7, "IQ4_NL": 25, "Q2_0": 41}
+FILE_TYPES |= {"Q2_K": 10, "Q3_K": 12, "Q4_K": 15, "Q5_K": 17, "Q6_K": 18, "IQ4_XS": 30}
 NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
@@ -136,6 +138,26 @@ def test_numbers_of_iq4_nl_come_back(group_size: int, tmp_path: Path) -> None:
     assert facts["deviation"] == 0
     scales = torch.cat([store.quantized(name).params.scale.flatten() for name in store.description["tensors"]])
     assert bool((scales < 0).any())
+    same_logits(store, tmp_path / "gguf")
+
+
+@pytest.mark.parametrize("settings", [{"bits": 2}, {"bits": 3}, {"bits": 4, "four_bits": "IQ4_XS"}, {"bits": 6}])
+def test_k_quants_come_back_after_every_step(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Rotated, with a target, GPTQ and refinement."""
+    weights = {"grid": "k_quant", **settings, "solver": "gptq", "target": {"share": 0.5}, "refine": {"passes": 2}}
+    rotated = {"R1": {"method": "hadamard"}, "R2": {"method": "hadamard"}}
+    recipe = {"transform": rotated, "weights": weights, "calibration": {"nsamples": 4, "seqlen": 32}}
+    text, words = [tiny_models.prose(3000)], tiny_models.tokenizer()
+    wide = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "head_dim": 64}
+    model = tiny_models.build("llama", **wide)
+    gq.quantize(model, recipe | {"proof": {"seqlen": 32}}, text, out=tmp_path / "ours", tokenizer=words)
+    store = open_model(tmp_path / "ours")
+    assert isinstance(store, PackedStore)
+    facts, metadata, tensors = written(store, tmp_path / "gguf")
+    name = settings.get("four_bits", f"Q{settings['bits']}_K")
+    assert check(store, tensors) == {name: 14}
+    assert metadata["general.file_type"] == FILE_TYPES[name]
+    assert facts["deviation"] == 0
     same_logits(store, tmp_path / "gguf")
 
 

@@ -12,6 +12,7 @@ from gyroquant.recipes.schema import load_recipe
 from gyroquant.rounding import InputStatistics, Refine, output_error
 from gyroquant.rounding.solvers.gptq import Gptq
 from gyroquant.rounding.solvers.rtn import RoundToNearest
+from gyroquant.testing.grids import columns_for
 from gyroquant.testing.solvers import grids, problem
 
 GRIDS = grids()
@@ -19,13 +20,13 @@ GRIDS = grids()
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_it_betters_every_solver_on_every_grid_and_is_stored_exactly(grid: Grid) -> None:
-    weight, statistics = problem()
+    weight, statistics = problem(columns=columns_for(grid))
     grid = grid.with_tensor_scale(weight)
     for solver, share in ((RoundToNearest(), 0.6), (Gptq(), 0.99)):
         before = solver.solve(weight, grid, statistics)
         kept = before.dequantize().clone()
         after = Refine().run(weight, before, statistics)
-        codes, params = grid.unpack(after.pack(), (48, 192))
+        codes, params = grid.unpack(after.pack(), (48, columns_for(grid)))
         assert torch.equal(QuantizedWeight(grid, codes, params).dequantize(), after.dequantize())
         gain = output_error(weight, after.dequantize(), statistics) / output_error(weight, kept, statistics)
         assert gain < share
@@ -36,7 +37,7 @@ def test_it_betters_every_solver_on_every_grid_and_is_stored_exactly(grid: Grid)
 @settings(max_examples=30, deadline=None)
 def test_it_never_makes_its_objective_worse(seed: int, number: int, scales: bool) -> None:
     """Towards the outputs of the unrounded model, with inputs that drifted."""
-    made = Problem(seed, rows=max(4, GRIDS[number].tile_rows), columns=192, tokens=300)
+    made = Problem(seed, rows=max(4, GRIDS[number].tile_rows), columns=columns_for(GRIDS[number]), tokens=300)
     grid, statistics = GRIDS[number].with_tensor_scale(made.weight), made.statistics
     refine = Refine(passes=1, scales=scales, damp_percent=0)
     rounded = RoundToNearest().solve(made.weight, grid)

@@ -23,6 +23,7 @@ from gyroquant.rounding.solvers.gptq import Gptq
 from gyroquant.rounding.solvers.rtn import RoundToNearest
 from gyroquant.rounding.steps import signround
 from gyroquant.rounding.steps.tunable import TunableWeight
+from gyroquant.testing.grids import columns_for
 from gyroquant.testing.solvers import grids, problem
 
 GRIDS = [grid for grid in grids() if grid.tile_rows == 1]
@@ -33,7 +34,7 @@ TUNE = "weights.tune={iters: 20, batch_size: 4}"
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 class TestTunableWeight:
     def test_it_starts_with_what_the_solver_left(self, grid: Grid) -> None:
-        weight, statistics = problem()
+        weight, statistics = problem(columns=columns_for(grid))
         for solver in (RoundToNearest(), Gptq()):
             rounded = solver.solve(weight, grid.with_tensor_scale(weight), statistics)
             tunable = TunableWeight(weight, rounded)
@@ -43,20 +44,20 @@ class TestTunableWeight:
             assert torch.equal(tunable.result().params.zero, rounded.params.zero)
 
     def test_what_is_trained_is_what_is_stored(self, grid: Grid) -> None:
-        weight, _ = problem()
+        weight, _ = problem(columns=columns_for(grid))
         tunable = TunableWeight(weight, RoundToNearest().solve(weight, grid.with_tensor_scale(weight)))
         generator = torch.Generator().manual_seed(0)
         tunable.offset.uniform_(-0.5, 0.5, generator=generator)
         tunable.stretch.uniform_(0.8, 1.2, generator=generator)
         result = tunable.result()
         assert (result.dequantize() - tunable.matrix()).abs().max() < 1e-5 * weight.abs().max()
-        codes, params = result.grid.unpack(result.pack(), (48, 192))
+        codes, params = result.grid.unpack(result.pack(), (48, columns_for(grid)))
         assert torch.equal(QuantizedWeight(result.grid, codes, params).dequantize(), result.dequantize())
         assert not torch.equal(result.codes, tunable.start.codes)
 
     def test_gradients_point_downhill(self, grid: Grid) -> None:
         """Towards a target that can be reached: by other offsets and wider spans."""
-        weight, _ = problem()
+        weight, _ = problem(columns=columns_for(grid))
         tunable = TunableWeight(weight, RoundToNearest().solve(weight, grid.with_tensor_scale(weight)))
         tunable.offset.uniform_(-0.5, 0.5, generator=torch.Generator().manual_seed(0))
         tunable.stretch.fill_(1.1)

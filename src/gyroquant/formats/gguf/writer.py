@@ -9,6 +9,8 @@ A row of a rounded matrix is cut into blocks. Each block has an fp16 scale d, fo
     Q8_0  q * d         in blocks of 32, one signed code a byte
     IQ4_NL  t[q] * d    like Q4_0, with numbers from a table
 
+Q2_K to Q6_K and IQ4_XS are in `k_quants`.
+
 Our weights are whole multiples of their scale, or odd multiples of half of it, and the types without m hold them
 exactly. 4-bit codes with zero points need m, a zero point times a scale, which is rounded to fp16. Groups larger than a
 block repeat their scale.
@@ -34,6 +36,7 @@ from torch import Tensor
 from gyroquant.errors import InputError
 from gyroquant.formats.base import Format, FormatCapabilities, Layer, ModelRequirements, WeightType, requirements_of
 from gyroquant.formats.gguf.header import GGUF_FILE
+from gyroquant.formats.gguf.k_quants import encode_k_quant
 from gyroquant.formats.gguf.llama_cpp_runtime import LlamaCppRuntime
 from gyroquant.formats.gguf.rope import describe_rope, full_rope, rope_tensors
 from gyroquant.formats.gguf.targets import TARGETS, Target, target_of, target_problems
@@ -41,7 +44,7 @@ from gyroquant.formats.gguf.tensors import Piece, tensor_pieces
 from gyroquant.formats.gguf.tokenizer import add_tokenizer
 from gyroquant.formats.gguf.tokenizer_check import compare_tokenizers
 from gyroquant.formats.output_folder import OutputFolder
-from gyroquant.grids import GroupParams, QuantizedWeight, stored_bits
+from gyroquant.grids import GroupParams, KQuantGrid, QuantizedWeight, stored_bits
 from gyroquant.models.graph.heads import heads_of
 from gyroquant.models.stores.packed import PackedStore
 
@@ -76,6 +79,12 @@ _TYPES = {
     "Q5_0": _Type(6, 8, 32, 22),
     "Q8_0": _Type(8, 7, 32, 34),
     "IQ4_NL": _Type(20, 25, 32, 18),
+    "Q2_K": _Type(10, 10, 256, 84),
+    "Q3_K": _Type(11, 12, 256, 110),
+    "Q4_K": _Type(12, 15, 256, 144),
+    "Q5_K": _Type(13, 17, 256, 176),
+    "Q6_K": _Type(14, 18, 256, 210),
+    "IQ4_XS": _Type(23, 30, 256, 136),
     "Q2_0": _Type(42, 41, 64, 18),  # newer than the enumerations of the gguf package
 }
 
@@ -83,6 +92,10 @@ _TYPES = {
 def _holds(name: str, bits: tuple[int, ...], *kinds: str) -> WeightType:
     chosen: dict[str, Any] = {kind: kind in kinds for kind in _KINDS}
     return WeightType(name, bits, **chosen, block=_TYPES[name].block)
+
+
+def _k_quant(name: str, bits: int) -> WeightType:
+    return WeightType(name, (bits,), k_quant=True, block=_TYPES[name].block)
 
 
 class Gguf(Format):
@@ -105,6 +118,8 @@ class Gguf(Format):
             _holds("Q5_0", (5,), "symmetric"),
             _holds("Q8_0", (5, 6, 7), *_KINDS),
             _holds("Q8_0", (8,), "symmetric"),
+            *(_k_quant(f"Q{bits}_K", bits) for bits in (2, 3, 4, 5, 6)),
+            _k_quant("IQ4_XS", 4),
         ),
         model_types=tuple(TARGETS),
         experts=True,
@@ -327,6 +342,8 @@ def _encode(name: str, kind: str, weight: QuantizedWeight) -> tuple[np.ndarray, 
     """A rounded matrix as the bytes of its blocks, shape (rows, bytes), and its largest deviation relative to its
     largest weight. Raises InputError for scales and offsets that fp16 cannot hold.
     """
+    if isinstance(weight.grid, KQuantGrid):
+        return encode_k_quant(weight), 0.0
     codes, scale, zero = weight.codes, weight.params.scale, weight.params.zero
     half = 1 if torch.equal(zero, zero.round()) else 2  # numbers at odd multiples of half a step are counted in halves
     heads, deviation = [scale / half], 0.0

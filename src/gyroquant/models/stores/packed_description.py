@@ -3,6 +3,7 @@
 A rounded parameter P is stored as these tensors:
 
 - P_codes and P_scales, always.
+- P_multiples: the multiples of the scales of super-blocks, if it has any.
 - P_zeros: the zero points, if it has any.
 - P_global: the tensor scale, if it has one.
 - P_basis: the scales of the basis in which it was rounded, if there is one.
@@ -36,7 +37,7 @@ METHOD = "gyroquant"
 # Version 2: a basis changes what codes stand for; readers of version 1 would ignore it.
 # Version 3: an integer, fp4 or fp8 weight has a tensor scale; readers of version 2 would ignore it.
 FORMAT_VERSIONS = (1, 2, 3)
-PARTS = ("codes", "scales", "zeros", "global", "basis")
+PARTS = ("codes", "scales", "multiples", "zeros", "global", "basis")
 MAPS = "gyroquant_map."
 IMPORT_FIRST = "gyroquant packed these weights, run `import gyroquant` before you open them"
 

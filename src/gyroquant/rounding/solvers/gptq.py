@@ -94,8 +94,10 @@ class Sweep:
         rows, columns = weight.shape
         self.grid, self.order, self.static = grid, order, static
         self.size = grid.group_of(columns)
+        self.together = grid.super_block
         # Blocks hold whole groups, so that a group is always fitted on weights that compensate every earlier error.
-        self.step = _BLOCK if self.size >= columns else max(self.size, _BLOCK // self.size * self.size)
+        whole = self.size * self.together
+        self.step = _BLOCK if whole >= columns else max(whole, _BLOCK // whole * whole)
         self.free = weight.T[order].contiguous().float()
         self.codes = torch.empty(columns, rows, dtype=torch.uint8, device=weight.device)
         groups = columns // self.size
@@ -112,9 +114,11 @@ class Sweep:
         for i in range(start, stop):
             column = int(self.order[i])
             group = column // self.size
-            if not self.static and i % self.size == 0:
-                fitted = self.grid.fit(self.free[i : i + self.size].T)
-                self.params.scale[:, group], self.params.zero[:, group] = fitted.scale, fitted.zero
+            if not self.static and i % (self.size * self.together) == 0:
+                groups = slice(group, group + self.together)
+                free = self.free[i : i + self.size * self.together].T.unflatten(1, (self.together, self.size))
+                fitted = self.grid.fit(free)
+                self.params.scale[:, groups], self.params.zero[:, groups] = fitted.scale, fitted.zero
             params = self.params[:, group]
             code = self.grid.encode(self.free[i, :, None], params)
             self.codes[column] = code[:, 0]

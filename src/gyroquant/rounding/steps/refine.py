@@ -22,6 +22,8 @@ from gyroquant.rounding.base import InputStatistics, PreparedWeight, Warn, When
 from gyroquant.rounding.steps.base import LayerStep
 
 _BLOCK = 64
+_ROWS = 1024  # whose super-blocks are refined at once
+_RIDGE = 1e-5  # of the mean diagonal of a system: groups whose numbers are all 0 make it singular
 
 
 class Refine(LayerStep):
@@ -122,6 +124,11 @@ class _Descent:
 
     def scales(self) -> None:
         """Sets the scale of each group to its best value, then its zero point, both rounded to storable values."""
+        if self.grid.super_block > 1:
+            for group in range(0, self.params.scale.shape[1], self.grid.super_block):
+                for rows in torch.arange(len(self.code)).split(_ROWS):
+                    self._set_super_block(slice(int(rows[0]), int(rows[-1]) + 1), group)
+            return
         for group in range(self.params.scale.shape[1]):
             scale, zero = self.params.scale[:, group], self.params.zero[:, group]
             self._change(group, self._best_step(group, self._numbers(group) / scale), torch.zeros_like(zero))
@@ -129,6 +136,48 @@ class _Descent:
                 continue
             scale = self.params.scale[:, group]
             self._change(group, torch.zeros_like(scale), self._best_step(group, -scale.expand(-1, self.size)))
+
+    def _set_super_block(self, rows: slice, first: int) -> None:
+        """Sets the scales and offsets of a super-block together, since they are stored as multiples of one number.
+
+        The best free ones solve a linear system for each row, of one or two unknowns a group. They are rounded to
+        storable values, and taken in the rows where that lowers the objective.
+        """
+        groups = slice(first, first + self.grid.super_block)
+        columns = slice(groups.start * self.size, groups.stop * self.size)
+        old = self.params[rows, groups]
+        steps = self.number[rows, columns].unflatten(1, (-1, self.size)) / old.scale
+        directions = torch.cat([steps, torch.ones_like(steps)] if self.zero_moves else [steps], 1)
+        length = self._best_lengths(directions, self.slope[rows, columns], self.h[columns, columns])
+        scale, zero = old.scale + length[:, : steps.shape[1], None], old.zero
+        if self.zero_moves:  # scales of such grids are positive
+            scale = torch.maximum(scale, old.scale / 8)
+            zero = old.zero - length[:, steps.shape[1] :, None] / scale
+        new = self.grid.round_params(scale, zero)
+        codes = self.code[rows, columns].unflatten(1, (-1, self.size))
+        move = self.grid.decode(codes, new).flatten(1) - self.number[rows, columns]
+        pull = move @ self.h[columns]
+        better = (move * (2 * self.slope[rows, columns] - pull[:, columns])).sum(1, keepdim=True) > 0
+        self.params.scale[rows, groups] = torch.where(better[..., None], new.scale, old.scale)
+        self.params.zero[rows, groups] = torch.where(better[..., None], new.zero, old.zero)
+        self.number[rows, columns] += torch.where(better, move, 0.0)
+        self.slope[rows] -= torch.where(better, pull, 0.0)
+
+    def _best_lengths(self, directions: Tensor, slope: Tensor, h: Tensor) -> Tensor:
+        """How far to go along each direction, all at once, shape (rows, directions).
+
+        Directions have shape (rows, directions, group size). Each changes one group; they go through the groups of the
+        super-block in order, once or twice. `slope` is that of the groups, `h` their part of the second moments.
+        """
+        together = h.shape[0] // self.size
+        group = torch.arange(directions.shape[1]) % together
+        blocks = h.view(together, self.size, together, self.size)
+        pulls = torch.einsum("rkn,knjm->rkjm", directions, blocks[group])
+        system = torch.einsum("rkjm,rjm->rkj", pulls[:, :, group], directions)
+        wanted = (directions * slope.unflatten(1, (-1, self.size))[:, group]).sum(-1)
+        diagonal = system.diagonal(dim1=1, dim2=2)
+        diagonal += _RIDGE * diagonal.mean(1, keepdim=True).clamp_min(1e-30)
+        return torch.linalg.solve(system, wanted)
 
     def _numbers(self, group: int) -> Tensor:
         return self.number[:, group * self.size : (group + 1) * self.size]

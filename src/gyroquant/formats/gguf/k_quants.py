@@ -1,0 +1,77 @@
+"""The bytes of llama.cpp's K-quants and IQ4_XS: blocks of 256 weights with scales of two levels.
+
+The layouts are those of ``ggml-common.h``. Q2_K and Q3_K take codes in steps of 32 inside each half of a block, the
+others in steps of 32 or 64.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gyroquant.grids import KQuantGrid, QuantizedWeight
+from gyroquant.grids.k_quants import SUPER_BLOCK
+
+Bytes = NDArray[Any]
+"""Unsigned bytes, shape (rows, super-blocks, ...)."""
+
+
+def encode_k_quant(weight: QuantizedWeight) -> Bytes:
+    """The bytes of a matrix on a `KQuantGrid`, shape (rows, bytes)."""
+    grid = weight.grid
+    assert isinstance(grid, KQuantGrid)
+    numbers, multiples = (values.numpy() for values in grid.stored_params(weight.params))
+    half = numbers.astype("<f2").view(np.uint8)
+    codes = weight.codes.numpy().reshape(len(weight.codes), -1, SUPER_BLOCK)
+    blocks = np.concatenate(_PARTS[grid.type_name](codes, multiples.astype(np.uint8), half), -1)
+    return np.ascontiguousarray(blocks.reshape(len(codes), -1))
+
+
+def _bits(codes: Bytes, length: int, shift: int, count: int) -> Bytes:
+    """`count` neighbouring runs of `length` codes as fields of `shift` bits: the first run in the lowest bits."""
+    runs = codes.reshape(*codes.shape[:-1], -1, count, length)
+    fields = sum(runs[..., i, :] << shift * i for i in range(count))
+    return np.asarray(fields, np.uint8).reshape(*codes.shape[:-1], -1)
+
+
+def _q2_k(codes: Bytes, multiples: Bytes, half: Bytes) -> list[Bytes]:
+    return [multiples[..., 0] | multiples[..., 1] << 4, _bits(codes, 32, 2, 4), half]
+
+
+def _q3_k(codes: Bytes, multiples: Bytes, half: Bytes) -> list[Bytes]:
+    scale = multiples[..., 0]
+    low = _bits(scale & 15, 8, 4, 2)
+    high = _bits(scale >> 4, 4, 2, 4)
+    return [_bits(codes >> 2, 32, 1, 8), _bits(codes & 3, 32, 2, 4), low, high, half]
+
+
+def _six_bits(multiples: Bytes) -> Bytes:
+    """Scales and offsets of 8 groups, 6 bits each, in 12 bytes."""
+    scale, offset = multiples[..., 0], multiples[..., 1]
+    first = scale[..., :4] | scale[..., 4:] >> 4 << 6
+    second = offset[..., :4] | offset[..., 4:] >> 4 << 6
+    return np.concatenate([first, second, scale[..., 4:] & 15 | (offset[..., 4:] & 15) << 4], -1)
+
+
+def _q4_k(codes: Bytes, multiples: Bytes, half: Bytes) -> list[Bytes]:
+    return [half, _six_bits(multiples), _bits(codes, 32, 4, 2)]
+
+
+def _q5_k(codes: Bytes, multiples: Bytes, half: Bytes) -> list[Bytes]:
+    return [half, _six_bits(multiples), _bits(codes >> 4, 32, 1, 8), _bits(codes & 15, 32, 4, 2)]
+
+
+def _q6_k(codes: Bytes, multiples: Bytes, half: Bytes) -> list[Bytes]:
+    signed = multiples[..., 0] - np.uint8(128)  # modulo 256: two's complement
+    return [_bits(codes & 15, 64, 4, 2), _bits(codes >> 4, 32, 2, 4), signed, half]
+
+
+def _iq4_xs(codes: Bytes, multiples: Bytes, half: Bytes) -> list[Bytes]:
+    scale = multiples[..., 0]
+    pairs = scale.reshape(*scale.shape[:-1], 4, 2) & 15
+    return [half, _bits(scale >> 4, 1, 2, 4), pairs[..., 0] | pairs[..., 1] << 4, _bits(codes, 16, 4, 2)]
+
+
+_PARTS = {"Q2_K": _q2_k, "Q3_K": _q3_k, "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k, "IQ4_XS": _iq4_xs}

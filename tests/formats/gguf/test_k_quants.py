@@ -1,0 +1,39 @@
+"""K-quants: the bytes that we write, read by the decoder of the gguf package."""
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from gyroquant.formats.gguf.k_quants import encode_k_quant
+from gyroquant.grids import KQuantGrid
+from gyroquant.testing.grids import rounded
+
+
+@pytest.mark.parametrize("grid", KQuantGrid.examples(), ids=lambda grid: grid.type_name)
+def test_llama_cpp_reads_the_same_numbers(grid: KQuantGrid) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(24, 768, generator=generator) * 10 ** torch.randn(24, 1, generator=generator)
+    weight[3, 256:512], weight[4, 32:64] = 0.0, 0.0
+    weight[5] = weight[5].abs()  # no offsets
+    weight[6] *= 1e-6
+    codes = rounded(grid, weight)
+    kind = getattr(gguf.GGMLQuantizationType, grid.type_name)
+    read = gguf.quants.dequantize(encode_k_quant(codes), kind)
+    assert np.array_equal(read, codes.dequantize().numpy())
+    assert encode_k_quant(codes).nbytes == codes.bits // 8
+
+
+@pytest.mark.parametrize(
+    ("bits", "limit"),  # of llama.cpp's own search on such numbers; IQ4_XS 0.0056
+    [(2, 0.0724), (3, 0.0210), (4, 0.0052), (5, 0.00128), (6, 0.000305)],
+)
+def test_scales_are_as_good_as_those_of_llama_cpp(bits: int, limit: float) -> None:
+    weight = torch.randn(96, 2048, generator=torch.Generator().manual_seed(0))
+    assert float((rounded(KQuantGrid(bits=bits), weight).dequantize() - weight).square().mean()) < limit
+
+
+def test_iq4_xs_is_as_good_as_that_of_llama_cpp() -> None:
+    weight = torch.randn(96, 2048, generator=torch.Generator().manual_seed(0))
+    grid = KQuantGrid(four_bits="IQ4_XS")
+    assert float((rounded(grid, weight).dequantize() - weight).square().mean()) < 0.0056

@@ -18,7 +18,8 @@ from gyroquant.errors import InputError
 from gyroquant.grids.base import Grid, GroupParams, stored
 from gyroquant.grids.bitpack import pack, unpack
 from gyroquant.grids.half_scale import half
-from gyroquant.grids.lookup import iq4_nl
+from gyroquant.grids.integer import IntegerGrid
+from gyroquant.grids.lookup import LookupGrid, iq4_nl
 
 SUPER_BLOCK = 256
 _WIDTHS = tuple(1.0 - 0.05 * i for i in range(-2, 10))  # factors on the range of a group
@@ -90,6 +91,16 @@ class KQuantGrid(Grid):
 
     def at_bits(self, bits: int) -> Self:
         return type(self)(bits=bits, four_bits=self.four_bits)
+
+    def for_columns(self, columns: int) -> Grid:
+        """As in `Grid`. Rows that 256 does not divide get the smallest grid of at least as many bits in GGUF files."""
+        if columns % SUPER_BLOCK == 0 or columns % 32:
+            return self
+        if self.bits == 2 and columns % 64 == 0:
+            return IntegerGrid(bits=2, group_size=64, symmetric=True)  # Q2_0
+        if self.bits <= 4:
+            return LookupGrid(table="iq4_nl")
+        return IntegerGrid(bits=5 if self.bits == 5 else 8, group_size=32, symmetric=True)  # Q5_0, Q8_0
 
     @property
     def _type(self) -> _Type:

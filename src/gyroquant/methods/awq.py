@@ -53,9 +53,10 @@ class Awq(Method):
         candidates = [scales(mean, step / self.steps) for step in range(self.steps)]
         errors = torch.zeros(self.steps, dtype=torch.float64)
         for weight in context.weights():
-            grid.group_of(weight.shape[1], f"the weights that read {site.label}")
+            own = grid.for_columns(weight.shape[1])
+            own.group_of(weight.shape[1], f"the weights that read {site.label}")
             for piece in weight.split(max(1, _PIECE // weight.shape[1])):
-                errors += torch.stack([rounding_error(piece, s, power, grid) for s in candidates])
+                errors += torch.stack([rounding_error(piece, s, power, own) for s in candidates])
         best = int(errors.argmin())  # the first of equals, which scales least
         return Diagonal(1 / candidates[best]) if best else Identity(site.n)
 

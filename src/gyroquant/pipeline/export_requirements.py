@@ -25,7 +25,7 @@ def requirements_of_job(job: Job) -> ModelRequirements:
     layers = [
         Layer(name, grid, op.in_features, plain, op.entry.stacked, table=name in job.tables)
         for name, op in {**job.targets, **job.tables}.items()
-        for grid in _grids(job, name, op)
+        for grid in dict.fromkeys(grid.for_columns(op.in_features) for grid in _grids(job, name, op))
     ]
     online = (*job.plan.online, *job.quantizers)
     return ModelRequirements(job.graph.config.model_type, tuple(layers), online, job.graph.config, job.graph)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ def plan_all(graph: ModelGraph, recipe: Recipe) -> tuple[FoldPlan, dict[str, Lin
     targets = find_targets(graph, weights.grid_of, weights.ignore, overridden, weights.basis, own_head)
     if recipe.head is not None:
         for op in filter(is_head, targets.values()):
-            recipe.head.grid.check_shape(*op.matrix_shape, op.name)
+            recipe.head.grid.for_columns(op.matrix_shape[1]).check_shape(*op.matrix_shape, op.name)
     quantizers = plan_quantizers(graph, recipe)
     if recipe.learn is not None:
         learnable(plan, recipe.learn.sites)
@@ -73,7 +74,7 @@ def plan_tables(graph: ModelGraph, recipe: Recipe, plan: FoldPlan) -> dict[str, 
     if not tables:
         raise RecipeError(f"{graph.config.model_type} has no table of embeddings that is described: remove embeddings")
     for op in tables.values():
-        recipe.embeddings.grid.check_shape(*op.matrix_shape, op.name)
+        recipe.embeddings.grid.for_columns(op.matrix_shape[1]).check_shape(*op.matrix_shape, op.name)
     tied = [alias for alias, name in graph.tied.items() if name in tables]
     if tied and not recipe.keep_ties and recipe.head is None and _turns(plan):
         raise RecipeError(
@@ -97,6 +98,24 @@ def grids_of(recipe: Recipe, targets: Mapping[str, LinearOp]) -> dict[str, Grid]
     }
 
 
+def replaced_grids(layers: Mapping[str, LinearOp], grid_of: Callable[[str], Grid]) -> list[str]:
+    """A sentence for each length of rows, of these layers and tables, for which their grid takes another one."""
+    names: dict[tuple[str, int, str], list[str]] = defaultdict(list)
+    for name, op in layers.items():
+        grid, columns = grid_of(name), op.matrix_shape[1]
+        own = grid.for_columns(columns)
+        if own is not grid:
+            names[grid.grid, columns, f"{own.grid}, {own.bits} bits in groups of {own.group_size}"].append(name)
+    return [
+        f"the grid {grid} does not fit rows of {columns}, so {_counted(replaced)} get the nearest that does: {own}"
+        for (grid, columns, own), replaced in names.items()
+    ]
+
+
+def _counted(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
 def rounds_while_learning(recipe: Recipe) -> bool:
     """Whether maps are learned on a model with rounded weights."""
     if recipe.learn is None or recipe.learn.round_weights is not None:
@@ -112,10 +131,11 @@ def learning_setting(
     dtype: torch.dtype,
 ) -> Setting:
     """The setting in which the rotations of a recipe are learned."""
+    grids = grids_of(recipe, targets) if rounds_while_learning(recipe) else {}
     return Setting(
         tokens=tokens,
         targets=targets,
-        grids=grids_of(recipe, targets) if rounds_while_learning(recipe) else {},
+        grids={name: grid.for_columns(targets[name].in_features) for name, grid in grids.items()},
         attachments=quantizers,
         dtype=dtype,
         seed=recipe.seed,

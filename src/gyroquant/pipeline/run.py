@@ -19,6 +19,7 @@ from gyroquant.models.execution.runner import evaluating
 from gyroquant.models.stores.fingerprint import fingerprint
 from gyroquant.models.stores.ranges import Ranges
 from gyroquant.pipeline.job import Job
+from gyroquant.pipeline.planning import replaced_grids
 from gyroquant.pipeline.resources import check_fits
 from gyroquant.pipeline.stages import STAGES, RunContext
 from gyroquant.system.checksums import CHECKSUM_FILE, write_checksums
@@ -46,6 +47,7 @@ def run(job: Job, progress: Progress | None = None) -> dict[str, Any]:
     with _threads(job), Journal(job.output.folder, job.output.fresh) as journal, evaluating(job.store.skeleton()):
         recover(job.output.folder)
         warnings += [*job.store.notes, *job.spec.planned.left_out]
+        warnings += replaced_grids({**job.targets, **job.tables}, job.spec.grid)
         with progress.stage("fingerprint the model", len(job.store.shapes)) as advance:
             model = _fingerprint(job, advance)
         facts = _facts(job, model)

@@ -59,6 +59,7 @@ def layer_bytes(job: Sized, op: LinearOp, grid: Grid) -> int:
     """The bytes of a rounded layer or table: codes, scales, zero points, and what its basis needs."""
     basis = job.recipe.weights.basis
     columns = op.in_features if basis is None else basis.order(op.in_features)
+    grid = grid.for_columns(columns)
     groups = 1 if grid.group_size == -1 else columns / grid.group_size
     bits = op.numel // op.in_features * (columns * grid.bits + groups * grid.group_bits) + grid.tensor_bits
     scales = 16 * columns if basis is not None and basis.needs_statistics else 0
@@ -102,7 +103,7 @@ def fixed_bytes(job: Sized, chosen: Collection[str]) -> int:
 
 def _arrays(grid: Grid) -> int:
     """The number of arrays that a rounded weight is stored in: codes, scales and perhaps zero points."""
-    tile = torch.ones(grid.tile_rows, max(grid.group_size, 1))
+    tile = torch.ones(grid.tile_rows, max(grid.group_size * grid.super_block, 1))
     return len(RoundToNearest().solve(tile, grid.with_tensor_scale(tile), None).pack())
 
 

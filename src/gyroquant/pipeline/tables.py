@@ -66,7 +66,7 @@ def round_table(
     if statistics is None:
         config = replace(config, steps=[RoundToNearest()])
     matrix, parts = layers.matrix(op), list[QuantizedWeight]()
-    grid = grid.with_tensor_scale(config.encoded(matrix, statistics))
+    grid = grid.for_columns(matrix.shape[1]).with_tensor_scale(config.encoded(matrix, statistics))
     for rows in matrix.split(_rows(grid)):
         parts.append(config.solve(config.prepare(op.name, rows, statistics), grid))
         advance()

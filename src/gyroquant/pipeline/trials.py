@@ -224,7 +224,8 @@ class GradientTrials(Trials):
         for op in group.linears:
             for bits, grid in grids.items() if op.weight in self.job.targets else ():
                 matrix = layers.matrix(op)
-                rounded = RoundToNearest().solve(matrix, grid.quick.with_tensor_scale(matrix), None)
+                quick = grid.for_columns(op.in_features).quick.with_tensor_scale(matrix)
+                rounded = RoundToNearest().solve(matrix, quick, None)
                 self.sizes[op.weight, bits] = rounded.bits
                 change = (matrix - rounded.dequantize()).to(self.stream.device)
                 found.setdefault(op.weight, {})[bits] = change

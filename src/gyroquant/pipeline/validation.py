@@ -12,6 +12,7 @@ from torch import Tensor
 from gyroquant.errors import InputError, RecipeError, UnsupportedModelError
 from gyroquant.finetuning import Finetune
 from gyroquant.formats.output_folder import check_destination, check_writable
+from gyroquant.grids import Grid
 from gyroquant.models.execution.online import OnlineOp
 from gyroquant.models.execution.runner import BlockRunner
 from gyroquant.models.folding.fold import FoldPlan, fold
@@ -160,13 +161,16 @@ def check_budget(graph: ModelGraph, targets: Mapping[str, LinearOp], recipe: Rec
         raise RecipeError(
             "weights.allocate gives bits to the layers of the blocks, and weights.ignore leaves none: shorten it"
         )
-    groups = sum(op.numel // low.group_of(op.in_features) for op in inside)
-    least = low.bits + low.group_bits * groups / sum(op.numel for op in inside)
+    least = sum(_bits(op, low.for_columns(op.in_features)) for op in inside) / sum(op.numel for op in inside)
     if allocate.budget is not None and least > allocate.budget:
         raise RecipeError(
             f"weights.allocate.budget is {allocate.budget}, and {low.bits} bits take {least:.3f} true bits per weight "
             "here: raise it, or take larger groups"
         )
+
+
+def _bits(op: LinearOp, grid: Grid) -> int:
+    return grid.bits * op.numel + grid.group_bits * (op.numel // grid.group_of(op.in_features, op.name))
 
 
 def check_held_out(recipe: Recipe, tokens: Tensor | None) -> None:

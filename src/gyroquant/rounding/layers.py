@@ -40,8 +40,8 @@ class RoundingConfig:
     others: Mapping[str, Grid] = field(default_factory=dict)
 
     def grid_of(self, op: LinearOp) -> Grid:
-        """The grid of a layer: the one in `others` for its weight's name, else `grid`."""
-        return self.others.get(op.weight, self.grid)
+        """The grid of a layer: the one in `others` for its weight's name, else `grid`, or what fits its rows."""
+        return self.others.get(op.weight, self.grid).for_columns(op.in_features)
 
     def _basis(self, matrix: Tensor, statistics: InputStatistics | None) -> Basis | None:
         gram = None if statistics is None else statistics.second_moments
@@ -165,7 +165,8 @@ def find_targets(
         raise RecipeError("weights.ignore leaves no layer to round: shorten it")
     for op in targets.values():
         name, columns = op.name, op.in_features
-        grid_of(name).check_shape(op.out_features, columns if basis is None else basis.order(columns, name), name)
+        columns = columns if basis is None else basis.order(columns, name)
+        grid_of(name).for_columns(columns).check_shape(op.out_features, columns, name)
     return targets
 
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from gyroquant.grids.e8p import E8pGrid
     from gyroquant.grids.floating import Fp4Grid, Fp8Grid
     from gyroquant.grids.integer import IntegerGrid
+    from gyroquant.grids.iq import IqGrid
     from gyroquant.grids.k_quants import KQuantGrid
     from gyroquant.grids.lookup import LookupGrid
     from gyroquant.grids.microscaling import Mxfp4Grid, Nvfp4Grid
@@ -85,6 +86,7 @@ __all__ = [
     "Head",
     "InputError",
     "IntegerGrid",
+    "IqGrid",
     "KQuantGrid",
     "KvCache",
     "Learn",
@@ -147,6 +149,7 @@ _MODULES = {
     "IntegerGrid": "grids.integer",
     "KvCache": "rounding.activations",
     "Learn": "finetuning.settings",
+    "IqGrid": "grids.iq",
     "KQuantGrid": "grids.k_quants",
     "LookupGrid": "grids.lookup",
     "MapError": "errors",

@@ -1,4 +1,4 @@
-"""K-quants in whole runs: bits for each layer, finetuning, tables, and rows that 256 does not divide."""
+"""K-quants and IQ types in whole runs: bits for each layer, finetuning, tables, and rows that 256 does not divide."""
 
 import json
 from collections import Counter
@@ -10,7 +10,7 @@ import torch
 
 import gyroquant as gq
 from gyroquant.errors import RecipeError
-from gyroquant.grids import KQuantGrid
+from gyroquant.grids import IqGrid, KQuantGrid
 from gyroquant.models.stores.packed import PackedStore
 from gyroquant.models.stores.source import open_model
 
@@ -28,8 +28,9 @@ def run(model: torch.nn.Module, out: Path, *changes: str) -> PackedStore:
 
 
 def kinds(store: PackedStore) -> dict[str, str]:
+    """The types of llama.cpp, or the kinds of other grids, by the names of the weights."""
     grids = {name: store.quantized(name).grid for name in store.description["tensors"]}
-    return {name: grid.type_name if isinstance(grid, KQuantGrid) else grid.grid for name, grid in grids.items()}
+    return {name: g.type_name if isinstance(g, KQuantGrid | IqGrid) else g.grid for name, g in grids.items()}
 
 
 def test_a_whole_run_goes_to_gguf(tmp_path: Path) -> None:
@@ -44,12 +45,11 @@ def test_a_whole_run_goes_to_gguf(tmp_path: Path) -> None:
 
 def test_rows_that_do_not_fit_get_the_nearest_grid_that_does(tmp_path: Path) -> None:
     store = run(tiny_models.build("llama_tied", hidden_size=64, intermediate_size=256), tmp_path / "out")
-    assert {kind for name, kind in kinds(store).items() if "down_proj" in name} <= {"Q2_K", "Q3_K", "Q4_K"}
+    assert {kind for name, kind in kinds(store).items() if "down_proj" in name} <= {"IQ2_XS", "IQ3_XXS", "IQ4_XS"}
     assert {kind for name, kind in kinds(store).items() if "up_proj" in name} <= {"lookup", "integer"}
     told = json.loads((store.folder / "gyroquant.json").read_text())["warnings"]
     assert any(
-        "k_quant does not fit rows of 64" in text and "get the nearest that does: lookup, 4 bits" in text
-        for text in told
+        "does not fit rows of 64" in text and "get the nearest that does: lookup, 4 bits" in text for text in told
     )
     check = gq.export(store.folder, "gguf", tmp_path / "gguf")["check"]
     assert check["relative_logit_error"] < 1e-4

@@ -35,6 +35,9 @@ def test_every_solver_keeps_its_contract(instance: Solver, check: Any) -> None:
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize("solver", CALIBRATED, ids=str)
 def test_calibrated_solvers_beat_round_to_nearest_by_far(solver: Solver, grid: Grid) -> None:
+    if grid.tile_columns > 1 and getattr(solver, "act_order", False):
+        assert "codes neighbouring columns together" in solver.conflicts((), [grid])
+        return
     weight, statistics = problem(columns=columns_for(grid))
     grid = grid.with_tensor_scale(weight)
     calibrated = output_error(weight, solver.solve(weight, grid, statistics).dequantize(), statistics)

@@ -18,7 +18,7 @@ from gyroquant.errors import InputError, UnsupportedModelError
 from gyroquant.formats.output_folder import OutputFolder
 from gyroquant.formats.runtime import Runtime
 from gyroquant.formats.ties import modules_around, runs_at, tie_points
-from gyroquant.grids import Grid, GroupParams, IntegerGrid, KQuantGrid, LookupGrid, QuantizedWeight
+from gyroquant.grids import Grid, GroupParams, IntegerGrid, IqGrid, KQuantGrid, LookupGrid, QuantizedWeight
 from gyroquant.grids.error import weight_error
 from gyroquant.models.deriving.derive import derived
 from gyroquant.models.execution.online import CacheQuantizer, InputQuantizer, OnlineOp
@@ -137,7 +137,7 @@ class WeightType:
     bits: the widths of codes that fit.
     symmetric, asymmetric, midrise: the kinds of integer grids that fit.
     table: the table of lookup grids that fit; then no integer grid does.
-    k_quant: whether only the `KQuantGrid` of this name fits.
+    k_quant: whether only the `KQuantGrid` or `IqGrid` of this name fits.
     block: weights that share a scale. Groups of this size and its multiples fit. None: groups of any size fit.
     """
 
@@ -155,8 +155,8 @@ class WeightType:
         grid = layer.grid
         if grid.bits not in self.bits:
             return False
-        if self.k_quant or isinstance(grid, KQuantGrid):
-            return self.k_quant and isinstance(grid, KQuantGrid) and grid.type_name == self.name
+        if self.k_quant or isinstance(grid, KQuantGrid | IqGrid):
+            return self.k_quant and isinstance(grid, KQuantGrid | IqGrid) and grid.type_name == self.name
         if isinstance(grid, LookupGrid) and self.table:
             return grid.table == self.table and (self.block is None or grid.group_of(layer.columns) % self.block == 0)
         if not isinstance(grid, IntegerGrid) or self.table:
@@ -167,7 +167,7 @@ class WeightType:
     def __str__(self) -> str:
         kinds = ("symmetric", "asymmetric", "midrise")
         supported = " or ".join(kind for kind in kinds if getattr(self, kind)) if not self.table else "its own table"
-        supported = "the grid k_quant" if self.k_quant else supported
+        supported = "the grid k_quant or iq" if self.k_quant else supported
         widths = f"{', '.join(map(str, self.bits))} bits"
         groups = "groups of any size" if self.block is None else f"groups of {self.block} or multiples of it"
         return f"{self.name} ({widths}, {supported}, {groups})"

@@ -14,6 +14,7 @@ from gyroquant.grids.e8p import E8pGrid
 from gyroquant.grids.floating import Fp4Grid, Fp8Grid
 from gyroquant.grids.half_scale import HalfScaleGrid
 from gyroquant.grids.integer import IntegerGrid
+from gyroquant.grids.iq import IqGrid
 from gyroquant.grids.k_quants import KQuantGrid
 from gyroquant.grids.lookup import LookupGrid
 from gyroquant.grids.microscaling import Mxfp4Grid, Nvfp4Grid
@@ -29,6 +30,7 @@ __all__ = [
     "GroupParams",
     "HalfScaleGrid",
     "IntegerGrid",
+    "IqGrid",
     "KQuantGrid",
     "LookupGrid",
     "Mxfp4Grid",

@@ -110,6 +110,29 @@ class Grid(BaseModel, ABC):
         return 1
 
     @property
+    def tile_columns(self) -> int:
+        """The number of consecutive weights of a row whose codes depend on each other; 1 if each is coded by itself.
+
+        Such a grid gets whole tiles in `encode` and `nearest`, as the last dimension. `decode` takes codes one by one.
+        """
+        return 1
+
+    @property
+    def coded_singly(self) -> bool:
+        """Whether each weight is coded by itself."""
+        return self.tile_rows == self.tile_columns == 1
+
+    @property
+    def code_bits(self) -> float:
+        """The bits stored for the code of a weight."""
+        return float(self.bits)
+
+    @property
+    def code_count(self) -> int:
+        """Codes are below this number."""
+        return int(2**self.bits)
+
+    @property
     def super_block(self) -> int:
         """The number of consecutive groups of a row whose scales are stored as multiples of one number; usually 1.
 
@@ -167,8 +190,8 @@ class Grid(BaseModel, ABC):
         fits = [g for g in (16, 32, 64, 128, 256) if columns % g == 0]
         return f"use {', '.join(map(str, fits))} or -1 (one group a row)" if fits else "use -1 (one group a row)"
 
-    def at_bits(self, bits: int) -> Self:
-        """The same grid with another number of bits."""
+    def at_bits(self, bits: int) -> Grid:
+        """The same grid with another number of bits, or the grid of that many bits that goes with it."""
         return type(self)(**self.model_dump() | {"bits": bits})
 
     def with_tensor_scale(self, *weights: Tensor) -> Grid:
@@ -290,7 +313,7 @@ class QuantizedWeight:
         """The bits stored for the matrix, without the padding of the last byte."""
         basis = 0 if self.basis is None or self.basis.scale is None else 16 * self.basis.scale.numel()
         groups = self.grid.group_bits * self.params.scale.numel()
-        return self.grid.bits * self.codes.numel() + groups + self.grid.tensor_bits + basis
+        return int(self.grid.code_bits * self.codes.numel()) + groups + self.grid.tensor_bits + basis
 
     def pack(self) -> dict[str, Tensor]:
         return self.grid.pack(self.codes, self.params) | ({} if self.basis is None else self.basis.pack())

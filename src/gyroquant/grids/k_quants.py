@@ -89,7 +89,7 @@ class KQuantGrid(Grid):
     def examples(cls) -> list[Self]:
         return [*(cls(bits=bits) for bits in (2, 3, 4, 5, 6)), cls(four_bits="IQ4_XS")]
 
-    def at_bits(self, bits: int) -> Self:
+    def at_bits(self, bits: int) -> Grid:
         return type(self)(bits=bits, four_bits=self.four_bits)
 
     def for_columns(self, columns: int) -> Grid:

@@ -115,4 +115,5 @@ def _normal(bits: int) -> Tensor:
 
 @cache
 def iq4_nl() -> Tensor:
+    """The numbers of llama.cpp's type IQ4_NL, rising, shape (16,), fp32."""
     return torch.tensor(gguf.quants.IQ4_NL.kvalues, dtype=torch.float32)

@@ -42,9 +42,9 @@ def plan_all(graph: ModelGraph, recipe: Recipe) -> tuple[FoldPlan, dict[str, Lin
     quantizers = plan_quantizers(graph, recipe)
     if recipe.learn is not None:
         learnable(plan, recipe.learn.sites)
-        if rounds_while_learning(recipe) and any(grid.tile_rows > 1 for grid in grids):
+        if rounds_while_learning(recipe) and not all(grid.coded_singly for grid in grids):
             raise RecipeError(
-                "maps are not learned with weights on grids that code rows together: set learn.round_weights=false"
+                "maps are not learned with weights on grids that code several together: set learn.round_weights=false"
             )
         if recipe.learn.rounds and not (quantizers or rounds_while_learning(recipe)):
             raise RecipeError(

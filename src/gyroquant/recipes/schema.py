@@ -132,10 +132,10 @@ class Weights(StepOptions):
         conflicts = [self.solver.conflicts(sections, (self.grid, *(override.grid for override in self.overrides)))]
         conflicts += [step.conflicts(self.solver) for step in self.steps if isinstance(step, LayerStep)]
         for grid in (self.grid, *(override.grid for override in self.overrides)):
-            if grid.tile_rows > 1:
+            if not grid.coded_singly:
                 single = [step.key for step in self.steps if step.needs_single_codes]
-                single += ["guided"] if self.guided is not None else []
-                conflicts += [f"the grid {grid.grid} codes rows together: leave {key} out" for key in single]
+                single += ["guided"] if self.guided is not None and grid.tile_rows > 1 else []
+                conflicts += [f"the grid {grid.grid} codes several weights together: leave {key} out" for key in single]
         for conflict in filter(None, conflicts):
             raise ValueError(conflict)
         return self

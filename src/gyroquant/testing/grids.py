@@ -44,7 +44,11 @@ def _rows(grid: Grid, rows: int) -> int:
 
 
 def _single(grid: Grid) -> bool:
-    return grid.tile_rows == 1
+    return grid.coded_singly
+
+
+def _in_rows(grid: Grid) -> bool:
+    return grid.tile_rows > 1
 
 
 def _same(params: GroupParams, others: GroupParams) -> bool:
@@ -52,17 +56,17 @@ def _same(params: GroupParams, others: GroupParams) -> bool:
 
 
 def _every_code(grid: Grid) -> Tensor:
-    return torch.arange(2**grid.bits, dtype=torch.uint8)
+    return torch.arange(grid.code_count, dtype=torch.uint8)
 
 
 @GRID.check()
 def check_codes_fit_in_their_bits(grid: Grid) -> None:
-    """Codes are uint8 below ``2^bits``."""
+    """Codes are uint8 below `code_count`."""
     codes = rounded(grid, weights_for(grid, 12)).codes
     require(codes.dtype == torch.uint8, f"codes are {codes.dtype}. Return uint8 from encode")
     require(
-        int(codes.max()) < 2**grid.bits,
-        f"encode gives the code {int(codes.max())}, which does not fit in {grid.bits} bits",
+        int(codes.max()) < grid.code_count,
+        f"encode gives the code {int(codes.max())}, but code_count is {grid.code_count}",
     )
 
 
@@ -110,7 +114,7 @@ def check_encoding_takes_the_nearest_number(grid: Grid) -> None:
     require(torch.equal(bound.nearest(values, params), numbers), "nearest differs from decode of encode")
 
 
-@GRID.check(when=lambda grid: not _single(grid))
+@GRID.check(when=_in_rows)
 def check_tiles_are_coded_by_themselves(grid: Grid) -> None:
     """The codes and numbers of a tile of rows do not depend on other tiles. `nearest` is decode of encode."""
     rows = grid.tile_rows
@@ -125,6 +129,21 @@ def check_tiles_are_coded_by_themselves(grid: Grid) -> None:
     require(same, "nearest differs from decode of encode")
 
 
+@GRID.check(when=lambda grid: grid.tile_columns > 1)
+def check_neighbours_are_coded_by_themselves(grid: Grid) -> None:
+    """The codes of `tile_columns` weights do not depend on others, and `decode` takes codes one by one."""
+    length = grid.tile_columns
+    weight = rounded(grid, weights_for(grid))
+    groups = weights_for(grid).view(12, -1, grid.group_of(columns_for(grid)))
+    alone = grid.encode(groups[..., :length].contiguous(), weight.params)
+    same = torch.equal(alone, weight.codes.view(groups.shape)[..., :length])
+    require(same, f"the codes of {length} weights depend on other weights. Declare how many do in tile_columns")
+    numbers = weight.dequantize().view(groups.shape)
+    single = grid.decode(weight.codes.view(groups.shape)[..., 1:2], weight.params)
+    require(torch.equal(single, numbers[..., 1:2]), "decode of one code differs from that of a whole tile")
+    require(torch.equal(grid.nearest(groups, weight.params), numbers), "nearest differs from decode of encode")
+
+
 @GRID.check()
 def check_quick_is_as_large_and_nearly_as_good(grid: Grid) -> None:
     """`quick` is a grid of the same size, and its error is at most a quarter larger."""
@@ -135,7 +154,7 @@ def check_quick_is_as_large_and_nearly_as_good(grid: Grid) -> None:
     require(error <= 1.25 * limit, f"the squared error of quick is {error:.3g}, that of the grid {limit:.3g}")
 
 
-@GRID.check(when=lambda grid: not _single(grid))
+@GRID.check(when=_in_rows)
 def check_coding_rows_together_pays(grid: Grid) -> None:
     """Normal numbers have a smaller error than on the integer grid of the same bits without zero."""
     weight = weights_for(grid, 64)
@@ -144,7 +163,7 @@ def check_coding_rows_together_pays(grid: Grid) -> None:
     require(error < limit, f"its squared error is {error:.3g}, that of single codes {limit:.3g}")
 
 
-@GRID.check(when=lambda grid: not _single(grid))
+@GRID.check(when=_in_rows)
 def check_it_is_refused_where_rows_come_one_by_one(grid: Grid) -> None:
     """`fake` and shapes without whole tiles raise RecipeError."""
     refuses(lambda: grid.fake(weights(grid.tile_rows)), RecipeError, "fake accepts it.", "weights only")
@@ -169,7 +188,7 @@ def check_step_below_is_the_distance_to_the_next_number(grid: Grid) -> None:
     require(same, "step_below is not the distance to the next number towards zero")
 
 
-@GRID.check(when=_single)
+@GRID.check(when=lambda grid: grid.tile_rows == 1)
 def check_range_is_that_of_the_numbers(grid: Grid) -> None:
     """`range` gives the smallest and the largest number, in units of the scale."""
     zero = rounded(grid, weights_for(grid)).params.zero[:, :1].contiguous()
@@ -226,12 +245,12 @@ def check_a_bound_grid_stays_as_it_is(grid: Grid) -> None:
         "with_tensor_scale changes a grid that is already bound",
     )
     require(bound.model_dump() == grid.model_dump(), "with_tensor_scale changes a setting")
-    if _single(grid):
+    if grid.tile_rows == 1:
         same = torch.equal(bound.fake(weights_for(grid)), rounded(grid, weights_for(grid)).dequantize())
         require(same, "fake of a bound grid differs from rounding the weight that it was bound to")
 
 
-@GRID.check(when=_single)
+@GRID.check(when=lambda grid: grid.tile_rows == 1)
 def check_fake_rounds_every_row_by_itself(grid: Grid) -> None:
     """`fake` is fit, encode and decode for each row, in the dtype of its input. It does not change the input."""
     for dtype in (torch.float32, torch.bfloat16):
@@ -290,7 +309,7 @@ def check_numbers_that_are_not_finite_are_refused(grid: Grid) -> None:
         weight = weights_for(grid, 12)
         weight[3, 7] = value
         calls = {"fit": lambda w=weight: rounded(grid, w), "fake": lambda w=weight: grid.fake(w)}
-        for name, call in list(calls.items())[: 2 if _single(grid) else 1]:
+        for name, call in list(calls.items())[: 2 if grid.tile_rows == 1 else 1]:
             refuses(call, InputError, f"{name} accepts a weight of {value}.", "not finite")
 
 

@@ -1,12 +1,12 @@
-"""K-quants: the bytes that we write, read by the decoder of the gguf package."""
+"""K-quants and IQ types: the bytes that we write, read by the decoder of the gguf package."""
 
 import gguf
 import numpy as np
 import pytest
 import torch
 
-from gyroquant.formats.gguf.k_quants import encode_k_quant
-from gyroquant.grids import KQuantGrid
+from gyroquant.formats.gguf.k_quants import encode_iq, encode_k_quant
+from gyroquant.grids import IqGrid, KQuantGrid
 from gyroquant.testing.grids import rounded
 
 
@@ -22,6 +22,28 @@ def test_llama_cpp_reads_the_same_numbers(grid: KQuantGrid) -> None:
     read = gguf.quants.dequantize(encode_k_quant(codes), kind)
     assert np.array_equal(read, codes.dequantize().numpy())
     assert encode_k_quant(codes).nbytes == codes.bits // 8
+
+
+@pytest.mark.parametrize("grid", IqGrid.examples(), ids=lambda grid: grid.type_name)
+def test_llama_cpp_reads_the_same_points(grid: IqGrid) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(24, 768, generator=generator) * 10 ** torch.randn(24, 1, generator=generator)
+    weight[3, 256:512], weight[4, 32:64] = 0.0, 0.0
+    weight[6] *= 1e-6
+    codes = rounded(grid, weight)
+    read = gguf.quants.dequantize(encode_iq(codes), getattr(gguf.GGMLQuantizationType, grid.type_name))
+    assert np.array_equal(read, codes.dequantize().numpy())
+    assert encode_iq(codes).nbytes == codes.bits // 8
+
+
+@pytest.mark.parametrize(  # of llama.cpp's own search on such numbers
+    ("name", "limit"),
+    [("IQ2_XXS", 0.1183), ("IQ2_XS", 0.0888), ("IQ2_S", 0.0622), ("IQ3_XXS", 0.0331), ("IQ3_S", 0.0189)],
+)
+def test_points_are_better_than_those_of_llama_cpp(name: str, limit: float) -> None:
+    weight = torch.randn(96, 2048, generator=torch.Generator().manual_seed(0))
+    (grid,) = [grid for grid in IqGrid.examples() if grid.type_name == name]
+    assert float((rounded(grid, weight).dequantize() - weight).square().mean()) < 0.985 * limit
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from gyroquant.rounding.steps.tunable import TunableWeight
 from gyroquant.testing.grids import columns_for
 from gyroquant.testing.solvers import grids, problem
 
-GRIDS = [grid for grid in grids() if grid.tile_rows == 1]
+GRIDS = [grid for grid in grids() if grid.coded_singly]
 SMALL = ["weights.group_size=16", "calibration.nsamples=16", "calibration.seqlen=32", "calibration.dtype=float32"]
 TUNE = "weights.tune={iters: 20, batch_size: 4}"
 

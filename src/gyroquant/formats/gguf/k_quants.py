@@ -1,7 +1,7 @@
-"""The bytes of llama.cpp's K-quants and IQ4_XS: blocks of 256 weights with scales of two levels.
+"""The bytes of llama.cpp's K-quants and IQ types: blocks of 256 weights with scales of two levels.
 
 The layouts are those of ``ggml-common.h``. Q2_K and Q3_K take codes in steps of 32 inside each half of a block, the
-others in steps of 32 or 64.
+other K-quants in steps of 32 or 64.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gyroquant.grids import KQuantGrid, QuantizedWeight
+from gyroquant.grids import IqGrid, KQuantGrid, QuantizedWeight
 from gyroquant.grids.k_quants import SUPER_BLOCK
 
 Bytes = NDArray[Any]
@@ -27,6 +27,53 @@ def encode_k_quant(weight: QuantizedWeight) -> Bytes:
     codes = weight.codes.numpy().reshape(len(weight.codes), -1, SUPER_BLOCK)
     blocks = np.concatenate(_PARTS[grid.type_name](codes, multiples.astype(np.uint8), half), -1)
     return np.ascontiguousarray(blocks.reshape(len(codes), -1))
+
+
+def encode_iq(weight: QuantizedWeight) -> Bytes:
+    """The bytes of a matrix on an `IqGrid`, shape (rows, bytes)."""
+    grid = weight.grid
+    assert isinstance(grid, IqGrid)
+    numbers, multiples = (values.numpy() for values in grid.stored_params(weight.params))
+    half = numbers.astype("<f2")[..., None].view(np.uint8)
+    rows, blocks = numbers.shape
+    index, signs = (words.numpy().reshape(rows, blocks, -1) for words in grid.words(weight.codes))
+    parts = _IQ_PARTS[grid.type_name](index, signs, multiples.astype(np.uint8))
+    return np.ascontiguousarray(np.concatenate([half, *parts], -1).reshape(rows, -1))
+
+
+def _words(numbers: Bytes, dtype: str) -> Bytes:
+    return np.ascontiguousarray(numbers.astype(dtype)).view(np.uint8).reshape(*numbers.shape[:-1], -1)
+
+
+def _signs_and_scales(signs: Bytes, multiples: Bytes) -> Bytes:
+    """Words of 32 bits: four times seven signs, then the multiple of the scale."""
+    four = (signs & 127).astype(np.uint32).reshape(*multiples.shape, 4)
+    shifted = sum(four[..., i] << 7 * i for i in range(4))
+    return np.asarray(shifted | multiples.astype(np.uint32) << 28)
+
+
+def _iq2_xxs(index: Bytes, signs: Bytes, multiples: Bytes) -> list[Bytes]:
+    points = index.astype(np.uint8).reshape(*multiples.shape, 4)
+    words = _signs_and_scales(signs, multiples)[..., None].astype("<u4").view(np.uint8)
+    return [np.concatenate([points, words], -1).reshape(*index.shape[:-1], -1)]
+
+
+def _iq2_xs(index: Bytes, signs: Bytes, multiples: Bytes) -> list[Bytes]:
+    return [_words(index | (signs.astype(np.int64) & 127) << 9, "<u2"), _bits(multiples, 1, 4, 2)]
+
+
+def _iq2_s(index: Bytes, signs: Bytes, multiples: Bytes) -> list[Bytes]:
+    low, high = index.astype(np.uint8), (index >> 8).astype(np.uint8)
+    return [low, signs, _bits(high, 1, 2, 4), _bits(multiples, 1, 4, 2)]
+
+
+def _iq3_xxs(index: Bytes, signs: Bytes, multiples: Bytes) -> list[Bytes]:
+    return [index.astype(np.uint8), _words(_signs_and_scales(signs, multiples), "<u4")]
+
+
+def _iq3_s(index: Bytes, signs: Bytes, multiples: Bytes) -> list[Bytes]:
+    low, high = index.astype(np.uint8), (index >> 8).astype(np.uint8)
+    return [low, _bits(high, 1, 1, 8), signs, _bits(multiples, 1, 4, 2)]
 
 
 def _bits(codes: Bytes, length: int, shift: int, count: int) -> Bytes:
@@ -74,4 +121,5 @@ def _iq4_xs(codes: Bytes, multiples: Bytes, half: Bytes) -> list[Bytes]:
     return [half, _bits(scale >> 4, 1, 2, 4), pairs[..., 0] | pairs[..., 1] << 4, _bits(codes, 16, 4, 2)]
 
 
+_IQ_PARTS = {"IQ2_XXS": _iq2_xxs, "IQ2_XS": _iq2_xs, "IQ2_S": _iq2_s, "IQ3_XXS": _iq3_xxs, "IQ3_S": _iq3_s}
 _PARTS = {"Q2_K": _q2_k, "Q3_K": _q3_k, "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k, "IQ4_XS": _iq4_xs}

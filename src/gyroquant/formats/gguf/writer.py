@@ -9,7 +9,7 @@ A row of a rounded matrix is cut into blocks. Each block has an fp16 scale d, fo
     Q8_0  q * d         in blocks of 32, one signed code a byte
     IQ4_NL  t[q] * d    like Q4_0, with numbers from a table
 
-Q2_K to Q6_K and IQ4_XS are in `k_quants`.
+The K-quants and the IQ types with super-blocks are in `k_quants`.
 
 Our weights are whole multiples of their scale, or odd multiples of half of it, and the types without m hold them
 exactly. 4-bit codes with zero points need m, a zero point times a scale, which is rounded to fp16. Groups larger than a
@@ -36,7 +36,7 @@ from torch import Tensor
 from gyroquant.errors import InputError
 from gyroquant.formats.base import Format, FormatCapabilities, Layer, ModelRequirements, WeightType, requirements_of
 from gyroquant.formats.gguf.header import GGUF_FILE
-from gyroquant.formats.gguf.k_quants import encode_k_quant
+from gyroquant.formats.gguf.k_quants import encode_iq, encode_k_quant
 from gyroquant.formats.gguf.llama_cpp_runtime import LlamaCppRuntime
 from gyroquant.formats.gguf.rope import describe_rope, full_rope, rope_tensors
 from gyroquant.formats.gguf.targets import TARGETS, Target, target_of, target_problems
@@ -44,7 +44,7 @@ from gyroquant.formats.gguf.tensors import Piece, tensor_pieces
 from gyroquant.formats.gguf.tokenizer import add_tokenizer
 from gyroquant.formats.gguf.tokenizer_check import compare_tokenizers
 from gyroquant.formats.output_folder import OutputFolder
-from gyroquant.grids import GroupParams, KQuantGrid, QuantizedWeight, stored_bits
+from gyroquant.grids import GroupParams, IqGrid, KQuantGrid, QuantizedWeight, stored_bits
 from gyroquant.models.graph.heads import heads_of
 from gyroquant.models.stores.packed import PackedStore
 
@@ -85,6 +85,11 @@ _TYPES = {
     "Q5_K": _Type(13, 17, 256, 176),
     "Q6_K": _Type(14, 18, 256, 210),
     "IQ4_XS": _Type(23, 30, 256, 136),
+    "IQ2_XXS": _Type(16, 19, 256, 66),
+    "IQ2_XS": _Type(17, 20, 256, 74),
+    "IQ2_S": _Type(22, 28, 256, 82),
+    "IQ3_XXS": _Type(18, 23, 256, 98),
+    "IQ3_S": _Type(21, 26, 256, 110),
     "Q2_0": _Type(42, 41, 64, 18),  # newer than the enumerations of the gguf package
 }
 
@@ -120,6 +125,8 @@ class Gguf(Format):
             _holds("Q8_0", (8,), "symmetric"),
             *(_k_quant(f"Q{bits}_K", bits) for bits in (2, 3, 4, 5, 6)),
             _k_quant("IQ4_XS", 4),
+            *(_k_quant(name, 2) for name in ("IQ2_XXS", "IQ2_XS", "IQ2_S")),
+            *(_k_quant(name, 3) for name in ("IQ3_XXS", "IQ3_S")),
         ),
         model_types=tuple(TARGETS),
         experts=True,
@@ -342,6 +349,8 @@ def _encode(name: str, kind: str, weight: QuantizedWeight) -> tuple[np.ndarray, 
     """A rounded matrix as the bytes of its blocks, shape (rows, bytes), and its largest deviation relative to its
     largest weight. Raises InputError for scales and offsets that fp16 cannot hold.
     """
+    if isinstance(weight.grid, IqGrid):
+        return encode_iq(weight), 0.0
     if isinstance(weight.grid, KQuantGrid):
         return encode_k_quant(weight), 0.0
     codes, scale, zero = weight.codes, weight.params.scale, weight.params.zero

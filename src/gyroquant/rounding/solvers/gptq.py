@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -38,6 +39,12 @@ class ColumnSolver(Solver):
         if self.act_order and self.static_groups is False:
             raise ValueError("act_order needs static_groups: true, because the stored groups keep their columns")
         return self
+
+    def conflicts(self, sections: Sequence[str], grids: Sequence[Grid]) -> str:
+        tiled = [grid for grid in grids if grid.tile_columns > 1]
+        if self.act_order and tiled:
+            return f"the grid {tiled[0].grid} codes neighbouring columns together: leave act_order out"
+        return super().conflicts(sections, grids)
 
     @abstractmethod
     def damping(self, gram: Tensor) -> float:
@@ -88,13 +95,17 @@ class Gptq(ColumnSolver):
 
 
 class Sweep:
-    """The state of one pass over the columns. Weights are held transposed, so that a column is contiguous."""
+    """The state of one pass over the columns. Weights are held transposed, so that a column is contiguous.
+
+    Columns that a grid codes together get their codes when the first of them is reached. Errors are then fed back from
+    one column after the other, as always (block LDLQ of QuIP#, arXiv 2402.04396).
+    """
 
     def __init__(self, weight: Tensor, grid: Grid, order: Tensor, static: bool):
         rows, columns = weight.shape
         self.grid, self.order, self.static = grid, order, static
         self.size = grid.group_of(columns)
-        self.together = grid.super_block
+        self.together, self.tile = grid.super_block, grid.tile_columns
         # Blocks hold whole groups, so that a group is always fitted on weights that compensate every earlier error.
         whole = self.size * self.together
         self.step = _BLOCK if whole >= columns else max(whole, _BLOCK // whole * whole)
@@ -110,6 +121,7 @@ class Sweep:
     def block(self, start: int, stop: int, factor: Tensor, feed: Tensor | None) -> None:
         """Rounds columns start..stop. Errors change the rest of the block at once, later blocks in one product."""
         errors = torch.empty(stop - start, self.free.shape[1], device=self.free.device)
+        coded = torch.empty(0)
         rows = factor[start:stop].float()
         for i in range(start, stop):
             column = int(self.order[i])
@@ -119,8 +131,10 @@ class Sweep:
                 free = self.free[i : i + self.size * self.together].T.unflatten(1, (self.together, self.size))
                 fitted = self.grid.fit(free)
                 self.params.scale[:, groups], self.params.zero[:, groups] = fitted.scale, fitted.zero
-            params = self.params[:, group]
-            code = self.grid.encode(self.free[i, :, None], params)
+            params, tile = self.params[:, group], i % self.tile
+            if tile == 0:
+                coded = self.grid.encode(self.free[i : i + self.tile].T.contiguous(), params)
+            code = coded[:, tile : tile + 1]
             self.codes[column] = code[:, 0]
             error = (self.free[i] - self.grid.decode(code, params)[:, 0]) / rows[i - start, i]
             self.free[i + 1 : stop].addr_(rows[i - start, i + 1 : stop], error, alpha=-1)

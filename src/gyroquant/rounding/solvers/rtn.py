@@ -53,10 +53,10 @@ def rows_on_grid(weight: Tensor, rounded: QuantizedWeight) -> Tensor:
 def on_grid(weight: Tensor, grid: Grid) -> tuple[Tensor, QuantizedWeight] | None:
     """The rows that already lie on a grid, and the matrix rounded to nearest. None if none of a few sample rows does.
 
-    None also for grids whose rows depend on each other. `grid` must have the tensor scale of the matrix. The scale is
-    searched here even for grids that take it from the range of a group.
+    Also None for grids that code several weights together. `grid` must have the tensor scale of the matrix. The scale
+    is searched here even for grids that take it from the range of a group.
     """
-    if grid.tile_rows > 1:
+    if not grid.coded_singly:
         return None
     searching = grid.fitted_by("mse")
     sample = weight[torch.linspace(0, len(weight) - 1, min(len(weight), _SAMPLE)).long()]

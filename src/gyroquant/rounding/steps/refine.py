@@ -102,7 +102,10 @@ class _Descent:
         number = self.number[:, start:stop].T.contiguous()
         code = self.code[:, start:stop].T.contiguous()
         before, curvature = number.clone(), h.diagonal().tolist()
-        for i in range(stop - start):
+        for i in range(0, stop - start, self.grid.tile_columns):
+            if self.grid.tile_columns > 1:
+                self._set_tile(slice(i, i + self.grid.tile_columns), code, number, slope, h, params)
+                continue
             new = self.grid.encode((number[i] + slope[i] / curvature[i])[:, None], params)
             move = self.grid.decode(new, params)[:, 0] - number[i]
             better = self._tiles(move * (2 * slope[i] - move * curvature[i])) > 0
@@ -116,6 +119,22 @@ class _Descent:
         self.number[:, start:stop] += change
         self.slope.addmm_(change, self.h[start:stop], alpha=-1)
         return changed
+
+    def _set_tile(
+        self, tile: slice, code: Tensor, number: Tensor, slope: Tensor, h: Tensor, params: GroupParams
+    ) -> None:
+        """As one step of `_set_codes`, for neighbouring columns that have their codes together.
+
+        They get the numbers nearest to the lowest point of the objective, if these lower it.
+        """
+        wanted = number[tile] + torch.linalg.solve(h[tile, tile], slope[tile])
+        new = self.grid.encode(wanted.T.contiguous(), params)
+        move = self.grid.decode(new, params).T - number[tile]
+        better = (move * (2 * slope[tile] - h[tile, tile] @ move)).sum(0) > 0
+        move = move * better
+        code[tile] = torch.where(better, new.T, code[tile])
+        number[tile] += move
+        slope.addmm_(h[:, tile], move, alpha=-1)
 
     def _tiles(self, gain: Tensor) -> Tensor:
         """The gain of each row, shape (rows,), or that of its tile if rows can only change together."""

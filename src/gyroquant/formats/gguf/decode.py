@@ -21,6 +21,7 @@ from gyroquant.models.stores.gguf.file import GgufFile
 
 _F32 = 0
 _AS_THEY_ARE = {_F32, *range(24, 29)}  # fp32, integers and fp64
+_LAST = 42  # Q2_0, the newest type that is read. ggml has no check for numbers that it does not know
 _CHUNK = 1 << 22  # numbers that are decoded at once
 _Decoder = ctypes.CFUNCTYPE(None, c_void_p, c_void_p, c_int64)
 
@@ -102,10 +103,9 @@ def _parts(file: Any, size: int, step: int) -> Iterator[np.ndarray]:
 def _traits(name: str, kind: int) -> Any:
     """What ggml states about a type. Raises InputError if it has no such type, no decoder, or another layout."""
     library = _ggml()
-    known = library.ggml_type_name(kind)
-    if known is None or library.ggml_type_size(kind) == 0 or known == b"NONE":
+    if not 0 <= kind <= _LAST or library.ggml_type_size(kind) == 0:
         raise InputError(f"{name} is of a type that the installed llama.cpp does not have (number {kind})")
-    traits = library.ggml_get_type_traits(kind).contents
+    known, traits = library.ggml_type_name(kind), library.ggml_get_type_traits(kind).contents
     facts = library.ggml_blck_size(kind), library.ggml_type_size(kind), library.ggml_is_quantized(kind)
     if (traits.block, traits.bytes, traits.quantized) != facts or traits.name != known:
         raise InputError(

@@ -80,6 +80,16 @@ _CONTEXT: tuple[tuple[str, Any, Any], ...] = (  # llama_context_params
     ("ctx_other", c_void_p, None),
 )
 
+_BATCH: dict[str, Any] = {  # llama_batch; a new one for tokens has all but the count and embeddings
+    "n_tokens": c_int32,
+    "token": ctypes.POINTER(c_int32),
+    "embd": ctypes.POINTER(c_float),
+    "pos": ctypes.POINTER(c_int32),
+    "n_seq_id": ctypes.POINTER(c_int32),
+    "seq_id": ctypes.POINTER(ctypes.POINTER(c_int32)),
+    "logits": ctypes.POINTER(c_int8),
+}
+
 
 # A version may append fields. llama.cpp then fills them with its defaults, and gets them back, in the last field here.
 class _ModelParams(ctypes.Structure):
@@ -153,8 +163,8 @@ def load() -> Any:
     _check("llama_model_params", library.llama_model_default_params(), _MODEL)
     _check("llama_context_params", library.llama_context_default_params(), _CONTEXT)
     batch = library.llama_batch_init(1, 0, 1)
-    filled = [name for name, _ in _Batch._fields_ if getattr(batch, name)]
-    if filled != ["token", "pos", "n_seq_id", "seq_id", "logits"]:
+    filled = [name for name in _BATCH if getattr(batch, name)]
+    if filled != [name for name in _BATCH if name not in ("n_tokens", "embd")]:
         raise _unknown(f"its llama_batch has another layout (a new one has {', '.join(filled) or 'nothing'})")
     library.llama_batch_free(batch)
     return library

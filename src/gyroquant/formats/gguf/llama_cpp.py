@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import importlib.util
 import logging
 import weakref
@@ -13,7 +14,10 @@ from typing import Any
 from gyroquant.errors import InputError
 from gyroquant.formats.gguf import xllamacpp
 
-PACKAGES = "llama_cpp", xllamacpp.PACKAGE  # of llama-cpp-python, which is built from source, and of xllamacpp
+_DISTRIBUTIONS = {
+    "llama_cpp": "llama-cpp-python",
+    xllamacpp.PACKAGE: xllamacpp.PACKAGE,
+}  # by package, first choice first
 _ERROR, _CONTINUED = 4, 5  # log levels of ggml
 _LOG = logging.getLogger("gyroquant.llama_cpp")  # all log messages of llama.cpp, at the level DEBUG
 _errors: list[str] = []
@@ -22,7 +26,15 @@ _callbacks: list[Any] = []  # kept, since llama.cpp calls them until the process
 
 def installed() -> bool:
     """Whether a package with llama.cpp is installed."""
-    return any(importlib.util.find_spec(name) is not None for name in PACKAGES)
+    return any(importlib.util.find_spec(package) is not None for package in _DISTRIBUTIONS)
+
+
+def distribution() -> str:
+    """The name of the distribution that llama.cpp comes from. Raises InputError if none is installed."""
+    for package, name in _DISTRIBUTIONS.items():
+        if importlib.util.find_spec(package) is not None:
+            return name
+    raise InputError('llama.cpp is not installed: pip install "gyroquant[llama-cpp]"')
 
 
 @cache
@@ -32,12 +44,11 @@ def binding() -> Any:
     They come from llama-cpp-python if it is installed, otherwise from xllamacpp. Raises InputError if neither is, and
     for a version of xllamacpp that does not fit.
     """
-    if importlib.util.find_spec("llama_cpp") is not None:
-        import llama_cpp as library
-    elif installed():
+    library: Any
+    if distribution() == xllamacpp.PACKAGE:
         library = xllamacpp.load()
     else:
-        raise InputError('llama.cpp is not installed: pip install "gyroquant[llama-cpp]"')
+        library = importlib.import_module("llama_cpp")
     last = 0
 
     def log(level: int, text: bytes, _: Any) -> None:

@@ -15,10 +15,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from gyroquant.errors import InputError
 from gyroquant.formats.gguf.llama_cpp import Vocabulary
 from gyroquant.models.stores.gguf.file import GgufFile
-from gyroquant.models.stores.gguf.tokenizer import _PRE_TOKENIZERS, read_tokenizer
+from gyroquant.models.stores.gguf.tokenizer import PRE_TOKENIZERS, read_tokenizer
 from gyroquant.models.stores.tokenizer_texts import TEXTS, texts
 
-NAMES = [cut[1].split()[-1] for cut in _PRE_TOKENIZERS]
+NAMES = [cut[1].split()[-1] for cut in PRE_TOKENIZERS]
 
 
 @pytest.fixture(scope="module")

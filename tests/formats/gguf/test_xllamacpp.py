@@ -149,14 +149,32 @@ def test_another_layout_of_the_types_is_refused(monkeypatch: pytest.MonkeyPatch)
         decode._traits("x", int(Type.Q4_0))
 
 
-def test_rows_that_fit_no_block_get_types_of_llama_cpp(tmp_path: Path) -> None:
-    """ik_llama.cpp falls back to Q6_0, a type of its own, where llama.cpp takes Q5_1."""
-    changes = {"hidden_size": 160, "num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": 32}
-    write_model(tmp_path / "m.gguf", build("llama", **changes), Type.F32)
-    quantizer.rewrite(tmp_path / "m.gguf", tmp_path / "q.gguf", "Q5_K_M")
-    stored = stored_tensors(tmp_path / "q.gguf")
-    assert stored["blk.0.attn_q.weight"].kind == "Q5_1"
+@pytest.mark.parametrize(
+    ("kind", "width", "tensor", "replacement"),
+    [
+        ("Q5_K_M", 160, "attn_q", "Q5_1"),  # for Q6_0
+        ("IQ4_NL", 256, "attn_v", "Q5_K"),  # for IQ5_K
+        ("IQ3_M", 256, "attn_output", "Q4_K"),  # for IQ4_K
+    ],
+)
+def test_types_of_the_fork_are_replaced(
+    kind: str, width: int, tensor: str, replacement: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mixtures of ik_llama.cpp have types that llama.cpp does not read."""
+    hide(monkeypatch, "llama_cpp")
+    heads = {"num_attention_heads": width // 32, "num_key_value_heads": 1, "head_dim": 32}
+    model = build("llama", hidden_size=width, intermediate_size=512, **heads)
+    write_model(tmp_path / "m.gguf", model, Type.F32)
+    quantizer.rewrite(tmp_path / "m.gguf", tmp_path / "q.gguf", kind)
+    assert stored_tensors(tmp_path / "q.gguf")[f"blk.0.{tensor}.weight"].kind == replacement
     assert LlamaModel(tmp_path / "q.gguf").feed([3, 4]).isfinite().all()
+
+
+def test_other_types_of_the_fork_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hide(monkeypatch, "llama_cpp")
+    write_model(tmp_path / "m.gguf", build("llama", hidden_size=256, intermediate_size=512), Type.F32)
+    with pytest.raises(InputError, match=r"writes IQ2_K with tensors of type 137, which llama\.cpp does not read"):
+        quantizer.rewrite(tmp_path / "m.gguf", tmp_path / "q.gguf", "IQ2_K")
 
 
 @pytest.mark.parametrize(

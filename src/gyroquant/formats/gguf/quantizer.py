@@ -27,7 +27,7 @@ _FORK_TYPES = (
     *("Q3_K_S", "Q3_K_M", "Q3_K_L", "Q2_K", "Q2_K_S", "IQ4_NL", "IQ4_XS", "IQ3_M", "IQ3_S", "IQ3_XS", "IQ3_XXS"),
     *("IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"),
 )
-_FALLBACKS = {"type 133": "q5_1"}  # Q6_0, the fork's choice for rows that blocks of Q5_K do not fit; llama.cpp's
+_OF_THE_FORK = {"type 133": "q5_1", "type 139": "q4_K", "type 140": "q5_K"}  # Q6_0, IQ4_K and IQ5_K in its mixtures
 _REASON = re.compile("fail|error|invalid|Please", re.IGNORECASE)  # in the lines that say why the program ends
 
 
@@ -80,15 +80,15 @@ def _program() -> Path:
 
 
 def _run(source: Path, target: Path, kind: str) -> None:
-    """Runs the fork's program. Where it falls back to a type of its own, it runs again with llama.cpp's choice."""
+    """Runs the fork's program. If its mixture has types of its own, it runs again with llama.cpp's in their place."""
     _run_program(source, target, kind, [])
     own = {name: tensor.kind for name, tensor in stored_tensors(target).items() if tensor.kind.startswith("type ")}
     if not own:
         return
-    other = next((stored for stored in own.values() if stored not in _FALLBACKS), None)
+    other = next((stored for stored in own.values() if stored not in _OF_THE_FORK), None)
     if other is not None:
         raise InputError(f"llama-quantize writes {kind} with tensors of {other}, which llama.cpp does not read")
-    rules = ",".join(f"^{re.escape(name)}$={_FALLBACKS[stored]}" for name, stored in own.items())
+    rules = ",".join(f"^{re.escape(name)}$={_OF_THE_FORK[stored]}" for name, stored in own.items())
     _run_program(source, target, kind, ["--custom-q", rules])
 
 

@@ -12,7 +12,7 @@ which round embedding and head too. Weights are rounded to nearest: a product ta
 Every round measures every row once, in a process of its own, rows in turn, so that what else the machine does hits all
 alike. Ratios are medians over rounds. The memory of a model is the peak of the process while it runs, less what it held
 before the program's library was imported and the model was opened. A format whose package is not installed is left out,
-by name. llama.cpp needs llama-cpp-python.
+by name.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ W4 = ["weights.bits=4", "weights.group_size=64", "weights.symmetric=true"]
 W2 = ["weights.bits=2", "weights.group_size=64", "weights.symmetric=true"]
 FUSED = ["transform.R1={method: hadamard}", "transform.R2={method: hadamard}"]
 ONLINE = [*FUSED, "transform.R4={method: hadamard, block: 128}"]
-PACKAGES = {"openvino": "openvino", "onnx": "onnxruntime", "gguf": "llama_cpp"}
+PACKAGES = {"openvino": ["openvino"], "onnx": ["onnxruntime"], "gguf": ["llama_cpp", "xllamacpp"]}  # one of these
 
 
 def table(bits: int) -> list[str]:
@@ -101,9 +101,9 @@ def exported(given: argparse.Namespace, row: Row) -> Path:
 
 def installed(formats: list[str]) -> list[str]:
     """The formats whose packages are installed. Names the others."""
-    missing = [name for name in formats if importlib.util.find_spec(PACKAGES[name]) is None]
+    missing = [name for name in formats if not any(map(importlib.util.find_spec, PACKAGES[name]))]
     for name in missing:
-        print(f"{name} is left out: {PACKAGES[name]} is not installed", flush=True)
+        print(f"{name} is left out: {' or '.join(PACKAGES[name])} is not installed", flush=True)
     return [name for name in formats if name not in missing]
 
 

@@ -27,6 +27,7 @@ import transformers
 from gguf import GGMLQuantizationType as Type
 
 from gyroquant.errors import InputError
+from gyroquant.formats.gguf.llama_cpp import distribution
 from gyroquant.system.environment import versions
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "helpers"))
@@ -153,7 +154,7 @@ def main() -> None:
     differences = [row["difference"] for row in rows if "difference" in row]
     failed = [row for row in rows if not row.get("difference", 1) <= LIMIT]
     print(f"{len(rows)} combinations, {len(failed)} of them above {LIMIT:.0e}; the largest: {max(differences):.1e}")
-    used = versions() | {name: version(name) for name in ("llama-cpp-python", "gguf")}
+    used = versions() | {name: version(name) for name in (distribution(), "gguf")}
     print(used)
     if given.json:
         given.json.write_text(json.dumps({"rows": rows, "largest": max(differences), "versions": used}, indent=1))

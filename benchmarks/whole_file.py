@@ -18,7 +18,7 @@ tool's defaults leave them. Their environments are made if they are missing.
 bits, and against llama.cpp's Q4_0. The layers to compare with are rounded to nearest: a product takes as long whatever
 the numbers are. Every round measures every row once, in turn; ratios are medians over rounds.
 
-`types` without `--quantize` and `speed` need llama-cpp-python. What is made already is not made again.
+`types` without `--quantize` and `speed` need the extra llama-cpp. What is made already is not made again.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def main() -> None:
     parser.add_argument("--test", type=Path)
     parser.add_argument("--ours", type=Path, nargs=2, metavar=("W4_FOLDER", "W2_FOLDER"))
     parser.add_argument("--types", nargs="+", default=TYPES, metavar="TYPE")
-    parser.add_argument("--quantize", metavar="PROGRAM", help="a program llama-quantize, instead of llama-cpp-python")
+    parser.add_argument("--quantize", metavar="PROGRAM", help="a program llama-quantize, instead of ours")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--runs", nargs="+", metavar="TOOL:VARIANT:BITS")
     parser.add_argument("--nsamples", type=int, default=32, help="calibration windows of `tools`, of 512 tokens")

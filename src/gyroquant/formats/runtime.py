@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,19 +18,23 @@ from gyroquant.registry import Registry
 class Runtime(ABC):
     """A model opened by a program. With `exact`, everything runs in fp32; otherwise the program runs as by default.
 
-    Raises InputError if the program is not installed. If its `package` is missing, `open_runtime` uses `instead`.
+    Raises InputError if the program is not installed. If it is not, `open_runtime` uses `instead`, if there is one.
     """
 
     registry: ClassVar[Registry[type[Runtime]]] = Registry("runtime", "gyroquant.formats")
     """The runtimes by the names of the formats that declare them (`Format.runtime`)."""
     title: ClassVar[str]
-    package: ClassVar[str] = ""
     instead: ClassVar[type[Runtime] | None] = None
     unpadded: ClassVar[str] = ""  # why it does not accept a padded batch; empty if it does
     longest: int | None = None  # the largest number of tokens in a text, if the program has a limit
 
     def __init__(self, folder: Path, exact: bool):
         self.folder, self.exact = folder, exact
+
+    @classmethod
+    def installed(cls) -> bool:
+        """Whether the packages that the program needs are installed. Only asked if there is an `instead`."""
+        return True
 
     @classmethod
     def on_devices(cls, folder: Path) -> Iterator[tuple[str, Runtime]]:
@@ -83,6 +86,6 @@ class Runtime(ABC):
 def open_runtime(format_name: str, folder: Path, exact: bool) -> Runtime:
     """Opens a folder with its format's program. Raises InputError if it is not installed or cannot open the folder."""
     kind = Runtime.registry.find(format_name, str(folder))
-    if kind.instead is not None and importlib.util.find_spec(kind.package) is None:
+    if kind.instead is not None and not kind.installed():
         kind = kind.instead
     return kind(folder, exact)

@@ -4,7 +4,6 @@ reads the same model from it.
 
 from __future__ import annotations
 
-import importlib.util
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ import saved_models
 import tiny_models
 import torch
 from gguf_reading import written
+from missing_packages import LLAMA_CPP, hide
 from transformers import AutoModelForCausalLM
 
 import gyroquant as gq
@@ -301,8 +301,7 @@ def test_what_is_exported_opens_as_the_same_model(name: str, rope: dict[str, Any
 
 
 def test_where_llama_cpp_is_absent_our_own_reader_checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    known = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "llama_cpp" else known(name))
+    hide(monkeypatch, *LLAMA_CPP)
     model = tiny_models.build("llama", **WIDE, rope_parameters=LLAMA3)
     store = saved_models.rounded(model, tmp_path / "ours", bits=2, group_size=64)
     check = gq.export(store.folder, "gguf", tmp_path / "gguf")["check"]

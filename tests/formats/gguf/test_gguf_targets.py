@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
 import saved_models
 import torch
+from missing_packages import LLAMA_CPP, hide
 from transformers import PreTrainedModel
 
 import gyroquant as gq
@@ -80,7 +80,6 @@ def rounded(name: str, out: Path, changes: dict[str, Any], **weights: Any) -> Pa
 
 @pytest.mark.parametrize("name", [*TARGETS, *MORE])
 def test_llama_cpp_runs_it(name: str, tmp_path: Path) -> None:
-    pytest.importorskip("llama_cpp")
     model_type, changes = MORE.get(name, (name, CHANGES.get(name, {})))
     store = rounded(model_type, tmp_path / "ours", changes)
     gq.export(store.folder, "gguf", tmp_path / "gguf", check=False)
@@ -99,8 +98,7 @@ def test_llama_cpp_runs_it(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_our_own_reader_reads_it(name: str, symmetric: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Experts with 4-bit zero points too: they are compared with the weights of the file, whose offsets are fp16."""
-    known = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "llama_cpp" else known(name))
+    hide(monkeypatch, *LLAMA_CPP)
     store = rounded(name, tmp_path / "ours", CHANGES.get(name, {}), bits=4, symmetric=symmetric)
     check = gq.export(store.folder, "gguf", tmp_path / "gguf")["check"]
     assert check["runtime"] == GgufRuntime.title

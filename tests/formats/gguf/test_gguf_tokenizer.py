@@ -14,6 +14,8 @@ from tiny_tokenizers import ROWS, TEXTS, byte_level, pieces
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from gyroquant.models.stores.gguf.file import GgufFile
+from gyroquant.models.stores.gguf.tokenizer import read_tokenizer
 from gyroquant.models.stores.packed import PackedStore
 
 
@@ -66,6 +68,18 @@ def test_byte_level_tokenizers(cut: str, talking: PackedStore, tmp_path: Path) -
     assert [tuple(merge.split(" ")) for merge in merges] == [tuple(pair) for pair in spec["model"]["merges"]]
     if cut not in ("smollm", "llama-bpe"):  # transformers knows neither the first nor whole words
         same_ids(tokenizer, tmp_path / "gguf", TEXTS)
+
+
+@pytest.mark.parametrize("cut", ["gpt-2", "smollm", "qwen2", "llama-bpe", "smaug-bpe"])
+def test_a_tokenizer_that_was_read_from_a_file_is_written_again(cut: str, talking: PackedStore, tmp_path: Path) -> None:
+    """Its steps are those of our reader, not of the tokenizer from which that file was made."""
+    with_tokenizer(talking, byte_level(cut), tmp_path / "first")
+    read = read_tokenizer(GgufFile(tmp_path / "first" / "model.gguf"), "first")
+    facts, found = with_tokenizer(talking, read, tmp_path / "again")
+    assert facts["notes"] == []
+    assert (found["ggml.model"], facts["tokenizer"]["texts_that_differ"]) == ("gpt2", 0)
+    again = read_tokenizer(GgufFile(tmp_path / "again" / "model.gguf"), "again")
+    assert again.backend_tokenizer.to_str() == read.backend_tokenizer.to_str()
 
 
 @pytest.mark.parametrize("cut", ["unknown", "prefixed"])

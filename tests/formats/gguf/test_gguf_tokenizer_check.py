@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import pytest
 import saved_models
 import tiny_models
 from gguf_reading import written
+from missing_packages import LLAMA_CPP, hide
 from tiny_tokenizers import ROWS, byte_level, pieces
 from tokenizers import AddedToken
 
@@ -21,11 +21,8 @@ BY = ["llama.cpp", "gyroquant's reader of GGUF"]
 @pytest.fixture(params=BY)
 def by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Who compares: llama.cpp, or our own reader as if that was not installed."""
-    if request.param == "llama.cpp":
-        pytest.importorskip("llama_cpp")
-    else:
-        known = importlib.util.find_spec
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "llama_cpp" else known(name))
+    if request.param != "llama.cpp":
+        hide(monkeypatch, *LLAMA_CPP)
     return str(request.param)
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import builtins
-import importlib.util
 from pathlib import Path
-from typing import Any
 
 import pytest
 import saved_models
 import tiny_models
 from gguf_reading import read_back, written
+from missing_packages import LLAMA_CPP, hide
 
 import gyroquant as gq
 from gyroquant.errors import InputError
@@ -30,15 +28,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> PackedStore:
 @pytest.fixture
 def without(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that does not have llama.cpp."""
-    found, imported = importlib.util.find_spec, builtins.__import__
-
-    def importing(name: str, *rest: Any, **named: Any) -> Any:
-        if name == "llama_cpp":
-            raise ImportError(name)
-        return imported(name, *rest, **named)
-
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "llama_cpp" else found(name))
-    monkeypatch.setattr(builtins, "__import__", importing)
+    hide(monkeypatch, *LLAMA_CPP)
     llama_cpp.binding.cache_clear()
 
 
@@ -50,7 +40,9 @@ def test_other_formats_are_not_requantized(name: str, store: PackedStore, tmp_pa
 
 
 def test_without_llama_cpp_the_remedy_is_named(store: PackedStore, tmp_path: Path, without: None) -> None:
-    with pytest.raises(InputError, match=r'llama.cpp is not installed: pip install "gyroquant\[llama-cpp\]"'):
+    with pytest.raises(
+        InputError, match=r'quantizer of llama.cpp is not installed: pip install "gyroquant\[llama-cpp\]"'
+    ):
         gq.export(store.folder, "gguf", tmp_path / "x", requantize="Q4_K_M")
     assert list(tmp_path.iterdir()) == []
 

@@ -18,11 +18,12 @@ from gyroquant.models.stores.base import CheckpointStore
 from gyroquant.models.stores.packed import PackedStore
 from gyroquant.models.stores.weight_bytes import add_up
 
-_SUPERBLOCK = 256
+SUPERBLOCK = 256  # weights
 _LIMIT = 0.5  # the largest share of weights that may be rounded to another type than the requested one
 
 
-def _type(kind: str, bits: int, block: int, imatrix: bool = False) -> dict[str, Any]:
+def type_settings(kind: str, bits: int, block: int, imatrix: bool = False) -> dict[str, Any]:
+    """The settings of a variant: ggml's type, its bits, the weights of a block, and whether it gets statistics."""
     return {"type": kind, "bits": bits, "block": block, "imatrix": imatrix, "outside": "default"}
 
 
@@ -36,24 +37,26 @@ class LlamaCpp(ExternalTool):
     """
 
     name = "llama.cpp"
+    script: ClassVar[str] = "llama_cpp.py"
+    """The file in `runners` that runs it."""
     home = "ggml-org/llama.cpp"
     requirements = ("llama-cpp-python==0.3.36", "gguf==0.19.0", "transformers==5.23.0", "accelerate==1.15.0")
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "Q2_0": _type("Q2_0", 2, 64),
-        "Q2_K": _type("Q2_K", 2, _SUPERBLOCK),
-        "Q2_K imatrix": _type("Q2_K", 2, _SUPERBLOCK, imatrix=True),
-        "IQ2_XS imatrix": _type("IQ2_XS", 2, _SUPERBLOCK, imatrix=True),
-        "IQ2_M imatrix": _type("IQ2_M", 2, _SUPERBLOCK, imatrix=True),
-        "Q3_K_M": _type("Q3_K_M", 3, _SUPERBLOCK),
-        "Q3_K_M imatrix": _type("Q3_K_M", 3, _SUPERBLOCK, imatrix=True),
-        "IQ3_S imatrix": _type("IQ3_S", 3, _SUPERBLOCK, imatrix=True),
-        "Q4_0": _type("Q4_0", 4, 32),
-        "Q4_0 imatrix": _type("Q4_0", 4, 32, imatrix=True),
-        "Q4_1": _type("Q4_1", 4, 32),
-        "IQ4_NL imatrix": _type("IQ4_NL", 4, 32, imatrix=True),
-        "Q4_K_M": _type("Q4_K_M", 4, _SUPERBLOCK),
-        "Q4_K_M imatrix": _type("Q4_K_M", 4, _SUPERBLOCK, imatrix=True),
-        "IQ4_XS imatrix": _type("IQ4_XS", 4, _SUPERBLOCK, imatrix=True),
+        "Q2_0": type_settings("Q2_0", 2, 64),
+        "Q2_K": type_settings("Q2_K", 2, SUPERBLOCK),
+        "Q2_K imatrix": type_settings("Q2_K", 2, SUPERBLOCK, imatrix=True),
+        "IQ2_XS imatrix": type_settings("IQ2_XS", 2, SUPERBLOCK, imatrix=True),
+        "IQ2_M imatrix": type_settings("IQ2_M", 2, SUPERBLOCK, imatrix=True),
+        "Q3_K_M": type_settings("Q3_K_M", 3, SUPERBLOCK),
+        "Q3_K_M imatrix": type_settings("Q3_K_M", 3, SUPERBLOCK, imatrix=True),
+        "IQ3_S imatrix": type_settings("IQ3_S", 3, SUPERBLOCK, imatrix=True),
+        "Q4_0": type_settings("Q4_0", 4, 32),
+        "Q4_0 imatrix": type_settings("Q4_0", 4, 32, imatrix=True),
+        "Q4_1": type_settings("Q4_1", 4, 32),
+        "IQ4_NL imatrix": type_settings("IQ4_NL", 4, 32, imatrix=True),
+        "Q4_K_M": type_settings("Q4_K_M", 4, SUPERBLOCK),
+        "Q4_K_M imatrix": type_settings("Q4_K_M", 4, SUPERBLOCK, imatrix=True),
+        "IQ4_XS imatrix": type_settings("IQ4_XS", 4, SUPERBLOCK, imatrix=True),
     }
     fixed = frozenset(name for name, settings in variants.items() if not settings["imatrix"])
 
@@ -64,7 +67,7 @@ class LlamaCpp(ExternalTool):
     def run(self, variant: str, task: Task, python: Path) -> ToolResult:
         settings = self.variants[variant]
         store = opened(task.model)
-        _check_columns(store, variant, settings["block"])
+        _check_columns(store, f"{self.name} would round", variant, settings["block"])
         files, dense = task.out / "files", task.out / "dense"
         files.mkdir()
         dense.mkdir()
@@ -74,7 +77,7 @@ class LlamaCpp(ExternalTool):
             arguments = ["--model", task.model, "--tokens", task.tokens, "--plain", plain, "--kind", settings["type"]]
             arguments += ["--imatrix"] if settings["imatrix"] else []
             arguments += ["--out", path, "--dense", dense / path.name]
-            report = run_script(python, "llama_cpp.py", [str(word) for word in arguments], task.out / "report.json")
+            report = run_script(python, self.script, [str(word) for word in arguments], task.out / "report.json")
         finally:
             plain.unlink(missing_ok=True)
         bits, wide = stored_bits(store, path), wide_tensors(path)
@@ -101,10 +104,10 @@ def opened(folder: Path) -> PackedStore:
     return store
 
 
-def _check_columns(store: PackedStore, variant: str, block: int) -> None:
+def _check_columns(store: PackedStore, would: str, variant: str, block: int) -> None:
     """Raises ExternalToolError if the blocks of a type do not divide the rows of most of the rounded weights.
 
-    llama.cpp rounds such weights to a larger type, so the result would not have the bits of the variant.
+    The program rounds such weights to a larger type, so the result would not have the bits of the variant.
     """
     shapes = {op.module: op.shape for group in store.graph.blocks for op in group.linears}
     odd = {name: shape for name, shape in shapes.items() if shape[-1] % block}
@@ -112,7 +115,7 @@ def _check_columns(store: PackedStore, variant: str, block: int) -> None:
     if share > _LIMIT:
         name, shape = next(iter(odd.items()))
         raise ExternalToolError(
-            f"llama.cpp would round {share:.0%} of the weights to a larger type than {variant}: its blocks of {block} "
+            f"{would} {share:.0%} of the weights to a larger type than {variant}: its blocks of {block} "
             f"do not divide rows of {shape[-1]} ({name})"
         )
 

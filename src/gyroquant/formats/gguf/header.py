@@ -1,4 +1,4 @@
-"""Reads the table of tensors from the header of a GGUF file, by the specification (version 3).
+"""Reads the metadata and the table of tensors from the header of a GGUF file, by the specification (version 3).
 
 The reader of the gguf package supports fewer types of tensors than llama.cpp writes.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import mmap
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
@@ -32,24 +34,42 @@ class Stored(NamedTuple):
 
 def stored_tensors(path: Path) -> dict[str, Stored]:
     """Every tensor of a GGUF file, by name. Raises InputError if the file is not GGUF version 3."""
+    with _opened(path) as data:
+        return _Header(data).tensors()
+
+
+def stored_settings(path: Path) -> dict[str, bytes]:
+    """Every entry of the metadata of a GGUF file by its key, as it is in the file: key, type and value.
+
+    Raises InputError as `stored_tensors`.
+    """
+    with _opened(path) as data:
+        return _Header(data).settings
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[mmap.mmap]:
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         if data[:4] != _MAGIC or struct.unpack_from("<I", data, 4) != (_VERSION,):
             raise InputError(f"{path} is not a GGUF file of version {_VERSION}")
-        return _Header(data).tensors()
+        yield data
 
 
 class _Header:
     def __init__(self, data: mmap.mmap):
         self.data, self.at = data, 8
+        self._count, settings = self._number("Q"), self._number("Q")
+        self.settings: dict[str, bytes] = {}
+        for _ in range(settings):
+            start = self.at
+            key = self._string().decode()
+            self._skip(self._number("I"))
+            self.settings[key] = data[start : self.at]
 
     def tensors(self) -> dict[str, Stored]:
         """All tensors. The size of each is the distance to the start of the next."""
-        count, settings = self._number("Q"), self._number("Q")
-        for _ in range(settings):
-            self._string()
-            self._skip(self._number("I"))
         table = []
-        for _ in range(count):
+        for _ in range(self._count):
             name = self._string().decode()
             numbers = prod(self._number("Q") for _ in range(self._number("I")))
             kind = self._number("I")

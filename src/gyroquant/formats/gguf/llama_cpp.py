@@ -1,33 +1,54 @@
-"""llama.cpp through its Python binding, without console output, and its quantizer."""
+"""llama.cpp through its C functions, from one of two Python packages, without console output."""
 
 from __future__ import annotations
 
 import ctypes
+import importlib
+import importlib.util
 import logging
 import weakref
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from gyroquant.errors import InputError
+from gyroquant.formats.gguf import xllamacpp
 
-_BATCH = 512
+_DISTRIBUTIONS = {
+    "llama_cpp": "llama-cpp-python",
+    xllamacpp.PACKAGE: xllamacpp.PACKAGE,
+}  # by package, first choice first
 _ERROR, _CONTINUED = 4, 5  # log levels of ggml
 _LOG = logging.getLogger("gyroquant.llama_cpp")  # all log messages of llama.cpp, at the level DEBUG
-_PREFIX = "LLAMA_FTYPE_MOSTLY_"
 _errors: list[str] = []
 _callbacks: list[Any] = []  # kept, since llama.cpp calls them until the process ends
 
 
+def installed() -> bool:
+    """Whether a package with llama.cpp is installed."""
+    return any(importlib.util.find_spec(package) is not None for package in _DISTRIBUTIONS)
+
+
+def distribution() -> str:
+    """The name of the distribution that llama.cpp comes from. Raises InputError if none is installed."""
+    for package, name in _DISTRIBUTIONS.items():
+        if importlib.util.find_spec(package) is not None:
+            return name
+    raise InputError('llama.cpp is not installed: pip install "gyroquant[llama-cpp]"')
+
+
 @cache
 def binding() -> Any:
-    """The package llama_cpp, without console output. Raises InputError if it is not installed."""
-    try:
-        import llama_cpp
-    except ImportError as error:
-        raise InputError('llama.cpp is not installed: pip install "gyroquant[llama-cpp]"') from error
+    """llama.cpp's C functions by the names of llama-cpp-python, without console output.
+
+    They come from llama-cpp-python if it is installed, otherwise from xllamacpp. Raises InputError if neither is, and
+    for a version of xllamacpp that does not fit.
+    """
+    library: Any
+    if distribution() == xllamacpp.PACKAGE:
+        library = xllamacpp.load()
+    else:
+        library = importlib.import_module("llama_cpp")
     last = 0
 
     def log(level: int, text: bytes, _: Any) -> None:
@@ -38,10 +59,16 @@ def binding() -> Any:
             _errors.append(line)
         _LOG.debug(line)
 
-    _callbacks.append(llama_cpp.llama_log_callback(log))
-    llama_cpp.llama_log_set(_callbacks[-1], ctypes.c_void_p(0))
-    llama_cpp.llama_backend_init()
-    return llama_cpp
+    _callbacks.append(library.llama_log_callback(log))
+    library.llama_log_set(_callbacks[-1], ctypes.c_void_p(0))
+    library.llama_backend_init()
+    return library
+
+
+def shared_library() -> ctypes.CDLL:
+    """The shared library of `binding`, in which ggml's functions are found too. Raises InputError as `binding`."""
+    library = binding()
+    return library.handle if hasattr(library, "handle") else library.llama_cpp._lib
 
 
 def complained() -> str:
@@ -81,21 +108,3 @@ def tokenize(library: Any, vocab: Any, text: str, add_special: bool) -> list[int
     capacity = len(data) + 8
     ids = (library.llama_token * capacity)()
     return list(ids[: library.llama_tokenize(vocab, data, len(data), ids, capacity, add_special, True)])
-
-
-def file_types() -> dict[str, int]:
-    """The types that llama.cpp's quantizer can write, with their numbers. Raises InputError as `binding` does."""
-    types = {name.removeprefix(_PREFIX): kind for name, kind in vars(binding()).items() if name.startswith(_PREFIX)}
-    return types | {"F32": 0}
-
-
-def rewrite(source: Path, target: Path, kind: str) -> None:
-    """Rewrites a GGUF file with tensors of another type, by llama.cpp's quantizer. Raises InputError with llama.cpp's
-    messages if it fails.
-    """
-    library = binding()
-    settings = library.llama_model_quantize_default_params()
-    settings.ftype, settings.nthread, settings.allow_requantize = file_types()[kind], torch.get_num_threads(), True
-    complained()
-    if library.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(settings)):
-        raise InputError(f"llama.cpp cannot write {kind}: {complained()}")

@@ -1,4 +1,4 @@
-"""The runtime llama.cpp, through its Python binding, and its tokenizers. A file runs as it is, or decoded to fp32.
+"""The runtime llama.cpp and its tokenizers. A file runs as it is, or decoded to fp32.
 
 llama.cpp's kernels round the inputs of rounded weights to 8 bits. For an exact run, llama.cpp therefore decodes the
 whole file to fp32 first, with its own code, and runs the decoded file with everything else in fp32 too.
@@ -19,8 +19,9 @@ from torch import Tensor
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from gyroquant.errors import InputError
+from gyroquant.formats.gguf.decode import write_decoded
 from gyroquant.formats.gguf.header import GGUF_FILE, stored_tensors
-from gyroquant.formats.gguf.llama_cpp import binding, complained, rewrite, tokenize
+from gyroquant.formats.gguf.llama_cpp import binding, complained, installed, tokenize
 from gyroquant.formats.gguf.runtime import GgufRuntime
 from gyroquant.formats.output_folder import check_room
 from gyroquant.formats.runtime import Runtime
@@ -125,7 +126,7 @@ def open_exactly(path: Path) -> LlamaModel:
     with TemporaryDirectory(prefix="gyroquant-") as folder:
         plain = Path(folder) / path.name
         check_room(plain, sum(4 * tensor.numbers for tensor in stored_tensors(path).values()))
-        rewrite(path, plain, "F32")
+        write_decoded(path, plain)
         return LlamaModel(plain, exact=True)
 
 
@@ -177,13 +178,16 @@ class LlamaCppRuntime(Runtime):
     """
 
     title = "llama.cpp"
-    package = "llama_cpp"
     instead = GgufRuntime
     unpadded = "it reads texts of different lengths in parallel, without padding"
 
     def __init__(self, folder: Path, exact: bool):
         super().__init__(folder, exact)
         self._model = open_exactly(folder / GGUF_FILE) if exact else LlamaModel(folder / GGUF_FILE)
+
+    @classmethod
+    def installed(cls) -> bool:
+        return installed()
 
     def tokenizer(self) -> Any:
         return LlamaTokenizer(self._model)

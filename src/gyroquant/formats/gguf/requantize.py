@@ -10,7 +10,7 @@ from typing import Any
 from gyroquant.errors import InputError
 from gyroquant.formats.base import Format
 from gyroquant.formats.gguf.header import GGUF_FILE, stored_tensors
-from gyroquant.formats.gguf.llama_cpp import file_types, rewrite
+from gyroquant.formats.gguf.quantizer import file_types, quantizer_version, rewrite
 from gyroquant.formats.gguf.tensors import tensor_pieces
 from gyroquant.formats.gguf.writer import Gguf, plain_type, write_file
 from gyroquant.formats.output_folder import OutputFolder, check_room
@@ -23,8 +23,6 @@ class RequantizedGguf(Gguf, variant=True):
     """A GGUF file that llama.cpp's quantizer makes from the decoded weights of any grid."""
 
     capabilities = replace(Gguf.capabilities, weights=(), dense=True)
-    packages = (*Gguf.packages, "llama_cpp")
-    extra = "llama-cpp"
 
     def __init__(self, kind: str):
         self.kind = kind
@@ -47,6 +45,7 @@ class RequantizedGguf(Gguf, variant=True):
         return {
             "file": GGUF_FILE,
             "requantized": self.kind,
+            "quantizer": quantizer_version(),
             "types": dict(Counter(tensor.kind for tensor in stored.values()).most_common()),
             "types_of_rounded": dict(Counter(tensor.kind for tensor in rounded).most_common()),
             "bits_per_rounded_weight": 8 * sum(t.bytes for t in rounded) / sum(t.numbers for t in rounded),

@@ -11,6 +11,7 @@ from typing import Any
 import gguf
 
 from gyroquant.errors import InputError
+from gyroquant.models.stores.gguf.tokenizer import PRE_TOKENIZERS
 from gyroquant.models.stores.packed import PackedStore
 
 
@@ -105,6 +106,8 @@ _PRE = {
     ((_LLAMA3, "bytes"), False): "smaug-bpe",
     ((_TEKKEN, "bytes"), True): "tekken",
 }
+for _patterns, _names, _whole, _ in PRE_TOKENIZERS:  # a tokenizer that was itself read from a GGUF file has these steps
+    _PRE.setdefault(((*_patterns, "bytes"), _whole), _names.split()[0])
 
 
 def _byte_level(spec: Mapping[str, Any], fields: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:

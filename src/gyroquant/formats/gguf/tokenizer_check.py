@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gyroquant.formats.gguf.llama_cpp import Vocabulary
+from gyroquant.formats.gguf.llama_cpp import Vocabulary, installed
 from gyroquant.models.stores.gguf.file import GgufFile
 from gyroquant.models.stores.gguf.tokenizer import read_tokenizer
 from gyroquant.models.stores.tokenizer_texts import texts
@@ -40,7 +39,7 @@ def compare_tokenizers(path: Path, tokenizer: Any) -> tuple[dict[str, Any], list
 
 
 def _reader(path: Path) -> tuple[str, Callable[[str], list[int]]]:
-    if importlib.util.find_spec("llama_cpp") is not None:
+    if installed():
         return "llama.cpp", Vocabulary(path)
     read = read_tokenizer(GgufFile(path), str(path))
     return "gyroquant's reader of GGUF", lambda text: list(read(text)["input_ids"])

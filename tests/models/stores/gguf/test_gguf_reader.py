@@ -243,14 +243,12 @@ def test_phi3_attends_to_everything_as_in_llama_cpp(tmp_path: Path) -> None:
     assert open_model(tmp_path / "m.gguf").config.sliding_window is None
 
 
-TYPES = sorted(gguf_reading._DECODERS)
+TYPES = sorted(gguf_reading._DECODERS.keys() - {42})  # Q2_0: only our export writes it, and its tests read such files
 
 
 @pytest.mark.parametrize("number", TYPES, ids=gguf_reading.kind_name)
 def test_every_type_is_decoded(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gguf_reading, "_CHUNK", 600)  # two rows at once
-    if number == 42:
-        pytest.skip("the package cannot write it: the tests of the export read such a file")
     kind = Type(number)
     values = np.random.default_rng(0).normal(size=(3, 5, 256)).astype(np.float32)
     data = values if kind == Type.F32 else gguf_models.blocks(values, kind)

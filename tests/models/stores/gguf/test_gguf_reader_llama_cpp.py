@@ -12,8 +12,6 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 from gguf_models import build, difference, write_model
 
-pytest.importorskip("llama_cpp")
-
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3["original_max_position_embeddings"] = 64

@@ -13,11 +13,12 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from gyroquant.errors import InputError
+from gyroquant.formats.gguf.llama_cpp import Vocabulary
 from gyroquant.models.stores.gguf.file import GgufFile
-from gyroquant.models.stores.gguf.tokenizer import _PRE_TOKENIZERS, read_tokenizer
+from gyroquant.models.stores.gguf.tokenizer import PRE_TOKENIZERS, read_tokenizer
 from gyroquant.models.stores.tokenizer_texts import TEXTS, texts
 
-NAMES = [cut[1].split()[-1] for cut in _PRE_TOKENIZERS]
+NAMES = [cut[1].split()[-1] for cut in PRE_TOKENIZERS]
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +90,6 @@ def sentencepiece(path: Path, **more: Any) -> GgufFile:
 
 
 def same(path: Path, file: GgufFile) -> Any:
-    pytest.importorskip("llama_cpp")
-    from gyroquant.formats.gguf.llama_cpp import Vocabulary
-
     tokenizer, theirs = read_tokenizer(file, "it"), Vocabulary(path)
     for what, text in texts(tokenizer):
         assert tokenizer(text)["input_ids"] == theirs(text), (what, text)

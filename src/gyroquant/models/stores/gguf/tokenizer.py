@@ -40,7 +40,7 @@ _TEKKEN = (
 )
 # Pre-tokenizers. Each entry: the patterns that split words, applied in this order; the names of the pre-tokenizer;
 # whether a word that is a token stays whole; whether a text starts with BOS if the file does not state it.
-_PRE_TOKENIZERS: tuple[tuple[tuple[str, ...], str, bool, bool], ...] = (
+PRE_TOKENIZERS: tuple[tuple[tuple[str, ...], str, bool, bool], ...] = (
     ((_GPT2,), "gpt-2 phi-2 gigachat a.x-4.0 mellum exaone4 mpt olmo jais trillion", False, False),
     ((r"\p{N}", _GPT2), "starcoder refact command-r smollm codeshell exaone minerva-7b", False, False),
     ((_QWEN2,), "qwen2 stablelm2 deepseek-r1-qwen kormo f2llmv2 hunyuan", False, False),
@@ -59,7 +59,7 @@ def read_tokenizer(file: GgufFile, label: str) -> Any:
     kind, pre = settings.get("ggml.model"), settings.get("ggml.pre", "default")
     if kind in (None, "none", "no_vocab"):
         raise InputError(f"{label} has no usable tokenizer: the file states that there is none (tokenizer.ggml.model)")
-    cut = next((cut for cut in _PRE_TOKENIZERS if pre in cut[1].split()), None)
+    cut = next((cut for cut in PRE_TOKENIZERS if pre in cut[1].split()), None)
     if kind not in ("gpt2", "llama") or (kind == "gpt2" and cut is None):
         unsupported = f"kind {kind!r}" if kind != "gpt2" else f"pre-tokenizer {pre!r}"
         warnings.warn(

@@ -178,7 +178,8 @@ class IqGrid(Grid):
         magnitudes = self._points.magnitudes.to(groups)
         edges, sizes = (magnitudes[1:] + magnitudes[:-1]) / 2, groups.abs()
         for width in _WIDTHS:  # with each weight at its own nearest magnitude, which takes a tenth of the time
-            numbers = magnitudes[torch.bucketize(sizes / (full * width).clamp_min(1e-30), edges)]
+            steps = (sizes / (full * width).clamp_min(1e-30)).contiguous()
+            numbers = magnitudes[torch.bucketize(steps, edges)]
             product, squares = (sizes * numbers).sum(-1, keepdim=True), numbers.square().sum(-1, keepdim=True)
             gain = torch.where(product > 0, product.square() / squares, 0.0)
             better = gain > most

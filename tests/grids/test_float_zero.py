@@ -8,6 +8,7 @@ from torch import Tensor
 
 import gyroquant as gq
 from gyroquant.errors import RecipeError
+from gyroquant.formats.base import Layer, ModelRequirements, format_named
 from gyroquant.grids import FloatZeroGrid, IntegerGrid, stored_bits
 from gyroquant.grids.error import weight_error
 from gyroquant.grids.zero_search import best_zero
@@ -169,6 +170,13 @@ def test_a_recipe_asks_for_it() -> None:
     assert gq.FloatZeroGrid is FloatZeroGrid
     with pytest.raises(RecipeError, match="symmetric"):
         load_recipe("rtn", ["weights.grid=float_zero", "weights.symmetric=true"])
+
+
+@pytest.mark.parametrize("name", ["gguf", "gptq", "compressed-tensors", "executorch"])
+def test_formats_without_offsets_refuse_it_by_name(name: str) -> None:
+    layer = Layer("model.layers.0.mlp.up_proj.weight", FloatZeroGrid(bits=2, group_size=64), 128)
+    reasons = format_named(name).incompatibilities(ModelRequirements("llama", (layer,)))
+    assert any("no type for 2-bit float_zero weights in groups of 64 (model.layers.0.mlp" in text for text in reasons)
 
 
 def test_parts_that_need_codes_as_zero_points_refuse_it_by_name() -> None:

@@ -1,6 +1,11 @@
 """Zero points that are any number: the exact search, the gain over codes, offsets far from zero, and what is stored."""
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
+import tiny_models
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -170,6 +175,26 @@ def test_a_recipe_asks_for_it() -> None:
     assert gq.FloatZeroGrid is FloatZeroGrid
     with pytest.raises(RecipeError, match="symmetric"):
         load_recipe("rtn", ["weights.grid=float_zero", "weights.symmetric=true"])
+
+
+def test_every_step_takes_it_and_the_folder_verifies(tmp_path: Path) -> None:
+    """GPTQ, refinement, SignRound, bit allocation, a rounded table and finetuning."""
+    chosen = {"grid": "float_zero", "bits": 2, "group_size": 32}
+    recipe: dict[str, Any] = {
+        "weights": chosen | {"solver": "gptq", "refine": {}, "tune": {"iters": 4, "batch_size": 2}},
+        "embeddings": chosen | {"bits": 4},
+        "finetune": {"steps": 2, "batch_size": 1, "held_out": 1},
+        "calibration": {"nsamples": 4, "seqlen": 32},
+        "proof": {"seqlen": 32},
+    }
+    recipe["weights"]["allocate"] = {"budget": 3.9}
+    text, out = [tiny_models.prose(6000)], tmp_path / "out"
+    gq.quantize(tiny_models.build("llama"), recipe, text, out=out, tokenizer=tiny_models.tokenizer())
+    stored = json.loads((out / "gyroquant.json").read_text())["bits"]
+    assert stored["per_weight"] <= 3.9
+    assert stored["stored_bits"]["zeros"] == stored["stored_bits"]["scales"] == stored["rounded_weights"] // 32 * 16
+    assert gq.verify(out)
+    assert gq.load(out, dtype="float32")(input_ids=torch.arange(8)[None]).logits.isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["gguf", "gptq", "compressed-tensors", "executorch"])

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from gyroquant.formats.export import export
     from gyroquant.formats.push import push
     from gyroquant.grids.e8p import E8pGrid
+    from gyroquant.grids.float_zero import FloatZeroGrid
     from gyroquant.grids.floating import Fp4Grid, Fp8Grid
     from gyroquant.grids.integer import IntegerGrid
     from gyroquant.grids.iq import IqGrid
@@ -77,6 +78,7 @@ __all__ = [
     "E8pGrid",
     "Embeddings",
     "Finetune",
+    "FloatZeroGrid",
     "Fp4Grid",
     "Fp8Grid",
     "Gptaq",
@@ -138,6 +140,7 @@ _MODULES = {
     "E8pGrid": "grids.e8p",
     "Embeddings": "recipes.schema",
     "Finetune": "finetuning.scales",
+    "FloatZeroGrid": "grids.float_zero",
     "Fp4Grid": "grids.floating",
     "Fp8Grid": "grids.floating",
     "Gptaq": "rounding.solvers.gptaq",

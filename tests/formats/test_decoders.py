@@ -7,9 +7,11 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import saved_models
 import tiny_models
 import torch
 from graph_formats import GRAPH_FORMATS, GraphFormat, close, saved
@@ -20,7 +22,8 @@ from gyroquant.errors import InputError
 from gyroquant.formats.base import Layer, ModelRequirements, format_named
 from gyroquant.formats.export import export
 from gyroquant.formats.runtime import open_runtime
-from gyroquant.grids import Basis, E8pGrid, Fp4Grid, IntegerGrid, QuantizedWeight, TrellisGrid
+from gyroquant.formats.usage_check import DEFAULT_ERROR
+from gyroquant.grids import Basis, E8pGrid, FloatZeroGrid, Fp4Grid, IntegerGrid, QuantizedWeight, TrellisGrid
 from gyroquant.maps import Map
 from gyroquant.models.deriving.tiny import default_config
 
@@ -95,6 +98,42 @@ def test_every_grid_is_exact(bits: int, kind: dict[str, bool], group_size: int, 
     weight = QuantizedWeight(grid, grid.encode(groups, params).view(24, 96), params)
     x = torch.randn(2, 3, 96)
     assert close(graphs.compute(lambda ops, given: ops.rounded(given, weight), x), x @ weight.dequantize().T)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("group_size", [16, 32, 48, -1])
+@pytest.mark.parametrize("far", [0.0, 4.0])
+def test_float_zero_points_are_exact(bits: int, group_size: int, far: float, graphs: GraphFormat) -> None:
+    """Also of groups far from zero, in products of one row and of many, and in a table and the head tied to it."""
+    torch.manual_seed(0)
+    grid = FloatZeroGrid(bits=bits, group_size=group_size)
+    groups = (torch.randn(24, 96) + far).view(24, -1, grid.group_of(96))
+    params = grid.fit(groups)
+    weight = QuantizedWeight(grid, grid.encode(groups, params).view(24, 96), params)
+    for x in (torch.randn(1, 1, 96), torch.randn(2, 9, 96)):
+        assert close(graphs.compute(lambda ops, given: ops.rounded(given, weight), x), x @ weight.dequantize().T)
+    ids = torch.tensor([[3, 17, 3], [0, 23, 1]])
+    assert close(graphs.compute(lambda ops, given: ops.looked_up(given, weight), ids), weight.dequantize()[ids])
+
+    def tied(ops: Any, given: Any) -> Any:
+        return ops.rounded(ops.looked_up(given, weight), weight)
+
+    assert close(graphs.compute(tied, ids), weight.dequantize()[ids] @ weight.dequantize().T)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_model_with_float_zero_points(bits: int, graphs: GraphFormat, tmp_path: Path) -> None:
+    """In fp32 and as the program runs by default: a prompt, single tokens after it, a padded batch."""
+    weights = {"weights": {"grid": "float_zero", "bits": bits, "group_size": 32, "solver": "rtn"}}
+    out = saved_models.rounded(tiny_models.build("llama_tied"), tmp_path / "out", ROTATED, more=weights).folder
+    check = export(out, graphs.name, tmp_path / "x")["check"]
+    assert check["relative_logit_error"] < 1e-5
+    assert check["step_error"] < 1e-5
+    ids = tiny_models.tokens(tiny_models.build("llama_tied"), 1)[0]
+    runtime, wanted = open_runtime(graphs.name, tmp_path / "x", exact=False), ours(out, ids[None])[0]
+    runtime.start()
+    pieces = torch.cat([runtime.feed(ids[None, a:b]) for a, b in ((0, 12), (12, 13), (13, 14))])
+    assert (pieces - wanted[:14]).abs().max() < DEFAULT_ERROR * wanted.abs().max()
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -18,7 +18,7 @@ from gyroquant.errors import InputError, UnsupportedModelError
 from gyroquant.formats.output_folder import OutputFolder
 from gyroquant.formats.runtime import Runtime
 from gyroquant.formats.ties import modules_around, runs_at, tie_points
-from gyroquant.grids import Grid, GroupParams, IntegerGrid, IqGrid, KQuantGrid, LookupGrid, QuantizedWeight
+from gyroquant.grids import EvenGrid, Grid, GroupParams, IntegerGrid, IqGrid, KQuantGrid, LookupGrid, QuantizedWeight
 from gyroquant.grids.error import weight_error
 from gyroquant.models.deriving.derive import derived
 from gyroquant.models.execution.online import CacheQuantizer, InputQuantizer, OnlineOp
@@ -136,7 +136,8 @@ class WeightType:
     name: what the format calls it.
     bits: the widths of codes that fit.
     symmetric, asymmetric, midrise: the kinds of integer grids that fit.
-    table: the table of lookup grids that fit; then no integer grid does.
+    float_zero: whether grids with float zero points fit.
+    table: the table of lookup grids that fit; then no other grid does.
     k_quant: whether only the `KQuantGrid` or `IqGrid` of this name fits.
     block: weights that share a scale. Groups of this size and its multiples fit. None: groups of any size fit.
     """
@@ -146,6 +147,7 @@ class WeightType:
     symmetric: bool = True
     asymmetric: bool = True
     midrise: bool = False
+    float_zero: bool = False
     table: str = ""
     k_quant: bool = False
     block: int | None = None
@@ -159,13 +161,14 @@ class WeightType:
             return self.k_quant and isinstance(grid, KQuantGrid | IqGrid) and grid.type_name == self.name
         if isinstance(grid, LookupGrid) and self.table:
             return grid.table == self.table and (self.block is None or grid.group_of(layer.columns) % self.block == 0)
-        if not isinstance(grid, IntegerGrid) or self.table:
+        if not isinstance(grid, EvenGrid) or self.table:
             return False
-        kind = self.midrise if halves(grid) else self.symmetric if grid.symmetric else self.asymmetric
-        return kind and (self.block is None or grid.group_of(layer.columns, layer.name) % self.block == 0)
+        if not getattr(self, kind_of(grid), False):
+            return False
+        return self.block is None or grid.group_of(layer.columns, layer.name) % self.block == 0
 
     def __str__(self) -> str:
-        kinds = ("symmetric", "asymmetric", "midrise")
+        kinds = ("symmetric", "asymmetric", "midrise", "float_zero")
         supported = " or ".join(kind for kind in kinds if getattr(self, kind)) if not self.table else "its own table"
         supported = "the grid k_quant or iq" if self.k_quant else supported
         widths = f"{', '.join(map(str, self.bits))} bits"
@@ -173,9 +176,16 @@ class WeightType:
         return f"{self.name} ({widths}, {supported}, {groups})"
 
 
-def halves(grid: IntegerGrid) -> bool:
-    """Whether the zero point of a grid lies half-way between two codes."""
-    return grid.midrise or (grid.symmetric and grid.bits == 1)
+def halves(grid: EvenGrid) -> bool:
+    """Whether the zero point of a grid always lies half-way between two codes."""
+    return isinstance(grid, IntegerGrid) and (grid.midrise or (grid.symmetric and grid.bits == 1))
+
+
+def kind_of(grid: EvenGrid) -> str:
+    """What the zero points of a grid are, by the name that `WeightType` has for it."""
+    if not isinstance(grid, IntegerGrid):
+        return "float_zero" if grid.float_zero else grid.grid
+    return "midrise" if halves(grid) else "symmetric" if grid.symmetric else "asymmetric"
 
 
 @dataclass(frozen=True)
@@ -342,11 +352,10 @@ class Format(ABC):
 
 
 def _describe_grid(grid: Grid) -> str:
-    if not isinstance(grid, IntegerGrid):
+    if not isinstance(grid, EvenGrid):
         return f"the grid {grid.grid}"
-    kind = "midrise" if halves(grid) else "symmetric" if grid.symmetric else "asymmetric"
     groups = "one group a row" if grid.group_size == -1 else f"groups of {grid.group_size}"
-    return f"{grid.bits}-bit {kind} weights in {groups}"
+    return f"{grid.bits}-bit {kind_of(grid)} weights in {groups}"
 
 
 def _first_of_each(reasons: Iterable[tuple[str, str]]) -> list[str]:

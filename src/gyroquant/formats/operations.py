@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gyroquant.formats.base import Layer, halves
-from gyroquant.grids import Basis, GroupParams, IntegerGrid, QuantizedWeight
+from gyroquant.grids import Basis, EvenGrid, GroupParams, IntegerGrid, QuantizedWeight
 from gyroquant.maps import (
     BlockDiagonal,
     Diagonal,
@@ -46,13 +46,25 @@ def in_whole_steps(weight: QuantizedWeight, stored_bits: int) -> QuantizedWeight
     .. 7 halves of the scale. Others, and those whose halved scales fp16 does not hold, are returned as they are.
     """
     grid, params = weight.grid, weight.params
-    assert isinstance(grid, IntegerGrid)
     half = params.scale / 2
-    if not halves(grid) or stored_bits <= grid.bits or not torch.equal(half.half().float(), half.float()):
+    if not isinstance(grid, IntegerGrid) or not halves(grid) or stored_bits <= grid.bits:
+        return weight
+    if not torch.equal(half.half().float(), half.float()):
         return weight
     wider = grid.model_copy(update={"bits": grid.bits + 1, "midrise": False})
     zero = torch.full_like(params.zero, 2.0**grid.bits)
     return replace(weight, grid=wider, codes=2 * weight.codes + 1, params=GroupParams(half, zero))
+
+
+def replaced_zero(grid: EvenGrid) -> float:
+    """The code that stands in place of zero points that are no codes: the upper of the two middle ones."""
+    return 2.0 ** (grid.bits - 1)
+
+
+def left_out(weight: QuantizedWeight) -> Tensor:
+    """What a matrix with `replaced_zero` leaves out of the numbers of each group, shape (rows, groups), fp32."""
+    assert isinstance(weight.grid, EvenGrid)
+    return ((replaced_zero(weight.grid) - weight.params.zero) * weight.params.scale)[..., 0]
 
 
 def joined_rows(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
@@ -90,7 +102,7 @@ class Operations(ABC):
         self._sums: dict[tuple[int, int], tuple[Any, Any]] = {}
 
     @abstractmethod
-    def bits_in_file(self, grid: IntegerGrid, columns: int) -> int:
+    def bits_in_file(self, grid: EvenGrid, columns: int) -> int:
         """The number of bits in which a code of a matrix is stored."""
 
     @abstractmethod
@@ -160,7 +172,7 @@ class Operations(ABC):
     @abstractmethod
     def coded(self, x: Any, weight: QuantizedWeight) -> Any:
         """``x @ W.T``, computed from the codes, which stay packed in the file. On grids that are `corrected`, the zero
-        point is the upper of the two codes beside it; `rounded` corrects for that.
+        point is `replaced_zero` instead; `rounded` corrects for that.
         """
 
     @abstractmethod
@@ -192,30 +204,47 @@ class Operations(ABC):
 
     def stored_form(self, weight: QuantizedWeight) -> QuantizedWeight:
         """A matrix as the file holds it: see `in_whole_steps`."""
-        assert isinstance(weight.grid, IntegerGrid)
+        assert isinstance(weight.grid, EvenGrid)
         return in_whole_steps(weight, self.bits_in_file(weight.grid, weight.codes.shape[1]))
 
-    def corrected(self, grid: IntegerGrid) -> bool:
-        """Whether products of this grid need a correction, because `coded` replaces its zero point."""
-        return halves(grid)
+    def corrected(self, grid: EvenGrid) -> bool:
+        """Whether products of this grid need a correction, because `coded` replaces its zero points: those that are no
+        codes.
+        """
+        return halves(grid) or grid.float_zero
 
     def rounded(self, x: Any, weight: QuantizedWeight) -> Any:
         """``x @ W.T`` for a rounded matrix.
 
         If the matrix was rounded in a basis, the inputs are transformed to that basis, by the transpose of decoding.
-        Kernels do not support a zero point half-way between two codes. For such grids, half a step times the sum of the
-        inputs of each group is added after the product. Products with the same `x` share these sums.
+        Fast kernels need zero points that are codes. For other grids, what the code in their place leaves out of the
+        numbers of a group, times the sum of the inputs of the group, is added after the product. Products with the same
+        `x` share these sums.
         """
         if weight.basis is not None:
             x = self._in_basis(x, weight.basis)
         weight = self.stored_form(weight)
         y = self.coded(x, weight)
-        assert isinstance(weight.grid, IntegerGrid)
+        assert isinstance(weight.grid, EvenGrid)
         if not self.corrected(weight.grid):
             return y
-        steps = weight.params.scale[..., 0].float().T.contiguous() / 2
-        product = self.multiply if len(steps) == 1 else self.product
-        return self.add(y, product(self._group_sums(x, len(steps)), self.numbers(steps)))
+        groups = weight.params.scale.shape[1]
+        sums = self._group_sums(x, groups)
+        if groups == 1:
+            return self.add(y, self.multiply(sums, self._left_out(weight, lambda t: self.numbers(t.T))))
+        return self.add(y, self.product(sums, self._left_out(weight, self.numbers), transposed=True))
+
+    def _left_out(self, weight: QuantizedWeight, read: Callable[[Tensor], Any]) -> Any:
+        """What `coded` leaves out of the numbers of each group on a grid that is `corrected`. `read` makes a value of
+        numbers for each group, shape (rows, groups). The file has scales and zero points in fp16, the scales in the
+        bytes of those of the product.
+        """
+        assert isinstance(weight.grid, EvenGrid)
+        scale = read(stored_scale(weight)[..., 0])
+        if halves(weight.grid):
+            return self.multiply(scale, self.scalar(0.5))
+        minus_zero = read(-weight.params.zero[..., 0].half())
+        return self.multiply(self.add(minus_zero, self.scalar(replaced_zero(weight.grid))), scale)
 
     def rounded_together(self, x: Any, weights: Sequence[QuantizedWeight]) -> list[Any]:
         """``x @ W.T`` for several matrices. Those of one grid are one product, whose result is cut: that is faster than
@@ -243,19 +272,17 @@ class Operations(ABC):
     def looked_up(self, ids: Any, weight: QuantizedWeight) -> Any:
         """The rows of a rounded table, in its stored form, at token ids of shape (batch, length): (batch, length, row).
 
-        The table may have been rounded in a basis, or on a grid with a zero point half-way between two codes; see
-        `rounded`.
+        The table may have been rounded in a basis, or on a grid with zero points that are no codes; see `rounded`.
         """
         rows = self.coded_rows(ids, weight)
-        assert isinstance(weight.grid, IntegerGrid)
+        assert isinstance(weight.grid, EvenGrid)
         if self.corrected(weight.grid):
-            scale, columns = stored_scale(weight)[..., 0], weight.codes.shape[1]
-            half = self.multiply(self.gathered(self.numbers(scale), ids), self.scalar(0.5))
-            groups = scale.shape[1]
+            more = self._left_out(weight, lambda t: self.gathered(self.numbers(t), ids))
+            groups, columns = weight.params.scale.shape[1], weight.codes.shape[1]
             if groups == 1:
-                rows = self.add(rows, half)
+                rows = self.add(rows, more)
             else:
-                rows = self.joined(self.add(self.split(rows, groups), self.reshaped(half, 2, groups, 1)), columns)
+                rows = self.joined(self.add(self.split(rows, groups), self.reshaped(more, 2, groups, 1)), columns)
         return rows if weight.basis is None else self._out_of_basis(rows, weight.basis)
 
     def _out_of_basis(self, rows: Any, basis: Basis) -> Any:

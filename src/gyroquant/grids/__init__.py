@@ -11,6 +11,8 @@ from gyroquant.grids.base import (
 )
 from gyroquant.grids.basis import Basis
 from gyroquant.grids.e8p import E8pGrid
+from gyroquant.grids.even import EvenGrid
+from gyroquant.grids.float_zero import FloatZeroGrid
 from gyroquant.grids.floating import Fp4Grid, Fp8Grid
 from gyroquant.grids.half_scale import HalfScaleGrid
 from gyroquant.grids.integer import IntegerGrid
@@ -24,6 +26,8 @@ from gyroquant.grids.trellis import TrellisGrid
 __all__ = [
     "Basis",
     "E8pGrid",
+    "EvenGrid",
+    "FloatZeroGrid",
     "Fp4Grid",
     "Fp8Grid",
     "Grid",

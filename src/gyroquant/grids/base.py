@@ -59,6 +59,10 @@ class Grid(BaseModel, ABC):
     """Whether numbers are ``(code - zero) * scale`` with one scale a group. Other programs and the packed KV cache need
     this form.
     """
+    float_zero: ClassVar[bool] = False
+    """Whether numbers are ``(code - zero) * scale`` with a zero point that is any number. Then refinement chooses scale
+    and zero point together.
+    """
     fits: ClassVar[tuple[str, ...]] = ()
     """The values of the setting `scale`, which states how scales are fitted: `minmax` by the range of a group, `mse` by
     a search. Empty if the grid fits scales in one way only.

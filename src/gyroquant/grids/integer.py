@@ -11,13 +11,13 @@ from typing_extensions import Self
 
 from gyroquant.grids.base import GroupParams, GroupSize
 from gyroquant.grids.bitpack import pack, unpack
+from gyroquant.grids.even import EvenGrid
 from gyroquant.grids.exact import prefer_exact
-from gyroquant.grids.half_scale import HalfScaleGrid
 
 _SHRINK = tuple(1.0 - 0.02 * i for i in range(41))  # clipping factors that the MSE search tries
 
 
-class IntegerGrid(HalfScaleGrid):
+class IntegerGrid(EvenGrid):
     """Codes 0 .. 2^bits - 1 that stand for ``(code - zero) * scale``, with the scale stored in fp16.
 
     Asymmetric: the range is from the smallest to the largest weight of a group and always contains 0. The zero point is
@@ -84,10 +84,6 @@ class IntegerGrid(HalfScaleGrid):
         return 16 if self.symmetric else 16 + self.bits
 
     @property
-    def _levels(self) -> int:
-        return int(2**self.bits - 1)
-
-    @property
     def _middle(self) -> float:
         return self._levels / 2 if self.midrise or self.bits == 1 else float(2 ** (self.bits - 1))
 
@@ -141,21 +137,6 @@ class IntegerGrid(HalfScaleGrid):
         below = params.zero * low
         steps = (below + (self._levels - params.zero) * high) / self._levels  # the length of a new step in old steps
         return params.scale * steps, below / steps
-
-    def range(self, zero: Tensor) -> tuple[Tensor, Tensor]:
-        return -zero, self._levels - zero
-
-    def _steps(self, weights: Tensor, params: GroupParams) -> Tensor:
-        return (weights / params.scale).add_(params.zero).round_().clamp_(0, self._levels)
-
-    def encode(self, weights: Tensor, params: GroupParams) -> Tensor:
-        return self._steps(weights, params).to(torch.uint8)
-
-    def decode(self, codes: Tensor, params: GroupParams) -> Tensor:
-        return (codes.float() - params.zero) * params.scale
-
-    def nearest(self, weights: Tensor, params: GroupParams) -> Tensor:
-        return self._steps(weights, params).sub_(params.zero).mul_(params.scale)
 
     def pack(self, codes: Tensor, params: GroupParams) -> dict[str, Tensor]:
         arrays = {"codes": pack(codes, self.bits)} | self._half_arrays(params.scale.squeeze(-1))

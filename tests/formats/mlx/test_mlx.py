@@ -31,6 +31,7 @@ GRIDS: dict[str, dict[str, Any]] = {
     "mid-rise rows": {"bits": 2} | MIDRISE,
     "groups of 64": {"bits": 4, "group_size": 64},
 }
+FLOAT_ZERO = {"grid": "float_zero", "bits": 2, "group_size": 32, "solver": "rtn"}
 
 
 def decoded(folder: Path, store: PackedStore) -> dict[str, torch.Tensor]:
@@ -62,6 +63,21 @@ def test_mlx_decodes_every_number(grid: str, tmp_path: Path) -> None:
         assert error <= 2.0**-11 * bias + 1e-7
         assert grid in ("asymmetric", "mid-rise rows") or error == 0
     assert facts["deviation"] < 1e-3
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_mlx_decodes_and_runs_float_zero_points(bits: int, tmp_path: Path) -> None:
+    """They are biases rounded to fp16, in prompts and in single tokens."""
+    model = tiny_models.build("llama", hidden_size=128, intermediate_size=256)
+    more = {"weights": FLOAT_ZERO | {"bits": bits}}
+    store = saved_models.rounded(model, tmp_path / "saved", more=more)
+    manifest = export(tmp_path / "saved", "mlx", tmp_path / "mlx")
+    for name, numbers in decoded(tmp_path / "mlx", store).items():
+        params, exact = store.quantized(name).params, store.quantized(name).dequantize()
+        bias = (params.zero * params.scale).abs().max()
+        assert 0 < (numbers - exact).abs().max() <= 2.0**-11 * bias + 1e-7
+    assert manifest["check"]["prompt_error"] < 5e-3
+    assert manifest["check"]["step_error"] < 5e-3
 
 
 @pytest.mark.parametrize("name", some(NAMES, ["llama", "llama_tied", "qwen3", "phi3", "cohere", "olmo2"]))

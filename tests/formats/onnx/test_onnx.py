@@ -8,11 +8,13 @@ import json
 from collections import Counter
 from functools import cache
 from itertools import pairwise
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import saved_models
 import tiny_models
 import torch
 from graph_formats import saved
@@ -49,6 +51,26 @@ def test_groups_that_no_block_divides_are_refused() -> None:
         "groups of 24 (a.weight); it has MatMulNBits of 4"
         in format_named("onnx").incompatibilities(ModelRequirements("llama", (layer,)))[0]
     )
+
+
+@pytest.mark.parametrize("kind", [{"grid": "float_zero"}, {"symmetric": True, "midrise": True}])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_scales_and_zero_points_take_16_bits_each(bits: int, kind: dict[str, Any], tmp_path: Path) -> None:
+    """Also where the graph uses scales twice: in the product and in what is added to it. Kernels stay the fast ones."""
+    model = tiny_models.build("llama", hidden_size=128, intermediate_size=256)
+    sizes = {}
+    for group in (32, 64):
+        weights = {"bits": bits, "group_size": group, "solver": "rtn"} | kind
+        store = saved_models.rounded(model, tmp_path / f"out{group}", more={"weights": weights})
+        export(tmp_path / f"out{group}", "onnx", tmp_path / f"x{group}")
+        sizes[group] = (tmp_path / f"x{group}" / "model.onnx.data").stat().st_size
+    graph = onnx.load(tmp_path / "x64" / "model.onnx", load_external_data=False).graph
+    products = [node for node in graph.node if node.op_type == "MatMulNBits"]
+    assert {(attributes(node)["bits"], attributes(node)["accuracy_level"]) for node in products} == {(bits, 4)}
+    assert all(len(node.input) == 3 for node in products)  # no zero points
+    numbers = sum(prod(store.shapes[name]) for name in store.description["tensors"])
+    more = numbers // 64 * (4 if "grid" in kind else 2)  # bytes of one more group in 64 weights
+    assert sizes[32] - sizes[64] == pytest.approx(more, rel=0.1)  # constants are aligned
 
 
 def test_heads_of_odd_sizes_are_refused() -> None:

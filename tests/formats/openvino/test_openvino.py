@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
+from typing import Any
 
 import pytest
+import saved_models
 import tiny_models
+import torch
 from graph_formats import saved
 from hypothesis import given
 from hypothesis import strategies as st
 
+import gyroquant as gq
 from gyroquant.formats.base import Layer, ModelRequirements, format_named
 from gyroquant.formats.export import export
 from gyroquant.formats.openvino.layout import MODEL, held_group
+from gyroquant.formats.openvino.runtime import exact_settings, infer
 from gyroquant.grids import IntegerGrid
 
 ov = pytest.importorskip("openvino", reason="OpenVINO is not installed")
@@ -29,6 +35,52 @@ def test_weights_stay_compressed(tmp_path: Path) -> None:
     assert not [op for op in graph.get_ops() if op.get_type_name() == "ReduceSum"]  # nothing is corrected
     assert graph.get_rt_info(["runtime_options", "KV_CACHE_PRECISION"]).astype(str) == "f16"
     assert not graph.has_rt_info(["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"])  # slow
+
+
+def compiled(folder: Path, settings: dict[str, str]) -> list[str]:
+    """The types of the weights of products as the plugin runs them."""
+    graph = ov.Core().compile_model(str(folder / MODEL), "CPU", settings).get_runtime_model()
+    products = [op for op in graph.get_ops() if op.get_rt_info()["layerType"].astype(str) == "FullyConnected"]
+    return [op.input_value(1).get_element_type().get_type_name() for op in products]
+
+
+@pytest.mark.parametrize(("bits", "kind"), [(2, "u2"), (3, "i4"), (4, "i4"), (8, "i8")])
+def test_weights_with_float_zero_points_stay_compressed(bits: int, kind: str, tmp_path: Path) -> None:
+    """In the file, and in the plugin, exactly and by default. At 2 bits zero points are constants of fp16."""
+    model = tiny_models.build("llama", hidden_size=128, intermediate_size=256, vocab_size=96)
+    weights = {"grid": "float_zero", "bits": bits, "group_size": 32, "solver": "rtn"}
+    saved_models.rounded(model, tmp_path / "out", more={"weights": weights})
+    export(tmp_path / "out", "openvino", tmp_path / "ir")
+    graph = ov.Core().read_model(str(tmp_path / "ir" / MODEL))
+    constants = [op for op in graph.get_ops() if op.get_type_name() == "Constant"]
+    assert [op.get_element_type().get_type_name() for op in constants].count(kind) == 2 * 4
+    corrected = [op for op in graph.get_ops() if op.get_type_name() == "ReduceSum"]
+    assert bool(corrected) == (bits > 2)
+    ids = tiny_models.tokens(model, 1, 16)
+    with torch.no_grad():
+        wanted = gq.load(tmp_path / "out", dtype="float32")(input_ids=ids).logits[0]
+    for settings, limit in ((exact_settings(), 1e-5), ({}, 0.05)):
+        assert compiled(tmp_path / "ir", settings).count(kind) == 2 * 4, settings
+        request = ov.Core().compile_model(str(tmp_path / "ir" / MODEL), "CPU", settings).create_infer_request()
+        pieces = [(ids[:, :8], 8), *((ids[:, i : i + 1], i + 1) for i in range(8, 16))]
+        found = torch.cat([infer(request, part, torch.ones(1, end, dtype=torch.long))[0] for part, end in pieces])
+        assert (found - wanted).abs().max() < limit * wanted.abs().max(), settings
+
+
+@pytest.mark.parametrize("kind", [{"grid": "float_zero"}, {"symmetric": True, "midrise": True}])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_scales_and_zero_points_take_16_bits_each(bits: int, kind: dict[str, Any], tmp_path: Path) -> None:
+    """Also where the graph uses scales twice: in the product and in what is added to it."""
+    model = tiny_models.build("llama", hidden_size=128, intermediate_size=256, vocab_size=96)
+    sizes = {}
+    for group in (16, 32):
+        weights = {"bits": bits, "group_size": group, "solver": "rtn"} | kind
+        store = saved_models.rounded(model, tmp_path / f"out{group}", more={"weights": weights})
+        export(tmp_path / f"out{group}", "openvino", tmp_path / f"ir{group}")
+        sizes[group] = (tmp_path / f"ir{group}" / MODEL).with_suffix(".bin").stat().st_size
+    numbers = sum(prod(store.shapes[name]) for name in store.description["tensors"])
+    more = numbers // 32 * (4 if "grid" in kind else 2)  # bytes of one more group in 32 weights
+    assert sizes[16] - sizes[32] == pytest.approx(more, rel=0.02)
 
 
 @given(st.integers(1, 256), st.integers(1, 40))

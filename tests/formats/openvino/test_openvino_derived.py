@@ -111,6 +111,17 @@ def test_experts_on_grids_whose_zero_lies_between_two_codes(name: str, tmp_path:
     assert error(store.folder, tmp_path / "ir") < 3e-5
 
 
+@pytest.mark.parametrize("name", some(["qwen3_moe", "gpt_oss"], ("qwen3_moe",)))
+@pytest.mark.parametrize("bits", [2, 4])
+def test_experts_with_float_zero_points(name: str, bits: int, tmp_path: Path) -> None:
+    described = name in tiny_models.CONFIGS
+    model = tiny_models.build(name, **EXPERTS) if described else tiny_model(default_config(name))
+    weights = {"grid": "float_zero", "bits": bits, "group_size": 32, "solver": "rtn"}
+    store = saved_models.rounded(model, tmp_path / "out", more={"weights": weights})
+    export(store.folder, "openvino", tmp_path / "ir", check=False)
+    assert error(store.folder, tmp_path / "ir") < 3e-5
+
+
 def test_maps_run_online_at_experts(tmp_path: Path) -> None:
     model = tiny_models.build("qwen3_moe", **EXPERTS)
     transform = {"R4": {"method": "hadamard", "block": 32, "random_signs": True}}

@@ -45,7 +45,7 @@ class Mlx(Format):
         'print(generate(model, tokenizer, prompt="..."))\n```'
     )
     capabilities = FormatCapabilities(
-        weights=(WeightType("affine", bits=(2, 3, 4, 5, 6, 8), midrise=True, block=_GROUPS[-1]),),
+        weights=(WeightType("affine", bits=(2, 3, 4, 5, 6, 8), midrise=True, float_zero=True, block=_GROUPS[-1]),),
         model_types=(
             *("cohere", "cohere2", "ernie4_5", "gemma3_text", "glm4", "granite", "helium", "llama", "mistral"),
             *("nemotron", "olmo2", "olmo3", "phi3", "qwen2", "qwen3", "seed_oss", "smollm3", "starcoder2"),

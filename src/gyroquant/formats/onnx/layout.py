@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from gyroquant.formats.base import Layer, WeightType
-from gyroquant.grids import IntegerGrid
+from gyroquant.grids import EvenGrid
 
 MODEL = "model.onnx"
 DATA = "model.onnx.data"
 ACCURACY = 4  # rounds activations to 8-bit integers, block by block: the usual choice, 50 times faster at 2 bits
 TYPES = {  # by the bits of stored codes; 2 bits are slow in blocks of 16
-    2: WeightType("MatMulNBits of 2 bits", (1, 2), midrise=True, block=32),
-    4: WeightType("MatMulNBits of 4 bits", (1, 2, 3, 4), midrise=True, block=16),
-    8: WeightType("MatMulNBits of 8 bits", (5, 6, 7, 8), midrise=True, block=16),
+    2: WeightType("MatMulNBits of 2 bits", (1, 2), midrise=True, float_zero=True, block=32),
+    4: WeightType("MatMulNBits of 4 bits", (1, 2, 3, 4), midrise=True, float_zero=True, block=16),
+    8: WeightType("MatMulNBits of 8 bits", (5, 6, 7, 8), midrise=True, float_zero=True, block=16),
 }
 _LARGEST_BLOCK = 128  # 2 bits are slow in larger blocks
 
 
-def held_bits(grid: IntegerGrid, columns: int) -> int:
+def held_bits(grid: EvenGrid, columns: int) -> int:
     """The number of bits in which the codes of a matrix are stored."""
     return next(bits for bits, kind in TYPES.items() if kind.holds(Layer("", grid, columns)))
 

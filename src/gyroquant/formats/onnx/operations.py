@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from math import prod
 from typing import Any, BinaryIO
 
@@ -15,9 +16,10 @@ import torch
 from onnx import NodeProto, TensorProto, helper
 from torch import Tensor
 
+from gyroquant.formats.base import kind_of
 from gyroquant.formats.onnx.layout import ACCURACY, DATA, block_of, held_bits
-from gyroquant.formats.operations import Operations, stored_scale
-from gyroquant.grids import IntegerGrid, QuantizedWeight
+from gyroquant.formats.operations import Operations, replaced_zero, stored_scale
+from gyroquant.grids import EvenGrid, QuantizedWeight
 
 _KINDS = {
     torch.float32: TensorProto.FLOAT,
@@ -68,6 +70,7 @@ class OnnxOperations(Operations):
         self.nodes: list[NodeProto] = []
         self.constants: list[TensorProto] = []
         self._data = data
+        self._places: dict[bytes, int] = {}  # in the data file, by a digest of the bytes
         self._table: tuple[QuantizedWeight, _Held] | None = None
         self._casts: dict[str, str] = {}
         self._added: tuple[Value, ...] = (Value("", 0),)  # the last `residual` and its terms
@@ -83,13 +86,23 @@ class OnnxOperations(Operations):
         if self._data is None or raw.nbytes < _INLINE:
             constant.raw_data = raw.tobytes()
         else:
-            self._data.write(bytes(-self._data.tell() % _ALIGNED))
             constant.data_location = TensorProto.EXTERNAL
-            for key, value in (("location", DATA), ("offset", self._data.tell()), ("length", raw.nbytes)):
+            for key, value in (("location", DATA), ("offset", self._place(raw.data)), ("length", raw.nbytes)):
                 constant.external_data.add(key=key, value=str(value))
-            self._data.write(raw.data)
         self.constants.append(constant)
         return Value(constant.name, tensor.dim(), tensor.dtype.is_floating_point and tensor.dtype != torch.float32)
+
+    def _place(self, raw: memoryview) -> int:
+        """Where these bytes are in the data file. Equal bytes, as the scales of a product and of its correction, are
+        written once.
+        """
+        assert self._data is not None
+        digest = blake2b(raw, digest_size=16).digest()
+        if digest not in self._places:
+            self._data.write(bytes(-self._data.tell() % _ALIGNED))
+            self._places[digest] = self._data.tell()
+            self._data.write(raw)
+        return self._places[digest]
 
     def in_rows(self, value: Value) -> Value:
         """A constant that has the bytes of another one, as a matrix with as many rows. It takes no room in the data
@@ -147,7 +160,7 @@ class OnnxOperations(Operations):
                 nodes.append(node)
         return nodes[::-1]
 
-    def bits_in_file(self, grid: IntegerGrid, columns: int) -> int:
+    def bits_in_file(self, grid: EvenGrid, columns: int) -> int:
         return held_bits(grid, columns)
 
     def rank(self, x: Value) -> int:
@@ -238,14 +251,14 @@ class OnnxOperations(Operations):
         """A matrix as constants. Those of a table are made once, for its lookup and a head that is tied to it."""
         if self._table is not None and self._table[0] is weight:
             return self._table[1]
-        assert isinstance(weight.grid, IntegerGrid)
+        assert isinstance(weight.grid, EvenGrid)
         grid, (rows, columns) = weight.grid, weight.codes.shape
         group = columns // weight.params.scale.shape[1]
         bits, block = held_bits(grid, columns), block_of(group)
         codes = weight.codes.view(rows, columns // block, block).to(torch.int16)
         zeros = []
-        if grid.symmetric:  # move codes to the zero point that the kernels use by default
-            codes = codes - 2 ** (grid.bits - 1) + 2 ** (bits - 1)
+        if kind_of(grid) != "asymmetric":  # move codes to the zero point that the kernels use by default
+            codes = codes - int(replaced_zero(grid)) + 2 ** (bits - 1)
         else:
             zero = weight.params.zero[..., 0].repeat_interleave(group // block, 1)
             zeros = [self.constant(packed(zero, bits))]

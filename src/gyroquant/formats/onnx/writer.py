@@ -14,7 +14,7 @@ from gyroquant.formats.onnx.layout import ACCURACY, DATA, MODEL, TYPES, held_bit
 from gyroquant.formats.onnx.runtime import OnnxRuntime
 from gyroquant.formats.operations import wider_codes
 from gyroquant.formats.output_folder import OutputFolder
-from gyroquant.grids import IntegerGrid
+from gyroquant.grids import EvenGrid
 from gyroquant.models.graph.heads import heads_of
 from gyroquant.models.stores.packed import PackedStore
 
@@ -63,7 +63,7 @@ tokenizer = onnxruntime_genai.Tokenizer(model)
 
 
 def _bits_in_file(layer: Layer) -> int:
-    assert isinstance(layer.grid, IntegerGrid)
+    assert isinstance(layer.grid, EvenGrid)
     return held_bits(layer.grid, layer.columns)
 
 

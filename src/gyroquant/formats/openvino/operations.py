@@ -16,10 +16,10 @@ from openvino import PartialShape, Type, opset13, opset15
 from openvino.op.util import Variable, VariableInfo
 from torch import Tensor
 
-from gyroquant.formats.base import halves
+from gyroquant.formats.base import halves, kind_of
 from gyroquant.formats.openvino.layout import held_group, stored_bits
-from gyroquant.formats.operations import Operations
-from gyroquant.grids import GroupParams, IntegerGrid, QuantizedWeight
+from gyroquant.formats.operations import Operations, left_out, replaced_zero
+from gyroquant.grids import EvenGrid, GroupParams, QuantizedWeight
 from gyroquant.models.graph.model_graph import LinearOp
 
 _SHIFTS = np.array([0, 2, 4, 6], np.uint8)  # of the four codes of a byte
@@ -57,48 +57,50 @@ def remembered(name: str, ids: Any, beams: Any, heads: int, size: int) -> tuple[
     return opset13.gather(opset13.read_value(empty, variable), beams, axis), variable
 
 
-def stored_type(grid: IntegerGrid) -> tuple[Any, int]:
-    """The type that holds the codes, and the number that is subtracted from them first. Symmetric grids use signed
-    types.
+def stored_type(bits: int, signed: bool) -> tuple[Any, int]:
+    """The type that holds codes of this width, and the number that is subtracted from them first. `signed` asks for a
+    signed type.
 
     Codes of 3 bits are stored in 4 bits, because the CPU plugin unpacks 3-bit constants to fp32 when it loads them.
     There is no signed 2-bit type.
     """
-    centred = grid.symmetric
-    if grid.bits <= 2:
+    if bits <= 2:
         return Type.u2, 0
-    if grid.bits <= 4:
-        return (Type.i4 if centred else Type.u4), 2 ** (grid.bits - 1) if centred else 0
-    return (Type.i8 if centred else Type.u8), 2 ** (grid.bits - 1) if centred else 0
+    if bits <= 4:
+        return (Type.i4 if signed else Type.u4), 2 ** (bits - 1) if signed else 0
+    return (Type.i8 if signed else Type.u8), 2 ** (bits - 1) if signed else 0
 
 
-def matrix(weight: QuantizedWeight, experts: int = 0) -> Any:
+def matrix(weight: QuantizedWeight, replaced: bool, experts: int = 0) -> Any:
     """A matrix, (out, in), of exact codes, scales and zero points, in the form that plugins run without unpacking.
     Groups of a size that plugins compute wrongly become several smaller ones with the same scale and zero point.
 
-    `experts` is the number of matrices, one after another. The result has shape (experts, out, in) then. 0: one matrix.
+    replaced: whether `replaced_zero` takes the place of zero points that are no codes.
+    experts: the number of matrices, one after another. The result has shape (experts, out, in) then. 0: one matrix.
     """
-    assert isinstance(weight.grid, IntegerGrid)
-    grid, (rows, columns) = weight.grid, weight.codes.shape
+    assert isinstance(weight.grid, EvenGrid)
+    (rows, columns), zeros = weight.codes.shape, kind_of(weight.grid)
     group = columns // weight.params.scale.shape[1]
     held = held_group(group, columns)
     scale, zero = (x.repeat_interleave(group // held, 1) for x in (weight.params.scale, weight.params.zero))
-    kind, centre = stored_type(grid)
+    numbers = zeros in ("midrise", "float_zero") and not replaced
+    kind, centre = stored_type(weight.grid.bits, zeros != "asymmetric" and not numbers)
     codes = weight.codes.view(rows, -1, held).to(torch.int16) - centre
     stored = codes.numpy().astype(np.int8 if kind in (Type.i4, Type.i8) else np.uint8)
     sizes = (experts, rows // experts) if experts else (rows,)
     result = opset13.convert(opset13.constant(stored.reshape(*sizes, -1, held), dtype=kind), np.float16)
-    if not grid.symmetric:
+    each, single = (*sizes, -1, 1), [1] * (len(sizes) + 2)
+    if zeros == "asymmetric":
         zero_kind, zero_dtype = (Type.i4, np.int8) if kind == Type.u2 else (kind, np.uint8)
-        zeros = opset13.constant(zero.reshape(*sizes, -1, 1).numpy().astype(zero_dtype), dtype=zero_kind)
-        result = opset13.subtract(result, opset13.convert(zeros, np.float16))
+        codes_of_zeros = opset13.constant(zero.reshape(each).numpy().astype(zero_dtype), dtype=zero_kind)
+        result = opset13.subtract(result, opset13.convert(codes_of_zeros, np.float16))
+    elif numbers:
+        points = zero.reshape(each) if zeros == "float_zero" else zero[:1, :1].reshape(single)
+        result = opset13.subtract(result, opset13.constant(points.half().numpy()))
     elif not centre:
-        middle = np.full([1] * (len(sizes) + 2), 2 ** (grid.bits - 1), np.int8)
-        zero_point = opset13.convert(opset13.constant(middle), np.float16)
-        if halves(grid) and not experts:
-            zero_point = opset13.constant((middle - 0.5).astype(np.float16))
-        result = opset13.subtract(result, zero_point)
-    result = opset13.multiply(result, opset13.constant(scale.half().reshape(*sizes, -1, 1).numpy()))
+        middle = np.full(single, replaced_zero(weight.grid), np.int8)
+        result = opset13.subtract(result, opset13.convert(opset13.constant(middle), np.float16))
+    result = opset13.multiply(result, opset13.constant(scale.half().reshape(each).numpy()))
     return opset13.convert(opset13.reshape(result, shape(*sizes, columns), False), np.float32)
 
 
@@ -113,18 +115,18 @@ def _part(weight: QuantizedWeight, experts: int, part: tuple[int, int]) -> Quant
 
 
 class OpenVinoOperations(Operations):
-    """The operations of a graph. Products of 2 bits have a zero point between two codes as it is, as a number of fp16;
+    """The operations of a graph. Products of 2 bits have zero points that are no codes as they are, as numbers of fp16;
     at 4 and 8 bits, the plugin would not round activations then, which its fast kernels do.
     """
 
     _table: tuple[QuantizedWeight | None, Any] = None, None
     """A rounded table and its matrix, which a tied head shares."""
 
-    def bits_in_file(self, grid: IntegerGrid, columns: int) -> int:
+    def bits_in_file(self, grid: EvenGrid, columns: int) -> int:
         return stored_bits(grid.bits)
 
-    def corrected(self, grid: IntegerGrid) -> bool:
-        return halves(grid) and grid.bits > 2
+    def corrected(self, grid: EvenGrid) -> bool:
+        return super().corrected(grid) and grid.bits > 2
 
     def rank(self, x: Any) -> int:
         return len((x if isinstance(x, ov.Output) else x.output(0)).get_partial_shape())
@@ -178,16 +180,19 @@ class OpenVinoOperations(Operations):
 
     def coded(self, x: Any, weight: QuantizedWeight) -> Any:
         table, shared = self._table
-        return self.product(x, shared if table is weight else matrix(weight), transposed=True)
+        return self.product(x, shared if table is weight else self._matrix(weight), transposed=True)
+
+    def _matrix(self, weight: QuantizedWeight) -> Any:
+        assert isinstance(weight.grid, EvenGrid)
+        return matrix(weight, self.corrected(weight.grid))
 
     def gathered(self, table: Any, ids: Any) -> Any:
         return opset13.gather(table, ids, opset13.constant(np.array(0)))
 
     def coded_rows(self, ids: Any, weight: QuantizedWeight) -> Any:
-        assert isinstance(weight.grid, IntegerGrid)
-        if stored_type(weight.grid)[0] == Type.u2:
+        if weight.grid.bits <= 2:
             return self._rows_from_bytes(ids, weight)
-        self._table = weight, matrix(weight)
+        self._table = weight, self._matrix(weight)
         return self.gathered(self._table[1], ids)
 
     def _rows_from_bytes(self, ids: Any, weight: QuantizedWeight) -> Any:
@@ -195,14 +200,16 @@ class OpenVinoOperations(Operations):
         product that shares them. So the table is a constant of bytes, of which the chosen rows are unpacked. The bytes
         are those of the u2 constant of a tied head, and the file has them once.
         """
-        assert isinstance(weight.grid, IntegerGrid)
-        grid, (_, columns) = weight.grid, weight.codes.shape
+        assert isinstance(weight.grid, EvenGrid)
+        zeros_are, (_, columns) = kind_of(weight.grid), weight.codes.shape
         scale, zero = (x[..., 0] for x in (weight.params.scale.half(), weight.params.zero))
         codes = self._unpacked(ids, weight.codes)
-        if not grid.symmetric:
+        if zeros_are == "asymmetric":
             zeros: Any = opset13.unsqueeze(self._unpacked(ids, zero), shape(-1))
+        elif zeros_are == "float_zero":
+            zeros = opset13.unsqueeze(self.gathered(self.numbers(zero.half()), ids), shape(-1))
         else:
-            zeros = scalar(2.0 ** (grid.bits - 1) - halves(grid) / 2)
+            zeros = scalar(replaced_zero(weight.grid) - halves(weight.grid) / 2)
         centred = opset13.subtract(self.split(codes, scale.shape[1]), zeros)
         steps = opset13.unsqueeze(self.gathered(self.numbers(scale), ids), shape(-1))
         return self.joined(opset13.multiply(centred, steps), columns)
@@ -224,21 +231,21 @@ class OpenVinoOperations(Operations):
         each expert, and the number of equal parts. The matrix is rounded in its own basis.
         """
         chosen = _part(self.stored_form(weight), experts, part)
-        y = self.product(x, matrix(chosen, experts), transposed=True)
-        assert isinstance(chosen.grid, IntegerGrid)
-        if not halves(chosen.grid):
+        y = self.product(x, matrix(chosen, True, experts), transposed=True)
+        assert isinstance(chosen.grid, EvenGrid)
+        if not super().corrected(chosen.grid):
             return y
-        steps = chosen.params.scale[..., 0].float().reshape(experts, -1, chosen.params.scale.shape[1]) / 2
+        steps = left_out(chosen).reshape(experts, -1, chosen.params.scale.shape[1])
         sums = self.summed(self.split(x, steps.shape[-1]), False)
         return self.add(y, self.product(sums, self.numbers(steps), transposed=True))
 
     def parameter(self, weight: QuantizedWeight, op: LinearOp) -> Any:
         """A rounded parameter in its stored shape, for code that reads it. Rounded in its own basis."""
         weight = self.stored_form(weight)
-        values = matrix(weight)
-        assert isinstance(weight.grid, IntegerGrid)
+        values = self._matrix(weight)
+        assert isinstance(weight.grid, EvenGrid)
         if self.corrected(weight.grid):
-            steps = weight.params.scale[..., 0].float() / 2
+            steps = left_out(weight)
             groups, (rows, columns) = steps.shape[1], op.matrix_shape
             split = opset13.reshape(values, shape(rows, groups, columns // groups), False)
             values = opset13.add(split, self.numbers(steps[..., None]))

@@ -8,7 +8,15 @@ from collections.abc import Iterable
 from typing import Any
 
 from gyroquant.errors import InputError
-from gyroquant.formats.base import Format, FormatCapabilities, Layer, ModelRequirements, WeightType, requirements_of
+from gyroquant.formats.base import (
+    Format,
+    FormatCapabilities,
+    Layer,
+    ModelRequirements,
+    WeightType,
+    kind_of,
+    requirements_of,
+)
 from gyroquant.formats.checkpoint import write_rest
 from gyroquant.formats.decoder import EXPERT_POINTS, MODEL_TYPES, POINTS, Decoder, impossible_settings, unknown_settings
 from gyroquant.formats.openvino.layout import MODEL, held_group, stored_bits
@@ -16,7 +24,7 @@ from gyroquant.formats.openvino.runtime import OpenVinoRuntime
 from gyroquant.formats.openvino.tiny_proof import tracing_problem
 from gyroquant.formats.operations import wider_codes
 from gyroquant.formats.output_folder import OutputFolder
-from gyroquant.grids import IntegerGrid
+from gyroquant.grids import EvenGrid
 from gyroquant.models.graph.heads import heads_of
 from gyroquant.models.stores.packed import PackedStore
 
@@ -66,9 +74,9 @@ openvino_genai.LLMPipeline("FOLDER", "CPU").generate("What is a map?", max_new_t
     extra = "openvino"
     capabilities = FormatCapabilities(
         weights=(
-            WeightType("u2", (1, 2), midrise=True, block=4),
-            WeightType("i4 and u4", (3, 4), midrise=True, block=2),
-            WeightType("i8 and u8", (5, 6, 7, 8), midrise=True, block=4),
+            WeightType("u2", (1, 2), midrise=True, float_zero=True, block=4),
+            WeightType("i4 and u4", (3, 4), midrise=True, float_zero=True, block=2),
+            WeightType("i8 and u8", (5, 6, 7, 8), midrise=True, float_zero=True, block=4),
         ),
         points=POINTS | EXPERT_POINTS,
         basis=True,
@@ -121,13 +129,13 @@ def repeated_scales(store: PackedStore) -> dict[str, Any]:
     sizes, extra = set[str](), 0
     for layer in requirements_of(store).layers:
         grid, columns = layer.grid, layer.columns
-        assert isinstance(grid, IntegerGrid)
+        assert isinstance(grid, EvenGrid)
         group = grid.group_of(columns, layer.name)
         held = held_group(group, columns)
         if held != group:
             sizes.add(f"{group} as {held}")
-            zero = 0 if grid.symmetric else stored_bits(grid.bits)
-            extra += layer.rows * (columns // held - columns // group) * (16 + zero) // 8
+            zeros = {"asymmetric": max(4, stored_bits(grid.bits)), "float_zero": 16 if grid.bits <= 2 else 0}
+            extra += layer.rows * (columns // held - columns // group) * (16 + zeros.get(kind_of(grid), 0)) // 8
     return {"repeated_scales": {"groups": sorted(sizes), "extra_bytes": extra}} if sizes else {}
 
 

@@ -4,7 +4,8 @@ The objective is the squared error of a layer's output on its calibration tokens
 damping ``lambda |W - Q|^2``. X are the layer's inputs in the unrounded model, Y those in the rounded model (X = Y if
 only Y is known). The objective is quadratic in every stored number. So each can be set to its best value while all
 others are fixed: a column of codes (as in QuantEase, arXiv 2309.01885), then the scale of a group, then its zero
-point. Only changes that lower the objective are made.
+point. Where zero points are any numbers (`Grid.float_zero`), the best scale and zero point of a group are found
+together. Only changes that lower the objective are made.
 """
 
 from __future__ import annotations
@@ -150,10 +151,13 @@ class _Descent:
             return
         for group in range(self.params.scale.shape[1]):
             scale, zero = self.params.scale[:, group], self.params.zero[:, group]
-            self._change(group, self._best_step(group, self._numbers(group) / scale), torch.zeros_like(zero))
+            if self.grid.float_zero:
+                self._change(group, *self._best_line(group))
+            else:
+                self._change(group, self._best_step(group, self._numbers(group) / scale), torch.zeros_like(zero))
             if not self.zero_moves:
                 continue
-            scale = self.params.scale[:, group]
+            scale = self.params.scale[:, group]  # the one that is stored; the zero point follows it
             self._change(group, torch.zeros_like(scale), self._best_step(group, -scale.expand(-1, self.size)))
 
     def _set_super_block(self, rows: slice, first: int) -> None:
@@ -210,6 +214,22 @@ class _Descent:
         slope = self.slope[:, group * self.size : (group + 1) * self.size]
         curvature = ((direction @ self._h(group)) * direction).sum(1, keepdim=True)
         return torch.where(curvature > 0, (direction * slope).sum(1, keepdim=True) / curvature.clamp_min(1e-30), 0.0)
+
+    def _best_line(self, group: int) -> tuple[Tensor, Tensor]:
+        """The changes, both (rows, 1), of scale and zero point to the pair that is best for the codes of a group: the
+        solution of two linear equations a row. No change where all codes are equal, or if the scale were not positive.
+        """
+        scale = self.params.scale[:, group]
+        slope = self.slope[:, group * self.size : (group + 1) * self.size]
+        steps, h = self._numbers(group) / scale, self._h(group)
+        along = steps @ h
+        a, b = (along * steps).sum(1, keepdim=True), along.sum(1, keepdim=True)
+        c, x, y = h.sum(), (slope * steps).sum(1, keepdim=True), slope.sum(1, keepdim=True)
+        determinant = a * c - b * b
+        more, offset = (c * x - b * y) / determinant, (a * y - b * x) / determinant
+        usable = (determinant > 1e-6 * a * c) & (scale + more > 0)
+        more, offset = (torch.where(usable, change, 0.0) for change in (more, offset))
+        return more, -offset / (scale + more)
 
     def _change(self, group: int, more_scale: Tensor, more_zero: Tensor) -> None:
         """Changes scale and zero point of a group by these amounts, rounded to storable values, where that helps."""

@@ -16,6 +16,7 @@ from gyroquant.grids.half_scale import HalfScaleGrid
 from gyroquant.grids.integer import IntegerGrid
 from gyroquant.grids.lookup import LookupGrid
 from gyroquant.grids.microscaling import Mxfp4Grid, Nvfp4Grid
+from gyroquant.grids.real_zero import RealZeroGrid
 from gyroquant.grids.tiled import TiledGrid
 from gyroquant.grids.trellis import TrellisGrid
 
@@ -32,6 +33,7 @@ __all__ = [
     "Mxfp4Grid",
     "Nvfp4Grid",
     "QuantizedWeight",
+    "RealZeroGrid",
     "TiledGrid",
     "TrellisGrid",
     "grid_from",

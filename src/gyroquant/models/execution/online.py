@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from gyroquant.errors import UnsupportedModelError
 from gyroquant.grids import Grid
 from gyroquant.maps import Map
+from gyroquant.models.execution.exact_tokens import ALL_ROUNDED, ExactTokens, read_both
 from gyroquant.models.execution.products import intercept
 from gyroquant.models.graph.sites import HookPoint
 
@@ -61,12 +62,15 @@ class CacheQuantizer:
     Keys are rounded after RoPE and R3. `key_mean`, shape (kv heads, head_dim), is subtracted from the keys before
     rounding and added again afterwards. It is a mean over positions, so it must be measured after RoPE: RoPE turns an
     offset of the keys into a different one at every position.
+
+    `exact` are the tokens that stay unrounded.
     """
 
     module: str
     keys: Grid
     values: Grid
     key_mean: Tensor | None = None
+    exact: ExactTokens = ALL_ROUNDED
 
     def round_keys(self, keys: Tensor) -> Tensor:
         """Keys of shape (batch, kv heads, length, head_dim), rounded."""
@@ -157,35 +161,73 @@ class AttentionState:
         return keys if self.map is None else run_map(self.map, keys)
 
 
-_READY = "_gyroquant_ready"  # an attribute of keys that a packed cache has already rotated and rounded
+class CachedTokens(Protocol):
+    """What a cache has rotated and rounded already, and how attention reads it."""
+
+    def attend(self, base: str, query: Tensor, mask: Tensor | None, **kwargs: Any) -> Tensor | None:
+        """The output of attention, shape (batch, queries, heads, head_dim); None if it is left to the model's own."""
+
+    def read(self, queries: int, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys, values and the mask for the model's own attention."""
+
+
+_READY = "_gyroquant_ready"  # an attribute of keys: true if they are rotated and rounded, or what they stand for
 
 
 def _attention(base: str) -> Callable[..., Any]:
     """An attention function that runs the map and the rounding, then the implementation `base` of the model."""
 
-    def forward(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         state: AttentionState | None = module.__dict__.get("_gyroquant_attention")
+        mask = attention_mask
         if state is not None:
             if state.map is not None:
                 query = run_map(state.map, query)
-            if not getattr(key, _READY, False):
-                key = state.keys(key)
-                if state.observe is not None:
-                    state.observe(key)
-                if state.cache is not None:
-                    key, value = state.cache.round_keys(key), fake(state.cache.values, value)
+            cached: CachedTokens | bool = getattr(key, _READY, False)
+            if not isinstance(cached, bool):
+                out = cached.attend(base, query, mask, **kwargs) if not args else None
+                if out is not None:
+                    return out, None
+                key, value, mask = cached.read(query.shape[2], mask)
+            elif not cached:
+                key, value, mask = _rounded(state, module, query.shape[2], key, value, mask)
         if base == "eager":
             inner = sys.modules[type(module).__module__].eager_attention_forward
         else:
             inner = ALL_ATTENTION_FUNCTIONS[base]
-        return inner(module, query, key, value, *args, **kwargs)
+        return inner(module, query, key, value, mask, *args, **kwargs)
 
     return forward
 
 
-def mark_ready(keys: Tensor) -> Tensor:
-    """Marks keys, so that the attention function neither rotates nor rounds them and their values. Returns the keys."""
-    setattr(keys, _READY, True)
+def _rounded(
+    state: AttentionState, module: nn.Module, queries: int, key: Tensor, value: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys after R3 and values, rounded as a quantized cache does, and the mask with which attention reads them."""
+    key = state.keys(key)
+    if state.observe is not None:
+        state.observe(key)
+    if state.cache is None or not _Switch.rounding:
+        return key, value, mask
+    rounded = state.cache.round_keys(key), fake(state.cache.values, value)
+    exact = state.cache.exact.at(module)
+    return read_both(queries, (key, value), rounded, mask, exact) if exact else (*rounded, mask)
+
+
+def mark_ready(keys: Tensor, cached: CachedTokens | None = None) -> Tensor:
+    """Marks keys, so that the attention function neither rotates nor rounds them and their values. Returns the keys.
+
+    With `cached`, it reads that in place of them.
+    """
+    setattr(keys, _READY, True if cached is None else cached)
     return keys
 
 

@@ -23,7 +23,8 @@ class RealZeroGrid(HalfScaleGrid):
     The range is from the smallest to the largest number of a group, always contains 0, and both ends are multiplied by
     `clip`. The zero point is a multiple of ``(2^bits - 1) / 255`` and so, unlike that of the integer grid, not a code.
     At 2 bits the integer grid has four zero points to choose from, and moves its numbers by up to a sixth of the range
-    to put 0 on one of them. This grid follows the range to 1/255 of it, as HQQ's real zero points do. It takes `8 - bits` bits a group
+    to put 0 on one of them. This grid follows the range to 1/255 of it, as HQQ's real zero points do. It takes
+    `8 - bits` bits a group
     more than the integer grid.
 
     It suits activations and the KV cache, where 0 is a number like others. Source: the rounding of KV caches in KIVI

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ import tiny_models
 import torch
 from selection import some_pairs
 from tiny_runs import run
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 
 import gyroquant as gq
 from gyroquant.grids import IntegerGrid, RealZeroGrid
@@ -153,6 +154,43 @@ def test_generation_gives_the_logits_of_the_whole_text(name: str, tokens: tuple[
                     start = stop
                 got = torch.cat(parts, dim=1)
                 assert torch.allclose(got, whole, atol=2e-5), (cuts, type(cache).__name__)
+
+
+def with_key_biases(folder: Path, size: float) -> Path:
+    """A tiny Qwen2 whose keys have biases many times as large as the keys, as the small Qwen2.5 models do."""
+    torch.manual_seed(0)
+    model = tiny_models.build("qwen2")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.k_proj.bias.normal_().mul_(size)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_large_key_biases_are_survived(folders: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+    """A bias turns with RoPE. What is left of it in the mean over positions is most of it in the slow channels."""
+    for file in folders["qwen2"].glob("tokenizer*"):
+        (tmp_path / "model").mkdir(exist_ok=True)
+        shutil.copy(file, tmp_path / "model")
+    folder = with_key_biases(tmp_path / "model", 20.0)
+    exact = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = tiny_models.tokens(exact)
+    with torch.no_grad():
+        target = exact(ids).logits
+    errors = {}
+    for center in ("false", "true"):
+        changes = ["weights.bits=8", "weights.group_size=16", *settings(0, 0), f"kv_cache.center_keys={center}"]
+        run(folder, tmp_path / center, "rtn", corpus, *changes, "kv_cache.bits=4")
+        loaded = gq.load(tmp_path / center, dtype=torch.float32)
+        with torch.no_grad():
+            errors[center] = float((loaded(ids).logits - target).norm() / target.norm())
+            cache = gq.PackedKVCache(loaded)
+            parts = [loaded(ids[:, :9], past_key_values=cache).logits]
+            parts += [loaded(ids[:, i : i + 1], past_key_values=cache).logits for i in range(9, ids.shape[1])]
+            packed = float((torch.cat(parts, 1) - target).norm() / target.norm())
+            assert packed == pytest.approx(errors[center], rel=0.25)
+    print(errors)
+    assert errors["true"] < 0.5 * errors["false"]
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])

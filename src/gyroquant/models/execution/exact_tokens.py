@@ -46,7 +46,11 @@ def has_sliding_window(module: Any) -> bool:
     """Whether an attention module sees a window of the text only, as transformers' modules say it."""
     if hasattr(module, "sliding_window"):
         return module.sliding_window is not None
-    return getattr(getattr(module, "config", None), "sliding_window", None) is not None
+    config = getattr(module, "config", None)
+    kinds, index = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
+    if kinds is not None and index is not None:
+        return kinds[index] == "sliding_attention"
+    return getattr(config, "sliding_window", None) is not None
 
 
 @dataclass

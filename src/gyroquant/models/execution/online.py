@@ -88,6 +88,18 @@ def run_map(m: Map, x: Tensor) -> Tensor:
     return m.apply(x.float()).to(x.dtype) if x.dtype in (torch.float16, torch.bfloat16) else m.apply(x)
 
 
+def run_on_heads(m: Map, x: Tensor) -> Tensor:
+    """As `run_map` on queries or keys, shape (batch, heads, length, n), with one map or one for each kv head.
+
+    In the second case, m has the order of all kv heads, and consecutive query heads share one.
+    """
+    if m.n == x.shape[-1]:
+        return run_map(m, x)
+    grouped = x.unflatten(1, (m.n // x.shape[-1], -1)).movedim(1, -2)  # (batch, sharing, length, kv heads, n)
+    turned = run_map(m, grouped.flatten(-2)).unflatten(-1, grouped.shape[-2:])
+    return turned.movedim(-2, 1).flatten(1, 2)
+
+
 class _Switch:
     """Settings of the whole process, changed by the context managers below."""
 
@@ -149,16 +161,18 @@ class AttentionState:
 
     - map: multiplies queries and keys (R3).
     - cache: rounds keys and values.
-    - observe: is called with the keys, after the map and before rounding.
+    - observe: is called with queries, keys and values, after the map and before rounding.
+
+    The map may have the order of a head, or that of all kv heads: then it holds one for each of them.
     """
 
     map: Map | None = None
     cache: CacheQuantizer | None = None
-    observe: Callable[[Tensor], None] | None = None
+    observe: Callable[[Tensor, Tensor, Tensor], None] | None = None
 
     def keys(self, keys: Tensor) -> Tensor:
         """Keys as they enter the cache, before rounding."""
-        return keys if self.map is None else run_map(self.map, keys)
+        return keys if self.map is None else run_on_heads(self.map, keys)
 
 
 class CachedTokens(Protocol):
@@ -190,7 +204,7 @@ def _attention(base: str) -> Callable[..., Any]:
         mask = attention_mask
         if state is not None:
             if state.map is not None:
-                query = run_map(state.map, query)
+                query = run_on_heads(state.map, query)
             cached: CachedTokens | bool = getattr(key, _READY, False)
             if not isinstance(cached, bool):
                 out = cached.attend(base, query, mask, **kwargs) if not args else None
@@ -198,7 +212,7 @@ def _attention(base: str) -> Callable[..., Any]:
                     return out, None
                 key, value, mask = cached.read(query.shape[2], mask)
             elif not cached:
-                key, value, mask = _rounded(state, module, query.shape[2], key, value, mask)
+                key, value, mask = _rounded(state, module, query, key, value, mask)
         if base == "eager":
             inner = sys.modules[type(module).__module__].eager_attention_forward
         else:
@@ -209,17 +223,17 @@ def _attention(base: str) -> Callable[..., Any]:
 
 
 def _rounded(
-    state: AttentionState, module: nn.Module, queries: int, key: Tensor, value: Tensor, mask: Tensor | None
+    state: AttentionState, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Keys after R3 and values, rounded as a quantized cache does, and the mask with which attention reads them."""
     key = state.keys(key)
     if state.observe is not None:
-        state.observe(key)
+        state.observe(query, key, value)
     if state.cache is None or not _Switch.rounding:
         return key, value, mask
     rounded = state.cache.round_keys(key), fake(state.cache.values, value)
     exact = state.cache.exact.at(module)
-    return read_both(queries, (key, value), rounded, mask, exact) if exact else (*rounded, mask)
+    return read_both(query.shape[2], (key, value), rounded, mask, exact) if exact else (*rounded, mask)
 
 
 def mark_ready(keys: Tensor, cached: CachedTokens | None = None) -> Tensor:
@@ -443,13 +457,23 @@ def attached(model: nn.Module, online: Iterable[OnlineOp]) -> Iterator[None]:
         detach()
 
 
+def observing_attention(
+    model: nn.Module, module: str, observe: Callable[[Tensor, Tensor, Tensor], None]
+) -> list[Callable[[], None]]:
+    """Calls `observe` with the queries, keys and values of an attention module, after RoPE and R3.
+
+    They have shape (batch, heads, length, head_dim). Returns the steps that undo it, to be run from the last.
+    """
+    return _attach_attention(model.get_submodule(module), "observe", observe)
+
+
 @contextmanager
 def observing_keys(model: nn.Module, module: str, observe: Callable[[Tensor], None]) -> Iterator[None]:
     """Calls `observe` with the keys of an attention module, after RoPE and R3, for the duration of a with block.
 
     The keys have shape (batch, kv heads, length, head_dim).
     """
-    undo = _attach_attention(model.get_submodule(module), "observe", observe)
+    undo = observing_attention(model, module, lambda queries, keys, values: observe(keys))
     try:
         yield
     finally:

@@ -258,5 +258,5 @@ def check_places(model: nn.Module, online: Iterable[OnlineOp], where: str) -> No
         elif width is not None:
             if isinstance(op, InputQuantizer):
                 op.grid.group_of(width, op.module)
-            elif op.map.n != width:
+            elif op.map.n != width and (point != "qk" or op.map.n % width):
                 raise MapError(f"{where}: the map at {op.module} has order {op.map.n}, but the width there is {width}")

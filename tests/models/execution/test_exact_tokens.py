@@ -157,18 +157,20 @@ def test_generation_gives_the_logits_of_the_whole_text(name: str, tokens: tuple[
 
 
 def with_key_biases(folder: Path, size: float) -> Path:
-    """A tiny Qwen2 whose keys have biases many times as large as the keys, as the small Qwen2.5 models do."""
+    """A tiny Qwen2 whose keys have biases many times as large as the keys, in the channels that RoPE turns slowly."""
     torch.manual_seed(0)
     model = tiny_models.build("qwen2")
+    slow = torch.arange(16) % 8 >= 4  # less than 0.6 radians over 64 tokens
     with torch.no_grad():
         for layer in model.model.layers:
-            layer.self_attn.k_proj.bias.normal_().mul_(size)
+            bias = layer.self_attn.k_proj.bias
+            bias.copy_(torch.randn_like(bias) * size * slow.repeat(len(bias) // 16))
     model.save_pretrained(folder)
     return folder
 
 
 def test_large_key_biases_are_survived(folders: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
-    """A bias turns with RoPE. What is left of it in the mean over positions is most of it in the slow channels."""
+    """RoPE turns a bias with the position. In slow channels, nearly all of it is in the mean of the keys."""
     for file in folders["qwen2"].glob("tokenizer*"):
         (tmp_path / "model").mkdir(exist_ok=True)
         shutil.copy(file, tmp_path / "model")
@@ -189,8 +191,7 @@ def test_large_key_biases_are_survived(folders: dict[str, Path], corpus: Path, t
             parts += [loaded(ids[:, i : i + 1], past_key_values=cache).logits for i in range(9, ids.shape[1])]
             packed = float((torch.cat(parts, 1) - target).norm() / target.norm())
             assert packed == pytest.approx(errors[center], rel=0.25)
-    print(errors)
-    assert errors["true"] < 0.5 * errors["false"]
+    assert errors["true"] < 0.2 < 2 * 0.2 < errors["false"], errors
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])

@@ -44,6 +44,9 @@ class PackedRows:
 
     def __post_init__(self) -> None:
         self._planes = _planes(self.grid.bits, self.n)
+        lowest = 2**self.grid.bits - 1
+        masks = [lowest << (self.grid.bits * plane) for plane in range(self._planes)]
+        self._masks = torch.tensor(masks, dtype=torch.uint8).view(-1, 1, 1, 1, 1)
         self._step = float(getattr(self.grid, "zero_step", 1.0))
 
     def __len__(self) -> int:
@@ -107,11 +110,7 @@ class PackedRows:
         Shape (planes, batch, heads, length, n / planes).
         """
         assert self.codes is not None
-        masks = torch.tensor(
-            [(2**self.grid.bits - 1) << (self.grid.bits * plane) for plane in range(self._planes)], dtype=torch.uint8
-        )
-        piece = self.codes[:, :, start : start + _PIECE]
-        return (piece & masks.to(piece.device).view(-1, 1, 1, 1, 1)).to(dtype)
+        return (self.codes[:, :, start : start + _PIECE] & self._masks.to(self.codes.device)).to(dtype)
 
     def _sizes(self, x: Tensor) -> Tensor:
         """What the codes of each plane are too large by, to divide x of shape (planes, ...)."""

@@ -224,6 +224,9 @@ def test_the_packed_cache_holds_the_exact_tokens_and_rounds_the_others_once() ->
         assert len(layer._keys) == 13
         batch, heads, blocks = ids.shape[0], 2, 2
         rounded, exact = 16 * 2 // 8 + 2 + 1, 16 * 4  # bytes of a vector
+        parts = [layer._keys, layer._values]
+        tensors = [*layer._first, *layer._recent, *(t for p in parts for t in (p.codes, p.scale, p.zero))]
+        assert sum(t.untyped_storage().nbytes() for t in tensors) == layer.bytes  # nothing is a slice of more
         assert cache.nbytes == batch * heads * blocks * 2 * (13 * rounded + 8 * exact)
         with pytest.raises(gq.UnsupportedModelError, match="last_tokens=0"):
             cache.crop(-1)

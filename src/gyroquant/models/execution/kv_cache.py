@@ -129,7 +129,9 @@ class PackedLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         self._keys = PackedRows(self._state.cache.keys, key_states.shape[-1])
         self._values = PackedRows(self._state.cache.values, value_states.shape[-1])
-        self._first: Pair = key_states[:, :, :0], value_states[:, :, :0]
+        # new tensors, because slices would keep the whole prompt in memory
+        empty = [x.new_empty(*x.shape[:2], 0, x.shape[3]) for x in (key_states, value_states)]
+        self._first: Pair = empty[0], empty[1]
         self._recent: Pair = self._first
         self._length = 0
         self.is_initialized = True
@@ -156,7 +158,7 @@ class PackedLayer(CacheLayerMixin):
         keys, values = (part[:, :, :leaving] for part in exact)
         self._keys.append(keys if offset is None else keys - offset)
         self._values.append(values)
-        # copies, because slices would keep the whole prompt in memory
+        # copies, for the same reason
         self._recent = exact[0][:, :, leaving:].clone(), exact[1][:, :, leaving:].clone()
         seen = self._recent if key_states.shape[-2] == 1 or not self._exact.last else exact
         read = _Read(self._first, self._keys, self._values, offset, seen, self._exact, self.dtype)

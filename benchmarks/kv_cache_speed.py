@@ -1,6 +1,6 @@
 """Decode speed and memory of the packed KV cache beside transformers' own in bfloat16, in one run.
 
-    python benchmarks/kv_cache_speed.py [MODEL.gguf] [--bits 2 4] [--lengths 512 2048 8192] [--tokens 8] [--json FILE]
+    python benchmarks/kv_cache_speed.py [MODEL.gguf] [--bits 2 4] [--lengths 512 2048 8192] [--tokens 8]
 
 Both caches are filled with the same random keys and values, so that no time goes into a prompt. Then the same model, in
 bfloat16, generates tokens in turns: some with one cache, some with the other. Reported is the median of a token. The

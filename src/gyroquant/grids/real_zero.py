@@ -24,8 +24,7 @@ class RealZeroGrid(HalfScaleGrid):
     `clip`. The zero point is a multiple of ``(2^bits - 1) / 255`` and so, unlike that of the integer grid, not a code.
     At 2 bits the integer grid has four zero points to choose from, and moves its numbers by up to a sixth of the range
     to put 0 on one of them. This grid follows the range to 1/255 of it, as HQQ's real zero points do. It takes
-    `8 - bits` bits a group
-    more than the integer grid.
+    `8 - bits` bits a group more than the integer grid.
 
     It suits activations and the KV cache, where 0 is a number like others. Source: the rounding of KV caches in KIVI
     (arXiv 2402.02750) and OSCAR (arXiv 2605.17757), which store the smallest number of a group in 16 bits.

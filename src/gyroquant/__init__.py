@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from gyroquant.grids.k_quants import KQuantGrid
     from gyroquant.grids.lookup import LookupGrid
     from gyroquant.grids.microscaling import Mxfp4Grid, Nvfp4Grid
+    from gyroquant.grids.real_zero import RealZeroGrid
     from gyroquant.grids.trellis import TrellisGrid
     from gyroquant.inspection.verify import verify
     from gyroquant.inspection.verify_export import verify_export
@@ -103,6 +104,7 @@ __all__ = [
     "ProofError",
     "ProofSettings",
     "Qronos",
+    "RealZeroGrid",
     "Recipe",
     "RecipeError",
     "Refine",
@@ -165,6 +167,7 @@ _MODULES = {
     "ProofError": "errors",
     "ProofSettings": "recipes.schema",
     "Qronos": "rounding.solvers.qronos",
+    "RealZeroGrid": "grids.real_zero",
     "Recipe": "recipes.schema",
     "RecipeError": "errors",
     "Refine": "rounding.steps.refine",

@@ -16,6 +16,7 @@ from gyroquant.grids import (
     IntegerGrid,
     Mxfp4Grid,
     Nvfp4Grid,
+    RealZeroGrid,
     grid_from,
     stored_bits,
 )
@@ -69,6 +70,25 @@ def test_asymmetric_grids_hold_zero_and_both_ends() -> None:
     values = rounded(grid, row).dequantize()
     assert values.max() == pytest.approx(1.0, abs=2e-3)
     assert grid.decode(torch.tensor([[[0]]], dtype=torch.uint8), rounded(grid, row).params) == 0
+
+
+def test_real_zero_points_reach_both_ends_where_integer_ones_cut_one_off() -> None:
+    row = torch.linspace(-1.0, 1.0, 64)[None]
+    real = RealZeroGrid(bits=2).fake(row)
+    assert real.unique().tolist() == pytest.approx([-1, -1 / 3, 1 / 3, 1], abs=5e-3)
+    whole = IntegerGrid(bits=2, group_size=-1, scale="minmax").fake(row)
+    assert float(whole.max()) < 0.7
+    assert float(whole.min()) < -1.3  # a number that nothing is rounded to
+
+
+def test_real_zero_points_are_stored_in_a_byte() -> None:
+    weight = rounded(RealZeroGrid(bits=2, group_size=64), weights(8))
+    arrays = weight.pack()
+    assert arrays["zeros"].dtype == torch.uint8
+    assert arrays["zeros"].numel() == 8 * 3
+    assert weight.grid.group_bits / 64 == 0.375
+    with pytest.raises(InputError, match="zeros"):
+        weight.grid.unpack({name: array for name, array in arrays.items() if name != "zeros"}, (8, 192))
 
 
 @given(st.integers(1, 8), st.integers(1, 5), st.integers(1, 70), st.integers(0, 10**6))

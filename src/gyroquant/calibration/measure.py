@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gyroquant.calibration.attention_observers import AttentionObserver, watching_attention
 from gyroquant.calibration.observers import See, input_key, watch, watch_output
 from gyroquant.calibration.site_weights import Reader, coming_gains, reader_weights
 from gyroquant.calibration.stream import Stream
@@ -24,7 +25,7 @@ from gyroquant.maps import blocks
 from gyroquant.models.execution.runner import BlockRunner
 from gyroquant.models.folding.fold import AbsorbGain, ApplyMap, FoldPlan
 from gyroquant.models.graph.model_graph import LinearOp, ModelGraph, Port
-from gyroquant.models.graph.sites import Site
+from gyroquant.models.graph.sites import Site, attention_module
 from gyroquant.models.stores.base import WeightStore
 from gyroquant.system.progress import Progress
 
@@ -44,6 +45,11 @@ class SiteMeasurement:
 
     def __post_init__(self) -> None:
         self.seen = {kind: kind(self.site.n) for kind in self.kinds}
+
+    @property
+    def sees_attention(self) -> bool:
+        """Whether it sees queries, keys and values in place of the vectors of its site."""
+        return any(isinstance(observer, AttentionObserver) for observer in self.seen.values())
 
     def __call__(self, x: Tensor) -> None:
         for observer in self.seen.values():
@@ -70,14 +76,18 @@ def measure(
     read = Reader(store)
     for measurement in measurements:
         measurement.weights = partial(reader_weights, read, plan, measurement.site)
-    probes = [probe for measurement in measurements for probe in _probes(graph, plan, measurement)]
+    of_attention = [measurement for measurement in measurements if measurement.sees_attention]
+    others = [measurement for measurement in measurements if not measurement.sees_attention]
+    probes = [probe for measurement in others for probe in _probes(graph, plan, measurement)]
+    watched = [_watched(graph, plan, of_attention, i) for i in range(len(graph.blocks))]
     outer = store.read(graph.outer_params())
     stream = Stream(BlockRunner.of(store), tokens, outer, dtype, offload, device)
     stream.free_outer()
     with (progress or Progress()).stage("measure", len(graph.blocks) * stream.steps) as advance:
         for i in range(len(graph.blocks[:blocks])):
             tensors = store.read(graph.block_params(i))
-            with _probing(model, [probe for probe in probes if probe.op.weight in tensors], tensors):
+            here = [probe for probe in probes if probe.op.weight in tensors]
+            with _probing(model, here, tensors), watching_attention(model, watched[i]):
                 stream.run(i, tensors, progress=advance)
     last = [probe for probe in probes if probe.op in graph.outer.linears]
     if last:
@@ -108,6 +118,31 @@ class _Probe:
             self.measurement(x.reshape(-1, self.measurement.site.n))
 
         return note
+
+
+def _watched(
+    graph: ModelGraph, plan: FoldPlan, measurements: list[SiteMeasurement], block: int
+) -> dict[str, list[AttentionObserver]]:
+    """The observers of a block's attention, by the name of its module."""
+    sites = [measurement.site for measurement in measurements if measurement.site.block == block]
+    module = attention_module(graph.blocks[block])
+    for site in sites:
+        if module is None:
+            raise UnsupportedModelError(
+                f"nothing can be measured at {site.label}, whose attention is not described: choose a method that "
+                "does not measure"
+            )
+        before = ("R3", "qk") if site.name == "R3" else (site.name,)
+        if any(other.block == block and other.name in before for other, _, _ in plan.folded):
+            raise UnsupportedModelError(
+                f"{site.label} cannot be measured after another map of {' or '.join(before)}: put the method that "
+                "measures first"
+            )
+    found = [
+        one for measurement in measurements if measurement.site.block == block for one in measurement.seen.values()
+    ]
+    observers = [observer for observer in found if isinstance(observer, AttentionObserver)]
+    return {module: observers} if module is not None and observers else {}
 
 
 @contextmanager

@@ -36,8 +36,9 @@ class Observer(ABC):
 
     registry: ClassVar[Registry[type[Observer]]] = Registry("observer", "gyroquant.calibration")
 
-    def __init_subclass__(cls) -> None:
-        Observer.registry.add(cls.__name__, cls)
+    def __init_subclass__(cls, abstract: bool = False) -> None:
+        if not abstract:  # base classes of observers are not for use
+            Observer.registry.add(cls.__name__, cls)
 
     @classmethod
     def examples(cls, n: int = 256) -> list[Self]:

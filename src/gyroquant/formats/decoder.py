@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from gyroquant.errors import UnsupportedModelError
 from gyroquant.formats.operations import Operations
 from gyroquant.grids import QuantizedWeight
 from gyroquant.maps import Map, Product, Signs
@@ -243,6 +244,11 @@ class Decoder:
             angles = self._angles(kinds[index] if kinds else "")
             q, k = ops.turned(q, self.graph.heads, angles), ops.turned(k, self.graph.kv_heads, angles)
         r3 = self.maps.get((name, "qk"))
+        if r3 is not None and r3.n != self.graph.head_dim:
+            raise UnsupportedModelError(
+                f"{name} turns every kv head by its own rotation (R3), which this format cannot run: set "
+                "transform.R3.per_head=false"
+            )
         if r3 is not None:
             q, k = ops.mapped(r3, q), ops.mapped(r3, k)
         window = self._window(module, kinds[index] if kinds else None)

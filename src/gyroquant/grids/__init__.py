@@ -20,6 +20,7 @@ from gyroquant.grids.iq import IqGrid
 from gyroquant.grids.k_quants import KQuantGrid
 from gyroquant.grids.lookup import LookupGrid
 from gyroquant.grids.microscaling import Mxfp4Grid, Nvfp4Grid
+from gyroquant.grids.real_zero import RealZeroGrid
 from gyroquant.grids.tiled import TiledGrid
 from gyroquant.grids.trellis import TrellisGrid
 
@@ -40,6 +41,7 @@ __all__ = [
     "Mxfp4Grid",
     "Nvfp4Grid",
     "QuantizedWeight",
+    "RealZeroGrid",
     "TiledGrid",
     "TrellisGrid",
     "grid_from",

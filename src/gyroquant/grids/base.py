@@ -63,6 +63,10 @@ class Grid(BaseModel, ABC):
     """Whether numbers are ``(code - zero) * scale`` with a zero point that is any number. Then refinement chooses scale
     and zero point together.
     """
+    real_zeros: ClassVar[bool] = False
+    """Whether numbers have that form with zero points that are no codes, as only the KV cache takes them. `zero_step`
+    is then the distance of neighbouring zero points.
+    """
     fits: ClassVar[tuple[str, ...]] = ()
     """The values of the setting `scale`, which states how scales are fitted: `minmax` by the range of a group, `mse` by
     a search. Empty if the grid fits scales in one way only.

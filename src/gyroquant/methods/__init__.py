@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time they come from t
     from gyroquant.methods.duquant import DuQuant
     from gyroquant.methods.hadamard import Hadamard
     from gyroquant.methods.identity import Identity
+    from gyroquant.methods.oscar import KeyPCA, Oscar
     from gyroquant.methods.pca import HeadPCA
     from gyroquant.methods.permutations import MassDiff, RandomPermutation, SortedByMagnitude, Zigzag
     from gyroquant.methods.random_orthogonal import RandomOrthogonal
@@ -34,8 +35,10 @@ __all__ = [
     "Hadamard",
     "HeadPCA",
     "Identity",
+    "KeyPCA",
     "MassDiff",
     "Method",
+    "Oscar",
     "PairPCA",
     "RandomOrthogonal",
     "RandomPermutation",

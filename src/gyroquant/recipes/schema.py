@@ -435,6 +435,8 @@ class Recipe(BaseModel):
                 del data["weights"]["allocate"]["costs"]
         if data["weights"]["tune"] is not None:
             new += [(data["weights"]["tune"], "outliers")]
+        if data["kv_cache"] is not None:
+            new += [(data["kv_cache"], key) for key in ("key_clip", "value_clip", "first_tokens", "last_tokens")]
         if data["weights"]["bound"]:
             del data["weights"]["bound"]
         for owner, key in new:

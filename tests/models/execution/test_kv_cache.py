@@ -12,7 +12,7 @@ from tiny_runs import run
 
 import gyroquant as gq
 from gyroquant.grids import IntegerGrid
-from gyroquant.models.execution.kv_cache import _Rows
+from gyroquant.models.execution.packed_rows import PackedRows
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_beams_and_batches_move_with_it(folders: dict[str, Path], tmp_path: Path
 def test_rows_come_back_as_the_grid_rounds_them(bits: int, symmetric: bool) -> None:
     grid = IntegerGrid(bits=bits, group_size=16, symmetric=symmetric, scale="minmax")
     x = torch.randn(2, 3, 5, 32, generator=torch.Generator().manual_seed(0))
-    rows = _Rows(grid, 32)
+    rows = PackedRows(grid, 32)
     rows.append(x[:, :, :4])
     rows.append(x[:, :, 4:])
     assert torch.equal(rows.decode(torch.float32), grid.fake(x))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from gyroquant.errors import UnsupportedModelError
 from gyroquant.grids import Grid
 from gyroquant.maps import Map
+from gyroquant.models.execution.exact_tokens import ALL_ROUNDED, ExactTokens, read_both
 from gyroquant.models.execution.products import intercept
 from gyroquant.models.graph.sites import HookPoint
 
@@ -61,12 +62,15 @@ class CacheQuantizer:
     Keys are rounded after RoPE and R3. `key_mean`, shape (kv heads, head_dim), is subtracted from the keys before
     rounding and added again afterwards. It is a mean over positions, so it must be measured after RoPE: RoPE turns an
     offset of the keys into a different one at every position.
+
+    `exact` are the tokens that stay unrounded.
     """
 
     module: str
     keys: Grid
     values: Grid
     key_mean: Tensor | None = None
+    exact: ExactTokens = ALL_ROUNDED
 
     def round_keys(self, keys: Tensor) -> Tensor:
         """Keys of shape (batch, kv heads, length, head_dim), rounded."""
@@ -82,6 +86,18 @@ OnlineOp = OnlineMap | InputQuantizer | CacheQuantizer
 def run_map(m: Map, x: Tensor) -> Tensor:
     """``x @ M`` along the last dimension. 16-bit activations are multiplied in fp32 and converted back once."""
     return m.apply(x.float()).to(x.dtype) if x.dtype in (torch.float16, torch.bfloat16) else m.apply(x)
+
+
+def run_on_heads(m: Map, x: Tensor) -> Tensor:
+    """As `run_map` on queries or keys, shape (batch, heads, length, n), with one map or one for each kv head.
+
+    In the second case, m has the order of all kv heads, and consecutive query heads share one.
+    """
+    if m.n == x.shape[-1]:
+        return run_map(m, x)
+    grouped = x.unflatten(1, (m.n // x.shape[-1], -1)).movedim(1, -2)  # (batch, sharing, length, kv heads, n)
+    turned = run_map(m, grouped.flatten(-2)).unflatten(-1, grouped.shape[-2:])
+    return turned.movedim(-2, 1).flatten(1, 2)
 
 
 class _Switch:
@@ -145,47 +161,87 @@ class AttentionState:
 
     - map: multiplies queries and keys (R3).
     - cache: rounds keys and values.
-    - observe: is called with the keys, after the map and before rounding.
+    - observe: is called with queries, keys and values, after the map and before rounding.
+
+    The map may have the order of a head, or that of all kv heads: then it holds one for each of them.
     """
 
     map: Map | None = None
     cache: CacheQuantizer | None = None
-    observe: Callable[[Tensor], None] | None = None
+    observe: Callable[[Tensor, Tensor, Tensor], None] | None = None
 
     def keys(self, keys: Tensor) -> Tensor:
         """Keys as they enter the cache, before rounding."""
-        return keys if self.map is None else run_map(self.map, keys)
+        return keys if self.map is None else run_on_heads(self.map, keys)
 
 
-_READY = "_gyroquant_ready"  # an attribute of keys that a packed cache has already rotated and rounded
+class CachedTokens(Protocol):
+    """What a cache has rotated and rounded already, and how attention reads it."""
+
+    def attend(self, base: str, query: Tensor, mask: Tensor | None, **kwargs: Any) -> Tensor | None:
+        """The output of attention, shape (batch, queries, heads, head_dim); None if it is left to the model's own."""
+
+    def read(self, queries: int, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys, values and the mask for the model's own attention."""
+
+
+_READY = "_gyroquant_ready"  # an attribute of keys: true if they are rotated and rounded, or what they stand for
 
 
 def _attention(base: str) -> Callable[..., Any]:
     """An attention function that runs the map and the rounding, then the implementation `base` of the model."""
 
-    def forward(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         state: AttentionState | None = module.__dict__.get("_gyroquant_attention")
+        mask = attention_mask
         if state is not None:
             if state.map is not None:
-                query = run_map(state.map, query)
-            if not getattr(key, _READY, False):
-                key = state.keys(key)
-                if state.observe is not None:
-                    state.observe(key)
-                if state.cache is not None:
-                    key, value = state.cache.round_keys(key), fake(state.cache.values, value)
+                query = run_on_heads(state.map, query)
+            cached: CachedTokens | bool = getattr(key, _READY, False)
+            if not isinstance(cached, bool):
+                out = cached.attend(base, query, mask, **kwargs) if not args else None
+                if out is not None:
+                    return out, None
+                key, value, mask = cached.read(query.shape[2], mask)
+            elif not cached:
+                key, value, mask = _rounded(state, module, query, key, value, mask)
         if base == "eager":
             inner = sys.modules[type(module).__module__].eager_attention_forward
         else:
             inner = ALL_ATTENTION_FUNCTIONS[base]
-        return inner(module, query, key, value, *args, **kwargs)
+        return inner(module, query, key, value, mask, *args, **kwargs)
 
     return forward
 
 
-def mark_ready(keys: Tensor) -> Tensor:
-    """Marks keys, so that the attention function neither rotates nor rounds them and their values. Returns the keys."""
-    setattr(keys, _READY, True)
+def _rounded(
+    state: AttentionState, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys after R3 and values, rounded as a quantized cache does, and the mask with which attention reads them."""
+    key = state.keys(key)
+    if state.observe is not None:
+        state.observe(query, key, value)
+    if state.cache is None or not _Switch.rounding:
+        return key, value, mask
+    rounded = state.cache.round_keys(key), fake(state.cache.values, value)
+    exact = state.cache.exact.at(module)
+    return read_both(query.shape[2], (key, value), rounded, mask, exact) if exact else (*rounded, mask)
+
+
+def mark_ready(keys: Tensor, cached: CachedTokens | None = None) -> Tensor:
+    """Marks keys, so that the attention function neither rotates nor rounds them and their values. Returns the keys.
+
+    With `cached`, it reads that in place of them.
+    """
+    setattr(keys, _READY, True if cached is None else cached)
     return keys
 
 
@@ -401,13 +457,23 @@ def attached(model: nn.Module, online: Iterable[OnlineOp]) -> Iterator[None]:
         detach()
 
 
+def observing_attention(
+    model: nn.Module, module: str, observe: Callable[[Tensor, Tensor, Tensor], None]
+) -> list[Callable[[], None]]:
+    """Calls `observe` with the queries, keys and values of an attention module, after RoPE and R3.
+
+    They have shape (batch, heads, length, head_dim). Returns the steps that undo it, to be run from the last.
+    """
+    return _attach_attention(model.get_submodule(module), "observe", observe)
+
+
 @contextmanager
 def observing_keys(model: nn.Module, module: str, observe: Callable[[Tensor], None]) -> Iterator[None]:
     """Calls `observe` with the keys of an attention module, after RoPE and R3, for the duration of a with block.
 
     The keys have shape (batch, kv heads, length, head_dim).
     """
-    undo = _attach_attention(model.get_submodule(module), "observe", observe)
+    undo = observing_attention(model, module, lambda queries, keys, values: observe(keys))
     try:
         yield
     finally:

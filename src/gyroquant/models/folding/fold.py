@@ -125,7 +125,7 @@ class FoldPlan:
         the site is `online_unasked`. Raises UnsupportedModelError, with the reason and the remedy, if the map cannot be
         folded exactly.
         """
-        if m.n != site.n:
+        if m.n not in (site.n, site.n * site.copies):
             raise UnsupportedModelError(
                 f"{site.label} has {site.n} coordinates, but its map has {m.n}; choose a map of {site.n}"
             )
@@ -159,7 +159,7 @@ class FoldPlan:
                 f"{site.label} can only run an orthogonal map online; choose a method that gives one"
             )
         self._apply(site.readers, m.contragredient())
-        widths = [site.n] * len(site.hook_points)
+        widths = [m.n] * len(site.hook_points)
         if len(site.readers) == len(site.hook_points):  # a layer may read several vectors at once
             widths = [self.graph.shapes[port.param][port.axis] for port in site.readers]
         pairs = zip(site.hook_points, widths, strict=True)

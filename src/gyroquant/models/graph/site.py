@@ -51,6 +51,7 @@ class Site:
     - admits, admits_online: the maps that can be fused, and those that can run online.
     - keeps_mean: the map must preserve the mean, because the site has LayerNorms.
     - heads: the number of heads in one vector of the site.
+    - copies: how many heads may each have their own map of order n, which are then one map of all their coordinates.
     - blocked: the reason why no map can be fused here. Empty if maps can be fused.
     - rope: the RoPE that queries and keys pass after the site.
     """
@@ -68,6 +69,7 @@ class Site:
     admits_online: Literal["any", "orthogonal"] = "any"
     keeps_mean: bool = False
     heads: int = 1
+    copies: int = 1
     blocked: str = ""
     rope: Rope | None = None
 

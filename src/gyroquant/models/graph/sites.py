@@ -185,6 +185,7 @@ def _r3(graph: ModelGraph) -> Iterator[Site]:
             block=i,
             label=f"R3 of {group.label}",
             n=graph.heads_in(group).size,
+            copies=graph.heads_in(group).shared,
             hook_points=(HookPoint("qk", module),),
             admits="nothing",
             admits_online="orthogonal",

@@ -18,6 +18,7 @@ from torch import Tensor
 from gyroquant.errors import GyroquantError, InputError
 from gyroquant.grids import Basis, QuantizedWeight, grid_from
 from gyroquant.maps import load
+from gyroquant.models.execution.exact_tokens import ExactTokens
 from gyroquant.models.execution.online import CacheQuantizer, InputQuantizer, OnlineMap, OnlineOp
 from gyroquant.models.graph.model_graph import Shape
 from gyroquant.models.graph.sites import HookPoint
@@ -100,6 +101,7 @@ def attachments(description: Mapping[str, Any], files: Sequence[Path]) -> tuple[
             grids[entry["keys"]],
             grids[entry["values"]],
             None if entry["key_mean"] is None else arrays[entry["key_mean"]],
+            ExactTokens(entry.get("first_tokens", 0), entry.get("last_tokens", 0)),
         )
         for entry in description["cache"]
     ]

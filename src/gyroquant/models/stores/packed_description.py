@@ -36,7 +36,8 @@ from gyroquant.models.graph.sites import Point
 METHOD = "gyroquant"
 # Version 2: a basis changes what codes stand for; readers of version 1 would ignore it.
 # Version 3: an integer, fp4 or fp8 weight has a tensor scale; readers of version 2 would ignore it.
-FORMAT_VERSIONS = (1, 2, 3)
+# Version 4: some tokens of the KV cache stay exact; readers of version 3 would round them.
+FORMAT_VERSIONS = (1, 2, 3, 4)
 PARTS = ("codes", "scales", "multiples", "zeros", "global", "basis")
 MAPS = "gyroquant_map."
 IMPORT_FIRST = "gyroquant packed these weights, run `import gyroquant` before you open them"
@@ -78,6 +79,8 @@ class _Cache(BaseModel):
     keys: _Index
     values: _Index
     key_mean: str | None
+    first_tokens: _Index = 0
+    last_tokens: _Index = 0
 
 
 class _Schema(BaseModel):
@@ -137,7 +140,10 @@ class PackedDescription:
             entry: dict[str, Any] = {"module": op.module}
             entry |= {"keys": self._grid(op.keys), "values": self._grid(op.values)}
             arrays = {} if op.key_mean is None else {f"{MAPS}{op.module}.key_mean": op.key_mean}
-            self._cache.append(entry | {"key_mean": next(iter(arrays), None)})
+            entry["key_mean"] = next(iter(arrays), None)
+            if op.exact:
+                entry |= {"first_tokens": op.exact.first, "last_tokens": op.exact.last}
+            self._cache.append(entry)
             return arrays
         return self._add_map(op)
 
@@ -165,6 +171,8 @@ class PackedDescription:
 
     def _version(self) -> int:
         """The oldest format version that can express this description."""
+        if any("last_tokens" in entry for entry in self._cache):
+            return 4
         for part, version in (("tensor_scale", 3), ("basis", 2)):
             if any(part in entry for entry in self._tensors.values()):
                 return version
@@ -251,5 +259,5 @@ def check_places(model: nn.Module, online: Iterable[OnlineOp], where: str) -> No
         elif width is not None:
             if isinstance(op, InputQuantizer):
                 op.grid.group_of(width, op.module)
-            elif op.map.n != width:
+            elif op.map.n != width and (point != "qk" or op.map.n % width):
                 raise MapError(f"{where}: the map at {op.module} has order {op.map.n}, but the width there is {width}")

@@ -1,6 +1,7 @@
 """Perplexity with a KV cache of few bits, step by step: rotation, clipping, centring, exact tokens, OSCAR.
 
     python benchmarks/kv_cache_2bit.py [MODEL.gguf --text FILE --validation FILE] [--bits 2 4] [--windows 4]
+    python benchmarks/kv_cache_2bit.py ... --bits 2 --clips 0.96/0.92 0.85/0.75       # these clip ratios, all else on
 
 Weights are not rounded. Calibration is 8 windows of 512 tokens of `--text`: for the means of keys and for OSCAR.
 Perplexity is that of windows of 1024 tokens, evenly spread over `--validation`, each predicted from its own start.
@@ -62,6 +63,16 @@ def cache_bits(section: dict[str, Any], size: int) -> float:
     return (1 - exact) * (grid.bits + grid.group_bits / size) + 16 * exact
 
 
+def clipped(bits: int, clips: list[str]) -> list[tuple[str, str | None, dict[str, Any]]]:
+    """As `rows`, for clip ratios of keys and values such as 0.96/0.92, with centring and exact tokens."""
+    found: list[tuple[str, str | None, dict[str, Any]]] = []
+    for text in clips:
+        clip = dict(zip(("key_clip", "value_clip"), map(float, text.split("/")), strict=True))
+        section = {"grid": "real_zero", "bits": bits, "center_keys": True, **clip, **EXACT}
+        found += [(f"{method} {text}", method, section) for method in ("hadamard", "oscar")]
+    return found
+
+
 @torch.no_grad()
 def perplexity(model: Any, windows: Tensor) -> float:
     """Of windows of shape (windows, SEQLEN)."""
@@ -117,6 +128,7 @@ def main() -> None:
     parser.add_argument("--validation", type=Path)
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 4], choices=[2, 4])
     parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--clips", nargs="+", metavar="KEYS/VALUES")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     logging.disable_progress_bar()
@@ -146,7 +158,7 @@ def main() -> None:
     )
     size = models[None].model.config.head_dim
     for bits in given.bits:
-        for name, method, section in rows(bits):
+        for name, method, section in clipped(bits, given.clips) if given.clips else rows(bits):
             if method not in models:
                 models[method] = Rotated(load, method, calibration)
             start, true_bits = time.perf_counter(), cache_bits(section, size)

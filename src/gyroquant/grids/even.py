@@ -13,7 +13,7 @@ class EvenGrid(HalfScaleGrid):
     """Grids whose codes 0 .. 2^bits - 1 stand for ``(code - zero) * scale``.
 
     Subclasses say which zero points they store: `IntegerGrid` those that are codes or lie half-way between two,
-    `FloatZeroGrid` any number.
+    `FloatZeroGrid` any number, `RealZeroGrid` 256 numbers from the first code to the last.
     """
 
     @property

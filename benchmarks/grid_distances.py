@@ -3,10 +3,11 @@
     python benchmarks/grid_distances.py MODEL --layers 7 --json grids.json --plot docs/results/grids.svg
 
 Every grid rounds a million normal numbers in rows of 1,024, and layers of MODEL with random signs and a Hadamard matrix
-on their inputs, to nearest. The bound for normal
-numbers of variance 1 at b bits is 4^-b; layers are compared with that of their own rows' variances. The true bits are
-those of the stored arrays. Times are CPU seconds of one core: encoding (without the search of scales), and GPTQ for one
-layer of 1,536 by 576, as a ratio to GPTQ on integers of the same bits with a scale a row. `--plot` needs matplotlib.
+on their inputs, to nearest. The bound for normal numbers of variance 1 at b bits is 4^-b; layers are compared with that
+of their own rows' variances. Grids with super-blocks round the layers whose rows these divide. The true bits are those
+of the stored arrays. Times are CPU seconds of one core: encoding (without the search of scales), and GPTQ for one layer
+of 1,536 by 576 (grids with super-blocks: by 768), as a ratio to GPTQ on integers of the same bits with a scale a row.
+`--plot` needs matplotlib.
 """
 
 from __future__ import annotations
@@ -21,28 +22,36 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from gyroquant.grids import E8pGrid, Grid, IntegerGrid, TrellisGrid, stored_bits
+from gyroquant.grids import E8pGrid, FloatZeroGrid, Grid, IntegerGrid, IqGrid, KQuantGrid, TrellisGrid, stored_bits
 from gyroquant.maps import hadamard
 from gyroquant.models.stores.source import open_model
 from gyroquant.rounding import InputStatistics
 from gyroquant.rounding.solvers.gptq import Gptq
 from gyroquant.rounding.solvers.rtn import RoundToNearest
 
-KINDS: dict[str, dict[int, Grid]] = {
-    "integer, groups of 64": {b: IntegerGrid(bits=b, group_size=64) for b in (2, 3, 4)},
-    "integer, mid-rise, a scale a row": {
-        b: IntegerGrid(bits=b, group_size=-1, symmetric=True, midrise=True) for b in (1, 2, 3, 4)
-    },
-    "e8p": {b: E8pGrid(bits=b) for b in (2, 3, 4)},
-    "trellis, 8 bits of state": {b: TrellisGrid(bits=b, state_bits=8) for b in (1, 2, 3, 4)},
-    "trellis, 10 bits of state": {b: TrellisGrid(bits=b, state_bits=10) for b in (1, 2, 3, 4)},
-    "trellis, 12 bits of state": {b: TrellisGrid(bits=b, state_bits=12) for b in (1, 2, 3, 4)},
+_ROWS = {b: IntegerGrid(bits=b, group_size=-1, symmetric=True, midrise=True) for b in range(1, 9)}
+_IQ = [("two_bits", 2, name) for name in ("IQ2_XXS", "IQ2_XS", "IQ2_S")]
+_IQ += [("three_bits", 3, name) for name in ("IQ3_XXS", "IQ3_S")]
+KINDS: dict[str, list[Grid]] = {
+    "integer, groups of 64": [IntegerGrid(bits=b, group_size=64) for b in (2, 3, 4)],
+    "integer, mid-rise, a scale a row": [_ROWS[b] for b in (1, 2, 3, 4)],
+    "float zero points, groups of 64": [FloatZeroGrid(bits=b, group_size=64) for b in (2, 3, 4)],
+    "K-quants of llama.cpp": [KQuantGrid(bits=b) for b in (2, 3, 4, 5)],
+    "IQ types of llama.cpp": [
+        *(IqGrid.model_validate({"bits": bits, key: name}) for key, bits, name in _IQ),
+        KQuantGrid(four_bits="IQ4_XS"),
+    ],
+    "e8p": [E8pGrid(bits=b) for b in (2, 3, 4)],
+    "trellis, 8 bits of state": [TrellisGrid(bits=b, state_bits=8) for b in (1, 2, 3, 4)],
+    "trellis, 10 bits of state": [TrellisGrid(bits=b, state_bits=10) for b in (1, 2, 3, 4)],
+    "trellis, 12 bits of state": [TrellisGrid(bits=b, state_bits=12) for b in (1, 2, 3, 4)],
 }
 
 
 def distance(grid: Grid, weights: list[Tensor]) -> tuple[float, float]:
     """True bits a weight, and the error in decibels above the bound, for matrices that are rounded on their own."""
     bits = error = least = 0.0
+    weights = [weight for weight in weights if grid.for_columns(weight.shape[1]) is grid]
     count = sum(weight.numel() for weight in weights)
     for weight in weights:
         rounded = RoundToNearest().solve(weight, grid.with_tensor_scale(weight))
@@ -55,10 +64,11 @@ def distance(grid: Grid, weights: list[Tensor]) -> tuple[float, float]:
 
 def speeds(grid: Grid, base: Grid) -> tuple[float, float]:
     """Million weights a second that are encoded, and the time of GPTQ relative to that on `base`."""
-    weight = torch.randn(1536, 576, generator=torch.Generator().manual_seed(0))
-    x = torch.randn(4096, 576, generator=torch.Generator().manual_seed(1)) * torch.logspace(0.5, -0.5, 576)
+    columns = 576 if grid.super_block == 1 else 768
+    weight = torch.randn(1536, columns, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(4096, columns, generator=torch.Generator().manual_seed(1)) * torch.logspace(0.5, -0.5, columns)
     statistics = InputStatistics(x.T @ x, len(x))
-    groups = weight.view(1536, -1, grid.group_of(576))
+    groups = weight.view(1536, -1, grid.group_of(columns))
     params = grid.fit(groups)
     grid.encode(groups[: grid.tile_rows], params[: grid.tile_rows])  # compiles what has to be compiled
     began = time.process_time()
@@ -123,14 +133,14 @@ def main() -> None:
     print("| grid | bits | true bits | normal, dB | layers, dB | million weights a second | GPTQ, to integers |")
     print("|---|--:|--:|--:|--:|--:|--:|")
     for kind, grids in KINDS.items():
-        for bits, grid in grids.items():
+        for grid in grids:
             true_bits, decibels = distance(grid, normal)
-            row: dict[str, float | str] = {"grid": kind, "bits": bits, "true_bits": true_bits, "normal": decibels}
+            row: dict[str, float | str] = {"grid": kind, "bits": grid.bits, "true_bits": true_bits, "normal": decibels}
             if real:
                 row["layers"] = distance(grid, real)[1]
-            row["encoded"], row["gptq"] = speeds(grid, KINDS["integer, mid-rise, a scale a row"][bits])
+            row["encoded"], row["gptq"] = speeds(grid, _ROWS[grid.bits])
             found.append(row)
-            cells = f"{bits} | {true_bits:.3f} | {decibels:.2f} | {row.get('layers', math.nan):.2f}"
+            cells = f"{grid.bits} | {true_bits:.3f} | {decibels:.2f} | {row.get('layers', math.nan):.2f}"
             print(f"| {kind} | {cells} | {row['encoded']:.2f} | {row['gptq']:.1f} |", flush=True)
     if given.json:
         given.json.write_text(json.dumps(found, indent=1) + "\n")

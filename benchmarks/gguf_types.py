@@ -33,8 +33,9 @@ from gyroquant.models.execution.runner import BlockRunner, evaluating
 from gyroquant.models.stores.source import open_model
 from gyroquant.rounding import InputStatistics, Refine, output_error
 from gyroquant.rounding.base import output_energy
+from gyroquant.rounding.factor import inverse_factor
 from gyroquant.rounding.layers import LayerGroup
-from gyroquant.rounding.solvers.gptq import Gptq
+from gyroquant.rounding.solvers.gptq import Sweep
 from gyroquant.rounding.solvers.rtn import RoundToNearest
 
 TYPES: list[Grid] = [
@@ -44,7 +45,6 @@ TYPES: list[Grid] = [
     IqGrid(bits=3),
     KQuantGrid(bits=3),
     KQuantGrid(four_bits="IQ4_XS"),
-    KQuantGrid(bits=4),
 ]
 COLUMNS = ("theirs", "nearest", "gptq", "rotated")
 
@@ -113,6 +113,12 @@ def layers(
                     yield op.name, seen[0].matrix(op)[:rows], [s for s in statistics if s is not None]
 
 
+def _solved(weight: Tensor, grid: Grid, statistics: InputStatistics, factor: Tensor) -> Tensor:
+    """The matrix after GPTQ and refinement."""
+    solved = Sweep(weight, grid, torch.arange(weight.shape[1]), False).run(factor)
+    return Refine(passes=2).run(weight, solved, statistics).dequantize()
+
+
 def errors(theirs: Theirs, weight: Tensor, calibration: InputStatistics, held_out: InputStatistics) -> dict[str, Any]:
     """The squared error of the outputs for each type and way, and their energy."""
     columns = weight.shape[1]
@@ -126,15 +132,15 @@ def errors(theirs: Theirs, weight: Tensor, calibration: InputStatistics, held_ou
     turned = InputStatistics(rotated(rotated(moments).T), calibration.count)
     turned_weight, energy = rotated(weight), output_energy(weight, held_out)
     found: dict[str, Any] = {"energy": energy}
+    factors = [inverse_factor(s.second_moments, 0.01) for s in (calibration, turned)]  # the same for all types
     for grid in TYPES:
         name = grid.type_name  # type: ignore[attr-defined]
-        solved = Gptq().solve(turned_weight, grid, turned)
-        ours = Refine(passes=2).run(turned_weight, solved, turned).dequantize()
-        plain = Refine(passes=2).run(weight, Gptq().solve(weight, grid, calibration), calibration)
+        ours = _solved(turned_weight, grid, turned, factors[1])
+        plain = _solved(weight, grid, calibration, factors[0])
         rounded = {
             "theirs": theirs(name, weight, moments.diagonal() / calibration.count),
             "nearest": RoundToNearest().solve(weight, grid).dequantize(),
-            "gptq": plain.dequantize(),
+            "gptq": plain,
             "rotated": rotation.inverse().apply(ours) * signs,
         }
         found[name] = {way: energy * output_error(weight, matrix, held_out) for way, matrix in rounded.items()}

@@ -2,9 +2,9 @@
 
     python benchmarks/gguf_types.py MODEL --blocks 0 13 27 --text calibration.txt --validation validation.txt
 
-For each type, the error of the layers' outputs on held-out text, relative to the outputs, summed over all linear layers
-of some blocks. Blocks read what the unrounded model gives them. Of every matrix the first `--rows` rows are rounded;
-rows do not depend on each other. "Theirs" is `ggml_quantize_chunk` of ik_llama.cpp, from the wheel
+For each type, the squared error of the layers' outputs on held-out text, relative to the outputs, in the mean of all
+linear layers of some blocks. Blocks read what the unrounded model gives them. Of every matrix the first `--rows` rows
+are rounded; rows do not depend on each other. "Theirs" is `ggml_quantize_chunk` of ik_llama.cpp, from the wheel
 ik-llama-cpp-python, with the mean squares of the inputs on the calibration text as the importance matrix, which is
 what llama-quantize runs. Ours is in the same bytes: to nearest, with GPTQ and refinement, and the same after random
 signs and a Hadamard matrix on the inputs, whose second moments are those of the same text.
@@ -18,6 +18,7 @@ import json
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean, geometric_mean
 from typing import Any
 
 import gguf
@@ -147,6 +148,19 @@ def errors(theirs: Theirs, weight: Tensor, calibration: InputStatistics, held_ou
     return found
 
 
+def report(found: dict[str, dict[str, Any]]) -> None:
+    """Prints the mean of the layers' relative errors, and the geometric mean of their ratios, for each type."""
+    print("\n| type | bits | " + " | ".join(COLUMNS) + " | rotated / theirs | worst layer |")
+    print("|---|--:|" + "--:|" * (len(COLUMNS) + 2))
+    for grid in TYPES:
+        kind = grid.type_name  # type: ignore[attr-defined]
+        share = {way: fmean(layer[kind][way] / layer["energy"] for layer in found.values()) for way in COLUMNS}
+        ratios = [layer[kind]["rotated"] / layer[kind]["theirs"] for layer in found.values()]
+        cells = " | ".join(f"{100 * share[way]:.3g} %" for way in COLUMNS)
+        bits = grid.code_bits + grid.group_bits / grid.group_size
+        print(f"| {kind} | {bits} | {cells} | {geometric_mean(ratios):.2f} | {max(ratios):.2f} |", flush=True)
+
+
 def main() -> None:
     """Measures and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -169,13 +183,7 @@ def main() -> None:
             {kind: f"{e['rotated'] / e['theirs']:.3f}" for kind, e in found[name].items() if kind != "energy"},
             flush=True,
         )
-    energy = sum(layer["energy"] for layer in found.values())
-    print("\n| type | " + " | ".join(COLUMNS) + " | rotated / theirs |\n|---|" + "--:|" * (len(COLUMNS) + 1))
-    for grid in TYPES:
-        kind = grid.type_name  # type: ignore[attr-defined]
-        total = {way: sum(layer[kind][way] for layer in found.values()) / energy for way in COLUMNS}
-        cells = " | ".join(f"{100 * total[way]:.3g} %" for way in COLUMNS)
-        print(f"| {kind} | {cells} | {total['rotated'] / total['theirs']:.2f} |", flush=True)
+    report(found)
     if given.json:
         given.json.write_text(json.dumps(found, indent=1) + "\n")
 

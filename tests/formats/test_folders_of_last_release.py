@@ -17,12 +17,15 @@ FOLDERS = ["packed-gsr", "packed-gyro"]
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_their_logits_are_what_they_were(name: str) -> None:
-    """The second one has online maps across heads, a rounded KV cache and layers of two bit widths."""
+    """The second one has online maps across heads, a rounded KV cache and layers of two bit widths.
+
+    Models are in fp16, whose products differ by a few units in the last place between processors.
+    """
     model = gq.load(DATA / name)
     with torch.no_grad():
         logits = model(torch.arange(3, 35)[None]).logits[0, -4:].float()
     expected = load_file(DATA / f"{name}-logits.safetensors")["logits"]
-    assert (logits - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert (logits - expected).abs().max() < 4e-3 * expected.abs().max()
 
 
 @pytest.mark.parametrize("name", FOLDERS)

@@ -145,6 +145,8 @@ def test_a_mean_after_rope_is_exact_and_one_before_is_not() -> None:
     undo = route_attention(module)
 
     class Shift:
+        n = offset.shape[-1]
+
         def apply(self, x: torch.Tensor) -> torch.Tensor:
             return x + offset if x.shape[1] == 2 else x  # keys have two heads, queries four
 

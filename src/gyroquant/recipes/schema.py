@@ -132,6 +132,8 @@ class Weights(StepOptions):
         conflicts = [self.solver.conflicts(sections, (self.grid, *(override.grid for override in self.overrides)))]
         conflicts += [step.conflicts(self.solver) for step in self.steps if isinstance(step, LayerStep)]
         for grid in (self.grid, *(override.grid for override in self.overrides)):
+            if grid.real_zeros:
+                conflicts.append(f"the grid {grid.grid} is for activations and the KV cache: take float_zero")
             if not grid.coded_singly:
                 single = [step.key for step in self.steps if step.needs_single_codes]
                 single += ["guided"] if self.guided is not None and grid.tile_rows > 1 else []

@@ -20,7 +20,7 @@ SOLVER: Contract[Solver] = Contract("solver", Solver)
 
 
 def grids() -> list[Grid]:
-    """The first example of every grid for weights, and two more of those that code weights singly, in several widths."""
+    """The first example of every grid for weights; three of those that code weights singly, in several widths."""
     kinds = [kind.examples() for kind in Grid.registry.values() if not kind.real_zeros]
     return [grid for made in kinds for grid in made[: 3 if made[0].has_bit_widths and made[0].coded_singly else 1]]
 

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel
 
 import gyroquant as gq
-from gyroquant.grids import Grid, stored_bits
+from gyroquant.grids import Grid, grid_from, stored_bits
 from gyroquant.grids.error import weight_error
 from gyroquant.methods import Method
 from gyroquant.recipes.presets import preset_names
@@ -207,7 +207,7 @@ def test_the_errors_of_grids_are_measured_again() -> None:
     weight = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
     shown = {"integer"}
     for setting, bits, error in rows:
-        grid = gq.load_recipe({"weights": yaml.safe_load(f"{{{setting}}}")}).weights.grid.with_tensor_scale(weight)
+        grid = grid_from({"grid": "integer"} | yaml.safe_load(f"{{{setting}}}")).with_tensor_scale(weight)
         rounded = RoundToNearest().solve(weight, grid)
         assert stored_bits(rounded.pack()) / weight.numel() == pytest.approx(float(bits), abs=6e-4), setting
         assert 100 * weight_error(weight, rounded.dequantize()) == pytest.approx(float(error), rel=5e-3), setting

@@ -1,6 +1,7 @@
 """How far each grid stands above the rate-distortion bound, and how long it takes to code weights.
 
     python benchmarks/grid_distances.py MODEL --layers 7 --json grids.json --plot docs/results/grids.svg
+    python benchmarks/grid_distances.py MODEL --layers 7 --kinds llama.cpp float        # names with one of these
 
 Every grid rounds a million normal numbers in rows of 1,024, and layers of MODEL with random signs and a Hadamard matrix
 on their inputs, to nearest. The bound for normal numbers of variance 1 at b bits is 4^-b; layers are compared with that
@@ -125,6 +126,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=7)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--kinds", nargs="+", default=[""])
     given = parser.parse_args()
     torch.set_num_threads(1)
     normal = [torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))]
@@ -133,7 +135,7 @@ def main() -> None:
     print("| grid | bits | true bits | normal, dB | layers, dB | million weights a second | GPTQ, to integers |")
     print("|---|--:|--:|--:|--:|--:|--:|")
     for kind, grids in KINDS.items():
-        for grid in grids:
+        for grid in grids if any(part in kind for part in given.kinds) else ():
             true_bits, decibels = distance(grid, normal)
             row: dict[str, float | str] = {"grid": kind, "bits": grid.bits, "true_bits": true_bits, "normal": decibels}
             if real:

@@ -1,6 +1,7 @@
 """Errors of layers in the types of llama.cpp: rounded by llama-quantize's own code, and by ours.
 
     python benchmarks/gguf_types.py MODEL --blocks 0 13 27 --text calibration.txt --validation validation.txt
+    python benchmarks/gguf_types.py                                 # squared errors of both on normal numbers
 
 For each type, the squared error of the layers' outputs on held-out text, relative to the outputs, in the mean of all
 linear layers of some blocks. Blocks read what the unrounded model gives them. Of every matrix the first `--rows` rows
@@ -28,7 +29,8 @@ from torch import Tensor
 
 from gyroquant.calibration.observers import SecondMoments, observing
 from gyroquant.calibration.stream import Stream
-from gyroquant.grids import Grid, IqGrid, KQuantGrid
+from gyroquant.grids import Grid, IqGrid, KQuantGrid, SuperBlockGrid
+from gyroquant.grids.error import weight_error
 from gyroquant.maps import hadamard
 from gyroquant.models.execution.runner import BlockRunner, evaluating
 from gyroquant.models.stores.source import open_model
@@ -39,7 +41,7 @@ from gyroquant.rounding.layers import LayerGroup
 from gyroquant.rounding.solvers.gptq import Sweep
 from gyroquant.rounding.solvers.rtn import RoundToNearest
 
-TYPES: list[Grid] = [
+TYPES: list[SuperBlockGrid] = [
     IqGrid(bits=2, two_bits="IQ2_XXS"),
     IqGrid(bits=2),
     KQuantGrid(bits=2),
@@ -135,7 +137,7 @@ def errors(theirs: Theirs, weight: Tensor, calibration: InputStatistics, held_ou
     found: dict[str, Any] = {"energy": energy}
     factors = [inverse_factor(s.second_moments, 0.01) for s in (calibration, turned)]  # the same for all types
     for grid in TYPES:
-        name = grid.type_name  # type: ignore[attr-defined]
+        name = grid.type_name
         ours = _solved(turned_weight, grid, turned, factors[1])
         plain = _solved(weight, grid, calibration, factors[0])
         rounded = {
@@ -153,7 +155,7 @@ def report(found: dict[str, dict[str, Any]]) -> None:
     print("\n| type | bits | " + " | ".join(COLUMNS) + " | rotated / theirs | worst layer |")
     print("|---|--:|" + "--:|" * (len(COLUMNS) + 2))
     for grid in TYPES:
-        kind = grid.type_name  # type: ignore[attr-defined]
+        kind = grid.type_name
         share = {way: fmean(layer[kind][way] / layer["energy"] for layer in found.values()) for way in COLUMNS}
         ratios = [layer[kind]["rotated"] / layer[kind]["theirs"] for layer in found.values()]
         cells = " | ".join(f"{100 * share[way]:.3g} %" for way in COLUMNS)
@@ -161,12 +163,28 @@ def report(found: dict[str, dict[str, Any]]) -> None:
         print(f"| {kind} | {bits} | {cells} | {geometric_mean(ratios):.2f} | {max(ratios):.2f} |", flush=True)
 
 
+def normal(theirs: Theirs) -> None:
+    """Prints the squared errors of both on normal numbers, without importance."""
+    weight = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
+    print("| type | theirs | ours to nearest | ratio |\n|---|--:|--:|--:|")
+    for grid in [*TYPES, *more_types()]:
+        both = theirs(grid.type_name, weight, torch.ones(1024)), RoundToNearest().solve(weight, grid).dequantize()
+        first, second = (weight_error(weight, rounded) for rounded in both)
+        print(f"| {grid.type_name} | {100 * first:.3g} % | {100 * second:.3g} % | {second / first:.3f} |", flush=True)
+
+
+def more_types() -> list[SuperBlockGrid]:
+    """The types that are left out of the comparison on layers."""
+    others = [IqGrid(bits=2, two_bits="IQ2_S"), IqGrid(bits=3, three_bits="IQ3_S")]
+    return [*others, *(KQuantGrid(bits=bits) for bits in (4, 5, 6))]
+
+
 def main() -> None:
     """Measures and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--validation", type=Path, required=True)
+    parser.add_argument("model", nargs="?", type=Path)
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--validation", type=Path)
     parser.add_argument("--blocks", type=int, nargs="+", default=[0])
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--seqlen", type=int, default=512)
@@ -175,6 +193,9 @@ def main() -> None:
     given = parser.parse_args()
     print({name: version(name) for name in ("ik-llama-cpp-python", "gguf", "torch")}, flush=True)
     theirs, found = Theirs(), dict[str, dict[str, Any]]()
+    if given.model is None:
+        normal(theirs)
+        return
     texts = (given.text, given.validation)
     for name, weight, both in layers(given.model, texts, given.windows, given.seqlen, given.blocks, given.rows):
         found[name] = errors(theirs, weight, *both)

@@ -10,7 +10,7 @@ import torch
 
 import gyroquant as gq
 from gyroquant.errors import RecipeError
-from gyroquant.grids import IqGrid, KQuantGrid
+from gyroquant.grids import KQuantGrid, SuperBlockGrid
 from gyroquant.models.stores.packed import PackedStore
 from gyroquant.models.stores.source import open_model
 
@@ -30,7 +30,7 @@ def run(model: torch.nn.Module, out: Path, *changes: str) -> PackedStore:
 def kinds(store: PackedStore) -> dict[str, str]:
     """The types of llama.cpp, or the kinds of other grids, by the names of the weights."""
     grids = {name: store.quantized(name).grid for name in store.description["tensors"]}
-    return {name: g.type_name if isinstance(g, KQuantGrid | IqGrid) else g.grid for name, g in grids.items()}
+    return {name: g.type_name if isinstance(g, SuperBlockGrid) else g.grid for name, g in grids.items()}
 
 
 def test_a_whole_run_goes_to_gguf(tmp_path: Path) -> None:

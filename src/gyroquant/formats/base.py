@@ -18,7 +18,7 @@ from gyroquant.errors import InputError, UnsupportedModelError
 from gyroquant.formats.output_folder import OutputFolder
 from gyroquant.formats.runtime import Runtime
 from gyroquant.formats.ties import modules_around, runs_at, tie_points
-from gyroquant.grids import EvenGrid, Grid, GroupParams, IntegerGrid, IqGrid, KQuantGrid, LookupGrid, QuantizedWeight
+from gyroquant.grids import EvenGrid, Grid, GroupParams, IntegerGrid, LookupGrid, QuantizedWeight, SuperBlockGrid
 from gyroquant.grids.error import weight_error
 from gyroquant.models.deriving.derive import derived
 from gyroquant.models.execution.online import CacheQuantizer, InputQuantizer, OnlineOp
@@ -138,7 +138,7 @@ class WeightType:
     symmetric, asymmetric, midrise: the kinds of integer grids that fit.
     float_zero: whether grids with float zero points fit.
     table: the table of lookup grids that fit; then no other grid does.
-    k_quant: whether only the `KQuantGrid` or `IqGrid` of this name fits.
+    k_quant: whether only the `SuperBlockGrid` of this name fits.
     block: weights that share a scale. Groups of this size and its multiples fit. None: groups of any size fit.
     """
 
@@ -157,8 +157,8 @@ class WeightType:
         grid = layer.grid
         if grid.bits not in self.bits:
             return False
-        if self.k_quant or isinstance(grid, KQuantGrid | IqGrid):
-            return self.k_quant and isinstance(grid, KQuantGrid | IqGrid) and grid.type_name == self.name
+        if self.k_quant or isinstance(grid, SuperBlockGrid):
+            return self.k_quant and isinstance(grid, SuperBlockGrid) and grid.type_name == self.name
         if isinstance(grid, LookupGrid) and self.table:
             return grid.table == self.table and (self.block is None or grid.group_of(layer.columns) % self.block == 0)
         if not isinstance(grid, EvenGrid) or self.table:

@@ -21,6 +21,7 @@ from gyroquant.grids.k_quants import KQuantGrid
 from gyroquant.grids.lookup import LookupGrid
 from gyroquant.grids.microscaling import Mxfp4Grid, Nvfp4Grid
 from gyroquant.grids.real_zero import RealZeroGrid
+from gyroquant.grids.super_block import SuperBlockGrid
 from gyroquant.grids.tiled import TiledGrid
 from gyroquant.grids.trellis import TrellisGrid
 
@@ -42,6 +43,7 @@ __all__ = [
     "Nvfp4Grid",
     "QuantizedWeight",
     "RealZeroGrid",
+    "SuperBlockGrid",
     "TiledGrid",
     "TrellisGrid",
     "grid_from",

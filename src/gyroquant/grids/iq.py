@@ -19,7 +19,8 @@ from gyroquant.errors import InputError
 from gyroquant.grids.base import Grid, GroupParams, stored
 from gyroquant.grids.bitpack import pack, packed_bytes, unpack
 from gyroquant.grids.half_scale import half
-from gyroquant.grids.k_quants import SUPER_BLOCK, KQuantGrid
+from gyroquant.grids.k_quants import KQuantGrid
+from gyroquant.grids.super_block import SUPER_BLOCK, SuperBlockGrid
 
 _TOP = 31  # scales are odd multiples, 1 to 31, of a number of the super-block
 _WIDTHS = (0.6, 0.7, 0.8, 0.9, 1.0, 1.1)  # factors on the scale at which the largest number meets the largest weight
@@ -64,7 +65,7 @@ class _Points(NamedTuple):
     inverse: Tensor
 
 
-class IqGrid(Grid):
+class IqGrid(SuperBlockGrid):
     """The types IQ2_XXS to IQ3_S of llama.cpp, exactly as it decodes them.
 
     - `two_bits`: the type of 2 bits: `IQ2_XXS` (2.0625 true bits), `IQ2_XS` (2.3125) or `IQ2_S` (2.5625).
@@ -94,12 +95,6 @@ class IqGrid(Grid):
         name = settings.get(key, usual)
         return {"group_size": _TYPES[name].group} | settings if name in _TYPES else settings
 
-    @model_validator(mode="after")
-    def _consistent(self) -> IqGrid:
-        if self.group_size != self._type.group:
-            raise ValueError(f"{self.type_name} has groups of {self._type.group}: leave group_size out")
-        return self
-
     @classmethod
     def examples(cls) -> list[Self]:
         two = [cls(two_bits=name) for name in ("IQ2_XS", "IQ2_XXS", "IQ2_S")]
@@ -116,7 +111,6 @@ class IqGrid(Grid):
 
     @property
     def type_name(self) -> str:
-        """llama.cpp's name of the type."""
         return self.two_bits if self.bits == 2 else self.three_bits
 
     @property
@@ -141,8 +135,8 @@ class IqGrid(Grid):
         return 8 if self._type.even else self._length
 
     @property
-    def super_block(self) -> int:
-        return SUPER_BLOCK // self.group_size
+    def _group(self) -> int:
+        return self._type.group
 
     @property
     def holds_zero(self) -> bool:
@@ -159,9 +153,6 @@ class IqGrid(Grid):
     @property
     def group_bits(self) -> int:
         return 16 // self.super_block + 4
-
-    def _advice(self, columns: int) -> str:
-        return "take another grid, or put such layers into weights.ignore"
 
     def fit(self, groups: Tensor) -> GroupParams:
         if not bool(groups.isfinite().all()):

@@ -20,8 +20,8 @@ from gyroquant.grids.bitpack import pack, unpack
 from gyroquant.grids.half_scale import half
 from gyroquant.grids.integer import IntegerGrid
 from gyroquant.grids.lookup import LookupGrid, iq4_nl
+from gyroquant.grids.super_block import SUPER_BLOCK, SuperBlockGrid
 
-SUPER_BLOCK = 256
 _WIDTHS = tuple(1.0 - 0.05 * i for i in range(-2, 10))  # factors on the range of a group
 _SNAP = 2.0**4 + 1  # keeps 20 bits of an fp32 number (Veltkamp); a product of fp16 and 6 bits has at most 17
 _PIECE = 1 << 22  # weights that are fitted at once
@@ -51,7 +51,7 @@ _TYPES = {
 _IQ4_XS = _Type("IQ4_XS", 32, 6, False)
 
 
-class KQuantGrid(Grid):
+class KQuantGrid(SuperBlockGrid):
     """The types Q2_K to Q6_K and IQ4_XS of llama.cpp, exactly as it decodes them. `bits` chooses the type.
 
     - `four_bits`: the type of 4 bits: `Q4_K` (4.5 true bits, even steps and an offset) or `IQ4_XS` (4.25 true bits, a
@@ -79,12 +79,6 @@ class KQuantGrid(Grid):
             return {"group_size": _TYPES[settings.get("bits", 4)].group} | settings
         return settings
 
-    @model_validator(mode="after")
-    def _consistent(self) -> KQuantGrid:
-        if self.group_size != self._type.group:
-            raise ValueError(f"{self.type_name} has groups of {self._type.group}: leave group_size out")
-        return self
-
     @classmethod
     def examples(cls) -> list[Self]:
         return [*(cls(bits=bits) for bits in (2, 3, 4, 5, 6)), cls(four_bits="IQ4_XS")]
@@ -108,12 +102,11 @@ class KQuantGrid(Grid):
 
     @property
     def type_name(self) -> str:
-        """llama.cpp's name of the type."""
         return self._type.name
 
     @property
-    def super_block(self) -> int:
-        return SUPER_BLOCK // self.group_size
+    def _group(self) -> int:
+        return self._type.group
 
     @property
     def holds_zero(self) -> bool:
@@ -141,9 +134,6 @@ class KQuantGrid(Grid):
     def _top(self) -> int:
         """The multiple that the largest scale of a super-block gets: the largest one, or the lowest negative one."""
         return int(2**self._type.multiple - 1 if self._type.offset else -(2 ** (self._type.multiple - 1)))
-
-    def _advice(self, columns: int) -> str:
-        return "take another grid, or put such layers into weights.ignore"
 
     def fit(self, groups: Tensor) -> GroupParams:
         flat = groups.reshape(-1, self.super_block, self.group_size)

@@ -47,10 +47,10 @@ def test_points_are_better_than_those_of_llama_cpp(name: str, limit: float) -> N
 
 
 @pytest.mark.parametrize(
-    ("bits", "limit"),  # of llama.cpp's own search on such numbers; IQ4_XS 0.0056
+    ("bits", "limit"),  # what llama.cpp's own search has on such numbers, or up to 7 % more; IQ4_XS 0.0056
     [(2, 0.0724), (3, 0.0210), (4, 0.0052), (5, 0.00128), (6, 0.000305)],
 )
-def test_scales_are_as_good_as_those_of_llama_cpp(bits: int, limit: float) -> None:
+def test_scales_are_about_as_good_as_those_of_llama_cpp(bits: int, limit: float) -> None:
     weight = torch.randn(96, 2048, generator=torch.Generator().manual_seed(0))
     assert float((rounded(KQuantGrid(bits=bits), weight).dequantize() - weight).square().mean()) < limit
 

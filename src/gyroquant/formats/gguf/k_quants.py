@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gyroquant.grids import IqGrid, KQuantGrid, QuantizedWeight
-from gyroquant.grids.k_quants import SUPER_BLOCK
+from gyroquant.grids.super_block import SUPER_BLOCK
 
 Bytes = NDArray[Any]
 """Unsigned bytes, shape (rows, super-blocks, ...)."""

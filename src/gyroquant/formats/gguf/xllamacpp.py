@@ -101,15 +101,7 @@ class _ContextParams(ctypes.Structure):
 
 
 class _Batch(ctypes.Structure):
-    _fields_ = [
-        ("n_tokens", c_int32),
-        ("token", ctypes.POINTER(c_int32)),
-        ("embd", ctypes.POINTER(c_float)),
-        ("pos", ctypes.POINTER(c_int32)),
-        ("n_seq_id", ctypes.POINTER(c_int32)),
-        ("seq_id", ctypes.POINTER(ctypes.POINTER(c_int32))),
-        ("logits", ctypes.POINTER(c_int8)),
-    ]
+    _fields_ = [*_BATCH.items()]
 
 
 _LogCallback = ctypes.CFUNCTYPE(None, ctypes.c_int, c_char_p, c_void_p)

@@ -146,8 +146,8 @@ class _Descent:
         """Sets the scale of each group to its best value, then its zero point, both rounded to storable values."""
         if self.grid.super_block > 1:
             for group in range(0, self.params.scale.shape[1], self.grid.super_block):
-                for rows in torch.arange(len(self.code)).split(_ROWS):
-                    self._set_super_block(slice(int(rows[0]), int(rows[-1]) + 1), group)
+                for start in range(0, len(self.code), _ROWS):
+                    self._set_super_block(slice(start, start + _ROWS), group)
             return
         for group in range(self.params.scale.shape[1]):
             scale, zero = self.params.scale[:, group], self.params.zero[:, group]

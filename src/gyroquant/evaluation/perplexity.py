@@ -93,7 +93,7 @@ def _hidden(
     """A stream after all blocks, and the parameters around the blocks. `known` replaces the run."""
     graph = store.graph
     outer = store.read(graph.outer_params())
-    stream = Stream(BlockRunner.of(store), ids, outer, dtype, device=device)
+    stream = Stream(BlockRunner.of(store, store.online), ids, outer, dtype, device=device)
     stream.free_outer()
     if known is None:
         stream.run_all(store, advance)

@@ -41,7 +41,7 @@ def quantize_model(
     Returns the reports of all layers.
     """
     outer = job.plan.read_outer(job.store)
-    runner, stream = BlockRunner.of(job.store), None
+    runner, stream = BlockRunner.of(job.store, job.plan.online), None
     if job.needs_stream:
         assert job.tokens is not None
         stream = job.stream(runner, job.tokens, outer, job.output.offload)

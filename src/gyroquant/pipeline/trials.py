@@ -49,7 +49,7 @@ class Trials:
         assert job.tokens is not None
         self.job, self.warn, self.settings = job, warn, settings
         self.outer = job.plan.read_outer(job.store)
-        self.runner = BlockRunner.of(job.store)
+        self.runner = BlockRunner.of(job.store, job.plan.online)
         arguments = (job.compute_dtype, job.output.offload, job.output.device)
         self.stream = Stream(self.runner, self._tokens(job.tokens), self.outer, *arguments)
         self.windows = range(min(self._compared, len(job.tokens)))

@@ -91,7 +91,7 @@ def _one_layer(probe: CostProbe) -> tuple[float, int]:
     assert settings is not None
     assert job.tokens is not None
     outer = job.plan.read_outer(job.store)
-    runner = BlockRunner.of(job.store)
+    runner = BlockRunner.of(job.store, job.plan.online)
     stream = Stream(runner, probe.sample, outer, job.compute_dtype, None, job.output.device)
     assert stream.hidden is not None
     tensors, online = job.plan.read_block(job.store, 0), job.plan.online_in(0)

@@ -11,7 +11,7 @@ import torch
 from tiny_runs import run
 
 import gyroquant as gq
-from gyroquant.calibration.observers import BlockMoments
+from gyroquant.calibration.block_moments import BlockMoments
 from gyroquant.errors import RecipeError
 from gyroquant.maps import BlockDiagonal, hadamard
 from gyroquant.methods import Context, Wush

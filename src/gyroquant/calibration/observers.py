@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from math import gcd
 from typing import Any, ClassVar
 
 import torch
@@ -23,7 +22,6 @@ from gyroquant.registry import Registry
 Key = tuple[str, int | None]
 """An observed input: its name, and the number of the expert for stacked experts."""
 
-WIDEST_BLOCK = 128  # of the blocks that BlockMoments keeps
 _STRIPES = 4
 _STRIP = 1024
 _SAMPLE = 512
@@ -103,29 +101,6 @@ def _symmetric(lower: Tensor) -> Tensor:
         square.copy_(square.tril() + square.tril(-1).T)
         lower[:start, start : start + _STRIP] = rows[:, :start].T
     return lower
-
-
-class BlockMoments(Observer):
-    """Sums of ``x^T x`` over tokens for consecutive blocks of coordinates, as wide as divides n and 128."""
-
-    def __init__(self, n: int):
-        width = gcd(n, WIDEST_BLOCK)
-        self.sums = torch.zeros(n // width, width, width, dtype=torch.float64)
-        self.count = 0
-
-    def __call__(self, x: Tensor) -> None:
-        pieces = x.float().reshape(len(x), len(self.sums), -1).transpose(0, 1)
-        self.sums += torch.bmm(pieces.mT, pieces).to(self.sums)
-        self.count += len(x)
-
-    def blocks(self, size: int) -> Tensor:
-        """The sums for blocks of a size that divides the kept ones, shape (n / size, size, size), fp64."""
-        inside = self.sums.unflatten(2, (-1, size)).unflatten(1, (-1, size))  # (block, row, i, column, j)
-        return inside.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(-1, size, size)
-
-    @staticmethod
-    def size_in_bytes(n: int) -> int:
-        return 8 * n * gcd(n, WIDEST_BLOCK)
 
 
 class MeanAbs(Observer):

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 from typing_extensions import Self
 
-from gyroquant.calibration.observers import WIDEST_BLOCK, BlockMoments
+from gyroquant.calibration.block_moments import WIDEST_BLOCK, BlockMoments
 from gyroquant.errors import MapError, RecipeError
 from gyroquant.maps import BlockDiagonal, Dense, Identity, Map, hadamard
 from gyroquant.methods.base import Context, Method

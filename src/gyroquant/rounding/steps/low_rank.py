@@ -140,9 +140,10 @@ class LowRank(LayerStep):
                     "weights.ignore and leave head out, or leave low_rank out"
                 )
             if op.entry.stacked or op.entry.intercepted:
+                what = "holds stacked experts" if op.entry.stacked else "is a parameter that other code reads"
                 raise UnsupportedModelError(
-                    f"weights.low_rank needs layers that are modules of their own, and {op.name} is not one (stacked "
-                    "experts): add it to weights.ignore, or leave low_rank out"
+                    f"weights.low_rank needs layers that are modules of their own, and {op.name} {what}: add it to "
+                    "weights.ignore, or leave low_rank out"
                 )
             if self.rank > min(op.matrix_shape):
                 raise RecipeError(
@@ -166,7 +167,7 @@ class LowRank(LayerStep):
             return replace(prepared, statistics=_deflated(prepared.statistics, values, vectors), whole=prepared)
         if self.position == "after":
             return prepared
-        factor = self._split_factor(prepared.statistics, warn)
+        factor = self._split_factor(prepared.statistics, prepared.matrix.device, warn)
         parts = (
             _truncated(_times_root(rows.double(), factor), self.rank) for rows in prepared.by_layer(prepared.matrix)
         )
@@ -175,15 +176,15 @@ class LowRank(LayerStep):
         rest = prepared.matrix - (product if prepared.basis is None else prepared.basis.encode(product))
         return replace(prepared, matrix=rest, low_rank=factors, whole=prepared)
 
-    def _split_factor(self, statistics: InputStatistics | None, warn: Warn) -> Tensor | None:
-        """The factor of the metric's second moments; None if the metric is plain."""
+    def _split_factor(self, statistics: InputStatistics | None, device: torch.device, warn: Warn) -> Tensor | None:
+        """The factor of the metric's second moments, on a device; None if the metric is plain."""
         if self.metric == "plain" or statistics is None:
             return None
         moments = statistics.second_moments
         if self.metric == "activation_residual":
             errors = statistics.rounding_error_second_moments
             moments = torch.zeros_like(moments) if errors is None else errors
-        return inverse_factor(moments, self.damp_percent, warn)
+        return inverse_factor(moments, self.damp_percent, warn).to(device)
 
     def apply(self, prepared: PreparedWeight, warn: Warn = lambda text: None) -> PreparedWeight:
         if self.position == "before":
@@ -208,10 +209,10 @@ class LowRank(LayerStep):
         assert prepared.whole is not None
         statistics = prepared.whole.statistics
         assert statistics is not None
-        values, vectors = _top(statistics, self.rank)
+        values, vectors = (part.to(error.device) for part in _top(statistics, self.rank))
         left = error.double() @ vectors
         if statistics.input_error_cross is not None:
-            cross = statistics.input_error_cross.double() @ vectors
+            cross = statistics.input_error_cross.to(vectors) @ vectors
             left += prepared.whole.matrix.double() @ cross / values.clamp_min(1e-30)
         return [(rows, vectors.T) for rows in prepared.by_layer(left)]
 
@@ -226,15 +227,16 @@ class _Fit:
         statistics = whole.statistics
         assert statistics is not None
         moments, cross = statistics.second_moments, statistics.input_error_cross
-        self._cross = None if cross is None else cross.double()
+        device = whole.matrix.device
+        self._cross = None if cross is None else cross.to(device, torch.float64)
         self._change: Tensor | None = None  # the sum of (u - x)^T u, for inputs u that are rounded to x
         self._corrected = whole.corrects_input_error
         if unrounded and statistics.rounding_error_cross is not None:
             assert statistics.rounding_error_second_moments is not None
             mixed, squares = statistics.rounding_error_cross.double(), statistics.rounding_error_second_moments.double()
             moments = moments.double() + mixed + mixed.T + squares
-            self._change = mixed + squares
-        self.factor = inverse_factor(moments, damp_percent, warn)
+            self._change = (mixed + squares).to(device)
+        self.factor = inverse_factor(moments, damp_percent, warn).to(device)
 
     def wanted(self, error: Tensor, weight: Tensor, decoded: Tensor) -> Tensor:
         """``K A^-1 S``, shape (out, in), fp64, for the matrices W - Q, W and Q of a layer.

@@ -69,7 +69,8 @@ def test_no_other_branch_of_that_rank_leaves_less_error(seed: int, rank: int, ro
     left = torch.linalg.lstsq(x @ right.T, x @ rest.T).solution.T  # the best L for a random R
     others = [(u[:, :rank] * s[:rank]) @ v[:rank], left @ right]
     others.append((factors.left + 0.01 * torch.randn(rows, rank, generator=draw)) @ factors.right)
-    assert all(ours <= error(rest, other, x) * (1 + 1e-4) for other in others)
+    fp16 = 1e-6 * error(rest, torch.zeros_like(rest), x)  # what storing the factors in fp16 may cost
+    assert all(ours <= error(rest, other, x) * (1 + 1e-4) + fp16 for other in others)
 
 
 @settings(max_examples=20, deadline=None)
@@ -79,7 +80,8 @@ def test_what_is_left_has_the_singular_values_after_the_rank(seed: int, rank: in
     weight, x = layer(seed)
     rest, factors = nearest_with_branch(weight, x, rank)
     whole = torch.linalg.svdvals(x.double() @ rest.double().T).square()
-    assert error(rest, factors.product(), x) == pytest.approx(float(whole[rank:].sum()), rel=2e-3)
+    fp16 = 1e-6 * float(whole.sum())
+    assert error(rest, factors.product(), x) == pytest.approx(float(whole[rank:].sum()), rel=2e-3, abs=fp16)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from gyroquant.rounding.solvers.gptq import Gptq
     from gyroquant.rounding.solvers.qronos import Qronos
     from gyroquant.rounding.solvers.rtn import RoundToNearest
+    from gyroquant.rounding.steps.low_rank import LowRank
     from gyroquant.rounding.steps.refine import Refine
     from gyroquant.rounding.steps.signround import SignRound
     from gyroquant.rounding.steps.target import Target
@@ -94,6 +95,7 @@ __all__ = [
     "KvCache",
     "Learn",
     "LookupGrid",
+    "LowRank",
     "MapError",
     "Mxfp4Grid",
     "Nvfp4Grid",
@@ -157,6 +159,7 @@ _MODULES = {
     "IqGrid": "grids.iq",
     "KQuantGrid": "grids.k_quants",
     "LookupGrid": "grids.lookup",
+    "LowRank": "rounding.steps.low_rank",
     "MapError": "errors",
     "Mxfp4Grid": "grids.microscaling",
     "Nvfp4Grid": "grids.microscaling",

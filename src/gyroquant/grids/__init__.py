@@ -19,6 +19,7 @@ from gyroquant.grids.integer import IntegerGrid
 from gyroquant.grids.iq import IqGrid
 from gyroquant.grids.k_quants import KQuantGrid
 from gyroquant.grids.lookup import LookupGrid
+from gyroquant.grids.low_rank import LowRankFactors
 from gyroquant.grids.microscaling import Mxfp4Grid, Nvfp4Grid
 from gyroquant.grids.real_zero import RealZeroGrid
 from gyroquant.grids.super_block import SuperBlockGrid
@@ -39,6 +40,7 @@ __all__ = [
     "IqGrid",
     "KQuantGrid",
     "LookupGrid",
+    "LowRankFactors",
     "Mxfp4Grid",
     "Nvfp4Grid",
     "QuantizedWeight",

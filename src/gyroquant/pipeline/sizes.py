@@ -56,14 +56,14 @@ def preset_bits(store: WeightStore, size: int) -> int:
 
 
 def layer_bytes(job: Sized, op: LinearOp, grid: Grid) -> int:
-    """The bytes of a rounded layer or table: codes, scales, zero points, and what its basis needs."""
+    """The bytes of a rounded layer or table: codes, scales, zero points, its low-rank branch, what its basis needs."""
     basis = job.recipe.weights.basis
     columns = op.in_features if basis is None else basis.order(op.in_features)
     grid = grid.for_columns(columns)
     groups = 1 if grid.group_size == -1 else columns / grid.group_size
     bits = op.numel // op.in_features * (columns * grid.code_bits + groups * grid.group_bits) + grid.tensor_bits
     scales = 16 * columns if basis is not None and basis.needs_statistics else 0
-    return int((bits + scales) / 8)
+    return int((bits + scales + job.recipe.weights.low_rank_bits(op)) / 8)
 
 
 def plain_bytes(job: Sized, untied: Collection[str]) -> dict[str, int]:
@@ -96,8 +96,8 @@ def fixed_bytes(job: Sized, chosen: Collection[str]) -> int:
     """
     rounded, plain = {**job.targets, **job.tables}, plain_bytes(job, untied_by(job))
     others = [layer_bytes(job, op, job.spec.grid(name)) for name, op in rounded.items() if name not in chosen]
-    entries = sum(len(name) + _ENTRY for name in plain)
-    entries += sum(_arrays(job.spec.grid(name)) * (len(name) + _ENTRY) for name in rounded)
+    entries, factors = sum(len(name) + _ENTRY for name in plain), 0 if job.recipe.weights.low_rank is None else 2
+    entries += sum((_arrays(job.spec.grid(name)) + factors) * (len(name) + _ENTRY) for name in rounded)
     return sum(plain.values()) + sum(others) + map_bytes(job) + entries
 
 

@@ -24,6 +24,7 @@ from pydantic import (
 from gyroquant.finetuning import Finetune, Learn
 from gyroquant.grids import Grid, IntegerGrid
 from gyroquant.methods import Method
+from gyroquant.models.graph.model_graph import LinearOp
 from gyroquant.models.graph.sites import SITE_NAMES
 from gyroquant.recipes.compat import current
 from gyroquant.recipes.errors import check_keys, refusal, refusal_at, translated
@@ -37,6 +38,7 @@ from gyroquant.rounding import (
     Guided,
     Ignore,
     KvCache,
+    LowRank,
     Refine,
     SignRound,
     Target,
@@ -88,7 +90,7 @@ def _list_of_overrides(value: Any) -> Any:
 
 
 class Weights(StepOptions):
-    """How weights are rounded. Steps on a layer run in this order: target, solver, refine, tune, correct_bias.
+    """How weights are rounded. Steps run in this order: target, solver, refine, low_rank, tune, correct_bias.
 
     - `grid` (integer): the numbers to round to.
     - `solver` (rtn): rounds a layer, or the whole model.
@@ -98,6 +100,7 @@ class Weights(StepOptions):
     - `refine` (None): improves codes and scales after the solver.
     - `tune` (None): tunes the rounded layers of a block together.
     - `target` (None): changes the weights that the solver rounds, to correct the input error.
+    - `low_rank` (None): adds a low-rank branch to every rounded layer.
     - `guided` (None): weights the calibration tokens by the gradient of the loss.
     - `overrides` (none): other grids for some layers. If several name a layer, the last one counts.
     - `allocate` (None): chooses the bits of every layer.
@@ -117,6 +120,7 @@ class Weights(StepOptions):
     refine: Section[Refine] | None = None
     tune: Section[SignRound] | None = None
     target: Section[Target] | None = None
+    low_rank: Section[LowRank] | None = None
     guided: Section[Guided] | None = None
     overrides: Annotated[tuple[Annotated[Override, _OVERRIDE], ...], BeforeValidator(_list_of_overrides)] = ()
     allocate: Section[Allocate] | None = None
@@ -155,6 +159,10 @@ class Weights(StepOptions):
                 f"allocate chooses bits, and the grid {self.grid.grid} has only one number of bits: leave allocate out"
             )
         return self
+
+    def low_rank_bits(self, op: LinearOp) -> int:
+        """The bits stored for the low-rank branch of a layer; 0 if it has none."""
+        return 0 if self.low_rank is None else self.low_rank.bits(op)
 
     def grid_of(self, name: str) -> Grid:
         """The grid of a layer of this name."""
@@ -385,6 +393,17 @@ class Recipe(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _low_rank_fits(self) -> Recipe:
+        branch, inputs = self.weights.low_rank, self.activations
+        if branch is not None:
+            others = {"embeddings": self.embeddings, "head": self.head, "weights.guided": self.weights.guided}
+            sections = [name for name, section in others.items() if section is not None]
+            rounded = inputs is not None and inputs.calibrate
+            if problem := branch.problem(sections, rounded, self.weights.solver):
+                raise ValueError(problem)
+        return self
+
     @field_serializer("transform")
     def _flat(self, value: dict[str, tuple[Step, ...]]) -> dict[str, Any]:
         flat = {}
@@ -430,7 +449,7 @@ class Recipe(BaseModel):
         """
         data = self.model_dump(mode="json")
         new = [(data, key) for key in ("embeddings", "head", "keep_ties")]
-        new += [(data["calibration"], "all_experts"), (data["weights"], "guided")]
+        new += [(data["calibration"], "all_experts"), (data["weights"], "guided"), (data["weights"], "low_rank")]
         if data["weights"]["allocate"] is not None:
             new += [(data["weights"]["allocate"], key) for key in ("bytes", "embeddings")]
             if data["weights"]["allocate"]["costs"] == "measured":

@@ -107,7 +107,7 @@ def _one_layer(probe: CostProbe) -> tuple[float, int]:
         layers = LayerGroup(group, job.targets, tensors, observed, online)
         solved = round_layers(layers, job.rounding(lambda text: None, grid))
         name, layer = [*solved.items()][-1]
-        stream.few(0, local | stream.local({name: layer.param}), state, [0])
+        stream.few(0, local | stream.local({name: layer.merged}), state, [0])
         ticks.tick()
         stream.run(0, tensors)
     ticks.tick()

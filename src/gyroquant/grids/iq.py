@@ -21,11 +21,11 @@ from gyroquant.grids.bitpack import pack, packed_bytes, unpack
 from gyroquant.grids.half_scale import half
 from gyroquant.grids.k_quants import KQuantGrid
 from gyroquant.grids.super_block import SUPER_BLOCK, SuperBlockGrid
+from gyroquant.grids.tiled import compiled, has_compiler
 
 _TOP = 31  # scales are odd multiples, 1 to 31, of a number of the super-block
 _WIDTHS = (0.6, 0.7, 0.8, 0.9, 1.0, 1.1)  # factors on the scale at which the largest number meets the largest weight
 _SCORES = 1 << 18  # of points that are compared at once, so that they stay in the cache
-_PIECE = 1 << 21  # weights that are fitted at once
 
 
 class _Type(NamedTuple):
@@ -54,14 +54,20 @@ class _Points(NamedTuple):
     """The points of a type.
 
     magnitudes: the numbers that occur, rising.
+    nearest: the nearest magnitude to numbers x that are not negative, by ``ceil(2 x)``: all boundaries are at halves.
+    numbers: what each code stands for. Codes are twice the index of a magnitude, plus 1 for negative numbers.
     points: one a row, shape (points, 4 or 8), fp32.
-    digits: the same, as indices of magnitudes.
-    inverse: the index of each point, by its digits as one number; shape (number of magnitudes ^ length,).
+    offset: half the square of each point, shape (points,).
+    codes: the codes of each point, uint8, shape of `points`.
+    inverse: the index of each point, by its indices as one number; shape (number of magnitudes ^ length,).
     """
 
     magnitudes: Tensor
+    nearest: Tensor
+    numbers: Tensor
     points: Tensor
-    digits: Tensor
+    offset: Tensor
+    codes: Tensor
     inverse: Tensor
 
 
@@ -154,30 +160,21 @@ class IqGrid(SuperBlockGrid):
     def group_bits(self) -> int:
         return 16 // self.super_block + 4
 
-    def fit(self, groups: Tensor) -> GroupParams:
-        if not bool(groups.isfinite().all()):
-            raise InputError("a group of numbers is not finite")
-        flat = groups.reshape(-1, self.super_block, self.group_size)
-        scale = torch.cat([self._fitted(part) for part in flat.split(_PIECE // SUPER_BLOCK)])
-        scale = scale.view(*groups.shape[:-1], 1)
-        return GroupParams(scale, torch.zeros_like(scale))
-
-    def _fitted(self, groups: Tensor) -> Tensor:
-        """Scales of super-blocks, shape (super-blocks, groups, group): free ones, then multiples of one number."""
+    def _fitted(self, groups: Tensor) -> GroupParams:
         full = groups.abs().amax(-1, keepdim=True) / self._points.magnitudes[-1].to(groups)
         free, most = full, torch.full_like(full, -1.0)
-        magnitudes = self._points.magnitudes.to(groups)
-        edges, sizes = (magnitudes[1:] + magnitudes[:-1]) / 2, groups.abs()
+        nearest, sizes = self._points.nearest.to(groups.device), groups.abs()
         for width in _WIDTHS:  # with each weight at its own nearest magnitude, which takes a tenth of the time
-            steps = (sizes / (full * width).clamp_min(1e-30)).contiguous()
-            numbers = magnitudes[torch.bucketize(steps, edges)]
+            twice = (sizes * (2 / (full * width).clamp_min(1e-30))).ceil_().clamp_(max=len(nearest) - 1)
+            numbers = nearest.index_select(0, twice.int().flatten()).view(sizes.shape)
             product, squares = (sizes * numbers).sum(-1, keepdim=True), numbers.square().sum(-1, keepdim=True)
             gain = torch.where(product > 0, product.square() / squares, 0.0)
             better = gain > most
             free, most = torch.where(better, product / squares, free), torch.where(better, gain, most)
         numbers = self._nearest(groups, free.clamp_min(1e-30))
         fitted = (groups * numbers).sum(-1, keepdim=True) / numbers.square().sum(-1, keepdim=True)
-        return self._nearest_multiples(groups, fitted.clamp_min(0))
+        scale = self._nearest_multiples(groups, fitted.clamp_min(0))
+        return GroupParams(scale, torch.zeros_like(scale))
 
     def _nearest_multiples(self, groups: Tensor, free: Tensor) -> Tensor:
         """The best of three neighbouring multiples for each scale."""
@@ -209,37 +206,41 @@ class IqGrid(SuperBlockGrid):
         return -top, top
 
     def _search(self, steps: Tensor) -> tuple[Tensor, Tensor]:
-        """The nearest points, as indices, shape (points,), and whether each weight is negative, shape (-1, 8 or 4).
+        """The nearest points, as indices, int32, shape (points,), and the sign of each weight, int8, shape (-1, 8 or 4).
 
-        If an odd number of signs has to become even, the smallest weight gets the other sign.
+        If an odd number of minus signs has to become even, the smallest weight gets the other sign.
         """
         if steps.shape[-1] % self.tile_columns:
             raise InputError(f"{self.type_name} codes {self.tile_columns} weights together, not {steps.shape[-1]}")
-        vectors = steps.reshape(-1, self.tile_columns)
-        negative, sizes = vectors < 0, vectors.abs()
+        vectors, points = steps.reshape(-1, self.tile_columns).float(), self._points
+        if vectors.device.type == "cpu" and has_compiler():
+            nearest_points = compiled("point_search", "nearest_points")
+            book, offset = points.points.T.contiguous().numpy(), points.offset.numpy()
+            index, sign = nearest_points(vectors.detach().contiguous().numpy(), book, offset, self._type.even)
+            return torch.from_numpy(index).flatten(), torch.from_numpy(sign)
+        sign, sizes = 1 - 2 * (vectors < 0).to(torch.int8), vectors.abs()
         if self._type.even:
-            odd = negative.sum(1, keepdim=True) % 2 == 1
-            flipped = torch.zeros_like(negative).scatter_(1, sizes.argmin(1, keepdim=True), True) & odd
-            negative, sizes = negative ^ flipped, torch.where(flipped, -sizes, sizes)
-        points = self._points.points.to(steps)
-        offset = points.square().sum(1) / 2
-        parts = sizes.reshape(-1, self._length).split(max(1, _SCORES // len(points)))
-        return torch.cat([torch.addmm(offset, part, points.T, beta=-1).argmax(1) for part in parts]), negative
+            odd = sign.prod(1, keepdim=True)
+            flipped = torch.ones_like(sign).scatter_(1, sizes.argmin(1, keepdim=True), odd.to(torch.int8))
+            sign, sizes = sign * flipped, sizes * flipped
+        offset, numbers = points.offset.to(sizes.device), points.points.T.to(sizes.device)
+        parts = sizes.reshape(-1, self._length).split(max(1, _SCORES // len(points.points)))
+        return torch.cat([torch.addmm(offset, part, numbers, beta=-1).argmax(1) for part in parts]).int(), sign
 
     def _nearest(self, groups: Tensor, scale: Tensor) -> Tensor:
         """The nearest numbers in units of the scale."""
-        index, negative = self._search(groups / scale)
-        numbers = self._points.points.to(groups)[index].view(groups.shape)
-        return torch.where(negative.view(groups.shape), -numbers, numbers)
+        index, sign = self._search(groups / scale)
+        numbers = self._points.points.to(groups.device).index_select(0, index)
+        return numbers.view(groups.shape).mul_(sign.view(groups.shape))
 
     def encode(self, weights: Tensor, params: GroupParams) -> Tensor:
-        index, negative = self._search(weights / params.scale)
-        digits = self._points.digits.to(weights.device)[index].view(weights.shape)
-        return digits * 2 + negative.view(weights.shape).to(torch.uint8)
+        index, sign = self._search(weights / params.scale)
+        codes = self._points.codes.to(weights.device).index_select(0, index).view(weights.shape)
+        return codes + (sign.view(weights.shape) < 0)
 
     def decode(self, codes: Tensor, params: GroupParams) -> Tensor:
-        magnitudes = self._points.magnitudes.to(params.scale)
-        return torch.stack([magnitudes, -magnitudes], 1).flatten()[codes.long()] * params.scale
+        numbers = self._points.numbers.to(params.scale.device).index_select(0, codes.flatten().int())
+        return numbers.view(codes.shape) * params.scale
 
     def nearest(self, weights: Tensor, params: GroupParams) -> Tensor:
         return self._nearest(weights, params.scale) * params.scale
@@ -297,7 +298,7 @@ class IqGrid(SuperBlockGrid):
         negative = unpack(signs, sign, (rows, vectors, 1)) >> torch.arange(8, dtype=torch.uint8) & 1
         if self._type.even:
             negative[..., 7] = negative[..., :7].sum(-1) & 1
-        return (self._points.digits[index] * 2).flatten(1) + negative.flatten(1)
+        return self._points.codes[index].flatten(1) + negative.flatten(1)
 
 
 @cache
@@ -310,4 +311,8 @@ def _points(name: str) -> _Points:
     base, length = len(magnitudes), points.shape[1]
     inverse = torch.zeros(base**length, dtype=torch.int64)
     inverse[(digits * base ** torch.arange(length)).sum(1)] = torch.arange(len(points))
-    return _Points(magnitudes, points, digits.to(torch.uint8), inverse)
+    boundaries = magnitudes[1:] + magnitudes[:-1]  # doubled
+    nearest = magnitudes[torch.bucketize(torch.arange(2 * float(magnitudes[-1]) + 1), boundaries)]
+    numbers = torch.stack([magnitudes, -magnitudes], 1).flatten()
+    offset = points.square().sum(1) / 2
+    return _Points(magnitudes, nearest, numbers, points, offset, (2 * digits).to(torch.uint8), inverse)

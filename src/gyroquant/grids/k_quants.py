@@ -24,7 +24,6 @@ from gyroquant.grids.super_block import SUPER_BLOCK, SuperBlockGrid
 
 _WIDTHS = tuple(1.0 - 0.05 * i for i in range(-2, 10))  # factors on the range of a group
 _SNAP = 2.0**4 + 1  # keeps 20 bits of an fp32 number (Veltkamp); a product of fp16 and 6 bits has at most 17
-_PIECE = 1 << 22  # weights that are fitted at once
 
 
 class _Type(NamedTuple):
@@ -135,17 +134,7 @@ class KQuantGrid(SuperBlockGrid):
         """The multiple that the largest scale of a super-block gets: the largest one, or the lowest negative one."""
         return int(2**self._type.multiple - 1 if self._type.offset else -(2 ** (self._type.multiple - 1)))
 
-    def fit(self, groups: Tensor) -> GroupParams:
-        flat = groups.reshape(-1, self.super_block, self.group_size)
-        parts = [self._fitted(part) for part in flat.split(_PIECE // SUPER_BLOCK)]
-        shape = (*groups.shape[:-1], 1)
-        scale, zero = (torch.cat([getattr(part, kind) for part in parts]).view(shape) for kind in ("scale", "zero"))
-        return GroupParams(scale, zero)
-
     def _fitted(self, groups: Tensor) -> GroupParams:
-        """Scales of super-blocks, shape (super-blocks, groups, group): free ones, then multiples of one number."""
-        if not bool(groups.isfinite().all()):
-            raise InputError("a group of numbers is not finite")
         if self._type.offset:
             free = _free_offsets(groups, self._levels)
             return self._nearest_multiples(groups, self.round_params(*free))

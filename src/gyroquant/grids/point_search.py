@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
+Whole = NDArray[np.int32]
 
-_LAST = 16  # the best scores that are compared one by one
+_LAST = 8  # the best scores that are compared one by one
 
 
 def _compiled(length: int) -> Any:
@@ -19,7 +20,7 @@ def _compiled(length: int) -> Any:
     compiled: Any = numba.njit(fastmath={"nnan", "ninf", "nsz", "contract"}, error_model="numpy", nogil=True)
 
     @compiled  # type: ignore[untyped-decorator]
-    def nearest(sizes: Floats, points: Floats, offset: Floats, tree: Floats) -> int:
+    def nearest(sizes: Floats, points: Floats, offset: Floats, tree: Floats) -> tuple[int, float]:
         count = points.shape[1]
         score = tree[:count]
         for v in range(count):
@@ -35,33 +36,49 @@ def _compiled(length: int) -> Any:
             for v in range(half):
                 larger[v] = max(low[v], high[v])
             start, size = start + size, half
-        best = start
-        for v in range(start + 1, start + size):
-            best = v if tree[v] > tree[best] else best
-        top, found = tree[best], best - start
+        found, top = 0, tree[start]
+        for v in range(1, size):
+            if tree[start + v] > top:
+                found, top = v, tree[start + v]
         while size < count:
             start -= 2 * size
             found += 0 if tree[start + found] == top else size
             size *= 2
-        return found
+        return found, top
 
     @compiled  # type: ignore[untyped-decorator]
     def search(
-        x: Floats, points: Floats, offset: Floats, even: bool, index: NDArray[np.int32], sign: NDArray[np.int8]
+        x: Floats,
+        place: Whole,
+        near: Floats,
+        offset: Floats,
+        even: bool,
+        index: Whole,
+        sign: NDArray[np.int8],
+        error: Floats,
     ) -> None:
-        width = x.shape[1]
-        sizes, tree = np.empty(width, np.float32), np.empty(2 * points.shape[1], np.float32)
+        width, last = x.shape[1], len(place) - 1
+        levels = place[last] + 1
+        sizes, tree = np.empty(width, np.float32), np.empty(2 * near.shape[2], np.float32)
         for n in range(len(x)):
-            minus, least = 0, 0
+            minus, least, energy = 0, 0, np.float32(0)
             for i in range(width):
+                negative = x[n, i] < 0
                 sizes[i] = abs(x[n, i])
-                sign[n, i] = -1 if x[n, i] < 0 else 1
-                minus += x[n, i] < 0
+                energy += x[n, i] * x[n, i]
+                sign[n, i] = 1 - 2 * negative
+                minus += negative
                 least = i if sizes[i] < sizes[least] else least
             if even and minus % 2 == 1:
                 sizes[least], sign[n, least] = -sizes[least], -sign[n, least]
             for k in range(width // length):
-                index[n, k] = nearest(sizes[k * length : (k + 1) * length], points, offset, tree)
+                part, cell = sizes[k * length : (k + 1) * length], 0
+                for i in range(length):
+                    cell = cell * levels + place[int(min(np.float32(last), max(np.float32(0), np.ceil(2 * part[i]))))]
+                found, top = nearest(part, near[cell], offset[cell], tree)
+                index[n, k] = cell * near.shape[2] + found
+                energy -= 2 * top
+            error[n] = energy
 
     return search
 
@@ -69,16 +86,22 @@ def _compiled(length: int) -> Any:
 _SEARCH: dict[int, Any] = {}
 
 
-def nearest_points(x: Floats, points: Floats, offset: Floats, even: bool) -> tuple[NDArray[np.int32], NDArray[np.int8]]:
-    """The indices of the points nearest to the magnitudes of x, shape (vectors, points a vector), and the signs of x.
+def nearest_points(
+    x: Floats, place: Whole, near: Floats, offset: Floats, even: bool
+) -> tuple[Whole, NDArray[np.int8], Floats]:
+    """The points nearest to the magnitudes of x, shape (vectors, points a vector), the signs of x, and squared errors.
 
-    `x` has shape (vectors, 4 or 8); `points` is a list of magnitudes, shape (length, points), a power of two of them,
-    and `offset` has half of their squares. With `even`, an odd number of minus signs becomes even: the smallest number
-    of a vector gets the other sign, and a negative magnitude. All arrays are contiguous.
+    `x` has shape (vectors, 4 or 8), errors (vectors,). The cell of a part of x is a number with one digit for each
+    magnitude m: ``place[ceil(2 m)]``, or the last entry, which is the highest digit. `near` has the points to choose
+    from in each cell, shape (cells, length, points), a power of two of them, and `offset` has half of their squares,
+    shape (cells, points). A result is its cell times the number of points, plus its place in the cell. With `even`, an
+    odd number of minus signs becomes even: the smallest number of a vector gets the other sign, and a negative
+    magnitude. All arrays are contiguous.
     """
-    length = len(points)
+    length = near.shape[1]
     if length not in _SEARCH:
         _SEARCH[length] = _compiled(length)
     index, sign = np.empty((len(x), x.shape[1] // length), np.int32), np.empty(x.shape, np.int8)
-    _SEARCH[length](x, points, offset, even, index, sign)
-    return index, sign
+    error = np.empty(len(x), np.float32)
+    _SEARCH[length](x, place, near, offset, even, index, sign, error)
+    return index, sign, error

@@ -14,12 +14,38 @@ Whole = NDArray[np.int32]
 _LAST = 8  # the best scores that are compared one by one
 
 
+# No reordering of sums, so that results do not depend on the processor's vectors.
+_jit: Any = numba.njit(fastmath={"nnan", "ninf", "nsz", "contract"}, error_model="numpy", nogil=True)
+
+
+@_jit  # type: ignore[untyped-decorator]
+def largest(tree: Floats, count: int) -> int:
+    """The place of the largest of the first `count` numbers, a power of two of at least 8. The tree has twice as many.
+
+    Each level of the tree has the larger ones of two numbers of the level before, which vector instructions find.
+    """
+    start, size = 0, count
+    while size > _LAST:
+        half = size // 2
+        low, high = tree[start : start + half], tree[start + half : start + size]
+        larger = tree[start + size : start + size + half]
+        for v in range(half):
+            larger[v] = max(low[v], high[v])
+        start, size = start + size, half
+    found, top = 0, tree[start]
+    for v in range(1, size):
+        if tree[start + v] > top:
+            found, top = v, tree[start + v]
+    while size < count:
+        start -= 2 * size
+        found += 0 if tree[start + found] == top else size
+        size *= 2
+    return found
+
+
 def _compiled(length: int) -> Any:
     """`search` for points of `length` numbers. The compiler must know their number to use vector instructions."""
-    # No reordering of sums, so that results do not depend on the processor's vectors.
-    compiled: Any = numba.njit(fastmath={"nnan", "ninf", "nsz", "contract"}, error_model="numpy", nogil=True)
-
-    @compiled  # type: ignore[untyped-decorator]
+    @_jit  # type: ignore[untyped-decorator]
     def nearest(sizes: Floats, points: Floats, offset: Floats, tree: Floats) -> tuple[int, float]:
         count = points.shape[1]
         score = tree[:count]
@@ -28,25 +54,10 @@ def _compiled(length: int) -> Any:
             for i in range(length):
                 total += sizes[i] * points[i, v]
             score[v] = total
-        start, size = 0, count
-        while size > _LAST:  # each level of the tree has the larger of two scores of the level before
-            half = size // 2
-            low, high = tree[start : start + half], tree[start + half : start + size]
-            larger = tree[start + size : start + size + half]
-            for v in range(half):
-                larger[v] = max(low[v], high[v])
-            start, size = start + size, half
-        found, top = 0, tree[start]
-        for v in range(1, size):
-            if tree[start + v] > top:
-                found, top = v, tree[start + v]
-        while size < count:
-            start -= 2 * size
-            found += 0 if tree[start + found] == top else size
-            size *= 2
-        return found, top
+        found = largest(tree, count)
+        return found, tree[found]
 
-    @compiled  # type: ignore[untyped-decorator]
+    @_jit  # type: ignore[untyped-decorator]
     def search(
         x: Floats,
         place: Whole,

@@ -1,19 +1,24 @@
 """Speed of grids on one thread: fitting scales, and GPTQ and refinement beside those on the integer grid.
 
-    python benchmarks/grid_speed.py --shapes 1536x8960 8960x1536
+    python benchmarks/grid_speed.py --shapes 8960x1536 1536x8960
 
-Weights are normal numbers. Second moments are those of inputs with a few strong directions: a random orthogonal basis
-whose variances fall as 1/k. Each layer is rounded once with each grid; ratios are to the 2-bit integer grid in the same
-run. Seconds of GPTQ are those of the sweep. The factor of the second moments, which is the same for all grids, comes
-beside it. `error` is that of the weights after fitting, `output` that of the layer's outputs after GPTQ, both squared
-and relative, `refined` the latter after one pass of refinement.
+Weights are normal numbers, inputs normal numbers whose variances fall as 1/k along random directions. Times are seconds
+of the processor, so that other programs hardly change them. Ratios are to the 2-bit integer grid in the same run.
+
+- `fit`: millions of weights a second. Of `e8p` and `trellis`, whose scales are plain moments, the search of codes.
+- `error`: of the weights, rounded to nearest.
+- `GPTQ`: the sweep, without the factor of the second moments, which is the same for all grids and stands above.
+- `refine`: one pass.
+- `output`: the error of the layer's outputs after GPTQ, and after refinement. Errors are squared and relative.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from importlib.metadata import version
 from time import process_time
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -25,34 +30,58 @@ from gyroquant.rounding.factor import inverse_factor
 from gyroquant.rounding.solvers.gptq import Sweep
 from gyroquant.rounding.solvers.rtn import RoundToNearest
 
+Result = TypeVar("Result")
+
 GRIDS: dict[str, Grid] = {
     "integer": IntegerGrid(bits=2),
     **{grid.type_name: grid for grid in (*IqGrid.examples(), *KQuantGrid.examples())},
     "e8p": E8pGrid(),
     "trellis": TrellisGrid(state_bits=10),
 }
+_FITTED = 1 << 21  # weights that are rounded to nearest
+_SLOW = ("trellis",)  # grids whose refinement would take several times as long as all others together
 
 
-def second_moments(columns: int) -> Tensor:
-    """Second moments of inputs whose variances fall as 1/k along random directions; shape (columns, columns)."""
+def moments(columns: int) -> InputStatistics:
+    """The statistics of as many tokens as columns."""
     generator = torch.Generator().manual_seed(1)
-    inputs = torch.randn(columns, columns, generator=generator) / torch.arange(1, columns + 1).sqrt()
-    mix = torch.randn(columns, columns, generator=generator) / columns**0.5
-    inputs = inputs @ mix
-    return inputs.T @ inputs
+    mix = torch.randn(columns, columns, generator=generator)
+    inputs = torch.randn(columns, columns, generator=generator) / torch.arange(1, columns + 1).sqrt() @ mix
+    return InputStatistics(inputs.T @ inputs / columns, columns)
 
 
-def seconds(work: object) -> tuple[float, object]:
-    """The time of one call, and its result."""
+def timed(work: Callable[[], Result]) -> tuple[float, Result]:
+    """The seconds of the processor that a call takes, and its result."""
     start = process_time()
-    result = work()  # type: ignore[operator]
+    result = work()
     return process_time() - start, result
+
+
+def row(name: str, weight: Tensor, statistics: InputStatistics, factor: Tensor, base: list[float]) -> str:
+    """A row of the table. The first one puts its times of GPTQ and refinement into `base`."""
+    grid, (rows, columns) = GRIDS[name], weight.shape
+    some = weight[: min(rows, _FITTED // columns // 64 * 64)]
+    groups = some.unflatten(1, (-1, grid.group_of(columns)))
+    RoundToNearest().solve(weight[:64], grid)  # compiles what numba compiles
+    fit, params = timed(lambda: grid.fit(groups))
+    if grid.tile_rows > 1:
+        fit, _ = timed(lambda: grid.encode(groups, params))
+    error = weight_error(some, RoundToNearest().solve(some, grid).dequantize())
+    gptq, solved = timed(lambda: Sweep(weight, grid, torch.arange(columns), False).run(factor))
+    cells = [name, f"{some.numel() / fit / 1e6:.2f}", f"{100 * error:.4f} %"]
+    output = f"{100 * output_error(weight, solved.dequantize(), statistics):.4f} %"
+    if name in _SLOW:
+        return " | ".join([*cells, f"{gptq:.1f}", f"{gptq / base[0]:.2f}", output, "", "", ""])
+    refine, refined = timed(lambda: Refine(passes=1).run(weight, solved, statistics))
+    base.extend([gptq, refine])
+    cells += [f"{gptq:.1f}", f"{gptq / base[0]:.2f}", output, f"{refine:.1f}", f"{refine / base[1]:.2f}"]
+    return " | ".join([*cells, f"{100 * output_error(weight, refined.dequantize(), statistics):.4f} %"])
 
 
 def main() -> None:
     """Measures and prints a table for each shape."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=["1536x8960", "8960x1536"])
+    parser.add_argument("--shapes", nargs="+", default=["8960x1536", "1536x8960"])
     parser.add_argument("--grids", nargs="+", default=list(GRIDS), choices=list(GRIDS))
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -60,35 +89,14 @@ def main() -> None:
     for shape in given.shapes:
         rows, columns = map(int, shape.split("x"))
         weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
-        statistics = InputStatistics(second_moments(columns), columns)
-        took, factor = seconds(lambda gram=statistics.second_moments: inverse_factor(gram, 0.01))
-        print(f"\n{shape}, factor {took:.1f} s")
-        print("| grid | fit M/s | error | GPTQ s | ratio | output | refine s | ratio | refined |")
+        statistics = moments(columns)
+        took, factor = timed(lambda statistics=statistics: inverse_factor(statistics.second_moments, 0.01))
+        print(f"\n{shape}, factor {took:.1f} s\n")
+        print("| grid | fit M/s | error | GPTQ s | ratio | output | refine s | ratio | output |")
         print("|---|--:|--:|--:|--:|--:|--:|--:|--:|", flush=True)
-        base = None
+        base: list[float] = []
         for name in given.grids:
-            grid = GRIDS[name]
-            some = weight[: max(grid.tile_rows, (1 << 21) // columns // 64 * 64)]
-            groups = some.unflatten(1, (-1, grid.group_of(columns)))
-            grid.encode(groups[: grid.tile_rows], grid.fit(groups[: grid.tile_rows]))  # compiles
-            fit, params = seconds(lambda: grid.fit(groups))
-            if grid.tile_rows > 1:  # what takes time there is the search of codes
-                fit, _ = seconds(lambda: grid.encode(groups, params))
-            error = weight_error(some, RoundToNearest().solve(some, grid).dequantize())
-            gptq, solved = seconds(lambda: Sweep(weight, grid, torch.arange(columns), False).run(factor))
-            single = "trellis" != name
-            cells = [gptq]
-            refined = solved
-            refine = 0.0
-            if single:
-                refine, refined = seconds(lambda: Refine(passes=1).run(weight, solved, statistics))
-            base = base or (gptq, refine)
-            outs = [output_error(weight, q.dequantize(), statistics) for q in (solved, refined)]
-            print(
-                f"| {name} | {some.numel() / fit / 1e6:.2f} | {100 * error:.4f} % | {gptq:.1f} | {gptq / base[0]:.2f} | "
-                f"{100 * outs[0]:.4f} % | {refine:.1f} | {refine / base[1]:.2f} | {100 * outs[1]:.4f} % |",
-                flush=True,
-            )
+            print(f"| {row(name, weight, statistics, factor, base)} |", flush=True)
 
 
 if __name__ == "__main__":

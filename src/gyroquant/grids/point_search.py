@@ -8,6 +8,8 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from gyroquant.grids.threads import WORTH_A_THREAD, in_parts
+
 Floats = NDArray[np.float32]
 Whole = NDArray[np.int32]
 
@@ -45,6 +47,7 @@ def largest(tree: Floats, count: int) -> int:
 
 def _compiled(length: int) -> Any:
     """`search` for points of `length` numbers. The compiler must know their number to use vector instructions."""
+
     @_jit  # type: ignore[untyped-decorator]
     def nearest(sizes: Floats, points: Floats, offset: Floats, tree: Floats) -> tuple[int, float]:
         count = points.shape[1]
@@ -85,7 +88,8 @@ def _compiled(length: int) -> Any:
             for k in range(width // length):
                 part, cell = sizes[k * length : (k + 1) * length], 0
                 for i in range(length):
-                    cell = cell * levels + place[int(min(np.float32(last), max(np.float32(0), np.ceil(2 * part[i]))))]
+                    above = int(min(np.float32(last), np.ceil(2 * part[i])))  # below 0 for NaN, too
+                    cell = cell * levels + place[min(max(above, 0), last)]
                 found, top = nearest(part, near[cell], offset[cell], tree)
                 index[n, k] = cell * near.shape[2] + found
                 energy -= 2 * top
@@ -98,7 +102,7 @@ _SEARCH: dict[int, Any] = {}
 
 
 def nearest_points(
-    x: Floats, place: Whole, near: Floats, offset: Floats, even: bool
+    x: Floats, place: Whole, near: Floats, offset: Floats, even: bool, threads: int = 1
 ) -> tuple[Whole, NDArray[np.int8], Floats]:
     """The points nearest to the magnitudes of x, shape (vectors, points a vector), the signs of x, and squared errors.
 
@@ -113,6 +117,11 @@ def nearest_points(
     if length not in _SEARCH:
         _SEARCH[length] = _compiled(length)
     index, sign = np.empty((len(x), x.shape[1] // length), np.int32), np.empty(x.shape, np.int8)
-    error = np.empty(len(x), np.float32)
-    _SEARCH[length](x, place, near, offset, even, index, sign, error)
+    error, search = np.empty(len(x), np.float32), _SEARCH[length]
+    worth = x.size * near.shape[2] >= WORTH_A_THREAD
+    in_parts(
+        lambda part: search(x[part], place, near, offset, even, index[part], sign[part], error[part]),
+        len(x),
+        threads if worth else 1,
+    )
     return index, sign, error

@@ -20,6 +20,7 @@ from gyroquant.evaluation.diagnosis.options import ReportOptions
 from gyroquant.evaluation.diagnosis.run import diagnose, prepare_diagnosis
 from gyroquant.evaluation.perplexity import DTYPES, cut, score_windows, summary, text_windows
 from gyroquant.models.execution.runner import auto_class
+from gyroquant.models.stores.base import WeightStore
 from gyroquant.models.stores.config_loading import load_config
 from gyroquant.models.stores.packed_description import METHOD
 from gyroquant.models.stores.safetensors_files import safetensors_index
@@ -177,11 +178,7 @@ def evaluate(
     if report is not None and other is not None:
         options = report_options or ReportOptions()
         inputs = prepare_diagnosis(options, store, other, source, batch, tokenizer, add_bos)
-    for model_store in (store, other):
-        if model_store is not None:
-            compare_store(model_store, progress)
-            for note in model_store.notes:
-                progress.warn(note)
+    _check_read((store, other), progress)
     diagnosis: dict[str, Any] = {}
     if inputs is not None and other is not None:
         scores, found = diagnose(store, other, batch, inputs, DTYPES[dtype], device, progress)
@@ -208,6 +205,15 @@ def evaluate(
         write_report(Path(report), result)
         result["report"] = str(report)
     return result | {"seconds": round(time.perf_counter() - started, 3)}
+
+
+def _check_read(stores: Sequence[WeightStore | None], progress: Progress) -> None:
+    """Compares models as we read them with transformers, and passes on the notes on how they were read."""
+    for store in stores:
+        if store is not None:
+            compare_store(store, progress)
+            for note in store.notes:
+                progress.warn(note)
 
 
 def _check_evaluation(

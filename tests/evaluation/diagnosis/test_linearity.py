@@ -25,6 +25,14 @@ def test_noise_of_equal_power_leaves_half() -> None:
     assert linear_r2(x, x + noise) == pytest.approx(0.5, abs=0.02)
 
 
+def test_few_tokens_for_the_width_are_fitted_with_a_larger_ridge() -> None:
+    x = inputs(120, 64)  # 60 tokens fit 64 features: without a ridge the error is far above the variance
+    noise = torch.randn(120, 64, generator=torch.Generator().manual_seed(4))
+    found = linear_r2(x, 0.5 * x + noise)
+    assert found is not None
+    assert -0.1 < found < 0.2
+
+
 def test_an_orthogonal_change_of_basis_changes_nothing() -> None:
     x = inputs(600, 8)
     out = (x @ torch.ones(8, 8)).relu()
@@ -34,7 +42,7 @@ def test_an_orthogonal_change_of_basis_changes_nothing() -> None:
 
 def test_what_cannot_be_measured_is_none() -> None:
     x = inputs(100, 8)
-    assert linear_r2(x[:3], x[:3]) is None
+    assert linear_r2(x[:7], x[:7]) is None
     assert linear_r2(x, torch.zeros(100, 8)) is None
     assert linear_r2(x * torch.nan, x) is None
     assert linear_r2(x, x.clone().index_fill(0, torch.tensor([99]), torch.inf)) is None

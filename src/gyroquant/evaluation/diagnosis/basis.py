@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gyroquant.models.execution.runner import BlockRunner, evaluating
 from gyroquant.models.stores.base import WeightStore
+from gyroquant.system.progress import Progress
 
 _SAME = 1e-3  # up to this relative error of the embeddings, the basis is the same
 _RANK = 1e-9  # a singular value below this fraction of the largest does not determine its direction
@@ -37,7 +38,7 @@ class Basis:
 
     def apply(self, states: Tensor) -> Tensor:
         """States of the original, shape (..., hidden), in the basis of the rounded model."""
-        return states if self.matrix is None else states @ self.matrix.to(states)
+        return states if self.matrix is None else (states.float() @ self.matrix).to(states)
 
 
 def procrustes(cross: Tensor) -> tuple[Tensor, bool]:
@@ -50,16 +51,20 @@ def procrustes(cross: Tensor) -> tuple[Tensor, bool]:
 
 
 @torch.no_grad()
-def residual_basis(store: WeightStore, against: WeightStore, device: str = "cpu") -> Basis:
+def residual_basis(
+    store: WeightStore, against: WeightStore, device: str = "cpu", progress: Progress | None = None
+) -> Basis:
     """The basis of the hidden states of `store` relative to those of its original, `against`."""
     hidden = against.graph.hidden
     cross = torch.zeros(hidden, hidden, dtype=torch.float64)
     squares, gap, others = 0.0, 0.0, 0.0
-    runners = [(BlockRunner.of(model), _outer(model, device)) for model in (against, store)]
+    runners = [(BlockRunner.of(model), _before_blocks(model, device)) for model in (against, store)]
     vocabulary = against.text_config.vocab_size
     length = min(_LENGTH, vocabulary)
-    with evaluating(against.skeleton()), evaluating(store.skeleton()):
-        for first in range(0, vocabulary, length * _SEQUENCES):
+    starts = range(0, vocabulary, length * _SEQUENCES)
+    stage = (progress or Progress()).stage("basis", len(starts))
+    with evaluating(against.skeleton()), evaluating(store.skeleton()), stage as advance:
+        for first in starts:
             last = min(first + length * _SEQUENCES, vocabulary)
             rows = -(-(last - first) // length)
             ids = (first + torch.arange(rows * length)).clamp_max(vocabulary - 1).view(rows, length).to(device)
@@ -68,6 +73,7 @@ def residual_basis(store: WeightStore, against: WeightStore, device: str = "cpu"
             squares += float(ours.square().sum())
             others += float(theirs.square().sum())
             gap += float((theirs - ours).square().sum())
+            advance()
     if gap <= _SAME**2 * squares:
         return Basis(None, (gap / squares) ** 0.5)
     matrix, determined = procrustes(cross)
@@ -77,7 +83,8 @@ def residual_basis(store: WeightStore, against: WeightStore, device: str = "cpu"
     return Basis(matrix.float(), (left / squares) ** 0.5, determined)
 
 
-def _outer(store: WeightStore, device: str) -> dict[str, Tensor]:
-    return {
-        name: t.to(device=device, dtype=torch.float32) for name, t in store.read(store.graph.outer_params()).items()
-    }
+def _before_blocks(store: WeightStore, device: str) -> dict[str, Tensor]:
+    """The parameters outside the blocks but the heads, in fp32."""
+    heads = {op.weight for op in store.graph.outer.readers("final")}
+    tensors = store.read([name for name in store.graph.outer_params() if name not in heads])
+    return {name: tensor.to(device=device, dtype=torch.float32) for name, tensor in tensors.items()}

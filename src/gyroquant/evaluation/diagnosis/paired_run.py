@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -44,8 +46,12 @@ class TokenPredictions:
     original: Tensor
 
 
-SeeBlock = Callable[[BlockStates, bool], None]
-"""Takes the states around a block, and whether they are of the first windows."""
+class SeeBlock(Protocol):
+    """Takes the states around a block, and whether they are of the first windows."""
+
+    def __call__(self, states: BlockStates, first: bool) -> None: ...
+
+
 SeeTokens = Callable[[TokenPredictions], None]
 
 
@@ -81,7 +87,7 @@ class PairedRun:
         for first in pieces:
             ids = input_ids[first : first + pieces.step]
             with evaluating(self.stores[0].skeleton()), evaluating(self.stores[1].skeleton()):
-                streams = self._after_blocks(ids, lambda states, first=first: see_block(states, first == 0), advance)
+                streams = self._after_blocks(ids, partial(see_block, first=first == 0), advance)
                 for number, start, logs in paired_logs(list(self.stores), streams):
                     keep = counted[first + number]
                     totals[:, first + number] += window_sums(ids[number], start, logs, keep)
@@ -91,7 +97,7 @@ class PairedRun:
 
     def _after_blocks(
         self, ids: Tensor, see: Callable[[BlockStates], None], advance: Advance
-    ) -> list[tuple[Stream, Mapping[str, Tensor]]]:
+    ) -> list[tuple[Stream, dict[str, Tensor]]]:
         streams = []
         for store in self.stores:
             outer = store.read(store.graph.outer_params())

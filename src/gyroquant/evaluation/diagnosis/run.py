@@ -138,7 +138,7 @@ def diagnose(
     progress = progress or Progress()
     ids, options = batch.ids, inputs.options
     predicted = int(counted_tokens(ids, batch.bos)[:, 1:].sum())
-    basis = residual_basis(store, against, device)
+    basis = residual_basis(store, against, device, progress)
     errors, predictions = StateErrors(len(store.graph.blocks)), _Predictions(len(ids), predicted, options.coverage)
     linear: list[dict[str, Any]] = []
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         RenamedWarning,
         UnsupportedModelError,
     )
+    from gyroquant.evaluation.diagnosis.options import ReportOptions
     from gyroquant.finetuning.scales import Finetune
     from gyroquant.finetuning.settings import Learn
     from gyroquant.formats.export import export
@@ -111,6 +112,7 @@ __all__ = [
     "RecipeError",
     "Refine",
     "RenamedWarning",
+    "ReportOptions",
     "RoundToNearest",
     "SignRound",
     "Step",
@@ -175,6 +177,7 @@ _MODULES = {
     "RecipeError": "errors",
     "Refine": "rounding.steps.refine",
     "RenamedWarning": "errors",
+    "ReportOptions": "evaluation.diagnosis.options",
     "RoundToNearest": "rounding.solvers.rtn",
     "SignRound": "rounding.steps.signround",
     "Step": "recipes.schema",

@@ -15,8 +15,12 @@ from transformers import PreTrainedModel
 
 from gyroquant.calibration.text import bos_text, load_text
 from gyroquant.errors import GyroquantError, InputError
+from gyroquant.evaluation.diagnosis.folder import check_destination, write_report
+from gyroquant.evaluation.diagnosis.options import ReportOptions
+from gyroquant.evaluation.diagnosis.run import diagnose, prepare_diagnosis
 from gyroquant.evaluation.perplexity import DTYPES, cut, score_windows, summary, text_windows
 from gyroquant.models.execution.runner import auto_class
+from gyroquant.models.stores.base import WeightStore
 from gyroquant.models.stores.config_loading import load_config
 from gyroquant.models.stores.packed_description import METHOD
 from gyroquant.models.stores.safetensors_files import safetensors_index
@@ -138,6 +142,8 @@ def evaluate(
     dtype: str = "float32",
     device: str = "cpu",
     progress: Progress | None = None,
+    report: str | Path | None = None,
+    report_options: ReportOptions | None = None,
 ) -> dict[str, Any]:
     """Measures a model on a text: perplexity and, with `against`, KL divergence and agreement with the original.
 
@@ -150,31 +156,36 @@ def evaluate(
     add_bos: whether every window begins with the tokenizer's BOS tokens. Default True. Predictions of these tokens do
         not count. `bos` of the result names them.
     dtype: "float32" (default), "bfloat16" or "float16".
+    report: a folder for a diagnosis against the original: acceptance, blocks, first differing steps and more, as JSON,
+        Markdown and HTML. Default None. The result then also has `diagnosis` and `report`.
+    report_options: what the diagnosis measures. By default `ReportOptions()`.
 
     Windows do not overlap, and each is predicted from its second token on. If the text has fewer windows than
     requested, `windows` and `windows_asked` of the result differ. `true_bits_per_weight` of the result are those of
     the rounded layers. `whole_model_bits_per_weight` and `bytes` are of everything that is stored, by part of the
-    model. Raises InputError if the text or the tokenizer does not fit.
+    model. Raises InputError if the text or the tokenizer does not fit, or if a report cannot be made of these.
     """
     started = time.perf_counter()
-    if dtype not in DTYPES:
-        names = list(DTYPES)
-        usable = f"{', '.join(names[:-1])} or {names[-1]}"
-        raise InputError(f"dtype {dtype!r} is not supported for evaluation; use {usable}")
+    _check_evaluation(dtype, against, report, report_options)
     length, count = cut(preset, window, windows)
     store = open_model(model)
     other = None if against is None else open_model(against)
     progress = progress or Progress()
-    for model_store in (store, other):
-        if model_store is not None:
-            compare_store(model_store, progress)
-            for note in model_store.notes:
-                progress.warn(note)
     source = load_text(text, split="test")
     tokenizer = tokenizer or store.tokenizer()
     batch = text_windows(source, store, length, count, tokenizer, add_bos)
-    scores = score_windows(store, batch.ids, other, DTYPES[dtype], device, progress, bos=batch.bos)
-    return summary(scores) | {
+    inputs = None
+    if report is not None and other is not None:
+        options = report_options or ReportOptions()
+        inputs = prepare_diagnosis(options, store, other, source, batch, tokenizer, add_bos)
+    _check_read((store, other), progress)
+    diagnosis: dict[str, Any] = {}
+    if inputs is not None and other is not None:
+        scores, found = diagnose(store, other, batch, inputs, DTYPES[dtype], device, progress)
+        diagnosis = {"diagnosis": found}
+    else:
+        scores = score_windows(store, batch.ids, other, DTYPES[dtype], device, progress, bos=batch.bos)
+    result = summary(scores) | {
         "model": store.label,
         "against": None if other is None else other.label,
         "text": source.about() | {"tokens": batch.text_tokens},
@@ -187,9 +198,40 @@ def evaluate(
         "dtype": dtype,
         "true_bits_per_weight": store.bits_per_weight(),
         **sizes(store),
-        "seconds": round(time.perf_counter() - started, 3),
         "versions": versions(),
+        **diagnosis,
     }
+    if report is not None:
+        write_report(Path(report), result)
+        result["report"] = str(report)
+    return result | {"seconds": round(time.perf_counter() - started, 3)}
+
+
+def _check_read(stores: Sequence[WeightStore | None], progress: Progress) -> None:
+    """Compares models as we read them with transformers, and passes on the notes on how they were read."""
+    for store in stores:
+        if store is not None:
+            compare_store(store, progress)
+            for note in store.notes:
+                progress.warn(note)
+
+
+def _check_evaluation(
+    dtype: str, against: Any, report: str | Path | None, report_options: ReportOptions | None
+) -> None:
+    """Raises InputError for arguments of `evaluate` that cannot be used, without opening a model."""
+    if dtype not in DTYPES:
+        names = list(DTYPES)
+        usable = f"{', '.join(names[:-1])} or {names[-1]}"
+        raise InputError(f"dtype {dtype!r} is not supported for evaluation; use {usable}")
+    if report is None:
+        if report_options is not None:
+            raise InputError("options of a report are given without a report: add --report DEST, or leave them out")
+        return
+    if against is None:
+        raise InputError("a report compares a model with its original: add --against MODEL")
+    (report_options or ReportOptions()).check()
+    check_destination(Path(report))
 
 
 __all__ = ["evaluate", "load", "quantize"]

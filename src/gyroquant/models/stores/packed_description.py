@@ -4,6 +4,7 @@ A rounded parameter P is stored as these tensors:
 
 - P_codes and P_scales, always.
 - P_multiples: the multiples of the scales of super-blocks, if it has any.
+- P_choices: which of two kinds of numbers each group has, one bit each, if the grid has two kinds.
 - P_zeros: the zero points, if it has any.
 - P_global: the tensor scale, if it has one.
 - P_basis: the scales of the basis in which it was rounded, if there is one.
@@ -38,7 +39,7 @@ METHOD = "gyroquant"
 # Version 3: an integer, fp4 or fp8 weight has a tensor scale; readers of version 2 would ignore it.
 # Version 4: some tokens of the KV cache stay exact; readers of version 3 would round them.
 FORMAT_VERSIONS = (1, 2, 3, 4)
-PARTS = ("codes", "scales", "multiples", "zeros", "global", "basis")
+PARTS = ("codes", "scales", "multiples", "choices", "zeros", "global", "basis")
 MAPS = "gyroquant_map."
 IMPORT_FIRST = "gyroquant packed these weights, run `import gyroquant` before you open them"
 

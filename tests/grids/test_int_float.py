@@ -1,5 +1,6 @@
 """Grids whose groups choose between two kinds of elements or two scales: IF4 and Four Over Six."""
 
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from gyroquant.errors import InputError
 from gyroquant.formats.base import Format, Layer, ModelRequirements
 from gyroquant.grids import Grid, GroupParams, If4Grid, Mxfp4Grid, MxIf4Grid, Nvfp4Grid, QuantizedWeight, grid_from
+from gyroquant.recipes.schema import load_recipe
 from gyroquant.rounding.steps.tunable import TunableWeight
 from gyroquant.testing.grids import rounded
 
@@ -182,16 +184,21 @@ def test_saved_grids_name_their_rule() -> None:
 def test_formats_that_cannot_hold_them_refuse_them_by_name(grid: Grid) -> None:
     """Four Over Six goes wherever nvfp4 goes."""
     layer = Layer("model.layers.0.mlp.down_proj.weight", grid, 64)
-    refused = {}
-    for name, kind in Format.registry.items():
-        reasons = kind().incompatibilities(ModelRequirements("llama", (layer,)))
-        refused[name] = any(f"no type for the grid {grid.grid}" in str(reason) for reason in reasons)
-    assert refused["gguf"]
-    assert refused["onnx"]
-    assert not refused["dense"]
+    refused = refusing(layer)
+    assert {"gguf", "onnx", "openvino"} <= refused
+    assert "dense" not in refused
     if isinstance(grid, Nvfp4Grid):
-        plain = ModelRequirements("llama", (Layer(layer.name, Nvfp4Grid(), 64),))
-        again = {
-            n: any("no type for" in str(r) for r in k().incompatibilities(plain)) for n, k in Format.registry.items()
-        }
-        assert again == refused
+        assert refused == refusing(replace(layer, grid=Nvfp4Grid()))
+
+
+def refusing(layer: Layer) -> set[str]:
+    """The formats that have no type for a layer."""
+    text, needs = f"no type for the grid {layer.grid.grid}", ModelRequirements("llama", (layer,))
+    return {name for name, kind in Format.registry.items() if any(text in r for r in kind().incompatibilities(needs))}
+
+
+def test_activations_take_them_too() -> None:
+    recipe = load_recipe("rtn", ["activations={grid: nvfp4, scale: four_over_six}", "weights.grid=if4"])
+    assert recipe.activations is not None
+    assert recipe.activations.grid == Nvfp4Grid(scale="four_over_six")
+    assert recipe.weights.grid == If4Grid()

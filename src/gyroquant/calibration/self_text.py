@@ -85,7 +85,7 @@ def written_windows(
     return ids.cpu()
 
 
-class _Draw(LogitsProcessor):  # type: ignore[misc]
+class _Draw(LogitsProcessor):
     """Leaves each window one token: the most probable one, or one that is drawn with the window's own generator."""
 
     def __init__(self, certain: Sequence[int], seeds: Sequence[int], never: Sequence[int], progress: Advance):

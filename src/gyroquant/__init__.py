@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from gyroquant.grids.e8p import E8pGrid
     from gyroquant.grids.float_zero import FloatZeroGrid
     from gyroquant.grids.floating import Fp4Grid, Fp8Grid
+    from gyroquant.grids.int_float import If4Grid, MxIf4Grid
     from gyroquant.grids.integer import IntegerGrid
     from gyroquant.grids.iq import IqGrid
     from gyroquant.grids.k_quants import KQuantGrid
@@ -89,6 +90,7 @@ __all__ = [
     "Guided",
     "GyroquantError",
     "Head",
+    "If4Grid",
     "InputError",
     "IntegerGrid",
     "IqGrid",
@@ -98,6 +100,7 @@ __all__ = [
     "LookupGrid",
     "LowRank",
     "MapError",
+    "MxIf4Grid",
     "Mxfp4Grid",
     "Nvfp4Grid",
     "OutputOptions",
@@ -155,6 +158,7 @@ _MODULES = {
     "GyroquantError": "errors",
     "Head": "recipes.schema",
     "InputError": "errors",
+    "If4Grid": "grids.int_float",
     "IntegerGrid": "grids.integer",
     "KvCache": "rounding.activations",
     "Learn": "finetuning.settings",
@@ -163,6 +167,7 @@ _MODULES = {
     "LookupGrid": "grids.lookup",
     "LowRank": "rounding.steps.low_rank",
     "MapError": "errors",
+    "MxIf4Grid": "grids.int_float",
     "Mxfp4Grid": "grids.microscaling",
     "Nvfp4Grid": "grids.microscaling",
     "OutputOptions": "pipeline.options",

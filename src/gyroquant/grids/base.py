@@ -246,6 +246,10 @@ class Grid(BaseModel, ABC):
         """The distance from numbers of the grid to the next number towards zero, both in units of the scale."""
         return torch.ones_like(numbers)
 
+    def group_step_below(self, numbers: Tensor, params: GroupParams) -> Tensor:
+        """As `step_below`, for groups with these parameters. Grids override it whose numbers depend on the group."""
+        return self.step_below(numbers)
+
     @abstractmethod
     def encode(self, weights: Tensor, params: GroupParams) -> Tensor:
         """The nearest codes, uint8, for weights of shape (..., k) whose scales are `params`."""

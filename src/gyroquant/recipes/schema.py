@@ -214,7 +214,11 @@ class Calibration(BaseModel):
     - `text` (None): a file or a dataset, used if the caller gives no text.
     - `nsamples` (128): windows of text.
     - `seqlen` (512): tokens in a window.
-    - `seed` (0): the seed of the choice of windows.
+    - `source` (text): text: the windows are of a text. self: the model writes them (LLM-QAT, arXiv 2305.17888).
+    - `choose` (random): which windows of the text. random: by chance. coverage: those that cover the outlier channels
+      of the unrotated model (COVERCAL, arXiv 2604.24008).
+    - `candidates` (4): the number of windows that coverage chooses among, in multiples of `nsamples`.
+    - `seed` (0): the seed of the choice of windows, or of the text that the model writes.
     - `add_bos` (true): every window begins with the tokenizer's BOS tokens. false: only the first one does.
     - `dtype` (auto): of the computation. auto: bfloat16 if the processor multiplies it natively, else float32.
     - `inputs` (rounded): the inputs of a block. rounded: outputs of the rounded blocks before it, as in GPTQ.
@@ -228,11 +232,24 @@ class Calibration(BaseModel):
     text: str | None = None
     nsamples: Annotated[int, Field(gt=0)] = 128
     seqlen: Annotated[int, Field(gt=1)] = 512
+    source: Literal["text", "self"] = "text"
+    choose: Literal["random", "coverage"] = "random"
+    candidates: Annotated[int, Field(gt=1)] = 4
     seed: _Seed = 0
     add_bos: bool = True
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     inputs: Literal["rounded", "original"] = "rounded"
     all_experts: bool = False
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Calibration:
+        if self.source == "self" and self.text is not None:
+            raise ValueError("with source: self the model writes the text: leave text out, or set source: text")
+        if self.source == "self" and self.choose != "random":
+            raise ValueError("choose: coverage needs a text to choose from, and source: self has none: leave one out")
+        if self.candidates != 4 and self.choose != "coverage":
+            raise ValueError("candidates is for choose: coverage: leave it out, or set choose: coverage")
+        return self
 
 
 class ProofSettings(BaseModel):
@@ -460,6 +477,9 @@ class Recipe(BaseModel):
             new += [(data["kv_cache"], key) for key in ("key_clip", "value_clip", "first_tokens", "last_tokens")]
         if data["weights"]["bound"]:
             del data["weights"]["bound"]
+        for key in ("source", "choose", "candidates"):
+            if data["calibration"][key] == Calibration.model_fields[key].default:
+                del data["calibration"][key]
         for owner, key in new:
             if not owner[key]:
                 del owner[key]

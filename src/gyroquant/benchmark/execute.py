@@ -219,7 +219,7 @@ class _Execution:
                 self.refused[run.key] = reasons[name]
 
     def missing(self) -> list[Run]:
-        """The runs without a result: the first seed of every run first, then by bits or bytes, and recipes before tools."""
+        """The runs without a result: the first seed of every run first, then by bits or bytes, recipes before tools."""
         seeds = sorted({run.seed for run in self.runs})
         missing = [run for run in self.runs if run.key not in self.refused and not self._done(run)]
         return sorted(

@@ -125,8 +125,8 @@ def _fit(spec: ComparisonSpec, name: str, group_size: int, budget: int, store: W
     for preset, bits, fixed in _starts(name, preset_bits(store, budget)):
         size = Size(bits or PRESET_BITS[-1], group_size, spec.symmetric)
         changes = own_changes(spec, preset, size, fixed)
-        if bits is None:  # the bits of the recipe itself
-            changes = [change for change in changes if not change.startswith("weights.bits=")]
+        if bits is None:  # the bits and groups of the recipe itself
+            changes = [change for change in changes if not change.startswith("weights.")]
         effort = spec.effort if has_effort(preset, spec.effort) else None
         changes += spec.changes
         try:
@@ -151,7 +151,7 @@ def _starts(name: str, most: int) -> Iterator[tuple[str, int | None, bool]]:
     """What a name stands for: a preset or file, its bits, and whether it keeps its size. None: the recipe's own bits.
 
     A family (gyro) stands for its members, and a recipe without a size for itself at 2, 3 and 4 bits, from `most` bits
-    downwards, and with its own bits at last. A name with a size in it has that size.
+    downwards, and with its own bits and groups at last. A name with a size in it has that size.
     """
     sized = SIZED.match(name)
     if sized and not name.endswith((".yaml", ".yml")):

@@ -97,7 +97,9 @@ def fixed_bytes(job: Sized, chosen: Collection[str]) -> int:
     rounded, plain = {**job.targets, **job.tables}, plain_bytes(job, untied_by(job))
     others = [layer_bytes(job, op, job.spec.grid(name)) for name, op in rounded.items() if name not in chosen]
     entries = sum(len(name) + _ENTRY for name in plain)
-    entries += sum(_arrays(job.spec.grid(name)) * (len(name) + _ENTRY) for name in rounded)
+    grids = {name: job.spec.grid(name) for name in rounded}
+    arrays = {text: _arrays(grid) for text, grid in {repr(grid): grid for grid in grids.values()}.items()}
+    entries += sum(arrays[repr(grid)] * (len(name) + _ENTRY) for name, grid in grids.items())
     return sum(plain.values()) + sum(others) + map_bytes(job) + entries
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ def test_the_command_of_a_run_repeats_its_recipe() -> None:
     for name in ("gptq", "quarot", "gyro"):
         (run,) = runs(name)
         words = shlex.split(run.command)
-        changes = [word for option, word in zip(words, words[1:], strict=False) if option == "--set"]
+        changes = [word for option, word in itertools.pairwise(words) if option == "--set"]
         assert gq.load_recipe(words[words.index("--recipe") + 1], changes).to_dict() == run.settings
 
 

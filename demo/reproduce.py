@@ -5,7 +5,7 @@
 
 The rows and what is expected of them are in docs/results/reproducible.json. The model comes from demo/assets.py, and so
 do the texts, unless --calibration and --test name other ones. Rows of WikiText-2 need `pip install "gyroquant[hub]"`,
-or --test FILE with its raw test text.
+or --test FILE with its raw test text. docs/results/README.md says more.
 
 Two things are compared:
 

@@ -77,7 +77,11 @@ def tiny(folders: dict[str, Path], corpus: Path, tmp_path: Path) -> dict[str, An
     found = gq.evaluate(tmp_path / "by-hand", corpus, window=32, windows=4)
     row = ROWS["demo/rtn"] | {"recipe": "rtn-w3", "changes": changes, "window": 32, "windows": 4}
     row |= {"perplexity": found["perplexity"], "interval": found["perplexity_interval"]}
-    row |= {"megabytes": round(found["bytes"]["total"] / 1e6, 4), "megabyte_digits": 4}
+    row |= {
+        "bytes": found["bytes"]["total"],
+        "megabytes": round(found["bytes"]["total"] / 1e6, 4),
+        "megabyte_digits": 4,
+    }
     row |= {"layer_bits": found["true_bits_per_weight"], "calibration_sha256": None, "test_sha256": None}
     paths = {"--model": folders["llama"], "--calibration": corpus, "--test": corpus, "--out": tmp_path / "out"}
     arguments = [str(word) for pair in paths.items() for word in pair]
@@ -112,7 +116,11 @@ def test_a_row_that_matches_and_rows_that_do_not(tiny: dict[str, Any], capsys: p
     assert "The calibration text is not that of the table" in printed
     assert "tiny/rtn does not match" in printed
 
-    code, result = run(tiny, interval=None, perplexity=(low + high) / 2, megabytes=tiny["row"]["megabytes"] + 0.0001)
+    code, result = run(tiny, bytes=result["found"]["bytes"] + 1)
+    assert (code, result["verdict"]["size"]) == (1, False)
+    code, result = run(
+        tiny, bytes=None, interval=None, perplexity=(low + high) / 2, megabytes=tiny["row"]["megabytes"] + 0.0001
+    )
     assert (code, result["verdict"]["perplexity"], result["verdict"]["size"]) == (1, True, False)
     with pytest.raises(gq.InputError, match="holds a result of another recipe: delete it"):
         run(tiny, recipe="rtn-w2")

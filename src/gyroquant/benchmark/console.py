@@ -15,9 +15,8 @@ def compared(comparison: Mapping[str, Any], out: str) -> list[Any]:
     by_key = {run["key"]: run for run in comparison["cells"]}
     shown: list[Any] = [f"note: {note}" for note in comparison["notes"]]
     kind = unit(comparison["cells"])
-    header = ("", "size", "bits, all", "bits, layers", "perplexity", "95 %", "KL", "p against best", "proof", "minutes")
-    rated = any(rate(run) for run in comparison["cells"])
-    header += ("tokens/s",) * rated
+    header = ["", "size", "bits, all", "bits, layers", "perplexity", "95 %", "KL", "p against best", "proof", "minutes"]
+    header += ["tokens/s"] if any(rate(run) for run in comparison["cells"]) else []
     for budget in comparison["verdict"]:
         rows = [_cells(by_key, row, budget, kind)[: len(header)] for row in budget["rows"]]
         base = comparison["original"]["tests"][budget["test"]]["perplexity"]

@@ -271,11 +271,11 @@ def _budget(field: _Field, lost: Sequence[str], original: Mapping[str, Any]) -> 
     other = field.other()
     pairs = [(recommended, baseline)] if baseline not in (None, recommended) else []
     pairs += [(contest.lower, contest.higher) for contest in (other, rotation) if contest]
-    lines = [*words.use(), *words.others(other)], words.rotation(rotation), words.seeds(pairs), words.limits(lost)
+    lines = [[*words.use(), *words.others(other)], words.rotation(rotation), words.seeds(pairs), words.limits(lost)]
     own: dict[str, Any] = {"bits": field.budget}
     if in_bytes(field.budget):
         named = [recommended, *(run for pair in pairs for run in pair), *([baseline] if baseline else [])]
-        lines = (lines[0], costs(named), *lines[1:])
+        lines.insert(1, costs(named))
         own = {"bits": None, "max_bytes": field.budget}
     return own | {
         "test": field.test,

@@ -106,9 +106,9 @@ def _budget(comparison: Mapping[str, Any], of_bits: list[Mapping[str, Any]]) -> 
     for text in texts[1:]:
         if text["text"] == first["text"]:
             text["text"] = "the same."
-    budget = budget_of(of_bits[0])
-    amount, _, unit_of_budget = budget_text(budget).partition(" ")
-    return {"bits": budget, "amount": amount, "unit": unit_of_budget, "texts": texts}
+    size = budget_of(of_bits[0])
+    amount, _, unit_of_size = budget_text(size).partition(" ")
+    return {"bits": size, "amount": amount, "unit": unit_of_size, "texts": texts}
 
 
 def _budget_facts(comparison: Mapping[str, Any], budget: Mapping[str, Any]) -> list[tuple[str, str]]:

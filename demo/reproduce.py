@@ -125,8 +125,9 @@ def judged(row: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _same_size(row: Mapping[str, Any], found: Mapping[str, Any]) -> bool | None:
-    """Whether the bytes are those of the row, or of the table to its digits. Where a size was asked for, bits are chosen on the text:
-    then the bytes are at most that, and less than 1 % smaller.
+    """Whether the bytes are those of the row, or of the table to its digits.
+
+    Where a size was asked for, bits are chosen on the text: then the bytes are at most that, and less than 1 % smaller.
     """
     if row["size"]:
         return bool(0.99 * parse_size(row["size"]) <= found["bytes"] <= parse_size(row["size"]))

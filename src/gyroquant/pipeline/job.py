@@ -374,6 +374,18 @@ def prepare(
     return job
 
 
+def planned(store: WeightStore, recipe: Recipe) -> Job:
+    """A job of which only sizes are asked: without text and destination.
+
+    Raises UnsupportedModelError or RecipeError if the recipe does not fit the model.
+    """
+    plan, targets, quantizers = plan_all(store.graph, recipe)
+    output = Output(folder=Path(), dtype=saved_dtype("auto", store.dtype))
+    spec = JobSpec(store, recipe, plan, targets, output, None, tuple(quantizers))
+    _ = spec.tables  # raises an error for tables that cannot be rounded
+    return Job.begin(spec)
+
+
 def _tokenizer(store: WeightStore, required: bool) -> Any:
     try:
         return store.tokenizer()

@@ -46,12 +46,11 @@ if TYPE_CHECKING:
     from gyroquant.models.folding.prove import Proof
     from gyroquant.pipeline.options import OutputOptions
     from gyroquant.pipeline.transform import transform
+    from gyroquant.recipes.calibration import Calibration, ProofSettings
     from gyroquant.recipes.schema import (
-        Calibration,
         Embeddings,
         Head,
         Override,
-        ProofSettings,
         Recipe,
         Step,
         Weights,
@@ -145,7 +144,7 @@ _MODULES = {
     "Activations": "rounding.activations",
     "Allocate": "rounding.bit_allocation",
     "AutoRound": "rounding.solvers.auto_round",
-    "Calibration": "recipes.schema",
+    "Calibration": "recipes.calibration",
     "E8pGrid": "grids.e8p",
     "Embeddings": "recipes.schema",
     "Finetune": "finetuning.scales",
@@ -175,7 +174,7 @@ _MODULES = {
     "PackedKVCache": "models.execution.kv_cache",
     "Proof": "models.folding.prove",
     "ProofError": "errors",
-    "ProofSettings": "recipes.schema",
+    "ProofSettings": "recipes.calibration",
     "Qronos": "rounding.solvers.qronos",
     "RealZeroGrid": "grids.real_zero",
     "Recipe": "recipes.schema",

@@ -12,7 +12,7 @@ from gyroquant.calibration.self_text import first_tokens, special_tokens
 from gyroquant.calibration.text import Text, TokenBatch, bos_tokens, calibration_windows, token_stream
 from gyroquant.errors import InputError, UnsupportedModelError
 from gyroquant.models.stores.base import WeightStore
-from gyroquant.recipes.schema import Calibration
+from gyroquant.recipes.calibration import Calibration
 
 
 @dataclass(frozen=True)

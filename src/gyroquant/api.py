@@ -13,11 +13,15 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
-from gyroquant.calibration.text import bos_text, load_text
+from gyroquant.calibration.text import Text, bos_text, load_text
 from gyroquant.errors import GyroquantError, InputError
 from gyroquant.evaluation.perplexity import DTYPES, cut, score_windows, summary, text_windows
+from gyroquant.evaluation.tasks import TaskPlan, plan_tasks, score_tasks, together
 from gyroquant.models.execution.runner import auto_class
-from gyroquant.models.stores.config_loading import load_config
+from gyroquant.models.stores.base import CheckpointStore, ModuleStore, WeightStore
+from gyroquant.models.stores.config_loading import load_config, read_json
+from gyroquant.models.stores.gguf.store import GgufStore
+from gyroquant.models.stores.packed import PackedStore
 from gyroquant.models.stores.packed_description import METHOD
 from gyroquant.models.stores.safetensors_files import safetensors_index
 from gyroquant.models.stores.source import open_model
@@ -127,69 +131,150 @@ def _load(folder: Path, dtype: str | torch.dtype, device: str) -> PreTrainedMode
 @renamed(max_windows="windows")
 def evaluate(
     model: str | Path | PreTrainedModel,
-    text: str | Path | Sequence[str | Mapping[str, Any]] = "wikitext2",
+    text: str | Path | Sequence[str | Mapping[str, Any]] | None = None,
     against: str | Path | PreTrainedModel | None = None,
     *,
     preset: Literal["standard", "bbt"] = "standard",
     window: int | None = None,
     windows: int | None = None,
+    tasks: Sequence[str] = (),
+    task_items: int | None = None,
+    task_seed: int = 0,
+    task_text: str | Path | None = None,
     tokenizer: Any = None,
     add_bos: bool = True,
     dtype: str = "float32",
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Measures a model on a text: perplexity and, with `against`, KL divergence and agreement with the original.
+    """Measures a model: perplexity on a text, accuracy in tasks and, with `against`, how it differs from the original.
 
     model: a name on the hub, a folder, a GGUF file or a transformers model.
-    text: the text to measure on: a file, a list of strings or a dataset. Default "wikitext2".
-    against: the original, for divergence and agreement. Default None: only perplexity is measured.
+    text: the text to measure on: a file, a list of strings or a dataset. Default "wikitext2"; with `tasks` none.
+    against: the original, for divergence, agreement and paired tests. Default None.
     preset: "standard" (default; all windows of 2048 tokens) or "bbt" (8 windows of 1024).
     window: tokens in a window. By default the preset's.
     windows: at most this many windows. By default the preset's number.
-    add_bos: whether every window begins with the tokenizer's BOS tokens. Default True. Predictions of these tokens do
-        not count. `bos` of the result names them.
+    tasks: zero-shot tasks: "offline", some of its tasks, or tasks of lm-evaluation-harness. Default: none.
+    task_items: items of each offline task (default 200), and at most as many questions of each other (default all).
+    task_seed: the seed of the items. Default 0.
+    task_text: the text to make items from. By default `text`, and without that Python's language reference.
+    add_bos: whether every window and question begins with the tokenizer's BOS tokens. Default True. Predictions of
+        these tokens do not count. `bos` of the result names them.
     dtype: "float32" (default), "bfloat16" or "float16".
 
     Windows do not overlap, and each is predicted from its second token on. If the text has fewer windows than
     requested, `windows` and `windows_asked` of the result differ. `true_bits_per_weight` of the result are those of
     the rounded layers. `whole_model_bits_per_weight` and `bytes` are of everything that is stored, by part of the
-    model. Raises InputError if the text or the tokenizer does not fit.
+    model. `tasks` has the score of each task; the whole model is loaded for them. Raises InputError if the text, the
+    tokenizer or a task does not fit.
     """
     started = time.perf_counter()
     if dtype not in DTYPES:
         names = list(DTYPES)
         usable = f"{', '.join(names[:-1])} or {names[-1]}"
         raise InputError(f"dtype {dtype!r} is not supported for evaluation; use {usable}")
-    length, count = cut(preset, window, windows)
+    cutting, progress = cut(preset, window, windows), progress or Progress()
+    plan = _plan(tasks, task_text, text, task_items, task_seed)
     store = open_model(model)
     other = None if against is None else open_model(against)
-    progress = progress or Progress()
-    for model_store in (store, other):
-        if model_store is not None:
-            compare_store(model_store, progress)
-            for note in model_store.notes:
-                progress.warn(note)
-    source = load_text(text, split="test")
-    tokenizer = tokenizer or store.tokenizer()
-    batch = text_windows(source, store, length, count, tokenizer, add_bos)
-    scores = score_windows(store, batch.ids, other, DTYPES[dtype], device, progress, bos=batch.bos)
-    return summary(scores) | {
+    for model_store in [store] if other is None else [store, other]:
+        plan.check_held_out(_calibration_text(model_store), model_store.label)
+        compare_store(model_store, progress)
+        for note in model_store.notes:
+            progress.warn(note)
+    source = load_text("wikitext2" if text is None else text, split="test") if text is not None or not tasks else None
+    tokenizer, measured = tokenizer or store.tokenizer(), dict[str, Any]()
+    if source is not None:
+        measured |= _on_text(store, other, source, cutting, tokenizer, add_bos, dtype, device, progress)
+    if tasks:
+        measured |= _in_tasks(store, other, plan, tokenizer, add_bos, dtype, device)
+    return measured | {
         "model": store.label,
         "against": None if other is None else other.label,
-        "text": source.about() | {"tokens": batch.text_tokens},
         "add_bos": add_bos,
-        "bos": bos_text(batch.bos, tokenizer),
-        "tokens": batch.tokens,
-        "windows": len(batch.ids),
-        "windows_asked": count,
-        "window": length,
         "dtype": dtype,
         "true_bits_per_weight": store.bits_per_weight(),
         **sizes(store),
         "seconds": round(time.perf_counter() - started, 3),
         "versions": versions(),
     }
+
+
+def _on_text(
+    store: WeightStore,
+    other: WeightStore | None,
+    source: Text,
+    cutting: tuple[int, int | None],
+    tokenizer: Any,
+    add_bos: bool,
+    dtype: str,
+    device: str,
+    progress: Progress,
+) -> dict[str, Any]:
+    """The measurements on a text. `cutting`: tokens in a window, and at most how many windows."""
+    length, count = cutting
+    batch = text_windows(source, store, length, count, tokenizer, add_bos)
+    scores = score_windows(store, batch.ids, other, DTYPES[dtype], device, progress, bos=batch.bos)
+    return summary(scores) | {
+        "text": source.about() | {"tokens": batch.text_tokens},
+        "bos": bos_text(batch.bos, tokenizer),
+        "tokens": batch.tokens,
+        "windows": len(batch.ids),
+        "windows_asked": count,
+        "window": length,
+    }
+
+
+def _plan(tasks: Sequence[str], task_text: str | Path | None, text: Any, items: int | None, seed: int) -> TaskPlan:
+    """What to ask. Items come from `task_text`, else from `text`, else from Python's language reference."""
+    if not tasks:
+        if task_text is not None or items is not None:
+            raise InputError("--task-text and --task-items are for --tasks; add --tasks offline, or leave them out")
+        return TaskPlan()
+    return plan_tasks(tasks, task_text if task_text is not None else text, items, seed)
+
+
+def _calibration_text(store: WeightStore) -> Mapping[str, Any] | None:
+    """The name and sha256 of the text that a model was calibrated on, if gyroquant wrote it and there was one."""
+    manifest = store.folder / "gyroquant.json" if isinstance(store, PackedStore) else None
+    return read_json(manifest).get("text") if manifest is not None and manifest.exists() else None
+
+
+def _in_tasks(
+    store: WeightStore,
+    other: WeightStore | None,
+    plan: TaskPlan,
+    tokenizer: Any,
+    add_bos: bool,
+    dtype: str,
+    device: str,
+) -> dict[str, Any]:
+    """The scores in tasks, of both models one after the other, by task (`tasks`) and together (`tasks_together`)."""
+    scores = []
+    for model_store in [store] if other is None else [store, other]:
+        loaded = _in_transformers(model_store, dtype, device)
+        scores.append(score_tasks(loaded, tokenizer, plan.harness, items=plan.items, limit=plan.limit, add_bos=add_bos))
+        del loaded
+    ours = scores[0] | {"": together(list(scores[0].values()))}
+    theirs = None if other is None else scores[1] | {"": together(list(scores[1].values()))}
+    facts = {
+        name: dict(score.facts) if theirs is None or theirs[name] is None else score.against(theirs[name])
+        for name, score in ours.items()
+        if score is not None
+    }
+    return {"tasks_together": facts.pop("", None), "tasks": facts}
+
+
+def _in_transformers(store: WeightStore, dtype: str, device: str) -> PreTrainedModel:
+    """The whole model as transformers runs it."""
+    if isinstance(store, ModuleStore):
+        return store.model
+    if isinstance(store, GgufStore):
+        return store.load().to(DTYPES[dtype]).to(device)
+    if not isinstance(store, CheckpointStore):
+        raise InputError(f"{store.label} cannot be loaded whole, which tasks need: give a folder or a GGUF file")
+    return load(store.folder, dtype, device)
 
 
 __all__ = ["evaluate", "load", "quantize"]

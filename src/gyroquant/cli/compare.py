@@ -11,7 +11,16 @@ import typer
 from gyroquant.benchmark import Limits
 from gyroquant.benchmark import compare as run_comparison
 from gyroquant.benchmark.console import compared
-from gyroquant.cli.common import AsJson, Debug, NoBos, print_json
+from gyroquant.cli.common import (
+    TASKS_HELP,
+    AsJson,
+    Debug,
+    NoBos,
+    TaskSeed,
+    TaskText,
+    comma_separated,
+    print_json,
+)
 from gyroquant.errors import InputError
 from gyroquant.report import console
 from gyroquant.system.deprecation import warn_renamed
@@ -28,7 +37,10 @@ ExternalTools = Annotated[
     str | None, typer.Option(help="External tools, separated by commas, such as auto-round,nncf,llama.cpp:Q2_K.")
 ]
 Opponents = Annotated[str | None, typer.Option(hidden=True)]
-Tasks = Annotated[str | None, typer.Option(help="Zero-shot tasks of lm-evaluation-harness, separated by commas.")]
+Tasks = Annotated[str | None, typer.Option(help=TASKS_HELP)]
+TaskLimit = Annotated[
+    int | None, typer.Option(help="At most this many questions per task. Default: all; 200 of each offline task.")
+]
 Changes = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change every recipe, except for bits and seeds.")
 ]
@@ -46,13 +58,9 @@ Merge = Annotated[list[Path] | None, typer.Option(help="Add the results of anoth
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "": 1}
 
 
-def _names(text: str | None) -> list[str]:
-    return [word.strip() for word in (text or "").split(",") if word.strip()]
-
-
 def _numbers(text: str, option: str) -> list[int]:
     try:
-        return [int(word) for word in _names(text)]
+        return [int(word) for word in comma_separated(text)]
     except ValueError as error:
         raise InputError(f"{option} takes numbers, separated by commas, such as 2,3,4, not {text!r}") from error
 
@@ -85,7 +93,9 @@ def compare(
     nsamples: Annotated[int, typer.Option(help="Number of calibration windows.")] = 64,
     seqlen: Annotated[int, typer.Option(help="Tokens in each window.")] = 512,
     tasks: Tasks = None,
-    task_limit: Annotated[int | None, typer.Option(help="At most this many questions per task.")] = None,
+    task_limit: TaskLimit = None,
+    task_seed: TaskSeed = 0,
+    task_text: TaskText = None,
     effort: Annotated[str | None, typer.Option(help="light or best, for recipes that have efforts.")] = None,
     change: Changes = None,
     keep_activations: Keep = False,
@@ -105,15 +115,17 @@ def compare(
     if opponents is not None:
         warn_renamed("--opponents", "--external-tools")
     grid = {
-        "external_tools": _names(external_tools) + _names(opponents),
+        "external_tools": comma_separated(external_tools) + comma_separated(opponents),
         "bits": _numbers(bits, "--bits"),
         "group_sizes": _numbers(group_size, "--group-size"),
         "symmetric": symmetric,
         "seeds": seeds,
         "nsamples": nsamples,
         "seqlen": seqlen,
-        "tasks": _names(tasks),
+        "tasks": comma_separated(tasks),
         "task_limit": task_limit,
+        "task_seed": task_seed,
+        "task_text": task_text,
         "effort": effort,
         "changes": change or (),
         "keep_activations": keep_activations,
@@ -123,5 +135,5 @@ def compare(
     options: dict[str, Any] = {"presets": preset or ["bbt"], "window": window, "windows": windows, "dtype": dtype}
     limits, progress = Limits(_seconds(budget), workers, threads, ray), console.ConsoleProgress()
     options |= folders | grid | {"limits": limits, "progress": progress}
-    comparison = run_comparison(model, _names(recipes), out, text, test or ["wikitext2"], **options)
+    comparison = run_comparison(model, comma_separated(recipes), out, text, test or ["wikitext2"], **options)
     print_json(comparison) if as_json else console.show(*compared(comparison, str(out)))

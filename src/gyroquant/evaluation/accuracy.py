@@ -33,7 +33,7 @@ def wilson(share: float, count: int, level: float = 0.95) -> tuple[float, float]
     z = NormalDist().inv_cdf((1 + level) / 2)
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
     reach = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return max(0.0, middle - reach), min(1.0, middle + reach)
+    return max(0.0, min(share, middle - reach)), min(1.0, max(share, middle + reach))  # at 0 and 1 sums are not exact
 
 
 __all__ = ["accuracy", "wilson"]

@@ -76,13 +76,13 @@ class TaskPlan:
     limit: int | None = None
 
     def check_held_out(self, calibration: Mapping[str, Any] | None, label: str) -> None:
-        """Raises InputError if the text is the calibration text of the model `label`.
+        """Raises InputError if the text is the calibration text of a model or a comparison, `label`.
 
         `calibration` has the `name` and `sha256` of that text; None if it is not known.
         """
         if self.text is not None and calibration is not None and calibration.get("sha256") == self.text.sha256:
             raise InputError(
-                f"{label} was calibrated on {calibration.get('name')}, and items of tasks must not come from that "
+                f"{label} is calibrated on {calibration.get('name')}, and items of tasks must not come from that "
                 "text: give another one with --task-text FILE"
             )
 

@@ -9,7 +9,6 @@ from gyroquant.evaluation.offline_tasks.suite import (
     read_items,
     split_names,
     task_text,
-    write_items,
 )
 
 __all__ = [
@@ -24,5 +23,4 @@ __all__ = [
     "read_items",
     "split_names",
     "task_text",
-    "write_items",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import sysconfig
 import warnings
 from collections.abc import Iterator
@@ -26,11 +27,7 @@ def make_code(count: int, draw: Draw, folder: Path | None = None) -> list[Item]:
     question. Raises InputError if the folder has no Python files.
     """
     folder = folder or Path(sysconfig.get_paths()["stdlib"])
-    files = sorted(
-        path
-        for path in folder.rglob("*.py")
-        if not _LEFT_OUT & set(path.relative_to(folder).parts) and not path.name.startswith("_")
-    )
+    files = sorted(_files(folder))
     if not files:
         raise InputError(
             f"{folder} has no Python sources, which the task code needs: use a Python that was installed with its "
@@ -42,6 +39,13 @@ def make_code(count: int, draw: Draw, folder: Path | None = None) -> list[Item]:
         if len(items) == count:
             break
     return items
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """The Python files in a folder and the folders in it, without tests, installed packages and private modules."""
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name not in _LEFT_OUT]
+        yield from (Path(place, name) for name in names if name.endswith(".py") and not name.startswith("_"))
 
 
 def _of_file(path: Path, count: int, draw: Draw) -> list[Item]:

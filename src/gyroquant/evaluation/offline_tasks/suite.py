@@ -97,14 +97,9 @@ def _python() -> str:
     return platform.python_version()
 
 
-def write_items(path: Path, sets: Iterable[ItemSet]) -> None:
-    """Writes items as JSON."""
-    path.write_text(json.dumps([entry.to_dict() for entry in sets]), encoding="utf-8")
-
-
 def read_items(path: Path) -> list[ItemSet]:
-    """Reads what `write_items` wrote."""
+    """Reads items from JSON: a list of what `ItemSet.to_dict` returns."""
     return [ItemSet.from_dict(entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
 
 
-__all__ = ["DEFAULT_ITEMS", "OFFLINE", "TASKS", "make_items", "read_items", "split_names", "task_text", "write_items"]
+__all__ = ["DEFAULT_ITEMS", "OFFLINE", "TASKS", "make_items", "read_items", "split_names", "task_text"]

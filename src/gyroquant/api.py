@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from gyroquant.calibration.text import Text, bos_text, load_text
 from gyroquant.errors import GyroquantError, InputError
 from gyroquant.evaluation.perplexity import DTYPES, cut, score_windows, summary, text_windows
-from gyroquant.evaluation.tasks import TaskPlan, plan_tasks, score_tasks, together
+from gyroquant.evaluation.tasks import TaskPlan, TaskScore, plan_tasks, score_tasks, together
 from gyroquant.models.execution.runner import auto_class
 from gyroquant.models.stores.base import CheckpointStore, ModuleStore, WeightStore
 from gyroquant.models.stores.config_loading import load_config, read_json
@@ -256,14 +256,16 @@ def _in_tasks(
         loaded = _in_transformers(model_store, dtype, device)
         scores.append(score_tasks(loaded, tokenizer, plan.harness, items=plan.items, limit=plan.limit, add_bos=add_bos))
         del loaded
-    ours = scores[0] | {"": together(list(scores[0].values()))}
-    theirs = None if other is None else scores[1] | {"": together(list(scores[1].values()))}
-    facts = {
-        name: dict(score.facts) if theirs is None or theirs[name] is None else score.against(theirs[name])
-        for name, score in ours.items()
-        if score is not None
+    facts = [_facts(scored, scores[1][name] if other is not None else None) for name, scored in scores[0].items()]
+    whole = [together(list(scored.values())) for scored in scores]
+    return {
+        "tasks": dict(zip(scores[0], facts, strict=True)),
+        "tasks_together": None if whole[0] is None else _facts(whole[0], whole[1] if other is not None else None),
     }
-    return {"tasks_together": facts.pop("", None), "tasks": facts}
+
+
+def _facts(score: TaskScore, original: TaskScore | None) -> dict[str, Any]:
+    return dict(score.facts) if original is None else score.against(original)
 
 
 def _in_transformers(store: WeightStore, dtype: str, device: str) -> PreTrainedModel:

@@ -83,6 +83,7 @@ def test_the_whole_way(
         ("quantize {model} {tmp}/o --recipe gptq --set weights.group_size=16 --text {tmp}/none.txt", "no text file"),
         ("quantize {model} {tmp}/o --recipe gptq --set weights.group_size=16", "give --text"),
         ("evaluate {model} --text {tmp}/none.txt", "no text file"),
+        ("evaluate {model} --task-items 5", "--task-text and --task-items are for --tasks"),
         ("quantize {model} {tmp}/o --recipe rtn --workers 0 --threads 0", "--workers is 0, and has to be at least 1"),
         ("quantize {model} {tmp}/o --recipe rtn --threads 0", "--threads is 0, and has to be at least 1"),
         ("quantize {model} {tmp}/o --recipe rtn --format dens", "there is no format 'dens'"),

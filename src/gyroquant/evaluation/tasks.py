@@ -282,7 +282,7 @@ def _score(result: Mapping[str, Any], samples: Sequence[Mapping[str, Any]] | Non
     name = next((name for name in ("acc_norm", "acc") if f"{name},none" in result), None)
     if name is None:
         raise InputError(f"the task {result.get('alias', '')} does not measure accuracy: choose another")
-    answers = [sample.get(name) for sample in _in_order(samples or ())]
+    answers: list[Any] = [sample.get(name) for sample in _in_order(samples or ())]
     if len(answers) >= 2 and set(answers) <= {0, 1}:
         right = tuple(map(float, answers))
         return TaskScore({"metric": name, **accuracy(right), "items": len(right)}, right)

@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -259,6 +260,7 @@ def _in_tasks(
     facts = [_facts(scored, scores[1][name] if other is not None else None) for name, scored in scores[0].items()]
     whole = [together(list(scored.values())) for scored in scores]
     return {
+        "harness": {"lm_eval": version("lm_eval")},
         "tasks": dict(zip(scores[0], facts, strict=True)),
         "tasks_together": None if whole[0] is None else _facts(whole[0], whole[1] if other is not None else None),
     }

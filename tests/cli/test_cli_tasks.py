@@ -51,6 +51,7 @@ def test_a_model_and_its_original(
         assert {"acc", "stderr", "interval", "acc_bytes", "chance", "sha256", "source"} <= set(facts)
         assert facts["paired"]["difference"] == pytest.approx(facts["acc"] - facts["original"]["acc"])
     assert result["tasks"]["cloze"]["source"] == "text.txt"
+    assert result["harness"]["lm_eval"][0].isdigit()
     assert result["bytes"]["total"] > 0
     more = ("--text", corpus, "--windows", 2, "--window", 16, "--tasks", "brackets", "--task-items", 4)
     assert call(monkeypatch, "evaluate", folders["llama"], *more) == 0

@@ -1,11 +1,12 @@
-# make demo: the main job on a real model. make test: the tests. Both set everything up by themselves, in .venv.
+# make demo: the main job on a real model. make reproduce ROW=...: a row of our results again. make test: the tests.
+# They set everything up by themselves, in .venv.
 
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all check lint architectures bench clean
+.PHONY: demo reproduce test test-all check lint architectures bench clean
 
 # PyTorch goes first: the CPU build where pip knows one, and nothing later replaces it.
 $(READY): pyproject.toml constraints.txt
@@ -16,6 +17,10 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)
 	$(BIN)/python demo/run.py
+
+# Repeats a row of a published table and says whether it matches; without ROW, lists the rows.
+reproduce: $(READY)
+	$(BIN)/python demo/reproduce.py $(ROW)
 
 # Fast tests, one process for each logical core (`-n auto` takes the physical ones). JOBS=0 runs them in one process.
 # Each process, and each that it starts, computes with one thread.

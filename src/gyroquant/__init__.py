@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         RenamedWarning,
         UnsupportedModelError,
     )
+    from gyroquant.evaluation.diagnosis.options import ReportOptions
     from gyroquant.finetuning.scales import Finetune
     from gyroquant.finetuning.settings import Learn
     from gyroquant.formats.export import export
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from gyroquant.grids.e8p import E8pGrid
     from gyroquant.grids.float_zero import FloatZeroGrid
     from gyroquant.grids.floating import Fp4Grid, Fp8Grid
+    from gyroquant.grids.int_float import If4Grid, MxIf4Grid
     from gyroquant.grids.integer import IntegerGrid
     from gyroquant.grids.iq import IqGrid
     from gyroquant.grids.k_quants import KQuantGrid
@@ -44,12 +46,11 @@ if TYPE_CHECKING:
     from gyroquant.models.folding.prove import Proof
     from gyroquant.pipeline.options import OutputOptions
     from gyroquant.pipeline.transform import transform
+    from gyroquant.recipes.calibration import Calibration, ProofSettings
     from gyroquant.recipes.schema import (
-        Calibration,
         Embeddings,
         Head,
         Override,
-        ProofSettings,
         Recipe,
         Step,
         Weights,
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     from gyroquant.rounding.solvers.gptq import Gptq
     from gyroquant.rounding.solvers.qronos import Qronos
     from gyroquant.rounding.solvers.rtn import RoundToNearest
+    from gyroquant.rounding.steps.low_rank import LowRank
     from gyroquant.rounding.steps.refine import Refine
     from gyroquant.rounding.steps.signround import SignRound
     from gyroquant.rounding.steps.target import Target
@@ -87,6 +89,7 @@ __all__ = [
     "Guided",
     "GyroquantError",
     "Head",
+    "If4Grid",
     "InputError",
     "IntegerGrid",
     "IqGrid",
@@ -94,7 +97,9 @@ __all__ = [
     "KvCache",
     "Learn",
     "LookupGrid",
+    "LowRank",
     "MapError",
+    "MxIf4Grid",
     "Mxfp4Grid",
     "Nvfp4Grid",
     "OutputOptions",
@@ -109,6 +114,7 @@ __all__ = [
     "RecipeError",
     "Refine",
     "RenamedWarning",
+    "ReportOptions",
     "RoundToNearest",
     "SignRound",
     "Step",
@@ -138,7 +144,7 @@ _MODULES = {
     "Activations": "rounding.activations",
     "Allocate": "rounding.bit_allocation",
     "AutoRound": "rounding.solvers.auto_round",
-    "Calibration": "recipes.schema",
+    "Calibration": "recipes.calibration",
     "E8pGrid": "grids.e8p",
     "Embeddings": "recipes.schema",
     "Finetune": "finetuning.scales",
@@ -151,13 +157,16 @@ _MODULES = {
     "GyroquantError": "errors",
     "Head": "recipes.schema",
     "InputError": "errors",
+    "If4Grid": "grids.int_float",
     "IntegerGrid": "grids.integer",
     "KvCache": "rounding.activations",
     "Learn": "finetuning.settings",
     "IqGrid": "grids.iq",
     "KQuantGrid": "grids.k_quants",
     "LookupGrid": "grids.lookup",
+    "LowRank": "rounding.steps.low_rank",
     "MapError": "errors",
+    "MxIf4Grid": "grids.int_float",
     "Mxfp4Grid": "grids.microscaling",
     "Nvfp4Grid": "grids.microscaling",
     "OutputOptions": "pipeline.options",
@@ -165,13 +174,14 @@ _MODULES = {
     "PackedKVCache": "models.execution.kv_cache",
     "Proof": "models.folding.prove",
     "ProofError": "errors",
-    "ProofSettings": "recipes.schema",
+    "ProofSettings": "recipes.calibration",
     "Qronos": "rounding.solvers.qronos",
     "RealZeroGrid": "grids.real_zero",
     "Recipe": "recipes.schema",
     "RecipeError": "errors",
     "Refine": "rounding.steps.refine",
     "RenamedWarning": "errors",
+    "ReportOptions": "evaluation.diagnosis.options",
     "RoundToNearest": "rounding.solvers.rtn",
     "SignRound": "rounding.steps.signround",
     "Step": "recipes.schema",

@@ -7,17 +7,21 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
 
-from gyroquant.calibration.text import Text, bos_text, load_text
+from gyroquant.calibration.text import load_text
 from gyroquant.errors import GyroquantError, InputError
-from gyroquant.evaluation.perplexity import DTYPES, cut, score_windows, summary, text_windows
-from gyroquant.evaluation.tasks import TaskPlan, TaskScore, plan_tasks, score_tasks, together
+from gyroquant.evaluation.diagnosis.folder import check_destination, write_report
+from gyroquant.evaluation.diagnosis.options import ReportOptions
+from gyroquant.evaluation.in_tasks import in_tasks
+from gyroquant.evaluation.on_text import prepare_text
+from gyroquant.evaluation.perplexity import DTYPES, cut
+from gyroquant.evaluation.tasks import TaskPlan, plan_tasks
 from gyroquant.models.execution.runner import auto_class
 from gyroquant.models.stores.base import CheckpointStore, ModuleStore, WeightStore
 from gyroquant.models.stores.config_loading import load_config, read_json
@@ -147,6 +151,8 @@ def evaluate(
     dtype: str = "float32",
     device: str = "cpu",
     progress: Progress | None = None,
+    report: str | Path | None = None,
+    report_options: ReportOptions | None = None,
 ) -> dict[str, Any]:
     """Measures a model: perplexity on a text, accuracy in tasks and, with `against`, how it differs from the original.
 
@@ -163,68 +169,71 @@ def evaluate(
     add_bos: whether every window and question begins with the tokenizer's BOS tokens. Default True. Predictions of
         these tokens do not count. `bos` of the result names them.
     dtype: "float32" (default), "bfloat16" or "float16".
+    report: a folder for a diagnosis against the original (acceptance, blocks, tasks, ...) as JSON, Markdown and HTML.
+        Default None. It needs `against`, and with `tasks` a `text`. The result then also has `diagnosis` and `report`.
+    report_options: what the diagnosis measures. By default `ReportOptions()`.
 
     Windows do not overlap, and each is predicted from its second token on. If the text has fewer windows than
     requested, `windows` and `windows_asked` of the result differ. `true_bits_per_weight` of the result are those of
     the rounded layers. `whole_model_bits_per_weight` and `bytes` are of everything that is stored, by part of the
-    model. `tasks` has the score of each task; the whole model is loaded for them. Raises InputError if the text, the
-    tokenizer or a task does not fit.
+    model. `tasks` has the score of each task; the whole model is loaded for them. Raises InputError before any work if
+    the text, the tokenizer or a task does not fit, or if a report cannot be made of these.
     """
     started = time.perf_counter()
-    if dtype not in DTYPES:
-        names = list(DTYPES)
-        usable = f"{', '.join(names[:-1])} or {names[-1]}"
-        raise InputError(f"dtype {dtype!r} is not supported for evaluation; use {usable}")
+    _check_evaluation(dtype, text, against, tasks, report, report_options)
     cutting, progress = cut(preset, window, windows), progress or Progress()
     plan = _plan(tasks, task_text, text, task_items, task_seed)
     store = open_model(model)
     other = None if against is None else open_model(against)
-    for model_store in [store] if other is None else [store, other]:
-        plan.check_held_out(_calibration_text(model_store), model_store.label)
-        compare_store(model_store, progress)
-        for note in model_store.notes:
-            progress.warn(note)
-    source = load_text("wikitext2" if text is None else text, split="test") if text is not None or not tasks else None
-    tokenizer, measured = tokenizer or store.tokenizer(), dict[str, Any]()
-    if source is not None:
-        measured |= _on_text(store, other, source, cutting, tokenizer, add_bos, dtype, device, progress)
+    stores = [store] if other is None else [store, other]
+    _check_for_tasks(stores, plan)
+    tokenizer, on_text = tokenizer or store.tokenizer(), None
+    if text is not None or not tasks:
+        source = load_text("wikitext2" if text is None else text, split="test")
+        options = None if report is None else report_options or ReportOptions()
+        on_text = prepare_text(store, other, source, cutting, tokenizer, add_bos, options)
+    _check_read(stores, progress)
+    measured = {} if on_text is None else on_text.run(dtype, device, progress)
     if tasks:
-        measured |= _in_tasks(store, other, plan, tokenizer, add_bos, dtype, device)
-    return measured | {
+        measured |= in_tasks([partial(_whole, each, dtype, device) for each in stores], plan, tokenizer, add_bos)
+    result = measured | {
         "model": store.label,
         "against": None if other is None else other.label,
         "add_bos": add_bos,
         "dtype": dtype,
         "true_bits_per_weight": store.bits_per_weight(),
         **sizes(store),
-        "seconds": round(time.perf_counter() - started, 3),
         "versions": versions(),
     }
+    if report is not None:
+        write_report(Path(report), result)
+        result["report"] = str(report)
+    return result | {"seconds": round(time.perf_counter() - started, 3)}
 
 
-def _on_text(
-    store: WeightStore,
-    other: WeightStore | None,
-    source: Text,
-    cutting: tuple[int, int | None],
-    tokenizer: Any,
-    add_bos: bool,
+def _check_evaluation(
     dtype: str,
-    device: str,
-    progress: Progress,
-) -> dict[str, Any]:
-    """The measurements on a text. `cutting`: tokens in a window, and at most how many windows."""
-    length, count = cutting
-    batch = text_windows(source, store, length, count, tokenizer, add_bos)
-    scores = score_windows(store, batch.ids, other, DTYPES[dtype], device, progress, bos=batch.bos)
-    return summary(scores) | {
-        "text": source.about() | {"tokens": batch.text_tokens},
-        "bos": bos_text(batch.bos, tokenizer),
-        "tokens": batch.tokens,
-        "windows": len(batch.ids),
-        "windows_asked": count,
-        "window": length,
-    }
+    text: Any,
+    against: Any,
+    tasks: Sequence[str],
+    report: str | Path | None,
+    report_options: ReportOptions | None,
+) -> None:
+    """Raises InputError for arguments of `evaluate` that cannot be used, without opening a model."""
+    if dtype not in DTYPES:
+        names = list(DTYPES)
+        usable = f"{', '.join(names[:-1])} or {names[-1]}"
+        raise InputError(f"dtype {dtype!r} is not supported for evaluation; use {usable}")
+    if report is None:
+        if report_options is not None:
+            raise InputError("options of a report are given without a report: add --report DEST, or leave them out")
+        return
+    if against is None:
+        raise InputError("a report compares a model with its original: add --against MODEL")
+    if tasks and text is None:
+        raise InputError("a report is made on a text, which --tasks leave out: add --text FILE, or leave out --report")
+    (report_options or ReportOptions()).check()
+    check_destination(Path(report))
 
 
 def _plan(tasks: Sequence[str], task_text: str | Path | None, text: Any, items: int | None, seed: int) -> TaskPlan:
@@ -236,48 +245,37 @@ def _plan(tasks: Sequence[str], task_text: str | Path | None, text: Any, items: 
     return plan_tasks(tasks, task_text if task_text is not None else text, items, seed)
 
 
+def _check_for_tasks(stores: Sequence[WeightStore], plan: TaskPlan) -> None:
+    """Raises InputError for a model that was calibrated on the text of the items, or that cannot be loaded whole."""
+    if not (plan.harness or plan.items):
+        return
+    for store in stores:
+        plan.check_held_out(_calibration_text(store), store.label)
+        if not isinstance(store, (ModuleStore, GgufStore, CheckpointStore)):
+            raise InputError(f"{store.label} cannot be loaded whole, which tasks need: give a folder or a GGUF file")
+
+
 def _calibration_text(store: WeightStore) -> Mapping[str, Any] | None:
     """The name and sha256 of the text that a model was calibrated on, if gyroquant wrote it and there was one."""
     manifest = store.folder / "gyroquant.json" if isinstance(store, PackedStore) else None
     return read_json(manifest).get("text") if manifest is not None and manifest.exists() else None
 
 
-def _in_tasks(
-    store: WeightStore,
-    other: WeightStore | None,
-    plan: TaskPlan,
-    tokenizer: Any,
-    add_bos: bool,
-    dtype: str,
-    device: str,
-) -> dict[str, Any]:
-    """The scores in tasks, of both models one after the other, by task (`tasks`) and together (`tasks_together`)."""
-    scores = []
-    for model_store in [store] if other is None else [store, other]:
-        loaded = _in_transformers(model_store, dtype, device)
-        scores.append(score_tasks(loaded, tokenizer, plan.harness, items=plan.items, limit=plan.limit, add_bos=add_bos))
-        del loaded
-    facts = [_facts(scored, scores[1][name] if other is not None else None) for name, scored in scores[0].items()]
-    whole = [together(list(scored.values())) for scored in scores]
-    return {
-        "harness": {"lm_eval": version("lm_eval")},
-        "tasks": dict(zip(scores[0], facts, strict=True)),
-        "tasks_together": None if whole[0] is None else _facts(whole[0], whole[1] if other is not None else None),
-    }
+def _check_read(stores: Sequence[WeightStore], progress: Progress) -> None:
+    """Compares models as we read them with transformers, and passes on the notes on how they were read."""
+    for store in stores:
+        compare_store(store, progress)
+        for note in store.notes:
+            progress.warn(note)
 
 
-def _facts(score: TaskScore, original: TaskScore | None) -> dict[str, Any]:
-    return dict(score.facts) if original is None else score.against(original)
-
-
-def _in_transformers(store: WeightStore, dtype: str, device: str) -> PreTrainedModel:
-    """The whole model as transformers runs it."""
+def _whole(store: WeightStore, dtype: str, device: str) -> PreTrainedModel:
+    """The whole model as transformers runs it. `_check_for_tasks` says which models there are."""
     if isinstance(store, ModuleStore):
         return store.model
     if isinstance(store, GgufStore):
         return store.load().to(DTYPES[dtype]).to(device)
-    if not isinstance(store, CheckpointStore):
-        raise InputError(f"{store.label} cannot be loaded whole, which tasks need: give a folder or a GGUF file")
+    assert isinstance(store, CheckpointStore)
     return load(store.folder, dtype, device)
 
 

@@ -294,3 +294,30 @@ def test_budgets_and_texts_are_judged_apart() -> None:
     ]
     elsewhere = ORIGINAL | {"other": ORIGINAL["text"]}
     assert [one["test"] for one in verdict([run("gsr", 0.2)], elsewhere)] == ["text"]
+
+
+def test_a_budget_of_bytes_is_its_own_limit_and_is_judged_apart_from_bits() -> None:
+    cost = {"measured": {"seconds": 120.0}, "max_bytes": 2_300_000}
+    speed = {"runtime": "a runtime", "decode_tokens_per_second": 8.0, "original_decode_tokens_per_second": 10.0}
+    runs = [
+        run("gptq", 0.5, 2.1, **cost, speed=speed | {"online_maps": 0}),
+        run("gsr", 0.2, 2.2, **cost, speed=speed | {"online_maps": 1}),
+        run("rtn", 0.1, 2.31, **cost),
+        program("auto-round", 0.05, 2.4, **cost),
+        run("quarot", 0.3),
+    ]
+    of_bits, judged = verdict(runs, ORIGINAL)
+    assert (of_bits["bits"], of_bits.get("max_bytes")) == (2, None)
+    assert [row["key"] for row in of_bits["rows"]] == ["quarot"]
+    assert (judged["bits"], judged["max_bytes"], judged["limit"]) == (None, 2_300_000, 2_300_000)
+    assert judged["over"] == ["auto-round", "rtn"]
+    assert (judged["recommended"], judged["baseline"]) == ("gsr", "gptq")
+    assert "Time to quantize: gsr 2.0 minutes, gptq 2.0 minutes." in judged["text"]
+    assert "in a runtime: gsr 8.0 with 1 online map (0.80 times the original's), gptq 8.0 with no onl" in judged["text"]
+    assert "Time to quantize" not in of_bits["text"]
+
+
+def test_without_a_baseline_within_a_budget_of_bytes_there_is_the_lowest() -> None:
+    judged = judge(run("gsr", 0.2, 2.2, measured={"seconds": 60.0}, max_bytes=2_300_000))
+    assert judged["baseline"] is None
+    assert "so there is no baseline." in judged["text"]

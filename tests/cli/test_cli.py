@@ -63,10 +63,13 @@ def test_the_whole_way(
     assert manifest["bits"]["per_weight"] == pytest.approx(3 + 19 / 16)
     assert manifest["recipe"]["seed"] == manifest["recipe"]["calibration"]["seed"] == 2
     asked = ("--text", corpus, "--windows", 4, "--window", 64, "--against", folders["llama_tied"], "--json")
+    asked += ("--report", out.parent / "diagnosis", "--prompts", 2, "--prompt-tokens", 8, "--steps", 3)
     assert inside(monkeypatch, "evaluate", out, *asked) == 0
     result = json.loads(capfd.readouterr().out)
     assert {"perplexity", "tokens", "kl", "top1_agreement", "true_bits_per_weight"} <= set(result)
     assert result["tokens"] == 256
+    assert result["diagnosis"]["continuations"]["lengths"] == [3, 3]
+    assert (out.parent / "diagnosis" / "diagnosis.html").exists()
     assert result["true_bits_per_weight"] == pytest.approx(3 + 19 / 16)
     assert result["whole_model_bits_per_weight"] > result["true_bits_per_weight"]
     assert result["bytes"]["total"] == sum(result["bytes"][part] for part in ("layers", "embeddings", "head", "rest"))
@@ -84,6 +87,13 @@ def test_the_whole_way(
         ("quantize {model} {tmp}/o --recipe gptq --set weights.group_size=16", "give --text"),
         ("evaluate {model} --text {tmp}/none.txt", "no text file"),
         ("evaluate {model} --task-items 5", "--task-text and --task-items are for --tasks"),
+        ("evaluate {model} --report {tmp}/r", "add --against MODEL"),
+        (
+            "evaluate {model} --against {model} --tasks cloze --report {tmp}/r",
+            "--tasks leave out: add --text FILE",
+        ),
+        ("evaluate {model} --steps 3", "without a report: add --report DEST"),
+        ("evaluate {model} --against {model} --report {model}", "is not a report of gyroquant"),
         ("quantize {model} {tmp}/o --recipe rtn --workers 0 --threads 0", "--workers is 0, and has to be at least 1"),
         ("quantize {model} {tmp}/o --recipe rtn --threads 0", "--threads is 0, and has to be at least 1"),
         ("quantize {model} {tmp}/o --recipe rtn --format dens", "there is no format 'dens'"),

@@ -91,3 +91,12 @@ def test_what_is_no_number_is_refused() -> None:
     done = CliRunner().invoke(app, [*GIVEN, "--bits", "two"])
     assert isinstance(done.exception, gq.InputError)
     assert "--bits takes numbers" in str(done.exception)
+
+
+def test_sizes_take_the_place_of_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert asked(monkeypatch)[1]["bits"] is None
+    options = asked(monkeypatch, "--sizes", "50MB, 66MB")[1]
+    assert (options["bits"], options["sizes"]) == (None, ["50MB", "66MB"])
+    assert asked(monkeypatch, "--sizes", "50MB", "--bits", "2")[1]["bits"] == [2]
+    done = CliRunner().invoke(app, [*GIVEN, "--sizes", ","])
+    assert "--sizes is empty: give sizes" in str(done.exception)

@@ -60,6 +60,22 @@ def test_a_model_and_its_original(
     assert "brackets" in shown
 
 
+def test_a_report_with_tasks(
+    folders: dict[str, Path], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Captured
+) -> None:
+    asked = ("--against", folders["llama"], "--text", corpus, "--windows", 2, "--window", 32, "--tasks", "brackets")
+    asked += ("--task-items", 4, "--report", tmp_path / "r", "--prompts", 2, "--prompt-tokens", 8, "--steps", 3)
+    assert call(monkeypatch, "evaluate", folders["llama"], *asked) == 0
+    shown = capfd.readouterr().out
+    assert "verdict" in shown
+    assert "accuracy in zero-shot tasks" in shown
+    data = json.loads((tmp_path / "r" / "diagnosis.json").read_text())
+    assert data["diagnosis"]["verdict"]["kind"] == "level"
+    accuracy = data["tasks"]["brackets"]["acc"]
+    assert data["tasks"]["brackets"]["paired"]["difference"] == 0
+    assert f"| accuracy in brackets | {accuracy:.4f} |" in (tmp_path / "r" / "diagnosis.md").read_text()
+
+
 def test_a_model_against_itself_does_not_differ(folders: dict[str, Path]) -> None:
     made = [
         gq.evaluate(folders["llama"], against=folders["llama"], tasks=["brackets"], task_items=20) for _ in range(2)

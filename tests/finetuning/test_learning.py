@@ -21,8 +21,9 @@ from gyroquant.finetuning.stiefel import CayleySGD, drift, orthogonalized, sched
 from gyroquant.grids import IntegerGrid
 from gyroquant.inspection.model import inspect_model
 from gyroquant.maps import BlockDiagonal, Butterfly, Dense, Diagonal
-from gyroquant.models.execution.online import fake, scaled_ste
+from gyroquant.models.execution.online import fake
 from gyroquant.models.execution.runner import BlockRunner
+from gyroquant.models.execution.switches import scaled_ste
 from gyroquant.models.folding.fold import FoldPlan, fold
 from gyroquant.models.folding.prove import prove
 from gyroquant.models.stores.source import open_model

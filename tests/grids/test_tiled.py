@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gyroquant.errors import InputError, RecipeError
-from gyroquant.grids import E8pGrid, Grid, GroupParams, TiledGrid, TrellisGrid, viterbi
+from gyroquant.grids import E8pGrid, Grid, GroupParams, TiledGrid, TrellisGrid
+from gyroquant.grids.threads import WORTH_A_THREAD
 from gyroquant.grids.viterbi import best_codes
 from gyroquant.recipes.schema import load_recipe
 from gyroquant.rounding import Refine, output_error
@@ -70,7 +71,7 @@ def test_threads_give_the_same_codes() -> None:
     random = np.random.default_rng(0)
     x, r = random.standard_normal((80, 64), np.float32), np.ones((80, 64), np.float32)
     numbers = random.standard_normal(4096, np.float32)
-    assert x.size * numbers.size > viterbi._WORTH_A_THREAD
+    assert x.size * numbers.size > WORTH_A_THREAD
     assert (best_codes(x, r, numbers, 2) == best_codes(x, r, numbers, 2, threads=3)).all()
 
 

@@ -179,6 +179,23 @@ def of_last_release() -> dict[str, Any]:
     return comparison
 
 
+SIZES = {2: 50_000_000, 3: 66_000_000, 4: 82_000_000}
+
+
+def of_sizes() -> dict[str, Any]:
+    """The example at equal bytes, with tokens a second of our own results."""
+    comparison = example()
+    comparison["settings"] |= {"bits": [], "sizes": list(SIZES.values())}
+    for run in comparison["cells"]:
+        run |= {"max_bytes": SIZES[run["bits"]], "label": run["label"].partition(" W")[0]}
+        if run["kind"] == "recipe" and run["status"] == "done":
+            rates = {"decode_tokens_per_second": 7.5, "original_decode_tokens_per_second": 10.0}
+            run["speed"] = {"runtime": "transformers, fp32", "online_maps": 30 * run["rotated"], **rates}
+    for budget in comparison["verdict"]:
+        budget |= {"max_bytes": SIZES[budget["bits"]], "bits": None}
+    return comparison
+
+
 def _evaluation(chance: random.Random, perplexity: float, gap: float | None) -> dict[str, Any]:
     spread = 0.025
     found: dict[str, Any] = {

@@ -46,6 +46,22 @@ def test_one_table_serves_embedding_and_head_after_a_rotation(name: str, corpus:
     assert stored < sum(path.stat().st_size for path in (tmp_path / "untied").glob("*.safetensors"))
 
 
+def test_rows_that_r1_does_not_turn_have_a_map_of_their_own(corpus: Path, tmp_path: Path) -> None:
+    """Two channels of the table are large. A Hadamard spreads them, so that 4 bits lose less."""
+    model, errors = tiny_models.build("gemma3"), {}
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:, 3:5] *= 20
+    section = "embeddings={bits: 4, group_size: -1, symmetric: true, scale: mse}"
+    for name, step in (("turned", "{method: hadamard, optional: true}"), ("plain", "null")):
+        changes = ("weights.bits=8", section, f"transform.embeddings={step}")
+        manifest: Any = run(model, tmp_path / name, "gptq-w4", corpus, *changes)
+        assert manifest["untied"] == []
+        errors[name] = error(model, tmp_path / name)
+    loaded = gq.load(tmp_path / "turned")
+    assert loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight
+    assert errors["turned"] < 0.6 * errors["plain"]
+
+
 def test_a_tied_table_is_rounded_for_its_head(corpus: Path, tmp_path: Path) -> None:
     """At few bits, GPTQ on the inputs of the head beats rounding to nearest where it counts."""
     model = tiny_models.build("llama_tied")

@@ -68,6 +68,8 @@ ROW, SHORT = ["weights.bits=4", "weights.group_size=-1"], ["weights.state_bits=1
 OTHERS = {
     "mxfp4": [],
     "nvfp4": [],
+    "if4": [],
+    "mxif4": [],
     "fp4": ["weights.group_size=-1"],
     "fp8": ["weights.group_size=32"],
     "e8p": ROW,
@@ -80,7 +82,13 @@ OTHERS = {
     some_pairs(
         OTHERS,
         ["llama_tied", "mixtral", "gpt2"],
-        [*((grid, "llama_tied") for grid in OTHERS), ("nvfp4", "mixtral"), ("mxfp4", "gpt2"), ("e8p", "gpt2")],
+        [
+            *((grid, "llama_tied") for grid in OTHERS),
+            ("nvfp4", "mixtral"),
+            ("mxif4", "mixtral"),
+            ("mxfp4", "gpt2"),
+            ("e8p", "gpt2"),
+        ],
     ),
 )
 def test_models_on_other_grids_come_back_bit_for_bit(
@@ -187,6 +195,8 @@ def test_true_bits_of_other_grids(folders: dict[str, Path], tmp_path: Path) -> N
     assert bits == {
         "mxfp4": 4.25,
         "nvfp4": pytest.approx(4.5 + 14 * 32 / weights, abs=1e-12),
+        "if4": bits["nvfp4"],
+        "mxif4": 4 + 9 / 32,
         "fp4": pytest.approx(4 + 16 * rows / weights, abs=1e-12),
         "fp8": 8.5,
         "e8p": pytest.approx(4 + 16 * rows / weights, abs=1e-12),

@@ -152,9 +152,9 @@ def test_every_step_is_listed_with_what_it_needs(key: str) -> None:
     kind = LayerStep.registry[key]
     assert kind.key == key
     assert isinstance(kind.when, When)
-    assert issubclass(kind, BlockStep) == kind.needs_block == (kind.when > When.AFTER_SOLVER)
+    assert issubclass(kind, BlockStep) == kind.needs_block == (kind.when >= When.TUNE_BLOCK)
     assert kind.needs_statistics or kind.needs_block
-    assert key in gq.load_recipe("gptq").to_dict()["weights"]
+    assert key in gq.load_recipe("gptq").weights.model_dump()
 
 
 def test_a_solver_that_takes_models_declares_it() -> None:

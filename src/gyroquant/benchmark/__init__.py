@@ -56,7 +56,7 @@ def compare(
         cache.
     make_environments: install external tools that are missing there. Default False.
     merge: other folders whose results to take over. Default: none.
-    grid: the other fields of `ComparisonSpec`: external_tools, bits, group_sizes, symmetric, seeds (their number),
+    grid: the other fields of `ComparisonSpec`: external_tools, bits, sizes, group_sizes, symmetric, seeds (a number),
         nsamples, seqlen, tasks, task_limit, task_seed, task_text, effort, changes, keep_activations, add_bos.
 
     A second call runs only the missing runs. A call after an interruption continues. Raises GyroquantError before any
@@ -68,9 +68,12 @@ def compare(
             raise TypeError(
                 f"compare() got an unexpected keyword argument {name!r}; did you mean {nearest(name, known)!r}?"
             )
+    seeds = grid.pop("seeds", 1)
+    if not isinstance(seeds, int):
+        raise InputError(f"--seeds is the number of seeds, such as 3, not a list of them ({seeds!r})")
     return run_comparison(
         model,
-        ComparisonSpec(recipes=list(recipes), seeds=tuple(range(grid.pop("seeds", 1))), **grid),
+        ComparisonSpec(recipes=list(recipes), seeds=tuple(range(seeds)), **grid),
         out,
         text,
         _evaluation_texts([test] if isinstance(test, (str, Path)) else test, presets, window, windows),

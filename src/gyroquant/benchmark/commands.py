@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from gyroquant.benchmark.kinds import RECIPE
 from gyroquant.benchmark.runs import ComparisonSpec, Run
+from gyroquant.benchmark.sizes import exact
 from gyroquant.benchmark.texts import EvaluationText
 from gyroquant.evaluation.perplexity import PRESETS
 
@@ -34,8 +35,12 @@ class ComparisonRequest:
         spec = self.spec
         words = ["gyroquant", "compare", self.model, "OUT", "--recipes", ",".join(spec.recipes)]
         words += ["--external-tools", ",".join(spec.external_tools)] if spec.external_tools else []
-        for option, values in (("--bits", spec.bits), ("--group-size", spec.group_sizes)):
-            words += [option, ",".join(map(str, values))]
+        for option, values in (
+            ("--bits", spec.bits or ()),
+            ("--sizes", [exact(size) for size in spec.budgets]),
+            ("--group-size", spec.group_sizes),
+        ):
+            words += [option, ",".join(map(str, values))] if values else []
         words += ["--symmetric"] if spec.symmetric else []
         words += ["--seeds", str(len(spec.seeds)), "--nsamples", str(spec.nsamples), "--seqlen", str(spec.seqlen)]
         words += ["--effort", spec.effort] if spec.effort else []
@@ -59,6 +64,7 @@ class ComparisonRequest:
             recipes=("rtn",),
             external_tools=(f"{run.name.partition(':')[0]}:{run.settings['variant']}",),
             bits=(run.size.bits,),
+            sizes=(),
             group_sizes=(run.size.group_size,),
             seeds=tuple(range(run.seed + 1)),
             effort=None,  # these three options apply to recipes only

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gyroquant.benchmark.sizes import bytes_of, text, unit
+from gyroquant.benchmark.rows import decimals, rate
+from gyroquant.benchmark.sizes import budget_of, budget_text, bytes_of, text, unit
 from gyroquant.report.console import table
 
 
@@ -14,11 +15,12 @@ def compared(comparison: Mapping[str, Any], out: str) -> list[Any]:
     by_key = {run["key"]: run for run in comparison["cells"]}
     shown: list[Any] = [f"note: {note}" for note in comparison["notes"]]
     kind = unit(comparison["cells"])
-    header = ("", "size", "bits, all", "bits, layers", "perplexity", "95 %", "KL", "p against best", "proof", "minutes")
+    header = ["", "size", "bits, all", "bits, layers", "perplexity", "95 %", "KL", "p against best", "proof", "minutes"]
+    header += ["tokens/s"] if any(rate(run) for run in comparison["cells"]) else []
     for budget in comparison["verdict"]:
-        rows = [_cells(by_key, row, budget, kind) for row in budget["rows"]]
+        rows = [_cells(by_key, row, budget, kind)[: len(header)] for row in budget["rows"]]
         base = comparison["original"]["tests"][budget["test"]]["perplexity"]
-        title = f"{budget['bits']} bits on {budget['test']}; the original has perplexity {base:.2f}"
+        title = f"{budget_text(budget_of(budget))} on {budget['test']}; the original has perplexity {base:.2f}"
         shown += [table(title, header, rows, right=range(1, len(header))), budget["text"], ""]
     missing: dict[tuple[str, str], list[str]] = {}
     for run in comparison["cells"]:
@@ -54,6 +56,7 @@ def _cells(
         against,
         proof,
         f"{run['measured']['seconds'] / 60:.1f}",
+        decimals(rate(run), 1),
     )
 
 

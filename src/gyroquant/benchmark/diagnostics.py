@@ -26,6 +26,7 @@ from gyroquant.benchmark.rows import (
     sizes,
     tests,
 )
+from gyroquant.benchmark.sizes import budget_of, budget_text, in_bytes
 
 ORIGINAL = "original"
 MEASURES = {"error": "relative squared error of the output", "decibels": "decibels above the rate-distortion bound"}
@@ -36,13 +37,14 @@ def ranked(comparison: Mapping[str, Any], bits: int) -> list[RunResult]:
     """The runs of a budget with results, lowest seeds only: recommended, best and baseline, then the others by gap."""
     first = {group[0]["key"] for group in by_seed(comparison)}
     done = [row for row in rows(comparison, (tests(comparison) or [""])[0]) if row.done and row.run["key"] in first]
-    return [row.run for row in sorted(done, key=lambda row: not row.roles) if row.run["bits"] == bits]
+    return [row.run for row in sorted(done, key=lambda row: not row.roles) if budget_of(row.run) == bits]
 
 
 def named(comparison: Mapping[str, Any], run: RunResult) -> str:
     """The name of a run in a selector: its label, with the bits if the label does not have them."""
-    bits = f"W{run['bits']}"
-    return str(run["label"]) if bits in str(run["label"]) else f"{short(comparison, run)} {bits}"
+    budget = budget_of(run)
+    words = budget_text(budget) if in_bytes(budget) else f"W{budget}"
+    return str(run["label"]) if words in str(run["label"]) else f"{short(comparison, run)} {words}"
 
 
 def with_layers(comparison: Mapping[str, Any]) -> dict[str, RunResult]:
@@ -52,9 +54,14 @@ def with_layers(comparison: Mapping[str, Any]) -> dict[str, RunResult]:
 
 
 def layer_values(run: RunResult) -> dict[tuple[str, int], dict[str, float]]:
-    """The measures of each (module, block). Modules that differ in a number only, such as experts, are averaged."""
+    """The measures of each (module, block). Modules that differ in a number only, such as experts, are averaged.
+
+    Embeddings and heads, which are in no block, are left out.
+    """
     values: dict[tuple[str, int], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for layer in run["layers"]:
+        if layer["block"] is None:
+            continue
         place = re.sub(r"\d+", "*", layer["module"]), layer["block"]
         for measure, key in (("error", "output_error"), ("decibels", "decibels")):
             value = number(layer.get(key))

@@ -19,7 +19,9 @@ from gyroquant.benchmark.kinds import EXTERNAL_TOOL, RECIPE
 from gyroquant.benchmark.result_folder import ResultFolder
 from gyroquant.benchmark.runs import ComparisonSpec, Conditions, Run, plan_runs, with_keys
 from gyroquant.benchmark.shared_measurements import SharedMeasurements, plain_folder
+from gyroquant.benchmark.sized_runs import SizedTool, plan_sized_runs, plan_sized_tools
 from gyroquant.benchmark.texts import EvaluationText, Texts, read_texts, token_digest
+from gyroquant.benchmark.tool_selection import selected
 from gyroquant.benchmark.worker import run_in_worker
 from gyroquant.errors import InputError
 from gyroquant.evaluation.perplexity import DTYPES
@@ -86,7 +88,7 @@ def run_comparison(
     baselines = [name for name in BASELINES if name not in spec.recipes]
     spec = replace(spec, recipes=[*baselines, *spec.recipes])
     request = ComparisonRequest(str(model), spec, str(text), tests, dtype)
-    runs = plan_runs(spec, request.model, store.graph, request.calibration)
+    runs, sized_tools = _planned(request, store)
     texts = read_texts(store, text, tests, spec.add_bos)
     plan.check_held_out(texts.calibration.about(), "this comparison")
     conditions = _conditions(store, spec, texts, dtype, plan)
@@ -101,6 +103,7 @@ def run_comparison(
                 )
         shared = SharedMeasurements(out / "shared" / conditions.name, store, dtype)
         execution = _Execution(request, runs, results, shared, workers, limits.budget, progress, plan)
+        execution.sized_tools = [replace(tool, runs=tuple(with_keys(tool.runs, conditions))) for tool in sized_tools]
         facts = execution.prepare(texts)
         execution.find_interpreters(environments, make_environments)
         execution.run_missing(out)
@@ -108,6 +111,15 @@ def run_comparison(
         comparison = make_comparison(request, store, conditions, texts, facts, rows, workers.each)
         write_comparison(out, comparison, progress)
         return comparison
+
+
+def _planned(request: ComparisonRequest, store: WeightStore) -> tuple[list[Run], list[SizedTool]]:
+    """All runs, at numbers of bits and within budgets of bytes, and the external tools within those budgets."""
+    spec, given = request.spec, (request.model, request.calibration)
+    runs = plan_runs(spec, given[0], store.graph, given[1]) if spec.widths else []
+    tools = plan_sized_tools(spec, store)
+    runs += plan_sized_runs(spec, given[0], store, given[1])
+    return [*runs, *(run for tool in tools for run in tool.runs)], tools
 
 
 @contextmanager
@@ -152,6 +164,7 @@ class _Execution:
     calibration, matched: by seed, the files of as many windows as any recipe needs, and of the matched windows.
     tests: the files of the tests, by key.
     items: the file of the items of offline tasks, if there are any.
+    sized_tools: the external tools within budgets of bytes.
     """
 
     def __init__(
@@ -173,6 +186,7 @@ class _Execution:
         self.calibration, self.matched = dict[int, Path](), dict[int, Path]()
         self.tests: dict[str, Path] = {}
         self.items: Path | None = None
+        self.sized_tools: list[SizedTool] = []
 
     def prepare(self, texts: Texts) -> dict[str, Any]:
         """Makes the files that runs share. Returns the original's measurements."""
@@ -208,10 +222,12 @@ class _Execution:
                 self.refused[run.key] = reasons[name]
 
     def missing(self) -> list[Run]:
-        """The runs without a result: the first seed of every run first, then by bits, and recipes before tools."""
+        """The runs without a result: the first seed of every run first, then by bits or bytes, recipes before tools."""
         seeds = sorted({run.seed for run in self.runs})
         missing = [run for run in self.runs if run.key not in self.refused and not self._done(run)]
-        return sorted(missing, key=lambda run: (seeds.index(run.seed), run.size.bits, run.kind == EXTERNAL_TOOL))
+        return sorted(
+            missing, key=lambda run: (seeds.index(run.seed), run.max_bytes or run.size.bits, run.kind == EXTERNAL_TOOL)
+        )
 
     def _done(self, run: Run) -> bool:
         result = self.results.get(run.key)
@@ -281,6 +297,7 @@ class _Execution:
             "tasks": dict.fromkeys(self.plan.harness, self.plan.limit or 0),
             "items": None if self.items is None else str(self.items.absolute()),
             "add_bos": self.request.spec.add_bos,
+            "speed": bool(self.request.spec.sizes),
             "dtype": self.shared.dtype,
             "scratch": str(scratch.absolute()),
             "threads": threads,
@@ -304,23 +321,29 @@ class _Execution:
         forward_seconds: seconds of one pass over the matched windows, for results without a measurement of their own.
         tests: the keys of the tests in the results, by name.
         """
-        rows = []
-        for run in self.runs:
-            result = self.results.get(run.key)
-            ran_with = {} if result is None else result.get("versions", {})
-            row = self.request.with_command(run, ran_with.get("threads", self.workers.each)).to_dict()
-            if result is not None and result["status"] == "done":
-                row = result | row
-                row["tests"] = {name: result["tests"][key] for name, key in tests.items()}
-                row["forward_equivalents"] = self._forward_equivalents(result["measured"], forward_seconds)
-            elif run.key in self.refused:
-                row |= {"status": "refused", "reason": self.refused[run.key]}
-            elif result is not None:
-                row |= {"status": result["status"], "reason": result["reason"]}
-            else:
-                row |= {"status": "missing", "reason": self.skipped.get(run.key, "it was not run")}
-            rows.append(row)
+        rows = [self._row(run, forward_seconds, tests) for run in self.runs if not run.candidate]
+        for budget in self.request.spec.budgets:
+            for tool in self.sized_tools:
+                settings = [self._row(run, forward_seconds, tests) for run in tool.runs]
+                rows += selected(tool.name, settings, budget, tool.least, tool.problem)
         return rows
+
+    def _row(self, run: Run, forward_seconds: float, tests: Mapping[str, str]) -> dict[str, Any]:
+        """A run with its result, or with the reason why it has none."""
+        result = self.results.get(run.key)
+        ran_with = {} if result is None else result.get("versions", {})
+        row = self.request.with_command(run, ran_with.get("threads", self.workers.each)).to_dict()
+        if result is not None and result["status"] == "done":
+            row = result | row
+            row["tests"] = {name: result["tests"][key] for name, key in tests.items()}
+            row["forward_equivalents"] = self._forward_equivalents(result["measured"], forward_seconds)
+        elif run.key in self.refused:
+            row |= {"status": "refused", "reason": self.refused[run.key]}
+        elif result is not None:
+            row |= {"status": result["status"], "reason": result["reason"]}
+        else:
+            row |= {"status": "missing", "reason": self.skipped.get(run.key, "it was not run")}
+        return row
 
     def _forward_equivalents(self, measured: Mapping[str, float], forward_seconds: float) -> float:
         """Seconds of a run over the seconds of one pass of the original over the matched windows.

@@ -17,6 +17,7 @@ from gyroquant.benchmark.rows import (
     tests,
 )
 from gyroquant.benchmark.sentences import counts, introduction, model_facts, notes, original_line
+from gyroquant.benchmark.sizes import budget_of, budget_text
 
 
 def markdown(comparison: Mapping[str, Any]) -> str:
@@ -44,7 +45,7 @@ def markdown(comparison: Mapping[str, Any]) -> str:
 
 def _verdict(comparison: Mapping[str, Any]) -> Iterable[str]:
     for of_bits in budgets(comparison):
-        yield f"### {of_bits[0]['bits']} bits"
+        yield f"### {budget_text(budget_of(of_bits[0]))}"
         commands: list[str] = []
         for budget in of_bits:
             prefix = f"On {budget['test']}: " if len(of_bits) > 1 else ""
@@ -62,11 +63,11 @@ def _results(comparison: Mapping[str, Any]) -> Iterable[str]:
     shown = [column for column in columns(comparison) if column.key != "bits"]
     for test in tests(comparison):
         for bits in sizes(comparison):
-            of_bits = [row for row in rows(comparison, test) if row.run["bits"] == bits]
+            of_bits = [row for row in rows(comparison, test) if budget_of(row.run) == bits]
             if not of_bits:
                 continue
             original = original_line(comparison, test)
-            yield f"## {bits} bits, {_plain(test)}"
+            yield f"## {budget_text(bits)}, {_plain(test)}"
             if original:
                 yield f"The original: perplexity {original}."
             headings = ("method", *(column.heading for column in shown))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gyroquant.benchmark.kinds import EXTERNAL_TOOL
-from gyroquant.benchmark.sizes import FILES, bytes_of, in_layers, unit
+from gyroquant.benchmark.sizes import FILES, budget_of, budget_text, bytes_of, in_bytes, in_layers, unit
 from gyroquant.benchmark.sizes import text as size_text
 from gyroquant.system.environment import size
 
@@ -53,13 +53,14 @@ def tests(comparison: Mapping[str, Any]) -> list[str]:
 
 
 def sizes(comparison: Mapping[str, Any]) -> list[int]:
-    """The bit budgets, smallest first."""
-    return sorted({run["bits"] for run in comparison["cells"]} | {budget["bits"] for budget in comparison["verdict"]})
+    """The budgets: numbers of bits, then bytes (`sizes.in_bytes`), the smallest first."""
+    return sorted(set(map(budget_of, [*comparison["cells"], *comparison["verdict"]])))
 
 
 def same(run: RunResult) -> tuple[Any, ...]:
     """The identity of a run without its seed: runs that differ in their seed only have the same one."""
-    return run["kind"], run["name"], run["bits"], run["group_size"], run["symmetric"]
+    own = run["kind"], run["name"], run["bits"], run["group_size"], run["symmetric"]
+    return (*own, run["max_bytes"]) if run.get("max_bytes") else own
 
 
 def by_seed(comparison: Mapping[str, Any], done: bool = True) -> list[list[RunResult]]:
@@ -73,7 +74,8 @@ def by_seed(comparison: Mapping[str, Any], done: bool = True) -> list[list[RunRe
 
 def short(comparison: Mapping[str, Any], run: RunResult) -> str:
     """A name that is the same for all budgets: without the bits, and with the group size only if there are several."""
-    alike = {same(other)[3:] for other in comparison["cells"] if same(other)[:3] == same(run)[:3]}
+    kept = [other for other in comparison["cells"] if same(other)[:3] == same(run)[:3]]
+    alike = {same(other)[3:5] for other in kept}
     name = str(run["name"]).removesuffix(f"-w{run['bits']}")
     if len(alike) == 1:
         return name
@@ -120,16 +122,16 @@ class Row:
 
 
 def rows(comparison: Mapping[str, Any], test: str) -> list[Row]:
-    """Every run on one text: by bits, then runs with a result by gap, then runs without."""
+    """Every run on one text: by budget, then runs with a result by gap, then runs without."""
     original = number(comparison["original"]["tests"].get(test, {}).get("perplexity"))
-    budget_of = {budget["bits"]: budget for budget in comparison["verdict"] if budget["test"] == test}
+    verdicts = {budget_of(budget): budget for budget in comparison["verdict"] if budget["test"] == test}
     labels = {run["key"]: str(run["label"]) for run in comparison["cells"]}
     result = []
     for group in by_seed(comparison, done=False):
         over_seeds = [number(_evaluation(run, test).get("perplexity")) for run in group]
         perplexities = [value for value in over_seeds if value is not None]
         for run in group:
-            budget = budget_of.get(run["bits"], {})
+            budget = verdicts.get(budget_of(run), {})
             row: Mapping[str, Any] = next((row for row in budget.get("rows", ()) if row["key"] == run["key"]), {})
             perplexity_of_run = number(_evaluation(run, test).get("perplexity"))
             gap = number(row.get("gap"))
@@ -149,7 +151,7 @@ def rows(comparison: Mapping[str, Any], test: str) -> list[Row]:
                     spread=(min(perplexities), max(perplexities)) if len(perplexities) > 1 else None,
                 )
             )
-    return sorted(result, key=lambda row: (row.run["bits"], not row.done, row.gap is None, row.gap or 0.0, row.name))
+    return sorted(result, key=lambda row: (budget_of(row.run), not row.done, row.gap is None, row.gap or 0.0, row.name))
 
 
 def _evaluation(run: RunResult, test: str) -> Mapping[str, Any]:
@@ -173,7 +175,9 @@ def _marks(
     samples = own_samples(comparison, run)
     marks = [OVER] if run["key"] in budget.get("over", ()) else []
     marks += [f"{DOMINATED} {dominating}"] if dominating else []
-    return tuple(marks if samples is None else [*marks, f"{samples} samples"])
+    marks += [] if samples is None else [f"{samples} samples"]
+    waiting = run.get("waiting") or ()
+    return tuple([*marks, f"no result yet of {', '.join(waiting)}, which may be larger"] if waiting else marks)
 
 
 def decimals(value: Any, digits: int, sign: bool = False) -> str:
@@ -298,6 +302,50 @@ def _task(name: str) -> Column:
     return Column(f"task-{name}", name, meaning, value, _printed(value, lambda share: f"{100 * share:.1f} %"), error)
 
 
+def _budget(comparison: Mapping[str, Any]) -> Column:
+    """The column of the budget."""
+
+    def value(row: Row) -> float | None:
+        return number(budget_of(row.run))
+
+    if any(map(in_bytes, sizes(comparison))):
+        meaning = "the budget, in bytes of all weights or in bits of the layers"
+        return _column("bits", "Budget", meaning, value, lambda budget: budget_text(int(budget)))
+    return _column("bits", "Bits", "the bit budget", value, lambda bits: f"{bits:.0f}")
+
+
+def rate(run: RunResult) -> float | None:
+    """The tokens a second that the result of a run writes, or None."""
+    return number((run.get("speed") or {}).get("decode_tokens_per_second"))
+
+
+def rate_share(run: RunResult) -> float | None:
+    """The rate of a run's result over that of the original, measured in turns with it, or None."""
+    theirs = number((run.get("speed") or {}).get("original_decode_tokens_per_second"))
+    ours = rate(run)
+    return ours / theirs if ours and theirs else None
+
+
+def _rate() -> Column:
+    """The column of tokens a second."""
+
+    def beside(row: Row) -> str:
+        share = rate_share(row.run)
+        maps = (row.run.get("speed") or {}).get("online_maps", 0)
+        words = f"{maps} online map{'s' * (maps != 1)}" if maps else "no online maps"
+        return "" if share is None else f"{share:.2f} of the original's, {words}"
+
+    return Column(
+        "tokens",
+        "Tokens/s",
+        "tokens a second that the result writes in transformers in fp32, where the cost of its online maps shows; "
+        "beside it the share of the original's rate, measured in turns. Results of external tools are not run there",
+        lambda row: rate(row.run) if row.done else None,
+        lambda row: decimals(rate(row.run) if row.done else None, 1),
+        beside,
+    )
+
+
 def _size(kind: str) -> Column:
     """The column of bytes."""
     meaning = "bytes of all weights in the file: layers, embeddings, head and the rest"
@@ -316,7 +364,7 @@ def columns(comparison: Mapping[str, Any]) -> list[Column]:
     """The columns of the table after the name, without those that are empty for all runs."""
     tasks = dict.fromkeys(name for run in comparison["cells"] for name in (run.get("tasks") or {}))
     all_columns = [
-        _column("bits", "Bits", "the bit budget", lambda row: number(row.run["bits"]), lambda bits: f"{bits:.0f}"),
+        _budget(comparison),
         _size(unit(comparison["cells"])),
         _column(
             "whole_bits",
@@ -335,6 +383,7 @@ def columns(comparison: Mapping[str, Any]) -> list[Column]:
         *_evaluated(),
         *map(_task, tasks),
         _column("minutes", "Minutes", "time to quantize", _measured("seconds"), lambda seconds: f"{seconds / 60:.1f}"),
+        _rate(),
         _column("memory", "Memory", "peak memory while quantizing", _measured("peak_memory_bytes"), size),
         _column(
             "forwards",
@@ -364,8 +413,8 @@ def columns(comparison: Mapping[str, Any]) -> list[Column]:
 
 
 def budgets(comparison: Mapping[str, Any]) -> list[list[Mapping[str, Any]]]:
-    """The verdict in groups of the same bits, each with one budget per text."""
+    """The verdict in groups of the same budget, each with one entry per text."""
     by_bits: dict[int, list[Mapping[str, Any]]] = defaultdict(list)
     for budget in comparison["verdict"]:
-        by_bits[budget["bits"]].append(budget)
+        by_bits[budget_of(budget)].append(budget)
     return [by_bits[bits] for bits in sorted(by_bits)]

@@ -11,14 +11,17 @@ from typing import Any
 
 from gyroquant.benchmark.external_tools import ExternalTool, Size
 from gyroquant.benchmark.kinds import EXTERNAL_TOOL, RECIPE, Kind
+from gyroquant.benchmark.sizes import LEAST_BUDGET, text
 from gyroquant.errors import GyroquantError, InputError
 from gyroquant.models.graph.model_graph import ModelGraph
 from gyroquant.pipeline.planning import plan_all
 from gyroquant.recipes.compat import previous
 from gyroquant.recipes.presets import SIZED, has_effort, preset_names
 from gyroquant.recipes.schema import Recipe, load_recipe
+from gyroquant.recipes.size import parse_size
 
 _DIGITS = 12
+_BITS = (2, 3, 4)
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,9 @@ class Run:
     refusal: the reason if the run is not possible, else None.
     rotated: whether the run changes the basis in which weights are rounded.
     home: the repository of an external tool, else None.
+    max_bytes: the budget of bytes that a recipe gets, else None. Its bits are then those that its choice starts from.
+    candidate: whether the run is one of an external tool's settings, of which budgets of bytes take the largest that
+        fits. It is no row of its own.
     key: the digest that names the result.
     """
 
@@ -77,13 +83,16 @@ class Run:
     refusal: str | None = None
     rotated: bool = False
     home: str | None = None
+    max_bytes: int | None = None
+    candidate: bool = False
     key: str = field(default="", compare=False)
 
     @property
     def label(self) -> str:
         """The readable name, without the seed."""
         group = "a row" if self.size.group_size == -1 else f"g{self.size.group_size}"
-        return f"{self.name} W{self.size.bits} {group}"
+        budget = f"W{self.size.bits}" if self.max_bytes is None else text(self.max_bytes)
+        return f"{self.name} {budget} {group}"
 
     @property
     def nsamples(self) -> int | None:
@@ -92,7 +101,8 @@ class Run:
 
     def to_dict(self) -> dict[str, Any]:
         """The facts that a comparison stores of every run, with or without a result."""
-        return {
+        budget = {} if self.max_bytes is None else {"max_bytes": self.max_bytes}
+        return budget | {
             "key": self.key,
             "kind": self.kind,
             "name": self.name,
@@ -143,7 +153,9 @@ class ComparisonSpec:
 
     recipes: names or files.
     external_tools: names, or name:variant. Default: none.
-    bits: numbers of bits. Default 2, 3 and 4.
+    bits: numbers of bits. Default 2, 3 and 4; none if there are sizes.
+    sizes: budgets of bytes, as numbers or as text such as "50MB": every recipe and external tool gets at most so many
+        for all of its weights. Default: none. With bits too, both are compared, each budget for itself.
     group_sizes: weights that share a scale; -1 is a whole row. Default 64.
     symmetric: grids without zero points. Default False.
     seeds: seeds of random numbers and calibration windows. A run that uses neither has the first seed only. Default 0.
@@ -164,7 +176,8 @@ class ComparisonSpec:
 
     recipes: Sequence[str]
     external_tools: Sequence[str] = ()
-    bits: Sequence[int] = (2, 3, 4)
+    bits: Sequence[int] | None = None
+    sizes: Sequence[int | str] = ()
     group_sizes: Sequence[int] = (64,)
     symmetric: bool = False
     seeds: Sequence[int] = (0,)
@@ -180,9 +193,15 @@ class ComparisonSpec:
     add_bos: bool = True
 
     def __post_init__(self) -> None:
-        for option, values in (("bits", self.bits), ("group-size", self.group_sizes), ("seeds", self.seeds)):
+        if self.bits is None:
+            object.__setattr__(self, "bits", () if self.sizes else _BITS)
+        bits = self.bits or self.sizes
+        for option, values in (("bits", bits), ("group-size", self.group_sizes), ("seeds", self.seeds)):
             if not values:
                 raise InputError(f"--{option} is empty: give at least one value")
+        object.__setattr__(self, "sizes", tuple(sorted({_bytes(size) for size in self.sizes})))
+        if self.sizes:
+            _check_free(self.changes)
         for option, value, least in (
             ("nsamples", self.nsamples, 1),
             ("seqlen", self.seqlen, 2),
@@ -197,15 +216,46 @@ class ComparisonSpec:
         if bos:
             raise InputError(f"--set {bos[0]}: all runs have the same windows, use --no-bos for windows without BOS")
 
-    def sizes(self) -> Iterator[Size]:
-        """All sizes. The fewest bits come first, because methods differ most there."""
-        for bits in sorted(set(self.bits)):
+    @property
+    def widths(self) -> list[int]:
+        """The numbers of bits, the fewest first, because methods differ most there."""
+        return sorted(set(self.bits or ()))
+
+    @property
+    def budgets(self) -> list[int]:
+        """The budgets of bytes, the smallest first."""
+        return [_bytes(size) for size in self.sizes]
+
+    def grid(self) -> Iterator[Size]:
+        """Every number of bits with every group size."""
+        for bits in self.widths:
             for group_size in self.group_sizes:
                 yield Size(bits, group_size, self.symmetric)
 
 
+def _bytes(size: int | str) -> int:
+    """The bytes of a budget. Raises InputError for what is no size, and for less than a thousand bytes."""
+    try:
+        found = parse_size(str(size))
+    except InputError as error:
+        raise InputError(f"--sizes: {error}") from error
+    if found < LEAST_BUDGET:
+        raise InputError(f"--sizes: {size!r} is {found} bytes, which no model has: give a unit, such as 60MB")
+    return found
+
+
+def _check_free(changes: Iterable[str]) -> None:
+    """Raises InputError for a change of what budgets of bytes choose."""
+    for change in changes:
+        key = change.partition("=")[0].strip()
+        if key in ("weights.bits", "weights.allocate", "weights.overrides") or key.startswith("weights.allocate."):
+            raise InputError(f"--set {change}: --sizes chooses the bits of every layer, leave one of the two out")
+
+
 def plan_runs(spec: ComparisonSpec, model: str, graph: ModelGraph, calibration: str) -> list[Run]:
-    """All runs. Those that are not possible have a refusal. `calibration`: the text that the commands name.
+    """All runs at numbers of bits. Those that are not possible have a refusal.
+
+    `calibration`: the text that the commands name.
 
     Raises RecipeError or InputError for unknown names, for recipes and tools that have none of the requested sizes, for
     changes that give a recipe another size, and for two different recipes with the same name.
@@ -213,41 +263,41 @@ def plan_runs(spec: ComparisonSpec, model: str, graph: ModelGraph, calibration: 
     if spec.effort not in (None, "default") and not any(
         has_effort(preset, spec.effort)
         for name in spec.recipes
-        for size in spec.sizes()
-        if (preset := _preset(name, size.bits)[0]) is not None
+        for size in spec.grid()
+        if (preset := preset_of(name, size.bits)[0]) is not None
     ):
         raise InputError(
             f"none of the recipes has the effort {spec.effort}: leave --effort out, or add the recipe gyro"
         )
-    bits = ", ".join(map(str, spec.bits))
+    bits = ", ".join(map(str, spec.widths))
     sources: list[tuple[str, Run]] = []
     for name in spec.recipes:
-        own = [run for size in spec.sizes() for run in _recipe_runs(spec, name, size, model, graph, calibration)]
+        own = [run for size in spec.grid() for run in _recipe_runs(spec, name, size, model, graph, calibration)]
         if not own:
             raise InputError(f"the recipe {name} has a fixed size, which is not {bits} bits: leave the recipe out")
         sources += [(name, run) for run in own]
-    _check_names(sources)
+    check_names(sources)
     runs = [run for _, run in sources]
     for name in spec.external_tools:
-        own = [run for size in spec.sizes() for run in _tool_runs(spec, name, size)]
+        own = [run for size in spec.grid() for run in tool_runs(spec, name, size)]
         if not own:
             raise InputError(f"the external tool {name} has no type of {bits} bits: leave the tool out")
         runs += own
     return runs
 
 
-def _check_names(sources: Iterable[tuple[str, Run]]) -> None:
+def check_names(sources: Iterable[tuple[str, Run]]) -> None:
     """Raises InputError for recipes with the same name and different settings.
 
     The verdict would take them for seeds of one recipe, and test only one of them.
     """
-    first: dict[tuple[str, Size], tuple[str, dict[str, Any]]] = {}
+    first: dict[tuple[str, Size, int | None], tuple[str, dict[str, Any]]] = {}
     for source, run in sources:
         if run.refusal:
             continue
         settings = {key: value for key, value in run.settings.items() if key not in ("seed", "name", "description")}
         settings["calibration"] = {**settings["calibration"], "seed": None}
-        other, other_settings = first.setdefault((run.name, run.size), (source, settings))
+        other, other_settings = first.setdefault((run.name, run.size, run.max_bytes), (source, settings))
         if settings != other_settings:
             raise InputError(
                 f"the recipes {other} and {source} are both called {run.name!r}, and their settings differ: give one "
@@ -259,10 +309,10 @@ def _recipe_runs(
     spec: ComparisonSpec, name: str, size: Size, model: str, graph: ModelGraph, calibration: str
 ) -> Iterator[Run]:
     """The runs of one recipe at one size, one per seed. None if the recipe has another fixed size."""
-    preset, fixed = _preset(name, size.bits)
+    preset, fixed = preset_of(name, size.bits)
     if preset is None:
         return
-    changes = [*_changes(spec, preset, size, fixed), *spec.changes]
+    changes = [*own_changes(spec, preset, size, fixed), *spec.changes]
     effort = spec.effort if has_effort(preset, spec.effort) else None
     try:
         recipe = load_recipe(preset, changes, effort)
@@ -273,19 +323,59 @@ def _recipe_runs(
     if recipe.weights.grid.bits != size.bits:
         raise InputError(f"--set gives the recipe {name} {recipe.weights.grid.bits:g} bits: use --bits for that")
     size = Size(size.bits, recipe.weights.grid.group_size, bool(getattr(recipe.weights.grid, "symmetric", True)))
+    source = Source(preset, effort, changes, model, calibration)
+    yield from seeded_runs(spec, recipe, source, size, graph)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a recipe comes from, for the command that repeats a run.
+
+    preset: its name or file.
+    effort: its effort, or None.
+    changes: the changes to it, KEY=VALUE.
+    model, calibration: the model and the calibration text as the user named them.
+    """
+
+    preset: str
+    effort: str | None
+    changes: Sequence[str]
+    model: str
+    calibration: str
+
+    def command(self, changes: Sequence[str]) -> str:
+        """The shell command with these further changes."""
+        words = ["gyroquant", "quantize", self.model, "OUT", "--recipe", self.preset, "--text", self.calibration]
+        words += ["--effort", self.effort] if self.effort else []
+        return shlex.join(words + [word for change in [*self.changes, *changes] for word in ("--set", change)])
+
+
+def seeded_runs(
+    spec: ComparisonSpec, recipe: Recipe, source: Source, size: Size, graph: ModelGraph, max_bytes: int | None = None
+) -> Iterator[Run]:
+    """The runs of a recipe at one size, one per seed; one only if it does not fit the model."""
     for seed in spec.seeds if recipe.varies else spec.seeds[:1]:
         own = [f"seed={seed}", f"calibration.seed={seed}"]  # all recipes have the same windows, not those of their YAML
         if recipe.calibration.add_bos != spec.add_bos:
             own.append(f"calibration.add_bos={str(spec.add_bos).lower()}")
         seeded = load_recipe(recipe, own)
-        command = shlex.join(_command(model, preset, effort, calibration, [*changes, *own]))
         refusal = _refusal(graph, seeded)
-        yield Run(RECIPE, seeded.name, size, seed, seeded.to_dict(), command, refusal, seeded.rotates)
+        yield Run(
+            RECIPE,
+            seeded.name,
+            size,
+            seed,
+            seeded.to_dict(),
+            source.command(own),
+            refusal,
+            seeded.rotates,
+            max_bytes=max_bytes,
+        )
         if refusal:
             return  # the refusal is the same for all seeds
 
 
-def _preset(name: str, bits: int) -> tuple[str | None, bool]:
+def preset_of(name: str, bits: int) -> tuple[str | None, bool]:
     """The recipe that a name stands for at a number of bits (or None), and whether it has a fixed size.
 
     A name with a size in it (gyro-w2, gsr-w3g64) has that size. The name of a family (gyro) stands for its member of
@@ -301,7 +391,7 @@ def _preset(name: str, bits: int) -> tuple[str | None, bool]:
     return name, False
 
 
-def _changes(spec: ComparisonSpec, preset: str, size: Size, fixed: bool) -> list[str]:
+def own_changes(spec: ComparisonSpec, preset: str, size: Size, fixed: bool) -> list[str]:
     """The changes of a recipe for a size. A recipe with a fixed size keeps its size and its amount of text."""
     if fixed:
         changes = []
@@ -332,18 +422,12 @@ def _refusal(graph: ModelGraph, recipe: Recipe) -> str | None:
     return None
 
 
-def _command(model: str, preset: str, effort: str | None, text: str, changes: Sequence[str]) -> list[str]:
-    words = ["gyroquant", "quantize", model, "OUT", "--recipe", preset, "--text", text]
-    words += ["--effort", effort] if effort else []
-    return words + [word for change in changes for word in ("--set", change)]
-
-
 def _without_symmetric(variant: Mapping[str, Any]) -> dict[str, Any] | None:
     """The settings of a variant with a fixed symmetry, without that entry. None for other variants."""
     return {key: value for key, value in variant.items() if key != "symmetric"} if "symmetric" in variant else None
 
 
-def _tool_runs(spec: ComparisonSpec, name: str, size: Size) -> Iterator[Run]:
+def tool_runs(spec: ComparisonSpec, name: str, size: Size) -> Iterator[Run]:
     """The runs of an external tool at one size, of every variant. ``name:variant`` selects one variant.
 
     A variant with a fixed group size or fixed symmetry has a run of that size. If another variant does the same, there

@@ -7,7 +7,7 @@ from typing import Any
 
 from gyroquant.benchmark.kinds import RECIPE
 from gyroquant.benchmark.rows import OVER, by_seed, columns, interval, own_samples, perplexity, tests
-from gyroquant.benchmark.sizes import FILES, WEIGHTS, text, unit
+from gyroquant.benchmark.sizes import FILES, WEIGHTS, budget_of, budget_text, in_bytes, text, unit
 
 COVERAGE = {2: 50, 3: 75, 4: 80, 5: 84, 6: 85, 8: 88, 10: 90, 15: 92, 20: 93, 30: 93}
 """By number of windows: the percentage of normally distributed samples whose 95 % bootstrap interval holds the mean."""
@@ -21,9 +21,11 @@ def introduction(comparison: Mapping[str, Any]) -> str:
     counts = [f"{ours} {'result' if ours == 1 else 'results'} of recipes"] if ours or not done else []
     counts += [f"{len(done) - ours} of external tools"] if len(done) > ours else []
     settings, texts = comparison["settings"], comparison["texts"]
-    bits = ", ".join(map(str, settings["bits"]))
+    bits = f"{', '.join(map(str, settings['bits']))} bits" if settings["bits"] else ""
+    within = ", ".join(map(text, settings.get("sizes") or ()))
+    budgets = " and ".join(filter(None, (f"at {bits}" * bool(bits), f"within {within}" * bool(within))))
     seeds = f" ({runs} runs with all seeds)" if runs > len(done) else ""
-    results = f"{' and '.join(counts)} at {bits} bits{seeds}"
+    results = f"{' and '.join(counts)} {budgets}{seeds}"
     tests = ", ".join(
         f"{test['name']} ({test['windows']} windows of {test['window']} tokens{_begins(test)})"
         for test in texts["tests"].values()
@@ -72,14 +74,23 @@ def notes(comparison: Mapping[str, Any]) -> str:
             "Each p in a table is for one row and the best of its budget. The p values of the verdict are adjusted for "
             "the selection."
         )
-    limits = {one["bits"]: _limit(one) for one in comparison["verdict"] if one.get("over")}
+    limits = {budget_of(one): _limit(one) for one in comparison["verdict"] if one.get("over")}
     if limits:
-        budgets = ", ".join(f"{limit} at {bits} bits" for bits, limit in limits.items())
+        budgets = ", ".join(
+            limit if in_bytes(budget) else f"{limit} at {budget_text(budget)}" for budget, limit in limits.items()
+        )
         lines.append(f"A result {OVER} (more than {budgets}) is neither best nor recommended. It may be on the front.")
     if any(row.get("dominated_by") for one in comparison["verdict"] for row in one["rows"]):
         lines.append(
             "A result is dominated if another one, of whatever bits, has fewer bytes and a perplexity that is not "
             "significantly higher, or equal bytes and a perplexity that is significantly lower."
+        )
+    if any(run.get("max_bytes") for run in comparison["cells"]):
+        lines.append(_WITHIN)
+    if "tokens" in shown:
+        lines.append(
+            "Tokens a second are those of our own folders in transformers in fp32, with one text, beside the original "
+            "in turns. External tools have runtimes of their own, which are not measured here."
         )
     if "bytes" in shown:
         lines.append(_SIZES[unit(comparison["cells"])])
@@ -91,6 +102,10 @@ def _limit(budget: Mapping[str, Any]) -> str:
     return text(budget["limit"]) if "unit" in budget else f"{budget['limit']:.3f} true bits"
 
 
+_WITHIN = (
+    "Within a budget of bytes, each recipe has bits that are chosen for layers, embedding and head, and each external "
+    "tool the largest of its settings that fits."
+)
 _SIZES = {
     WEIGHTS: (
         "The size is that of all weights in the file, with embedding and head as each tool leaves them by default, and "

@@ -24,7 +24,27 @@ VIEWS: tuple[View, ...] = ("bytes", "bits")
 WEIGHTS, FILES = "weight_bytes", "bytes"
 """What bytes can be of: the weights, or all files of a result, which is all that older results state."""
 
+LEAST_BUDGET = 1000
+"""A budget is a number of bits if it is below this, else a number of bytes: no weight has so many bits, and no model so
+few bytes.
+"""
+
 Result = Mapping[str, Any]
+
+
+def budget_of(entry: Result) -> int:
+    """The budget of a run or of a verdict: its bytes if it has a budget of bytes, else its number of bits."""
+    return int(entry.get("max_bytes") or entry["bits"])
+
+
+def in_bytes(budget: int) -> bool:
+    """Whether a budget is one of bytes."""
+    return budget >= LEAST_BUDGET
+
+
+def budget_text(budget: int) -> str:
+    """A budget as text: 2 bits, or 50.0 MB."""
+    return text(budget) if in_bytes(budget) else f"{budget} bit{'s' * (budget != 1)}"
 
 
 def unit(runs: Iterable[Result]) -> str:
@@ -49,6 +69,19 @@ def text(value: float) -> str:
         if value >= one:
             return f"{value / one:.{digits}f} {name}"
     return f"{value / 1e3:.1f} kB"
+
+
+def enough(value: float) -> str:
+    """A size as text that is at least `value`, to a thousandth of a MB: 50.001 MB."""
+    return f"{math.ceil(value / 1e3) / 1e3:.3f} MB"
+
+
+def exact(value: int) -> str:
+    """A number of bytes as an option takes it: 50MB, or 50000001B."""
+    for name, one in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
+        if value % one == 0:
+            return f"{value // one}{name}"
+    return f"{value}B"
 
 
 def percent(share: float) -> str:

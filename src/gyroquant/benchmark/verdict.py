@@ -10,22 +10,34 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gyroquant.benchmark.cost_sentences import costs
 from gyroquant.benchmark.kinds import EXTERNAL_TOOL, RECIPE
 from gyroquant.benchmark.rows import perplexity, same
-from gyroquant.benchmark.sizes import ALIKE, ROOM, bytes_of, dominating, percent, text, unit
+from gyroquant.benchmark.sizes import (
+    ALIKE,
+    ROOM,
+    budget_of,
+    budget_text,
+    bytes_of,
+    dominating,
+    in_bytes,
+    percent,
+    text,
+    unit,
+)
 from gyroquant.evaluation.paired import LEVEL, front, max_t, paired
 
 Result = Mapping[str, Any]
 
 
 def verdict(runs: Sequence[Result], original: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One verdict for every number of bits and every test. Runs that are not done or have a loss that is not finite do
-    not count.
+    """One verdict for every budget, of bits or of bytes, and every test. Runs that are not done or have a loss that is
+    not finite do not count.
 
-    Results are compared at equal bytes of all their weights. The budget is the most bytes of our recipes that rotate
-    nothing, plus ROOM. A result over the budget is a row and may be on the front, but it is neither best nor
-    recommended. A row states by which result it is dominated (`dominating`), at whatever bits. Two questions are
-    answered within the budget:
+    Results are compared at equal bytes of all their weights. The limit of a number of bits is the most bytes of our
+    recipes that rotate nothing, plus ROOM. A budget of bytes is its own limit. A result over the budget is a row and
+    may be on the front, but it is neither best nor recommended. A row states by which result it is
+    dominated (`dominating`), at whatever bits. Two questions are answered within the budget:
 
     - Which result to use: the one with the lowest loss among those that are significantly better than the baseline.
       If there is no such result, the baseline. The baseline is the best of our recipes that rotate nothing.
@@ -40,16 +52,16 @@ def verdict(runs: Sequence[Result], original: Mapping[str, Any]) -> list[dict[st
     verdicts, kind = [], unit(runs)
     every = {test: _finite_runs([run for run in runs if run["status"] == "done"], test) for test in original}
     dominated = {test: dominating(_first_seeds(every[test]), test) for test in original}
-    for bits in sorted({run["bits"] for run in runs}):
+    for budget in sorted(set(map(budget_of, runs))):
         for test in original:
-            done = [c for c in runs if c["bits"] == bits and c["status"] == "done" and test in c["tests"]]
-            finite = [run for run in every[test] if run["bits"] == bits]
+            done = [c for c in runs if budget_of(c) == budget and c["status"] == "done" and test in c["tests"]]
+            finite = [run for run in every[test] if budget_of(run) == budget]
             if finite:
                 lost = sorted({run["name"] for run in done} - {run["name"] for run in finite})
                 by_key = {run["key"]: run for run in every[test]}
                 others = {key: by_key[other] for key, other in dominated[test].items()}
                 field = _Field(finite, test, kind, others, every[test])
-                verdicts.append(_budget(bits, field, lost, original[test]))
+                verdicts.append(_budget(field, lost, original[test]))
     return verdicts
 
 
@@ -128,11 +140,12 @@ class _Rotation(_Contest):
 
 
 class _Field:
-    """The runs at one number of bits on one text: the lowest seed of each, the budget, the baseline and the best.
+    """The runs within one budget on one text: the lowest seed of each, the budget, the baseline and the best.
 
     runs: lowest seed of each, by rising loss.
     baseline: the best of our recipes that rotate nothing, or None.
-    limit: bytes of the budget, or None without a baseline.
+    budget: a number of bits, or of bytes.
+    limit: the most bytes within the budget, or None at a number of bits without a baseline.
     kind: what bytes are of (`sizes.unit`).
     dominated: by the key of a run, the run that dominates it.
     every: the same as `runs`, of all numbers of bits.
@@ -152,11 +165,16 @@ class _Field:
         self.test, self.all, self.kind, self.dominated = test, runs, kind, dominated
         self.runs, self.every = self._ranked(runs), self._ranked(every)
         plain = [run for run in self.runs if run["kind"] == RECIPE and not _rotated(run)]
+        self.budget = budget_of(runs[0])
+        if in_bytes(self.budget):
+            self.limit: float | None = self.budget
+            plain = [run for run in plain if self.size(run) <= self.budget]
+        else:
+            self.limit = max(map(self.size, plain)) * (1 + ROOM) if plain else None
         self.baseline = next(iter(plain), None)
-        self.limit = max(map(self.size, plain)) * (1 + ROOM) if plain else None
         self.over = [run for run in self.runs if self.limit is not None and self.size(run) > self.limit]
         self.within = [run for run in self.runs if run not in self.over]
-        self.best = self.within[0]
+        self.best = next(iter(self.within), self.runs[0])
         # Another of our recipes that rotate nothing cannot be better than the best of them.
         self.candidates = [run for run in self.within if run not in plain]
         self.adjusted = self._max_t(self.candidates, self.baseline) if self.baseline else {}
@@ -238,19 +256,28 @@ def _span(run: Result, perplexities: Sequence[float]) -> str:
     return f"{run['name']} {low}" + f" to {high}" * (low != high)
 
 
+def _of(run: Result) -> str:
+    """The budget of a run, as text: W2, or 50.0 MB."""
+    return budget_text(budget_of(run)) if run.get("max_bytes") else f"W{run['bits']}"
+
+
 def _exponential(value: float) -> float:
     return math.exp(min(value, 700.0))  # stays finite, so that JSON can hold it
 
 
-def _budget(bits: int, field: _Field, lost: Sequence[str], original: Mapping[str, Any]) -> dict[str, Any]:
+def _budget(field: _Field, lost: Sequence[str], original: Mapping[str, Any]) -> dict[str, Any]:
     baseline, recommended, rotation = field.baseline, field.recommended, field.rotation()
     words = _Words(field)
     other = field.other()
     pairs = [(recommended, baseline)] if baseline not in (None, recommended) else []
     pairs += [(contest.lower, contest.higher) for contest in (other, rotation) if contest]
-    lines = [*words.use(), *words.others(other)], words.rotation(rotation), words.seeds(pairs), words.limits(lost)
-    return {
-        "bits": bits,
+    lines = [[*words.use(), *words.others(other)], words.rotation(rotation), words.seeds(pairs), words.limits(lost)]
+    own: dict[str, Any] = {"bits": field.budget}
+    if in_bytes(field.budget):
+        named = [recommended, *(run for pair in pairs for run in pair), *([baseline] if baseline else [])]
+        lines.insert(1, costs(named))
+        own = {"bits": None, "max_bytes": field.budget}
+    return own | {
         "test": field.test,
         "limit": field.limit,
         "unit": field.kind,
@@ -325,9 +352,10 @@ class _Words:
         """Which result to use and why, and which has the lowest mean loss if that is another one."""
         field, best, baseline = self.field, self.field.best, self.field.baseline
         if baseline is None:
+            nothing = "baseline" if in_bytes(field.budget) else "budget and no baseline"
             return [
                 f"Lowest perplexity: {self.mention(best)}.",
-                "No recipe of ours that rotates nothing has a result, so there is no budget and no baseline.",
+                f"No recipe of ours that rotates nothing has a result, so there is no {nothing}.",
             ]
         chosen, count = field.recommended, len(field.candidates)
         if chosen is baseline:
@@ -356,7 +384,7 @@ class _Words:
             return []
         smaller = "is smaller" if self.field.size(other) < self.field.size(chosen) else "takes the same bytes"
         way = "has a lower" if self.field.loss(other) < self.field.loss(chosen) else "has no significantly higher"
-        return [f"But {self.mention(other)}, of W{other['bits']}, {smaller} and {way} perplexity."]
+        return [f"But {self.mention(other)}, of {_of(other)}, {smaller} and {way} perplexity."]
 
     def _larger(self) -> list[str]:
         """The best result over the budget, if it is better than the best within."""

@@ -15,13 +15,14 @@ from transformers import AutoModelForCausalLM
 from gyroquant.benchmark.external_tools import ExternalTool, Size, Task
 from gyroquant.benchmark.external_tools.base import folder_bytes
 from gyroquant.benchmark.kinds import RECIPE
+from gyroquant.benchmark.running_cost import writing_speed
 from gyroquant.benchmark.shared_measurements import brief, forward_seconds, measured, outliers, read_tokens
 from gyroquant.errors import GyroquantError
 from gyroquant.evaluation.offline_tasks import read_items
 from gyroquant.evaluation.tasks import score_tasks
 from gyroquant.models.stores.base import WeightStore
 from gyroquant.models.stores.gguf.store import GgufStore
-from gyroquant.models.stores.source import open_model
+from gyroquant.models.stores.source import open_model, open_original
 from gyroquant.models.stores.weight_bytes import whole_model_bits
 from gyroquant.pipeline import run as pipeline
 from gyroquant.pipeline.job import prepare
@@ -65,6 +66,7 @@ def perform(spec: Mapping[str, Any]) -> dict[str, Any]:
     items: the file of the items of offline tasks, or None.
     dtype: the dtype of evaluation.
     add_bos: whether windows begin with BOS.
+    speed: whether to measure how fast the result of a recipe writes.
     scratch: a folder for temporary files.
     plain, python: for external tools, the folder with plain weights and the tool's interpreter.
     """
@@ -113,7 +115,7 @@ def _recipe(spec: Mapping[str, Any], scratch: Path) -> dict[str, Any]:
     tokens = read_tokens(Path(spec["calibration"]))
     manifest = pipeline.run(prepare(spec["model"], out, spec["settings"], tokens))
     seconds = time.perf_counter() - started
-    return {
+    return _speed(spec, out, tokens.ids, manifest["warnings"]) | {
         "place": out,
         "true_bits": manifest["bits"]["per_weight"],
         "weight_bytes": manifest["bits"]["bytes"],
@@ -124,6 +126,17 @@ def _recipe(spec: Mapping[str, Any], scratch: Path) -> dict[str, Any]:
         "layers": [brief(_layer(layer)) for layer in manifest["layers"]],
         "outliers": outliers(open_model(out), Path(spec["calibration"])),
     }
+
+
+def _speed(spec: Mapping[str, Any], out: Path, tokens: torch.Tensor, warnings: list[str]) -> dict[str, Any]:
+    """The speed of a result, if it is asked for. If it cannot be measured, there is a warning in its place."""
+    if not spec.get("speed"):
+        return {}
+    try:
+        return {"speed": writing_speed(out, open_original(spec["model"]), tokens)}
+    except GyroquantError as error:
+        warnings.append(f"its tokens a second were not measured: {error}")
+        return {}
 
 
 def _tasks(spec: Mapping[str, Any], place: Path, original: WeightStore) -> dict[str, dict[str, Any]] | None:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from gyroquant.maps import hadamard, next_power_of_two
-from gyroquant.models.execution.online import InputQuantizer, OnlineMap, OnlineOp, fake, no_fake_quant, route_experts
+from gyroquant.models.execution.online import InputQuantizer, OnlineMap, OnlineOp, fake, route_experts
 from gyroquant.models.execution.products import intercept
 from gyroquant.models.execution.runner import BlockDoneError
+from gyroquant.models.execution.switches import no_fake_quant
 from gyroquant.models.graph.model_graph import Group, LinearOp
 from gyroquant.models.graph.sites import hook_point
 from gyroquant.registry import Registry

@@ -37,6 +37,13 @@ ExternalTools = Annotated[
     str | None, typer.Option(help="External tools, separated by commas, such as auto-round,nncf,llama.cpp:Q2_K.")
 ]
 Opponents = Annotated[str | None, typer.Option(hidden=True)]
+Bits = Annotated[
+    str | None, typer.Option(help="Numbers of bits, separated by commas. Default: 2,3,4; none with --sizes.")
+]
+Sizes = Annotated[
+    str | None,
+    typer.Option(metavar="SIZES", help="Compare at equal bytes: sizes of all weights, such as 50MB,66MB."),
+]
 Tasks = Annotated[str | None, typer.Option(help=TASKS_HELP)]
 TaskLimit = Annotated[
     int | None, typer.Option(help="At most this many questions per task. Default: all; 200 of each offline task.")
@@ -65,6 +72,13 @@ def _numbers(text: str, option: str) -> list[int]:
         raise InputError(f"{option} takes numbers, separated by commas, such as 2,3,4, not {text!r}") from error
 
 
+def _sizes(text: str) -> list[str]:
+    sizes = comma_separated(text)
+    if not sizes:
+        raise InputError("--sizes is empty: give sizes, separated by commas, such as 50MB,66MB")
+    return sizes
+
+
 def _seconds(text: str | None) -> float | None:
     """The seconds of a time such as 90s, 45m, 2h or 1.5d."""
     if text is None:
@@ -86,7 +100,8 @@ def compare(
     windows: Windows = None,
     external_tools: ExternalTools = None,
     opponents: Opponents = None,
-    bits: Annotated[str, typer.Option(help="Numbers of bits, separated by commas.")] = "2,3,4",
+    bits: Bits = None,
+    sizes: Sizes = None,
     group_size: Annotated[str, typer.Option(help="Group sizes, separated by commas; -1 is a whole row.")] = "64",
     symmetric: Annotated[bool, typer.Option("--symmetric", help="Grids without zero points.")] = False,
     seeds: Annotated[int, typer.Option(help="Number of seeds, for random rotations and calibration windows.")] = 1,
@@ -116,7 +131,8 @@ def compare(
         warn_renamed("--opponents", "--external-tools")
     grid = {
         "external_tools": comma_separated(external_tools) + comma_separated(opponents),
-        "bits": _numbers(bits, "--bits"),
+        "bits": None if bits is None else _numbers(bits, "--bits"),
+        "sizes": [] if sizes is None else _sizes(sizes),
         "group_sizes": _numbers(group_size, "--group-size"),
         "symmetric": symmetric,
         "seeds": seeds,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,6 +18,7 @@ from gyroquant.cli.common import (
     comma_separated,
     print_json,
 )
+from gyroquant.evaluation.diagnosis.options import ReportOptions
 from gyroquant.report import console, summaries
 
 
@@ -45,10 +46,30 @@ def evaluate(
     no_bos: NoBos = False,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Device = "cpu",
+    report: Annotated[
+        str | None, typer.Option(metavar="DEST", help="Write a diagnosis against the original into this folder.")
+    ] = None,
+    prompts: Annotated[int | None, typer.Option(help="For --report: prompts to continue. Default 8.")] = None,
+    prompt_tokens: Annotated[int | None, typer.Option(help="For --report: tokens of a prompt. Default 32.")] = None,
+    steps: Annotated[int | None, typer.Option(help="For --report: tokens of a continuation. Default 32.")] = None,
+    coverage: Annotated[
+        float | None, typer.Option(help="For --report: coverage of the prediction sets. Default 0.9.")
+    ] = None,
+    generations: Annotated[
+        str | None, typer.Option(metavar="FILE", help="For --report: .jsonl of the original's prompt and completion.")
+    ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Measure perplexity, divergence from the original, and accuracy in zero-shot tasks."""
+    options: dict[str, Any] = {
+        "prompts": prompts,
+        "prompt_tokens": prompt_tokens,
+        "steps": steps,
+        "coverage": coverage,
+        "generations": generations,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
     result = api.evaluate(
         model,
         text,
@@ -64,6 +85,8 @@ def evaluate(
         dtype=dtype,
         device=device,
         progress=console.ConsoleProgress(),
+        report=report,
+        report_options=ReportOptions(**given) if given else None,
     )
     if as_json:
         print_json(result)

@@ -80,7 +80,7 @@ def measure_outliers(
     rows: list[Outliers] = []
     model = store.skeleton()
     with evaluating(model), (progress or Progress()).stage("observe", len(graph.blocks)) as advance:
-        stream = Stream(BlockRunner.of(store), input_ids, store.read(graph.outer_params()), device=device)
+        stream = Stream(BlockRunner.of(store, store.online), input_ids, store.read(graph.outer_params()), device=device)
         stream.free_outer()
         for i, group in enumerate(graph.blocks):
             online = graph.in_block(i, store.online)

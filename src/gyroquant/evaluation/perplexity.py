@@ -24,7 +24,8 @@ from gyroquant.models.stores.base import WeightStore
 from gyroquant.system.progress import Advance, Progress
 
 _CHUNK_BYTES = 1 << 28  # this many bytes of hidden states are held at once
-_RESAMPLES = 2000
+RESAMPLES = 2000
+"""How often a bootstrap draws windows."""
 
 PRESETS = {"standard": (2048, None), "bbt": (1024, 8)}
 """Window length in tokens and number of windows. `standard`: the whole text in windows of 2,048. `bbt`: the first 8
@@ -87,13 +88,13 @@ class WindowScores:
     agree: Tensor | None = None
 
 
-def _hidden(
+def after_blocks(
     store: WeightStore, ids: Tensor, dtype: torch.dtype, device: str, advance: Advance, known: Tensor | None = None
 ) -> tuple[Stream, Any]:
     """A stream after all blocks, and the parameters around the blocks. `known` replaces the run."""
     graph = store.graph
     outer = store.read(graph.outer_params())
-    stream = Stream(BlockRunner.of(store), ids, outer, dtype, device=device)
+    stream = Stream(BlockRunner.of(store, store.online), ids, outer, dtype, device=device)
     stream.free_outer()
     if known is None:
         stream.run_all(store, advance)
@@ -112,17 +113,48 @@ def last_hidden(
 ) -> Tensor:
     """The output of the last block for `input_ids`, shape (windows, length): (windows, length, hidden), in `dtype`."""
     with evaluating(store.skeleton()), (progress or Progress()).stage("evaluate", len(store.graph.blocks)) as advance:
-        stream, _ = _hidden(store, input_ids, dtype, device, advance)
+        stream, _ = after_blocks(store, input_ids, dtype, device, advance)
     assert stream.hidden is not None
     return stream.hidden
 
 
-def _pairs(stores: list[WeightStore], streams: list[tuple[Stream, Any]]) -> Iterator[tuple[int, int, list[Tensor]]]:
+def paired_logs(
+    stores: list[WeightStore], streams: list[tuple[Stream, Any]]
+) -> Iterator[tuple[int, int, list[Tensor]]]:
+    """Log-probabilities of one or two models in fp32, in pieces: (window, first position, of each model).
+
+    Those of a model have shape (positions, vocabulary).
+    """
     with ExitStack() as attachments:
         for store in stores:
             attachments.enter_context(attached(store.skeleton(), store.graph.around_blocks(store.online)))
         for pieces in zip(*(stream.logits(outer) for stream, outer in streams), strict=True):
             yield pieces[0][0], pieces[0][1], [logits.float().log_softmax(-1) for _, _, logits in pieces]
+
+
+def check_vocabularies(store: WeightStore, against: WeightStore) -> None:
+    """Raises InputError if two models have different vocabularies."""
+    if against.text_config.vocab_size != store.text_config.vocab_size:
+        raise InputError(
+            f"{against.label} and {store.label} have different vocabularies and cannot be compared: give the original "
+            "of this model"
+        )
+
+
+def windows_at_once(stores: Sequence[WeightStore], length: int, dtype: torch.dtype) -> int:
+    """How many windows of `length` tokens run through the models at once. Their hidden states are in memory."""
+    return max(1, _CHUNK_BYTES // (max(model.graph.hidden for model in stores) * dtype.itemsize * length))
+
+
+def counted_tokens(input_ids: Tensor, bos: Sequence[int]) -> Tensor:
+    """The tokens whose prediction counts: those that are not BOS. bool, shape (windows, length).
+
+    Raises InputError if a window has no such token after its first.
+    """
+    counted = ~torch.isin(input_ids, torch.tensor(bos, dtype=input_ids.dtype, device=input_ids.device))
+    if not bool(counted[:, 1:].any(1).all()):
+        raise InputError("a window has only BOS tokens, none of which counts: take longer windows")
+    return counted
 
 
 @torch.no_grad()
@@ -143,18 +175,12 @@ def score_windows(
     has no token that counts.
     """
     stores = [store] if against is None else [store, against]
-    if against is not None and against.text_config.vocab_size != store.text_config.vocab_size:
-        raise InputError(
-            f"{against.label} and {store.label} have different vocabularies and cannot be compared: give the original "
-            "of this model"
-        )
-    width = max(model.graph.hidden for model in stores) * dtype.itemsize * input_ids.shape[1]
-    chunk = max(1, _CHUNK_BYTES // width)
+    if against is not None:
+        check_vocabularies(store, against)
+    chunk = windows_at_once(stores, input_ids.shape[1], dtype)
     totals = torch.zeros(3, len(input_ids), dtype=torch.float64)
-    counted = ~torch.isin(input_ids, torch.tensor(bos, dtype=input_ids.dtype, device=input_ids.device))
+    counted = counted_tokens(input_ids, bos)
     predicted = counted[:, 1:].sum(1).cpu()
-    if not bool(predicted.all()):
-        raise InputError("a window has only BOS tokens, none of which counts: take longer windows")
     pieces = range(0, len(input_ids), chunk)
     steps = sum(len(model.graph.blocks) for model in stores if model is store or known is None) * len(pieces)
     with (progress or Progress()).stage("evaluate", steps) as advance:
@@ -164,13 +190,13 @@ def score_windows(
             for model in stores:
                 with evaluating(model.skeleton()):
                     states = known[first : first + chunk] if model is against and known is not None else None
-                    streams.append(_hidden(model, ids, dtype, device, advance, states))
-            for number, start, logs in _pairs(stores, streams):
-                totals[:, first + number] += _sums(ids[number], start, logs, counted[first + number])
+                    streams.append(after_blocks(model, ids, dtype, device, advance, states))
+            for number, start, logs in paired_logs(stores, streams):
+                totals[:, first + number] += window_sums(ids[number], start, logs, counted[first + number])
     return WindowScores(totals[0], predicted, *(() if against is None else (totals[1], totals[2])))
 
 
-def _sums(ids: Tensor, start: int, logs: list[Tensor], counted: Tensor) -> Tensor:
+def window_sums(ids: Tensor, start: int, logs: list[Tensor], counted: Tensor) -> Tensor:
     """Loss, divergence and agreement of one piece of a window, summed over positions whose next token is `counted`.
 
     `counted` has shape (length,).
@@ -195,7 +221,7 @@ def interval(values: Tensor, weight: Tensor | int, seed: int = 0, level: float =
     Both have shape (windows,). A number is the weight of every window.
     """
     generator = torch.Generator().manual_seed(seed)
-    picks = torch.randint(0, len(values), (_RESAMPLES, len(values)), generator=generator)
+    picks = torch.randint(0, len(values), (RESAMPLES, len(values)), generator=generator)
     means = values[picks].mean(1) / (weight[picks].double().mean(1) if isinstance(weight, Tensor) else weight)
     tail = (1 - level) / 2
     low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=means.dtype))

@@ -7,14 +7,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gyroquant.errors import InputError
-from gyroquant.formats.runtime import open_runtime
+from gyroquant.formats.runtime import Runtime, open_runtime
 from gyroquant.system.environment import peak_memory_bytes
 
 _REPEATS = 3
@@ -49,22 +51,34 @@ def _reason(process: subprocess.CompletedProcess[str]) -> str:
 def _measured(request: dict[str, Any]) -> dict[str, float]:
     before = peak_memory_bytes()
     runtime = open_runtime(request["format"], Path(request["folder"]), request["exact"])
-    prompt, tokens = torch.tensor(request["prompt"]), request["tokens"]
-    read, written = [], []
+    (rates,) = generation_rates([runtime], torch.tensor(request["prompt"]), request["tokens"])
+    return rates | {"peak_memory_bytes": peak_memory_bytes(), "memory_before_bytes": before}
+
+
+def generation_rates(runtimes: Sequence[Runtime], prompt: Tensor, tokens: int) -> list[dict[str, float]]:
+    """The speed of several models in this process, in turns, so that what else the machine does slows all of them.
+
+    Each reads a prompt, shape (length,), and writes `tokens` tokens greedily, one at a time. Returns for each
+    prefill_tokens_per_second and decode_tokens_per_second, medians of _REPEATS turns after one that does not count.
+    """
+    read: list[list[float]] = [[] for _ in runtimes]
+    written: list[list[float]] = [[] for _ in runtimes]
     for _ in range(_REPEATS + 1):  # the first includes work that is done only once
-        began = time.perf_counter()
-        token = int(runtime.logits(prompt)[-1].argmax())
-        read_at = time.perf_counter()
-        for _ in range(tokens):
-            token = int(runtime.feed(torch.tensor([[token]]))[-1].argmax())
-        read.append(read_at - began)
-        written.append(time.perf_counter() - read_at)
-    return {
-        "prefill_tokens_per_second": len(prompt) / median(read[1:]),
-        "decode_tokens_per_second": tokens / median(written[1:]),
-        "peak_memory_bytes": peak_memory_bytes(),
-        "memory_before_bytes": before,
-    }
+        for index, runtime in enumerate(runtimes):
+            began = time.perf_counter()
+            token = int(runtime.logits(prompt)[-1].argmax())
+            read_at = time.perf_counter()
+            for _ in range(tokens):
+                token = int(runtime.feed(torch.tensor([[token]]))[-1].argmax())
+            read[index].append(read_at - began)
+            written[index].append(time.perf_counter() - read_at)
+    return [
+        {
+            "prefill_tokens_per_second": len(prompt) / median(reading[1:]),
+            "decode_tokens_per_second": tokens / median(writing[1:]),
+        }
+        for reading, writing in zip(read, written, strict=True)
+    ]
 
 
 def main() -> None:

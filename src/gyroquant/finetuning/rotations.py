@@ -17,7 +17,7 @@ from gyroquant.finetuning.objectives import Loss, Setting
 from gyroquant.finetuning.parameters import Place, Steps, largest_drift
 from gyroquant.finetuning.settings import Learn
 from gyroquant.maps import dump
-from gyroquant.models.execution.online import scaled_ste
+from gyroquant.models.execution.switches import scaled_ste
 from gyroquant.models.folding.fold import FoldPlan
 from gyroquant.models.stores.base import WeightStore
 from gyroquant.system.journal import get_state, put_state

@@ -253,7 +253,7 @@ class _Batches:
         self, model: _Model, original: Stream, outer: Mapping[str, Tensor], tokens: Tensor, settings: Finetune
     ):
         self.model, self.original, self.tokens, self.settings = model, original, tokens, settings
-        self.runner = BlockRunner.of(model.store)
+        self.runner = BlockRunner.of(model.store, model.store.online)
         self.runner.check_separate("finetuning")
         self._outer = original.local(outer)
         self._adam = torch.optim.Adam(model.moved.values(), lr=settings.lr)

@@ -21,6 +21,7 @@ from gyroquant.formats.ties import modules_around, runs_at, tie_points
 from gyroquant.grids import EvenGrid, Grid, GroupParams, IntegerGrid, LookupGrid, QuantizedWeight, SuperBlockGrid
 from gyroquant.grids.error import weight_error
 from gyroquant.models.deriving.derive import derived
+from gyroquant.models.execution.low_rank import LowRankBranch
 from gyroquant.models.execution.online import CacheQuantizer, InputQuantizer, OnlineOp
 from gyroquant.models.graph.model_graph import TOKENS, ModelGraph
 from gyroquant.models.graph.sites import HookPoint
@@ -50,6 +51,7 @@ class Layer:
     wide: whether fp16 cannot hold its scales.
     rows: the number of rows, or 0 if it is unknown.
     table: whether it is a table of embeddings.
+    low_rank: whether it has a low-rank branch.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Layer:
     wide: bool = False
     rows: int = 0
     table: bool = False
+    low_rank: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,8 +119,10 @@ def requirements_of(store: PackedStore) -> ModelRequirements:
             bool(entry.get("tensor_scale")) and _wide(store.quantized(name)),
         )
         plain, table = "basis" not in entry, op.entry.reads == TOKENS
-        layers.append(Layer(name, grid, columns, plain, op.entry.stacked, wide, rows, table))
-    return ModelRequirements(store.config.model_type, tuple(layers), store.online, store.config, store.graph)
+        low_rank = "low_rank" in entry
+        layers.append(Layer(name, grid, columns, plain, op.entry.stacked, wide, rows, table, low_rank))
+    online = tuple(op for op in store.online if not isinstance(op, LowRankBranch))  # these belong to layers
+    return ModelRequirements(store.config.model_type, tuple(layers), online, store.config, store.graph)
 
 
 def _wide(weight: QuantizedWeight) -> bool:
@@ -204,6 +209,7 @@ class FormatCapabilities:
     unties: whether it holds a model with `keep_ties` as one with a head of its own; see `gyroquant.formats.ties`.
     wrappers: whether it holds models that contain the decoder and also take images.
     wide_scales: whether it holds scales that fp16 cannot hold.
+    low_rank: whether it holds layers with a low-rank branch, or decodes the branch into the weight.
     """
 
     weights: tuple[WeightType, ...] = ()
@@ -218,6 +224,7 @@ class FormatCapabilities:
     unties: bool = False
     wrappers: bool = False
     wide_scales: bool = False
+    low_rank: bool = False
 
     def type_of(self, layer: Layer) -> WeightType | None:
         """The first type of weights that holds a layer, or None."""
@@ -312,9 +319,15 @@ class Format(ABC):
             yield f"{self.title} does not support {model_type}; it supports {', '.join(supported)}"
 
     def _layers(self, layers: Iterable[Layer]) -> Iterable[tuple[str, str]]:
-        if self.capabilities.dense:
-            return
         for layer in layers:
+            if layer.low_rank and not self.capabilities.low_rank:
+                yield (
+                    "low_rank",
+                    f"{self.title} cannot hold the low-rank branch of {layer.name}; leave weights.low_rank out of the "
+                    "recipe",
+                )
+            if self.capabilities.dense:
+                continue
             if layer.table and not self.capabilities.tables:
                 yield (
                     "tables",
@@ -341,6 +354,8 @@ class Format(ABC):
 
     def _online(self, online: Iterable[OnlineOp], ties: Collection[HookPoint] = ()) -> Iterable[tuple[str, str]]:
         for op in online:
+            if isinstance(op, LowRankBranch):
+                continue  # reported with its layer
             if isinstance(op, InputQuantizer):
                 yield "inputs", f"{self.title} does not round activations as this recipe does; set activations=null"
             elif isinstance(op, CacheQuantizer):

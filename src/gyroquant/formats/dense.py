@@ -17,7 +17,7 @@ from gyroquant.models.stores.packed import PackedStore
 
 
 class Dense(Format):
-    """Every weight as a decoded number, under the names of the original checkpoint.
+    """Every weight as a decoded number, low-rank branch included, under the names of the original checkpoint.
 
     A decoded weight has more digits than 16-bit numbers, so it is rounded once more if the model is stored in 16 bits.
     The facts state the largest change: relative to the weight itself, and, as `deviation`, relative to the largest
@@ -29,7 +29,7 @@ class Dense(Format):
     runtime = TransformersRuntime
     library = "transformers"
     usage = TRANSFORMERS_USAGE
-    capabilities = FormatCapabilities(dense=True, experts=True, unties=True, wrappers=True)
+    capabilities = FormatCapabilities(dense=True, experts=True, unties=True, wrappers=True, low_rank=True)
     dtype: ClassVar[torch.dtype | None] = None
 
     def write(self, store: PackedStore, folder: OutputFolder) -> dict[str, Any]:
@@ -37,7 +37,7 @@ class Dense(Format):
 
         def encode(op: LinearOp, weight: QuantizedWeight) -> dict[str, Tensor]:
             nonlocal relative, largest
-            exact = op.to_param(weight.dequantize())
+            exact = op.to_param(weight.merged())
             written = exact.to(dtype)
             relative = max(relative, _relative_deviation(written, exact))
             largest = max(largest, deviation(written, exact))
@@ -49,8 +49,10 @@ class Dense(Format):
         return {"dtype": dtype_name(dtype), "largest_relative_deviation": relative, "deviation": largest}
 
     def weight_in_file(self, store: PackedStore, name: str) -> Tensor | None:
-        op = store.graph.op(name)
-        return op.to_param(store.quantized(name).dequantize()).to(self.dtype or store.dtype).float()
+        op, weight = store.graph.op(name), store.quantized(name)
+        written = op.to_param(weight.merged()).to(self.dtype or store.dtype).float()
+        # the low-rank branch is in the file's weight, and runs beside that of the saved model
+        return written if weight.low_rank is None else written - op.to_param(weight.low_rank.product())
 
 
 def _relative_deviation(written: Tensor, exact: Tensor) -> float:

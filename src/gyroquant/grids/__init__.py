@@ -15,10 +15,12 @@ from gyroquant.grids.even import EvenGrid
 from gyroquant.grids.float_zero import FloatZeroGrid
 from gyroquant.grids.floating import Fp4Grid, Fp8Grid
 from gyroquant.grids.half_scale import HalfScaleGrid
+from gyroquant.grids.int_float import If4Grid, MxIf4Grid
 from gyroquant.grids.integer import IntegerGrid
 from gyroquant.grids.iq import IqGrid
 from gyroquant.grids.k_quants import KQuantGrid
 from gyroquant.grids.lookup import LookupGrid
+from gyroquant.grids.low_rank import LowRankFactors
 from gyroquant.grids.microscaling import Mxfp4Grid, Nvfp4Grid
 from gyroquant.grids.real_zero import RealZeroGrid
 from gyroquant.grids.super_block import SuperBlockGrid
@@ -35,10 +37,13 @@ __all__ = [
     "Grid",
     "GroupParams",
     "HalfScaleGrid",
+    "If4Grid",
     "IntegerGrid",
     "IqGrid",
     "KQuantGrid",
     "LookupGrid",
+    "LowRankFactors",
+    "MxIf4Grid",
     "Mxfp4Grid",
     "Nvfp4Grid",
     "QuantizedWeight",

@@ -15,6 +15,7 @@ from typing_extensions import Self
 
 from gyroquant.errors import InputError, RecipeError
 from gyroquant.grids.basis import Basis
+from gyroquant.grids.low_rank import LowRankFactors
 from gyroquant.registry import Registry, no_examples
 
 
@@ -245,6 +246,10 @@ class Grid(BaseModel, ABC):
         """The distance from numbers of the grid to the next number towards zero, both in units of the scale."""
         return torch.ones_like(numbers)
 
+    def group_step_below(self, numbers: Tensor, params: GroupParams) -> Tensor:
+        """As `step_below`, for groups with these parameters. Grids override it whose numbers depend on the group."""
+        return self.step_below(numbers)
+
     @abstractmethod
     def encode(self, weights: Tensor, params: GroupParams) -> Tensor:
         """The nearest codes, uint8, for weights of shape (..., k) whose scales are `params`."""
@@ -302,15 +307,24 @@ class QuantizedWeight:
     """A rounded weight matrix: codes of shape (rows, columns), uint8, and scales of shape (rows, groups, 1).
 
     With a `basis`, codes and scales describe the weight in that basis. `columns` is then the order of the basis.
+
+    With `low_rank`, a product of two factors is added to what the codes stand for. It runs with the model, so
+    `dequantize` does not include it; `merged` does.
     """
 
     grid: Grid
     codes: Tensor
     params: GroupParams
     basis: Basis | None = None
+    low_rank: LowRankFactors | None = None
+
+    def merged(self) -> Tensor:
+        """The matrix of codes and low-rank product together, shape (rows, columns), fp32."""
+        numbers = self.dequantize()
+        return numbers if self.low_rank is None else numbers + self.low_rank.product()
 
     def dequantize(self) -> Tensor:
-        """The matrix that the codes stand for, shape (rows, columns), fp32."""
+        """The matrix that the codes stand for, shape (rows, columns), fp32, without the low-rank product."""
         rows, columns = self.codes.shape
         groups = self.codes.view(rows, self.params.scale.shape[1], -1)
         numbers = self.grid.decode(groups, self.params).view(rows, columns)
@@ -321,10 +335,12 @@ class QuantizedWeight:
         """The bits stored for the matrix, without the padding of the last byte."""
         basis = 0 if self.basis is None or self.basis.scale is None else 16 * self.basis.scale.numel()
         groups = self.grid.group_bits * self.params.scale.numel()
-        return int(self.grid.code_bits * self.codes.numel()) + groups + self.grid.tensor_bits + basis
+        factors = 0 if self.low_rank is None else self.low_rank.bits
+        return int(self.grid.code_bits * self.codes.numel()) + groups + self.grid.tensor_bits + basis + factors
 
     def pack(self) -> dict[str, Tensor]:
-        return self.grid.pack(self.codes, self.params) | ({} if self.basis is None else self.basis.pack())
+        basis = {} if self.basis is None else self.basis.pack()
+        return self.grid.pack(self.codes, self.params) | basis | ({} if self.low_rank is None else self.low_rank.pack())
 
 
 def joined(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:

@@ -30,7 +30,7 @@ def is_given_back(grid: Grid, weights: Tensor, params: GroupParams, relative: fl
     Returns bool of shape (..., k). `params` may have any shape that broadcasts with the weights.
     """
     numbers = grid.nearest(weights, params)
-    steps = grid.step_below(numbers / params.scale) * params.scale.abs()
+    steps = grid.group_step_below(numbers / params.scale, params) * params.scale.abs()
     return (numbers - weights).abs() <= torch.minimum(relative * weights.abs(), _LARGEST * steps) + _STEPS * steps
 
 

@@ -19,12 +19,11 @@ from gyroquant.grids.base import Grid, GroupParams, stored
 from gyroquant.grids.bitpack import pack, unpack
 from gyroquant.grids.half_scale import half
 from gyroquant.grids.integer import IntegerGrid
-from gyroquant.grids.lookup import LookupGrid, iq4_nl
+from gyroquant.grids.lookup import LookupGrid, iq4_nl, iq4_nl_codes
 from gyroquant.grids.super_block import SUPER_BLOCK, SuperBlockGrid
 
 _WIDTHS = tuple(1.0 - 0.05 * i for i in range(-2, 10))  # factors on the range of a group
 _SNAP = 2.0**4 + 1  # keeps 20 bits of an fp32 number (Veltkamp); a product of fp16 and 6 bits has at most 17
-_PIECE = 1 << 22  # weights that are fitted at once
 
 
 class _Type(NamedTuple):
@@ -135,17 +134,7 @@ class KQuantGrid(SuperBlockGrid):
         """The multiple that the largest scale of a super-block gets: the largest one, or the lowest negative one."""
         return int(2**self._type.multiple - 1 if self._type.offset else -(2 ** (self._type.multiple - 1)))
 
-    def fit(self, groups: Tensor) -> GroupParams:
-        flat = groups.reshape(-1, self.super_block, self.group_size)
-        parts = [self._fitted(part) for part in flat.split(_PIECE // SUPER_BLOCK)]
-        shape = (*groups.shape[:-1], 1)
-        scale, zero = (torch.cat([getattr(part, kind) for part in parts]).view(shape) for kind in ("scale", "zero"))
-        return GroupParams(scale, zero)
-
     def _fitted(self, groups: Tensor) -> GroupParams:
-        """Scales of super-blocks, shape (super-blocks, groups, group): free ones, then multiples of one number."""
-        if not bool(groups.isfinite().all()):
-            raise InputError("a group of numbers is not finite")
         if self._type.offset:
             free = _free_offsets(groups, self._levels)
             return self._nearest_multiples(groups, self.round_params(*free))
@@ -247,25 +236,24 @@ class KQuantGrid(SuperBlockGrid):
         if not self._in_table:
             return torch.ones_like(numbers)
         table = iq4_nl().to(numbers)
-        code = _codes(numbers, table)
+        code = _codes(numbers)
         return (table[1:] - table[:-1])[torch.where(numbers > 0, code - 1, code).clamp(0, len(table) - 2)]
 
     def _steps(self, groups: Tensor, scale: Tensor) -> Tensor:
         """The nearest numbers in units of the scale, for types without offset."""
         if self._in_table:
-            table = iq4_nl().to(groups)
-            return table[_codes(groups / scale, table)]
+            return _take(iq4_nl(), _codes(groups / scale))
         return (groups / scale).round_().clamp_(-self._middle, self._levels - self._middle)
 
     def encode(self, weights: Tensor, params: GroupParams) -> Tensor:
         if self._in_table:
-            return _codes(weights / params.scale, iq4_nl().to(weights)).to(torch.uint8)
+            return _codes(weights / params.scale).to(torch.uint8)
         zero = _offset(params) / params.scale if self._type.offset else self._middle
         return (weights / params.scale + zero).round_().clamp_(0, self._levels).to(torch.uint8)
 
     def decode(self, codes: Tensor, params: GroupParams) -> Tensor:
         if self._in_table:
-            return iq4_nl().to(params.scale)[codes.long()] * params.scale
+            return _take(iq4_nl(), codes) * params.scale
         if not self._type.offset:
             return (codes.float() - self._middle) * params.scale
         return codes.float() * params.scale - _offset(params)
@@ -313,8 +301,14 @@ def _shortened(x: Tensor) -> Tensor:
     return wide - (wide - x)
 
 
-def _codes(steps: Tensor, table: Tensor) -> Tensor:
-    return torch.bucketize(steps.contiguous(), (table[1:] + table[:-1]) / 2)
+def _codes(steps: Tensor) -> Tensor:
+    """The codes of the numbers of IQ4_NL that are nearest to steps, int32."""
+    return _take(iq4_nl_codes(), (2 * steps).ceil_().clamp_(-254, 254).add_(254))
+
+
+def _take(table: Tensor, index: Tensor) -> Tensor:
+    """``table[index]``, which torch does slowly. The index holds whole numbers of any dtype."""
+    return table.to(index.device).index_select(0, index.int().flatten()).view(index.shape)
 
 
 def _free_offsets(groups: Tensor, levels: int) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,8 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from gyroquant.grids.point_search import largest
+
 Floats = NDArray[np.float32]
 Words = NDArray[np.int64]
 
@@ -25,7 +27,7 @@ def nearest_points(x: Floats, weight: Floats, book: Floats, first_odd: int, word
     """
     vectors = book.shape[1]
     squares = book * book
-    size, score, least = np.empty(vectors, np.float32), np.empty(vectors, np.float32), np.empty(vectors, np.float32)
+    size, score, least = np.empty(vectors, np.float32), np.empty(2 * vectors, np.float32), np.empty(vectors, np.float32)
     pull = np.empty(_ROWS, np.float32)
     for n in range(len(x)):
         best = _FAR
@@ -54,10 +56,8 @@ def nearest_points(x: Floats, weight: Floats, book: Floats, first_odd: int, word
             first, last = (0, first_odd) if minus % 2 == 1 else (first_odd, vectors)
             for v in range(first, last):
                 score[v] -= 4 * least[v]
-            chosen, value = 0, -_FAR
-            for v in range(vectors):
-                if score[v] > value:
-                    value, chosen = score[v], v
+            chosen = largest(score, vectors)
+            value = score[chosen]
             if energy - value < best:
                 best = energy - value
                 flipped = -1

@@ -117,3 +117,10 @@ def _normal(bits: int) -> Tensor:
 def iq4_nl() -> Tensor:
     """The numbers of llama.cpp's type IQ4_NL, rising, shape (16,), fp32."""
     return torch.tensor(gguf.quants.IQ4_NL.kvalues, dtype=torch.float32)
+
+
+@cache
+def iq4_nl_codes() -> Tensor:
+    """The code of the number of IQ4_NL nearest to x, int32, at the place ``ceil(2 x) + 254``: boundaries are halves."""
+    table = iq4_nl()
+    return torch.bucketize(torch.arange(-254.0, 255.0), table[1:] + table[:-1], out_int32=True)

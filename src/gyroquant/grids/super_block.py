@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
+import torch
 from pydantic import model_validator
+from torch import Tensor
 from typing_extensions import Self
 
-from gyroquant.grids.base import Grid
+from gyroquant.errors import InputError
+from gyroquant.grids.base import Grid, GroupParams
 
 SUPER_BLOCK = 256
+_PIECE = 1 << 18  # weights that are fitted at once, so that they stay in the cache
 
 
 class SuperBlockGrid(Grid):
@@ -34,6 +38,18 @@ class SuperBlockGrid(Grid):
     @property
     def super_block(self) -> int:
         return SUPER_BLOCK // self.group_size
+
+    def fit(self, groups: Tensor) -> GroupParams:
+        if not bool(groups.isfinite().all()):
+            raise InputError("a group of numbers is not finite")
+        flat, shape = groups.reshape(-1, self.super_block, self.group_size), (*groups.shape[:-1], 1)
+        parts = [self._fitted(part.contiguous()) for part in flat.split(_PIECE // SUPER_BLOCK)]
+        scale, zero = (torch.cat([getattr(part, kind) for part in parts]).view(shape) for kind in ("scale", "zero"))
+        return GroupParams(scale, zero)
+
+    @abstractmethod
+    def _fitted(self, groups: Tensor) -> GroupParams:
+        """The parameters of super-blocks, shape (super-blocks, groups, group): free ones, then multiples of one."""
 
     def _advice(self, columns: int) -> str:
         return "take another grid, or put such layers into weights.ignore"

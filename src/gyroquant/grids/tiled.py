@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -50,6 +52,12 @@ class TiledGrid(ScaleOnlyGrid):
         """
         scale = self._vectors(params.scale.expand(weights.shape))
         return self._vectors(weights).float() / scale, scale / scale.abs().amax(1, keepdim=True)
+
+
+@cache
+def has_compiler() -> bool:
+    """Whether numba is installed."""
+    return find_spec("numba") is not None
 
 
 def compiled(module: str, function: str) -> Any:

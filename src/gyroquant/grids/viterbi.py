@@ -9,18 +9,17 @@ cost among these, and only that is kept for the way back.
 
 from __future__ import annotations
 
-import os
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from gyroquant.grids.threads import WORTH_A_THREAD, in_parts
+
 Floats = NDArray[np.float32]
 Codes = NDArray[np.uint8]
 
-_WORTH_A_THREAD = 1 << 24  # states and numbers, some milliseconds of work: to wake a thread takes a tenth of one
 _FAR = np.float32(1e30)  # the cost of a start that is not allowed
 
 
@@ -104,25 +103,6 @@ def best_codes(x: Floats, r: Floats, numbers: Floats, bits: int, threads: int = 
     if bits not in _SEARCH:
         _SEARCH[bits] = _compiled(bits)
     search, out = _SEARCH[bits], np.empty(x.shape, np.uint8)
-    threads = min(threads, len(x))
-    if threads < 2 or x.size * numbers.size < _WORTH_A_THREAD:
-        search(x, r, numbers, out)
-        return out
-    search(x[:0], r[:0], numbers, out[:0])  # compiles it, once
-    parts = [slice(i * len(x) // threads, (i + 1) * len(x) // threads) for i in range(threads)]
-    others = [_pool(threads - 1).submit(search, x[part], r[part], numbers, out[part]) for part in parts[1:]]
-    search(x[parts[0]], r[parts[0]], numbers, out[parts[0]])
-    for other in others:
-        other.result()
+    worth = x.size * numbers.size >= WORTH_A_THREAD
+    in_parts(lambda part: search(x[part], r[part], numbers, out[part]), len(x), threads if worth else 1)
     return out
-
-
-_POOLS: dict[tuple[int, int], ThreadPoolExecutor] = {}
-
-
-def _pool(threads: int) -> ThreadPoolExecutor:
-    """So many threads that are kept: a solver asks for a column at a time. A forked process has to make its own."""
-    key = os.getpid(), threads
-    if key not in _POOLS:
-        _POOLS[key] = ThreadPoolExecutor(threads)
-    return _POOLS[key]

@@ -29,6 +29,7 @@ from gyroquant.models.stores.source import open_model
 from gyroquant.pipeline.folds import plan_folds
 from gyroquant.pipeline.job import Job, prepare
 from gyroquant.pipeline.planning import learning_setting
+from gyroquant.pipeline.stages.windows import Windows, made_windows
 from gyroquant.recipes.compat import current_manifest
 from gyroquant.recipes.schema import load_recipe
 from gyroquant.system.checksums import CHECKSUM_FILE, Integrity, check, unchecked
@@ -212,8 +213,11 @@ def _repeat_proof(
         recipe = load_recipe(recipe, [f"calibration.dtype={dtype}"])
     with TemporaryDirectory() as scratch:
         old = "bos" not in (manifest["text"] or {})  # such a run read every file as prose
-        source = load_text(_text(manifest, text), prose=old)
+        written = recipe.calibration.source == "self"
+        source = None if written else load_text(_text(manifest, text), prose=old)
         job = prepare(_original(manifest, against), Path(scratch) / "out", recipe, source)
+        if Windows().applies(job):
+            job.state.tokens, _ = made_windows(job, progress)
         problems = _other_text(job, manifest)
         with evaluating(job.store.skeleton()):
             plan, origin = _plan_again(job, out, progress)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time they come from t
     from gyroquant.methods.stored import Stored
     from gyroquant.methods.unit_scale import UnitScale
     from gyroquant.methods.walsh import Walsh
+    from gyroquant.methods.wush import Wush
 
 __all__ = [
     "AcrossHeads",
@@ -48,6 +49,7 @@ __all__ = [
     "Stored",
     "UnitScale",
     "Walsh",
+    "Wush",
     "Zigzag",
 ]
 

@@ -139,7 +139,7 @@ def backward_cost(probe: CostProbe, windows: int, at_once: int) -> tuple[float, 
     Measured on the first block, which runs once, and once more with gradients and backwards.
     """
     job = probe.job
-    runner = BlockRunner.of(job.store)
+    runner = BlockRunner.of(job.store, job.plan.online)
     outer = job.plan.read_outer(job.store)
     stream = Stream(runner, probe.sample[:1], outer, job.compute_dtype, None, job.output.device)
     assert stream.hidden is not None

@@ -72,7 +72,7 @@ class CostProbe:
         started = time.perf_counter()
         outer = job.plan.read_outer(job.store)
         if job.needs_stream or job.recipe.finetune is not None:
-            stream = job.stream(BlockRunner.of(job.store), self.sample, outer)
+            stream = job.stream(BlockRunner.of(job.store, job.plan.online), self.sample, outer)
         saved = {name: tensor.to(job.output.dtype) for name, tensor in outer.items()}
         for tensor in saved.values():
             tensor.isfinite().all()

@@ -21,9 +21,9 @@ def check_job(format_name: str, job: Job) -> None:
 
 def requirements_of_job(job: Job) -> ModelRequirements:
     """The requirements of the result of a quantization. If bits are allocated, every possible width counts."""
-    plain = job.recipe.weights.basis is None
+    plain, branch = job.recipe.weights.basis is None, job.recipe.weights.low_rank is not None
     layers = [
-        Layer(name, grid, op.in_features, plain, op.entry.stacked, table=name in job.tables)
+        Layer(name, grid, op.in_features, plain, op.entry.stacked, table=name in job.tables, low_rank=branch)
         for name, op in {**job.targets, **job.tables}.items()
         for grid in dict.fromkeys(grid.for_columns(op.in_features) for grid in _grids(job, name, op))
     ]

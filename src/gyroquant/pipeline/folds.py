@@ -63,7 +63,8 @@ def plan_folds(
             else:
                 try:
                     for site in _sites(graph, entry):
-                        plan.add(site, choose(method, site, recipe, None), online)
+                        if not (entry.step.optional and plan.is_turned(site)):
+                            plan.add(site, choose(method, site, recipe, None), online)
                 except UnsupportedModelError as error:
                     if not entry.step.optional:
                         raise

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from gyroquant.calibration.observers import PairedForward
 from gyroquant.calibration.stream import Stream
-from gyroquant.calibration.text import Text, TokenBatch, calibration_windows, load_text
+from gyroquant.calibration.text import Text, TokenBatch, load_text
 from gyroquant.errors import InputError
 from gyroquant.formats.native.writer import saved_dtype
 from gyroquant.formats.output_folder import check_room, left_behind
@@ -41,6 +41,7 @@ from gyroquant.pipeline.validation import (
     check_workers,
     named_in,
 )
+from gyroquant.pipeline.windows import planned_windows
 from gyroquant.recipes.schema import Recipe, load_recipe
 from gyroquant.rounding.base import Warn
 from gyroquant.rounding.layers import RoundingConfig
@@ -84,8 +85,9 @@ class JobSpec:
     - ``tokenizer``: the tokenizer; None if the model has none and no text needs it.
     - ``quantizers``: the quantizers that run with the model, as planned.
     - ``text``: the calibration text, if any.
-    - ``tokens``: the calibration windows, shape (samples, length).
+    - ``tokens``: the calibration windows, shape (samples, length). If a stage makes them, any windows of that shape.
     - ``bos``: the tokens at the start of each window.
+    - ``candidates``: the windows to choose among, shape (windows, length); None if nothing is chosen.
     """
 
     store: WeightStore
@@ -98,6 +100,7 @@ class JobSpec:
     text: Text | TokenBatch | None = None
     tokens: Tensor | None = None
     bos: tuple[int, ...] = ()
+    candidates: Tensor | None = None
 
     @property
     def graph(self) -> ModelGraph:
@@ -164,10 +167,7 @@ class JobSpec:
     @property
     def proof_tokens(self) -> Tensor:
         """The tokens of the proof, shape (samples, length)."""
-        settings = self.recipe.proof
-        if self.tokens is None:
-            return torch.zeros(1, 1, dtype=torch.long)
-        return self.tokens[: settings.nsamples, : settings.seqlen]
+        return _proof_tokens(self.recipe, self.tokens)
 
     def stream(
         self, runner: BlockRunner, tokens: Tensor, outer: Mapping[str, Tensor], offload: Path | None = None
@@ -219,11 +219,15 @@ class Job:
 
     @property
     def tokens(self) -> Tensor | None:
-        return self.spec.tokens
+        return self.spec.tokens if self.state.tokens is None else self.state.tokens
 
     @property
     def bos(self) -> tuple[int, ...]:
         return self.spec.bos
+
+    @property
+    def candidates(self) -> Tensor | None:
+        return self.spec.candidates
 
     @property
     def graph(self) -> ModelGraph:
@@ -263,7 +267,7 @@ class Job:
 
     @property
     def proof_tokens(self) -> Tensor:
-        return self.spec.proof_tokens
+        return _proof_tokens(self.recipe, self.tokens)
 
     @property
     def plan(self) -> FoldPlan:
@@ -308,6 +312,12 @@ class Job:
     def running_around(self) -> list[OnlineOp]:
         """The online operations around the blocks during calibration."""
         return self.graph.around_blocks([*self.plan.online, *self._calibration_quantizers()])
+
+
+def _proof_tokens(recipe: Recipe, tokens: Tensor | None) -> Tensor:
+    if tokens is None:
+        return torch.zeros(1, 1, dtype=torch.long)
+    return tokens[: recipe.proof.nsamples, : recipe.proof.seqlen]
 
 
 def prepare(
@@ -364,6 +374,18 @@ def prepare(
     return job
 
 
+def planned(store: WeightStore, recipe: Recipe) -> Job:
+    """A job of which only sizes are asked: without text and destination.
+
+    Raises UnsupportedModelError or RecipeError if the recipe does not fit the model.
+    """
+    plan, targets, quantizers = plan_all(store.graph, recipe)
+    output = Output(folder=Path(), dtype=saved_dtype("auto", store.dtype))
+    spec = JobSpec(store, recipe, plan, targets, output, None, tuple(quantizers))
+    _ = spec.tables  # raises an error for tables that cannot be rounded
+    return Job.begin(spec)
+
+
 def _tokenizer(store: WeightStore, required: bool) -> Any:
     try:
         return store.tokenizer()
@@ -376,13 +398,13 @@ def _tokenizer(store: WeightStore, required: bool) -> Any:
 def _with_windows(spec: JobSpec) -> JobSpec:
     """The spec with its calibration windows, if it has a text. Raises InputError if the recipe needs one."""
     settings, recipe = spec.recipe.calibration, spec.recipe
-    if spec.text is None:
-        calibrates = spec.needs_stream or spec.measures or recipe.learn or recipe.finetune
-        if calibrates or spec.planned.edits or spec.planned.online:
+    calibrates = spec.needs_stream or spec.measures or recipe.learn or recipe.finetune
+    needed = bool(calibrates or spec.planned.edits or spec.planned.online)
+    if spec.text is None and (settings.source == "text" or not needed):
+        if needed:
             need = "calibrates" if calibrates else "is proved"
             raise InputError(f"this recipe {need} on text: give --text FILE (or a dataset's name)")
         return spec
     check_seqlen(spec.store.text_config, settings.seqlen)
-    amount = (settings.nsamples, settings.seqlen, settings.seed, settings.add_bos)
-    windows = calibration_windows(spec.text, spec.tokenizer, spec.store.text_config.vocab_size, *amount)
-    return replace(spec, tokens=windows.ids, bos=windows.bos)
+    windows = planned_windows(settings, spec.text, spec.tokenizer, spec.store)
+    return replace(spec, tokens=windows.tokens, bos=windows.bos, candidates=windows.candidates)

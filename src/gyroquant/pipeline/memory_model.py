@@ -158,7 +158,8 @@ class MemoryModel:
     def _products(self) -> int:
         """The number of sums of products per input."""
         weights = self.recipe.weights
-        return 1 + int(weights.needs_input_error) + int(weights.needs_input_error_second_moments)
+        rounding = 2 * int(weights.needs_rounding_errors and self.recipe.activations is not None)
+        return 1 + int(weights.needs_input_error) + int(weights.needs_input_error_second_moments) + rounding
 
     def second_moments(self) -> int:
         """Bytes of the second moments of all inputs of a block, which are kept until its layers are reported."""

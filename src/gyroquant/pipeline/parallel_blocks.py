@@ -71,7 +71,7 @@ def _stream(job: Job) -> Stream | None:
         return None
     assert job.tokens is not None
     outer = job.plan.read_outer(job.store)
-    return job.stream(BlockRunner.of(job.store), job.tokens, outer, job.output.offload)
+    return job.stream(BlockRunner.of(job.store, job.plan.online), job.tokens, outer, job.output.offload)
 
 
 def _write_common(job: Job, journal: Journal) -> None:

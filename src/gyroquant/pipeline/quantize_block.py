@@ -20,8 +20,11 @@ from gyroquant.calibration.observers import (
     modules_with_own_map,
     observing,
 )
+from gyroquant.calibration.rounding_errors import RoundingErrors, observing_rounding_errors
 from gyroquant.calibration.stream import Stream
-from gyroquant.models.execution.online import CacheQuantizer, OnlineOp, all_experts, attached, observing_keys
+from gyroquant.models.execution.low_rank import branches
+from gyroquant.models.execution.online import CacheQuantizer, OnlineOp, attached, observing_keys
+from gyroquant.models.execution.switches import all_experts
 from gyroquant.models.graph.model_graph import LinearOp
 from gyroquant.models.graph.rounded_layer import RoundedLayer
 from gyroquant.models.graph.sites import attention_module
@@ -68,7 +71,7 @@ def quantize_block(
 
 def apply_steps(job: Job, block: RoundedBlock, steps: Sequence[BlockStep]) -> RoundedBlock:
     """A block after some steps, which run with the online operations of the block attached."""
-    with attached(job.store.skeleton(), job.running_in(block.index)):
+    with attached(job.store.skeleton(), [*job.running_in(block.index), *block.branches]):
         for step in steps:
             block = step.apply_block(block)
     return block
@@ -94,7 +97,7 @@ def _round_in_turn(
     """The rounded layers of a block, and the second moments of their inputs."""
     group, online, config = job.graph.blocks[index], job.running_in(index), job.rounding(warnings.append)
     layers, observed = dict[str, RoundedLayer](), dict[Key, SecondMoments]()
-    turns = observed_in_turn(job, index)
+    turns, errors = observed_in_turn(job, index), dict[str, RoundingErrors]()
     for number, targets in enumerate(turns):
         if stream:
             current = {**tensors, **{name: layer.param for name, layer in layers.items()}}
@@ -111,7 +114,10 @@ def _round_in_turn(
             watching: AbstractContextManager[dict[Key, Any]] = nullcontext({})
             if observes:
                 watching = observing(model, group, online, stream.observer, keys, _ends(stream, last))
-            with every, attached(model, online), watching as new:
+            running = [*online, *branches(layers.values())]
+            seen = keys if job.recipe.weights.needs_rounding_errors else ()
+            seeing = observing_rounding_errors(model, group, online, seen)
+            with every, attached(model, running), watching as new, seeing as errors:
                 _guide(job, stream, targets, new, online)
                 stream.observe(index, current, advance, tensors, move=last, rounded=observes)
             observed |= new
@@ -120,7 +126,7 @@ def _round_in_turn(
         if job.rounded:
             layers |= {name: RoundedLayer(op, job.rounded[name]) for name, op in targets.items()}
         else:
-            layers |= round_layers(LayerGroup(group, targets, tensors, observed, online), config)
+            layers |= round_layers(LayerGroup(group, targets, tensors, observed, online, errors), config)
     return layers, observed
 
 

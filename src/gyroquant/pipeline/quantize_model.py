@@ -24,6 +24,7 @@ from gyroquant.pipeline.quantize_block import keeping_outputs, observed_in_turn,
 from gyroquant.pipeline.tables import round_table, table_statistics, table_steps
 from gyroquant.rounding.layer_report import LayerReport, layer_reports, table_report
 from gyroquant.rounding.layers import LayerGroup, RoundingConfig, round_layers
+from gyroquant.rounding.steps.base import RoundedBlock
 from gyroquant.system.journal import Journal
 from gyroquant.system.progress import Advance, Progress
 
@@ -41,7 +42,7 @@ def quantize_model(
     Returns the reports of all layers.
     """
     outer = job.plan.read_outer(job.store)
-    runner, stream = BlockRunner.of(job.store), None
+    runner, stream = BlockRunner.of(job.store, job.plan.online), None
     if job.needs_stream:
         assert job.tokens is not None
         stream = job.stream(runner, job.tokens, outer, job.output.offload)
@@ -103,7 +104,7 @@ def carry(
     index: int,
     stream: Stream,
     unrounded: Mapping[str, Tensor],
-    deployed: Mapping[str, Tensor] | None = None,
+    deployed: RoundedBlock | None = None,
     advance: Advance = lambda: None,
 ) -> None:
     """Carries the text through a block, to the calibration input of the next block.
@@ -117,8 +118,8 @@ def carry(
             stream.original.copy_(stream.hidden)
         return
     assert deployed is not None
-    with attached(job.store.skeleton(), job.running_in(index)):
-        stream.run(index, deployed, progress=advance)
+    with attached(job.store.skeleton(), [*job.running_in(index), *deployed.branches]):
+        stream.run(index, deployed.deployed, progress=advance)
 
 
 def folded_block(job: Job, index: int) -> dict[str, Tensor]:
@@ -160,7 +161,7 @@ def keep_block(
         if stream is not None and not apart:
             if not steps and job.recipe.calibration.inputs != "original":
                 reuse_outputs(block)
-            carry(job, index, stream, tensors, block.deployed, advance)
+            carry(job, index, stream, tensors, block, advance)
     piece = writer.piece(_stored(block.plain, job.output.dtype), layers)
     record: dict[str, Any] = {
         "notes": piece.notes,

@@ -135,7 +135,8 @@ def _facts(job: Job, model: str) -> dict[str, Any]:
     for section in (recipe, machine):
         for label in ("name", "description", "platform"):
             section.pop(label, None)
-    text = None if job.tokens is None else hashlib.sha256(job.tokens.cpu().contiguous().numpy().data).hexdigest()
+    tokens = job.tokens if job.candidates is None else job.candidates
+    text = None if tokens is None else hashlib.sha256(tokens.cpu().contiguous().numpy().data).hexdigest()
     output_facts = {"dtype": str(output.dtype), "dense": output.dense, "device": str(output.device)}
     return {"model": model, "text": text, "recipe": recipe, "output": output_facts, "versions": machine}
 
@@ -172,4 +173,5 @@ def _manifest(job: Job, model: str) -> dict[str, Any]:
         "learned": results.get("learned"),
         "allocation": results.get("allocation"),
         "finetuned": results.get("finetuned"),
+        **({"windows": results["windows"]} if "windows" in results else {}),
     }

@@ -56,14 +56,14 @@ def preset_bits(store: WeightStore, size: int) -> int:
 
 
 def layer_bytes(job: Sized, op: LinearOp, grid: Grid) -> int:
-    """The bytes of a rounded layer or table: codes, scales, zero points, and what its basis needs."""
+    """The bytes of a rounded layer or table: codes, scales, zero points, its low-rank branch, what its basis needs."""
     basis = job.recipe.weights.basis
     columns = op.in_features if basis is None else basis.order(op.in_features)
     grid = grid.for_columns(columns)
     groups = 1 if grid.group_size == -1 else columns / grid.group_size
     bits = op.numel // op.in_features * (columns * grid.code_bits + groups * grid.group_bits) + grid.tensor_bits
     scales = 16 * columns if basis is not None and basis.needs_statistics else 0
-    return int((bits + scales) / 8)
+    return int((bits + scales + job.recipe.weights.low_rank_bits(op)) / 8)
 
 
 def plain_bytes(job: Sized, untied: Collection[str]) -> dict[str, int]:
@@ -96,8 +96,10 @@ def fixed_bytes(job: Sized, chosen: Collection[str]) -> int:
     """
     rounded, plain = {**job.targets, **job.tables}, plain_bytes(job, untied_by(job))
     others = [layer_bytes(job, op, job.spec.grid(name)) for name, op in rounded.items() if name not in chosen]
-    entries = sum(len(name) + _ENTRY for name in plain)
-    entries += sum(_arrays(job.spec.grid(name)) * (len(name) + _ENTRY) for name in rounded)
+    entries, factors = sum(len(name) + _ENTRY for name in plain), 0 if job.recipe.weights.low_rank is None else 2
+    grids = {name: job.spec.grid(name) for name in rounded}
+    arrays = {text: _arrays(grid) + factors for text, grid in {repr(grid): grid for grid in grids.values()}.items()}
+    entries += sum(arrays[repr(grid)] * (len(name) + _ENTRY) for name, grid in grids.items())
     return sum(plain.values()) + sum(others) + map_bytes(job) + entries
 
 
@@ -117,9 +119,7 @@ def check_bytes(job: Sized) -> None:
         return
     if job.output.dense:
         raise InputError("--dense writes plain numbers, whose size no bits change: leave out --dense, or --size")
-    least = {name: layer_bytes(job, op, job.spec.grid(name).at_bits(low)) for name, op, low in _chosen(job)}
-    fixed = fixed_bytes(job, least.keys())
-    smallest = fixed + sum(least.values()) + 1
+    smallest, fixed = smallest_bytes(job)
     if smallest > settings.bytes:
         raise RecipeError(
             f"{settings.bytes / 1e6:.3f} MB are too few for this model and recipe: the smallest that is possible is "
@@ -128,10 +128,21 @@ def check_bytes(job: Sized) -> None:
         )
 
 
+def smallest_bytes(job: Sized) -> tuple[int, int]:
+    """The fewest bytes that a result can have, and how many of them have no bits to choose.
+
+    Without `weights.allocate.bytes` no bits are chosen: the two are the same.
+    """
+    least = {name: layer_bytes(job, op, job.spec.grid(name).at_bits(low)) for name, op, low in _chosen(job)}
+    fixed = fixed_bytes(job, least.keys())
+    return fixed + sum(least.values()) + 1, fixed
+
+
 def _chosen(job: Sized) -> Iterator[tuple[str, LinearOp, int]]:
     """The layers and tables whose bits are chosen, and the fewest that each may get."""
     settings = job.recipe.weights.allocate
-    assert settings is not None
+    if settings is None or settings.bytes is None:
+        return
     outside = {op.weight for op in job.graph.outer.linears}
     for name, op in job.targets.items():
         if name not in outside:

@@ -21,6 +21,8 @@ class RunState:
     - ``quantizers``: the quantizers that run with the model. `quantize` adds the measured means of keys.
     - ``token_weights``: the weights of calibration tokens, shape (groups, tokens), by the name of a layer's weight.
       `guide` writes them.
+    - ``tokens``: the calibration windows, shape (samples, length), if they are not those of the spec. `windows` writes
+      them.
     - ``external_codes``: the layers that an external solver has rounded, by the name of the weight.
     - ``warnings``: texts for the user, shown at the end and kept in the manifest.
     - ``results``: plain data for the manifest, by its key there.
@@ -30,6 +32,7 @@ class RunState:
     grids: dict[str, Grid]
     quantizers: list[OnlineOp]
     token_weights: dict[str, Tensor] = field(default_factory=dict)
+    tokens: Tensor | None = None
     external_codes: dict[str, QuantizedWeight] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     results: dict[str, Any] = field(default_factory=dict)

@@ -61,7 +61,7 @@ class TokenWeights:
 def collect(job: Job, collected: TokenWeights, progress: Progress) -> dict[str, Tensor]:
     """The weights of all calibration tokens. Runs the windows that were not collected yet, some at a time."""
     assert job.tokens is not None
-    outer, runner = job.plan.read_outer(job.store), BlockRunner.of(job.store)
+    outer, runner = job.plan.read_outer(job.store), BlockRunner.of(job.store, job.plan.online)
     starts = range(collected.windows, len(job.tokens), AT_ONCE)
     with progress.stage("guide", 2 * len(job.graph.blocks) * len(starts)) as advance:
         for start in starts:

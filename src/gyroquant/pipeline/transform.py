@@ -55,6 +55,7 @@ def transform(
     which ProofError is a subclass) if the fold cannot be exact. The model does not change in these cases.
     """
     recipe, progress = load_recipe(recipe), progress or Progress()
+    _check_windows(recipe)
     check_plain(model)
     store = ModuleStore(model)
     plan = plan_folds(store.graph, recipe)
@@ -75,6 +76,16 @@ def transform(
     write_folded(model, plan)
     keep_online(model, plan.online)
     return proof
+
+
+def _check_windows(recipe: Recipe) -> None:
+    """Refuses windows that are not drawn by chance, because this function makes none."""
+    for key, usual in (("source", "text"), ("choose", "random")):
+        if getattr(recipe.calibration, key) != usual:
+            raise InputError(
+                f"transform(...) draws windows of a text by chance, or takes the token ids that it is given: set "
+                f"calibration.{key} to {usual}, or call quantize"
+            )
 
 
 def _proof_tokens(model: Any, recipe: Recipe, source: Text | TokenBatch | None, tokenizer: Any) -> Tensor:

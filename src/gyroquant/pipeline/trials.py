@@ -49,7 +49,7 @@ class Trials:
         assert job.tokens is not None
         self.job, self.warn, self.settings = job, warn, settings
         self.outer = job.plan.read_outer(job.store)
-        self.runner = BlockRunner.of(job.store)
+        self.runner = BlockRunner.of(job.store, job.plan.online)
         arguments = (job.compute_dtype, job.output.offload, job.output.device)
         self.stream = Stream(self.runner, self._tokens(job.tokens), self.outer, *arguments)
         self.windows = range(min(self._compared, len(job.tokens)))
@@ -101,7 +101,7 @@ class Trials:
         part = LayerGroup(group, job.targets, tensors, observed, online)
         for bits, grid in grids_by_bits(job.recipe.weights.grid, self.settings.bits).items():
             for name, layer in round_layers(part, job.rounding(self.warn, grid)).items():
-                changed = local | stream.local({name: layer.param})
+                changed = local | stream.local({name: layer.merged})
                 layer.release()
                 inputs = [stream.hidden[k : k + 1].to(stream.device) for k in self.windows]
                 self._states[name, bits] = [stream.few(index, changed, state, [k]) for k, state in enumerate(inputs)]
@@ -215,8 +215,8 @@ class GradientTrials(Trials):
         return see
 
     def _changes(self, index: int, tensors: Mapping[str, Tensor]) -> dict[str, dict[int, Tensor]]:
-        """What rounding to nearest subtracts from the weights of a block's layers, shape (out, in), by the name of the
-        weight and the bits.
+        """What rounding to nearest, without a low-rank branch, subtracts from the weights of a block's layers, shape
+        (out, in), by the name of the weight and the bits.
         """
         group, found = self.job.graph.blocks[index], dict[str, dict[int, Tensor]]()
         layers = LayerGroup(group, self.job.targets, tensors, {}, [])
@@ -226,7 +226,7 @@ class GradientTrials(Trials):
                 matrix = layers.matrix(op)
                 quick = grid.for_columns(op.in_features).quick.with_tensor_scale(matrix)
                 rounded = RoundToNearest().solve(matrix, quick, None)
-                self.sizes[op.weight, bits] = rounded.bits
+                self.sizes[op.weight, bits] = rounded.bits + self.job.recipe.weights.low_rank_bits(op)
                 change = (matrix - rounded.dequantize()).to(self.stream.device)
                 found.setdefault(op.weight, {})[bits] = change
         return found

@@ -21,6 +21,7 @@ from gyroquant.models.stores.base import WeightStore
 from gyroquant.models.stores.ranges import Ranges
 from gyroquant.recipes.schema import Recipe
 from gyroquant.rounding.bit_allocation import grids_by_bits
+from gyroquant.rounding.layers import is_ignored
 from gyroquant.system.checksums import CHECKSUM_FILE
 from gyroquant.system.journal import Journal
 from gyroquant.system.worker_pool import Workers
@@ -127,6 +128,14 @@ def check_steps(graph: ModelGraph, targets: Mapping[str, LinearOp], recipe: Reci
     """Refuses layers that one of the recipe's steps cannot work on."""
     for step in recipe.weights.steps:
         step.check_layers(graph, targets)
+    branch, activations = recipe.weights.low_rank, recipe.activations
+    if branch is not None and branch.needs_rounded_inputs and activations is not None:
+        exact = [op.name for op in targets.values() if is_ignored(op.name, activations.ignore)]
+        if exact:
+            raise RecipeError(
+                f"weights.low_rank.metric {branch.metric} is of rounded inputs, and activations.ignore leaves those of "
+                f"{exact[0]} as they are: shorten it, or set metric: hessian"
+            )
 
 
 def backward_problem(store: WeightStore, targets: Mapping[str, LinearOp], recipe: Recipe) -> str:
@@ -161,7 +170,10 @@ def check_budget(graph: ModelGraph, targets: Mapping[str, LinearOp], recipe: Rec
         raise RecipeError(
             "weights.allocate gives bits to the layers of the blocks, and weights.ignore leaves none: shorten it"
         )
-    least = sum(_bits(op, low.for_columns(op.in_features)) for op in inside) / sum(op.numel for op in inside)
+    factors = sum(recipe.weights.low_rank_bits(op) for op in inside)
+    least = (factors + sum(_bits(op, low.for_columns(op.in_features)) for op in inside)) / sum(
+        op.numel for op in inside
+    )
     if allocate.budget is not None and least > allocate.budget:
         raise RecipeError(
             f"weights.allocate.budget is {allocate.budget}, and {low.bits} bits take {least:.3f} true bits per weight "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import (
     BaseModel,
@@ -24,7 +24,9 @@ from pydantic import (
 from gyroquant.finetuning import Finetune, Learn
 from gyroquant.grids import Grid, IntegerGrid
 from gyroquant.methods import Method
+from gyroquant.models.graph.model_graph import LinearOp
 from gyroquant.models.graph.sites import SITE_NAMES
+from gyroquant.recipes.calibration import Calibration, ProofSettings, Seed
 from gyroquant.recipes.compat import current
 from gyroquant.recipes.errors import check_keys, refusal, refusal_at, translated
 from gyroquant.recipes.fields import AnyGrid, AnyMethod, AnySolver, BesideGrid, Section, build
@@ -37,6 +39,7 @@ from gyroquant.rounding import (
     Guided,
     Ignore,
     KvCache,
+    LowRank,
     Refine,
     SignRound,
     Target,
@@ -48,7 +51,6 @@ from gyroquant.rounding.solvers.rtn import RoundToNearest
 from gyroquant.rounding.steps.base import LayerStep, StepOptions
 
 _STRICT = ConfigDict(extra="forbid", frozen=True)
-_Seed = Annotated[int, Field(ge=0, lt=1 << 32)]
 
 
 class Step(BaseModel):
@@ -88,7 +90,7 @@ def _list_of_overrides(value: Any) -> Any:
 
 
 class Weights(StepOptions):
-    """How weights are rounded. Steps on a layer run in this order: target, solver, refine, tune, correct_bias.
+    """How weights are rounded. Steps run in this order: target, solver, refine, low_rank, tune, correct_bias.
 
     - `grid` (integer): the numbers to round to.
     - `solver` (rtn): rounds a layer, or the whole model.
@@ -98,6 +100,7 @@ class Weights(StepOptions):
     - `refine` (None): improves codes and scales after the solver.
     - `tune` (None): tunes the rounded layers of a block together.
     - `target` (None): changes the weights that the solver rounds, to correct the input error.
+    - `low_rank` (None): adds a low-rank branch to every rounded layer.
     - `guided` (None): weights the calibration tokens by the gradient of the loss.
     - `overrides` (none): other grids for some layers. If several name a layer, the last one counts.
     - `allocate` (None): chooses the bits of every layer.
@@ -117,6 +120,7 @@ class Weights(StepOptions):
     refine: Section[Refine] | None = None
     tune: Section[SignRound] | None = None
     target: Section[Target] | None = None
+    low_rank: Section[LowRank] | None = None
     guided: Section[Guided] | None = None
     overrides: Annotated[tuple[Annotated[Override, _OVERRIDE], ...], BeforeValidator(_list_of_overrides)] = ()
     allocate: Section[Allocate] | None = None
@@ -155,6 +159,10 @@ class Weights(StepOptions):
                 f"allocate chooses bits, and the grid {self.grid.grid} has only one number of bits: leave allocate out"
             )
         return self
+
+    def low_rank_bits(self, op: LinearOp) -> int:
+        """The bits stored for the low-rank branch of a layer; 0 if it has none."""
+        return 0 if self.low_rank is None else self.low_rank.bits(op)
 
     def grid_of(self, name: str) -> Grid:
         """The grid of a layer of this name."""
@@ -198,47 +206,6 @@ class Head(BaseModel):
 
     model_config = _STRICT
     grid: SerializeAsAny[Grid]
-
-
-class Calibration(BaseModel):
-    """The calibration text.
-
-    - `text` (None): a file or a dataset, used if the caller gives no text.
-    - `nsamples` (128): windows of text.
-    - `seqlen` (512): tokens in a window.
-    - `seed` (0): the seed of the choice of windows.
-    - `add_bos` (true): every window begins with the tokenizer's BOS tokens. false: only the first one does.
-    - `dtype` (auto): of the computation. auto: bfloat16 if the processor multiplies it natively, else float32.
-    - `inputs` (rounded): the inputs of a block. rounded: outputs of the rounded blocks before it, as in GPTQ.
-      original: outputs of the original blocks, as in the parallel form of AdaQuant (arXiv 2006.10518). Then blocks do
-      not depend on each other's errors and can be rounded in parallel.
-    - `all_experts` (false): the statistics of every expert are of all tokens, not only of those that its router sends
-      there. Each expert then sees every token, so a mixture of experts takes longer.
-    """
-
-    model_config = _STRICT
-    text: str | None = None
-    nsamples: Annotated[int, Field(gt=0)] = 128
-    seqlen: Annotated[int, Field(gt=1)] = 512
-    seed: _Seed = 0
-    add_bos: bool = True
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    inputs: Literal["rounded", "original"] = "rounded"
-    all_experts: bool = False
-
-
-class ProofSettings(BaseModel):
-    """Settings of the proof.
-
-    - `threshold` (1e-4): the largest relative logit error that is accepted.
-    - `nsamples` (2): at most this many windows of the calibration text.
-    - `seqlen` (256): at most this many tokens of each.
-    """
-
-    model_config = _STRICT
-    threshold: Annotated[float, Field(gt=0)] = 1e-4
-    nsamples: Annotated[int, Field(gt=0)] = 2
-    seqlen: Annotated[int, Field(gt=1)] = 256
 
 
 def _read_step(value: Any) -> Any:
@@ -321,7 +288,7 @@ class Recipe(BaseModel):
     model_config = _STRICT
     name: str = "custom"
     description: str = ""
-    seed: _Seed = 0
+    seed: Seed = 0
     transform: Annotated[dict[str, _Steps], BeforeValidator(_read_transform)] = Field(default_factory=dict)
     learn: Section[Learn] | None = None
     weights: Annotated[Weights, _FlatWeights("holds bits, group_size, symmetric, solver and so on")] = Field(
@@ -385,6 +352,17 @@ class Recipe(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _low_rank_fits(self) -> Recipe:
+        branch, inputs = self.weights.low_rank, self.activations
+        if branch is not None:
+            others = {"embeddings": self.embeddings, "head": self.head, "weights.guided": self.weights.guided}
+            sections = [name for name, section in others.items() if section is not None]
+            rounded = inputs is not None and inputs.calibrate
+            if problem := branch.problem(sections, rounded, self.weights.solver):
+                raise ValueError(problem)
+        return self
+
     @field_serializer("transform")
     def _flat(self, value: dict[str, tuple[Step, ...]]) -> dict[str, Any]:
         flat = {}
@@ -430,7 +408,7 @@ class Recipe(BaseModel):
         """
         data = self.model_dump(mode="json")
         new = [(data, key) for key in ("embeddings", "head", "keep_ties")]
-        new += [(data["calibration"], "all_experts"), (data["weights"], "guided")]
+        new += [(data["calibration"], "all_experts"), (data["weights"], "guided"), (data["weights"], "low_rank")]
         if data["weights"]["allocate"] is not None:
             new += [(data["weights"]["allocate"], key) for key in ("bytes", "embeddings")]
             if data["weights"]["allocate"]["costs"] == "measured":
@@ -441,6 +419,9 @@ class Recipe(BaseModel):
             new += [(data["kv_cache"], key) for key in ("key_clip", "value_clip", "first_tokens", "last_tokens")]
         if data["weights"]["bound"]:
             del data["weights"]["bound"]
+        for key in ("source", "choose", "candidates"):
+            if data["calibration"][key] == Calibration.model_fields[key].default:
+                del data["calibration"][key]
         for owner, key in new:
             if not owner[key]:
                 del owner[key]

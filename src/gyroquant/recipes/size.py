@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from gyroquant.errors import InputError
+from gyroquant.errors import GyroquantError, InputError
+from gyroquant.grids import Grid
 from gyroquant.recipes.schema import Recipe, load_recipe
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -29,13 +30,23 @@ def with_size(recipe: Recipe, size: int) -> Recipe:
     """
     data, weights = recipe.to_dict(), recipe.weights
     allocate = data["weights"]["allocate"] or {}
-    bits = {*allocate.get("bits", ()), *_around([getattr(weights.grid, "bits", 4)])}
+    bits = {*allocate.get("bits", ()), *_around([weights.grid])}
     tables = [section.grid for section in (recipe.embeddings, recipe.head) if section is not None]
     allocate |= {"budget": None, "bytes": size, "bits": sorted(bits)}
-    allocate["embeddings"] = _around(grid.bits for grid in tables)
+    allocate["embeddings"] = _around(tables)
     data["weights"]["allocate"] = allocate
     return load_recipe(data)
 
 
-def _around(bits: Iterable[int]) -> list[int]:
-    return sorted({width for center in bits for width in range(center - 1, center + 3)} & {*_WIDTHS})
+def _around(grids: Iterable[Grid]) -> list[int]:
+    """The bits around those of some grids, without those that a grid cannot have."""
+    near = [(grid, width) for grid in grids for width in range(int(grid.bits) - 1, int(grid.bits) + 3)]
+    return sorted({width for grid, width in near if width in _WIDTHS and _possible(grid, width)})
+
+
+def _possible(grid: Grid, bits: int) -> bool:
+    try:
+        grid.at_bits(bits)
+    except (GyroquantError, ValueError):
+        return False
+    return True

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
+from gyroquant.evaluation.diagnosis.measures import diagnosed
 from gyroquant.evaluation.outliers import Outliers
 from gyroquant.inspection.fuzz import Finding, Report
 from gyroquant.inspection.model import Inspection, bits_of
@@ -233,6 +234,8 @@ def evaluated(result: Mapping[str, Any]) -> list[Table]:
     if result.get("kl") is not None:
         rows.append(("KL divergence (nats a token)", f"{result['kl']:.4f}", interval(result["kl_interval"], 4)))
         rows.append(("top-1 agreement", f"{result['top1_agreement']:.4f}", interval(result["top1_interval"], 4)))
+    if "diagnosis" in result:
+        rows += diagnosed(result)
     rows.append(("true bits per rounded weight", f"{result['true_bits_per_weight']:.4f}", ""))
     whole = _whole_model(result["whole_model_bits_per_weight"], result["bytes"])
     rows += [(name, value, "") for name, value in whole]

@@ -14,7 +14,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from gyroquant.errors import RecipeError, UnsupportedModelError
-from gyroquant.grids import Basis, Grid, QuantizedWeight
+from gyroquant.grids import Basis, Grid, LowRankFactors, QuantizedWeight
 from gyroquant.grids.error import in_reach
 from gyroquant.models.graph.model_graph import LinearOp, ModelGraph
 from gyroquant.registry import Registry, no_examples
@@ -33,19 +33,26 @@ class InputStatistics:
       ``x0^T x`` and ``x^T x`` agree in most digits, and solvers multiply their difference by an inverse.
     - `input_error_second_moments`: the sum of ``(x0 - x)^T (x0 - x)``, fp32. Computed only with `input_error_cross`,
       and only if a step needs it.
+    - `rounding_error_cross`, `rounding_error_second_moments`: the sums of ``(u - x)^T x`` and ``(u - x)^T (u - x)``,
+      fp32, if x is the rounded form of an input u (activation rounding). None if no step needs them or the input is
+      not rounded.
     """
 
     second_moments: Tensor
     count: int
     input_error_cross: Tensor | None = None
     input_error_second_moments: Tensor | None = None
+    rounding_error_cross: Tensor | None = None
+    rounding_error_second_moments: Tensor | None = None
 
     def moved(self, change: Callable[[Tensor], Tensor]) -> InputStatistics:
         """The statistics in another basis. `change` transforms second moments, shape (in, in), to that basis."""
-        input_error_cross, input_error_second_moments = (
-            None if sums is None else change(sums) for sums in (self.input_error_cross, self.input_error_second_moments)
+        errors = (
+            *(self.input_error_cross, self.input_error_second_moments),
+            *(self.rounding_error_cross, self.rounding_error_second_moments),
         )
-        return InputStatistics(change(self.second_moments), self.count, input_error_cross, input_error_second_moments)
+        moved = (None if sums is None else change(sums) for sums in errors)
+        return InputStatistics(change(self.second_moments), self.count, *moved)
 
     @property
     def cross(self) -> Tensor:
@@ -64,6 +71,10 @@ class PreparedWeight:
     - `basis`: the basis. None if the weight is rounded in its own basis.
     - `grid`: the grid, made for this matrix (`Grid.with_tensor_scale`). None until it is chosen.
     - `rounded`: the codes and scales so far, in that basis. None before the solver.
+    - `rows`: the number of rows of each of the layers that the matrix consists of. Empty: it is one layer.
+    - `low_rank`: the low-rank factors of each layer, in the weights' own basis. Empty without `weights.low_rank`.
+    - `whole`: the matrix as it was before a step took a part of the problem away from the solver. None: no step did.
+    - `corrects_input_error`: whether the matrix was changed to correct the input error.
     """
 
     name: str
@@ -72,6 +83,14 @@ class PreparedWeight:
     basis: Basis | None
     grid: Grid | None = None
     rounded: QuantizedWeight | None = None
+    rows: tuple[int, ...] = ()
+    low_rank: tuple[LowRankFactors, ...] = ()
+    whole: PreparedWeight | None = None
+    corrects_input_error: bool = False
+
+    def by_layer(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """A tensor with the rows of the matrix, split into those of each layer."""
+        return rows.split(list(self.rows)) if self.rows else (rows,)
 
     def decode(self) -> Tensor:
         """The numbers that the codes stand for, in the basis, shape of `matrix`, fp32. Each call decodes them again."""
@@ -88,9 +107,11 @@ class When(IntEnum):
     """On each layer: makes codes and scales."""
     AFTER_SOLVER = 2
     """On each layer: improves codes and scales."""
-    TUNE_BLOCK = 3
+    COMPENSATE = 3
+    """On each layer: adds to the layer what its codes cannot hold."""
+    TUNE_BLOCK = 4
     """On a block whose layers are all rounded: improves codes and scales."""
-    CORRECT_BLOCK = 4
+    CORRECT_BLOCK = 5
     """On a block whose codes are final: changes its parameters that are not rounded."""
 
 
@@ -107,6 +128,8 @@ class RoundingStep(BaseModel, ABC):
     """Whether it reads `InputStatistics.input_error_cross`. Then the unrounded model runs beside the rounded one."""
     needs_input_error_second_moments: ClassVar[bool] = False
     """Whether it also reads `InputStatistics.input_error_second_moments`."""
+    needs_rounding_errors: ClassVar[bool] = False
+    """Whether it reads `InputStatistics.rounding_error_cross` and `rounding_error_second_moments` of rounded inputs."""
     needs_block: ClassVar[bool] = False
     """Whether it reads the outputs of a whole block, rounded and unrounded."""
     needs_model: ClassVar[bool] = False
@@ -123,6 +146,13 @@ class RoundingStep(BaseModel, ABC):
 
     def apply(self, prepared: PreparedWeight, warn: Warn = lambda text: None) -> PreparedWeight:
         """The matrix after this step. Steps on blocks return it unchanged."""
+        return prepared
+
+    def before_solver(self, prepared: PreparedWeight, warn: Warn = lambda text: None) -> PreparedWeight:
+        """The matrix for the solver, if the step takes a part of it away from the solver and acts again afterwards.
+
+        It is called after all steps that run before the solver.
+        """
         return prepared
 
     def for_layers(self) -> RoundingStep:

@@ -16,7 +16,7 @@ from gyroquant.rounding.rate_distortion import RateDistortion, rate_distortion, 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """The errors of one rounded layer.
+    """The errors of one rounded layer, its low-rank branch included.
 
     - `name`: the layer's name, as in recipes.
     - `weight_error`: the relative squared error of its weights.
@@ -47,7 +47,9 @@ def layer_reports(group: LayerGroup, rounded: Mapping[str, RoundedLayer], bound:
             else:
                 matrix = group.matrix(op)
                 bits = layer.weight.bits / op.numel
-                reports[op.weight] = _report(op.name, matrix, layer.matrix, bits, statistics, eigenvalues)
+                reports[op.weight] = _report(
+                    op.name, matrix, layer.op.to_matrix(layer.merged), bits, statistics, eigenvalues
+                )
         del statistics
         group.forget(key)
     return [reports[op.weight] for ops in readers.values() for op in ops]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gyroquant.calibration.observers import GuidedSecondMoments, Key, SecondMoments, input_key, modules_with_own_map
+from gyroquant.calibration.rounding_errors import RoundingErrors
 from gyroquant.errors import RecipeError
 from gyroquant.grids import Basis, Grid, GroupParams, QuantizedWeight, joined
 from gyroquant.models.execution.online import OnlineOp
@@ -63,22 +64,40 @@ class RoundingConfig:
         return PreparedWeight(name, basis.encode(matrix), moved, basis)
 
     def solve(self, prepared: PreparedWeight, grid: Grid) -> QuantizedWeight:
+        """As `solve_each`, for the matrix of one layer."""
+        (rounded,) = self.solve_each(prepared, grid)
+        return rounded
+
+    def solve_each(self, prepared: PreparedWeight, grid: Grid) -> list[QuantizedWeight]:
         """Rounds to a grid that was made for the matrix. Without statistics it rounds to nearest.
 
         Rows that already lie on the grid keep their numbers, even if the steps would correct earlier errors there.
+        Returns one rounded weight for each layer of the matrix.
         """
         nearest = on_grid(prepared.matrix, grid)
         if nearest is not None and bool(nearest[0].all()):
-            return replace(nearest[1], basis=prepared.basis)
-        solved = self._solved(replace(prepared, grid=grid))
-        return solved if nearest is None else _with_rows(solved, *nearest)
+            return _split(replace(nearest[1], basis=prepared.basis), prepared)
+        done = self._solved(replace(prepared, grid=grid))
+        assert done.rounded is not None, "the steps must include a solver"
+        solved, factors = replace(done.rounded, basis=prepared.basis), done.low_rank
+        if nearest is not None:
+            solved = _with_rows(solved, *nearest)
+            kept = prepared.by_layer(nearest[0])
+            factors = tuple(own.without(rows) for own, rows in zip(factors, kept, strict=False))
+        parts = _split(solved, prepared)
+        if not factors:
+            return parts
+        return [replace(part, low_rank=own) for part, own in zip(parts, factors, strict=True)]
 
-    def _solved(self, prepared: PreparedWeight) -> QuantizedWeight:
-        basis, warn = prepared.basis, partial(_warn_about, self.warn, prepared.name)
-        for step in self._steps_for(prepared, warn):
+    def _solved(self, prepared: PreparedWeight) -> PreparedWeight:
+        warn = partial(_warn_about, self.warn, prepared.name)
+        steps = self._steps_for(prepared, warn)
+        for step in steps:
+            if step.when == When.SOLVER:
+                for other in steps:
+                    prepared = other.before_solver(prepared, warn)
             prepared = step.apply(prepared, warn)
-        assert prepared.rounded is not None, "the steps must include a solver"
-        return replace(prepared.rounded, basis=basis)
+        return prepared
 
     def _steps_for(self, prepared: PreparedWeight, warn: Warn) -> Sequence[RoundingStep]:
         """The steps for a matrix. Those that need statistics cannot run if no token reached the matrix."""
@@ -88,6 +107,17 @@ class RoundingConfig:
             warn(f"{_NOT_REACHED}; it is rounded to nearest. calibration.all_experts=true sends it every token")
             return [Solver.registry["rtn"](name="rtn")]
         return [step for step in self.steps if not step.needs_statistics]
+
+
+def _split(solved: QuantizedWeight, prepared: PreparedWeight) -> list[QuantizedWeight]:
+    """The rounded weight of each layer of a matrix."""
+    if not prepared.rows:
+        return [solved]
+    pieces = (prepared.by_layer(part) for part in (solved.codes, solved.params.scale, solved.params.zero))
+    return [
+        replace(solved, codes=codes.contiguous(), params=GroupParams(scale.contiguous(), zero.contiguous()))
+        for codes, scale, zero in zip(*pieces, strict=True)
+    ]
 
 
 def _with_rows(solved: QuantizedWeight, rows: Tensor, other: QuantizedWeight) -> QuantizedWeight:
@@ -179,6 +209,7 @@ class LayerGroup:
     - `tensors`: the folded parameters of the group.
     - `observed`: the second moments of the layers' inputs.
     - `online`: the online operations of the group.
+    - `rounding_errors`: what rounding changes in the layers' inputs, by the inputs' keys.
     """
 
     group: Group
@@ -186,6 +217,7 @@ class LayerGroup:
     tensors: Mapping[str, Tensor]
     observed: dict[Key, SecondMoments]
     online: Sequence[OnlineOp]
+    rounding_errors: Mapping[str, RoundingErrors] = field(default_factory=dict)
 
     def by_shared_input(self) -> dict[str, list[LinearOp]]:
         """As the function `by_shared_input`."""
@@ -205,7 +237,11 @@ class LayerGroup:
         Each call makes a new object, because keeping those of all experts would take much memory.
         """
         moments = self.observed.get((key, expert))
-        return None if moments is None else _statistics(moments)
+        if moments is None or key not in self.rounding_errors:
+            return None if moments is None else _statistics(moments)
+        errors = self.rounding_errors[key]
+        cross, squares = errors.cross, errors.second_moments
+        return replace(_statistics(moments), rounding_error_cross=cross, rounding_error_second_moments=squares)
 
     def guided(self, key: str, op: LinearOp) -> list[SecondMoments]:
         """The second moments for each group of a layer's outputs (`weights.guided`); empty without them."""
@@ -264,17 +300,8 @@ def _round_together(layers: LayerGroup, ops: list[LinearOp], key: str, config: R
         ]
     names = ", ".join(op.module for op in ops)
     prepared = config.prepare(names, torch.cat(matrices), layers.statistics(key))
-    solved = config.solve(prepared, config.grid_of(ops[0]).with_tensor_scale(prepared.matrix))
-    sizes = [len(matrix) for matrix in matrices]
-    pieces = zip(
-        solved.codes.split(sizes), solved.params.scale.split(sizes), solved.params.zero.split(sizes), strict=True
-    )
-    return [
-        QuantizedWeight(
-            solved.grid, codes.contiguous(), GroupParams(scale.contiguous(), zero.contiguous()), solved.basis
-        )
-        for codes, scale, zero in pieces
-    ]
+    prepared = replace(prepared, rows=tuple(len(matrix) for matrix in matrices))
+    return config.solve_each(prepared, config.grid_of(ops[0]).with_tensor_scale(prepared.matrix))
 
 
 def _round_guided(

@@ -49,9 +49,10 @@ def prepared(step: LayerStep, rows: int | None = None) -> Iterator[PreparedWeigh
     for grid in grids():
         weight, statistics = problem(columns=columns_for(grid))
         grid = grid.with_tensor_scale(weight)
-        rounded = None if _before(step) else RoundToNearest().solve(weight[:rows], grid)
         seen = _with_input_error(statistics) if step.needs_original else statistics
-        yield PreparedWeight("a weight", weight[:rows], seen if step.needs_statistics else None, None, grid, rounded)
+        state = PreparedWeight("a weight", weight[:rows], seen if step.needs_statistics else None, None, grid)
+        state = step.before_solver(state)
+        yield state if _before(step) else replace(state, rounded=RoundToNearest().solve(state.matrix, grid))
 
 
 def _with_input_error(statistics: InputStatistics) -> InputStatistics:
@@ -110,7 +111,8 @@ def check_it_keeps_to_the_grid_and_makes_nothing_worse(step: LayerStep) -> None:
         weight, statistics = problem(columns=state.matrix.shape[1])
         old = _codes(state.rounded)
         before = old.dequantize()
-        new = _codes(step.apply(state).rounded)
+        done = step.apply(state)
+        new = _codes(done.rounded)
         require(torch.equal(old.dequantize(), before), "it changes the codes or scales that it is given")
         require(new.codes.shape == weight.shape, f"codes have shape {tuple(new.codes.shape)} afterwards")
         unpacked = QuantizedWeight(state.grid, *state.grid.unpack(new.pack(), (weight.shape[0], weight.shape[1])))
@@ -118,7 +120,7 @@ def check_it_keeps_to_the_grid_and_makes_nothing_worse(step: LayerStep) -> None:
         require(
             same, f"packing changes its result on the grid {state.grid.grid}: take scales that round_params returned"
         )
-        error, limit = (output_error(weight, w.dequantize(), statistics) for w in (new, old))
+        error, limit = (output_error(weight, numbers, statistics) for numbers in (_numbers(done), before))
         worse = f"the output error on the grid {state.grid.grid} grows from {limit:.3g} to {error:.3g}"
         require(error <= limit * (1 + 1e-3), worse)
 
@@ -138,19 +140,25 @@ def check_an_unreached_layer_does_no_harm(step: LayerStep) -> None:
         if state.statistics is None:
             continue
         empty = torch.zeros_like(state.statistics.second_moments)
-        after = step.apply(replace(state, statistics=InputStatistics(empty, 0)))
+        state = replace(state, statistics=InputStatistics(empty, 0))
+        after = step.apply(replace(state, whole=None if state.whole is None else replace(state, whole=None)))
         require(bool(_numbers(after).isfinite().all()), "with statistics of zero tokens the result is not finite")
 
 
 def _numbers(state: PreparedWeight) -> Tensor:
-    return state.matrix if state.rounded is None else state.decode()
+    """The matrix, or what its codes and low-rank factors stand for after the solver."""
+    if state.rounded is None:
+        return state.matrix
+    products = [factors.product() for factors in state.low_rank]
+    return state.decode() + torch.cat(products) if products else state.decode()
 
 
 @STEP.check()
 def check_a_model_is_rounded_with_it(step: LayerStep) -> None:
     """A tiny model is rounded with it, saved and opened. The same seed gives the same weights."""
     options: Any = step.model_dump(mode="json") or True
-    weights = {"bits": 3, "group_size": 32, "solver": "rtn", step.key: options}
+    solver = "gptq" if step.conflicts(RoundToNearest()) else "rtn"
+    weights = {"bits": 3, "group_size": 32, "solver": solver, step.key: options}
     recipe = gq.load_recipe({"weights": weights, "calibration": {"dtype": "float32"}}, amount())
     arrays = []
     with TemporaryDirectory() as scratch:

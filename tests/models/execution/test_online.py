@@ -9,7 +9,8 @@ from gyroquant.calibration.observers import SecondMoments, observing
 from gyroquant.errors import UnsupportedModelError
 from gyroquant.maps import Identity
 from gyroquant.models.deriving.tiny import default_config, tiny_model, tiny_tokens
-from gyroquant.models.execution.online import OnlineMap, all_experts, attach, attached
+from gyroquant.models.execution.online import OnlineMap, attach, attached
+from gyroquant.models.execution.switches import all_experts
 from gyroquant.models.graph.sites import HookPoint
 from gyroquant.models.stores.base import ModuleStore
 

@@ -148,7 +148,13 @@ def test_kinds_of_sites_agree_with_each_other() -> None:
         assert set(kind.inside) <= set(SITE_NAMES[:number])  # what lies inside a basis is folded after it
     assert SITES["attn_in"].lies_in("R1")
     assert not SITES["R1"].lies_in("attn_in")
-    assert [name for name, kind in SITES.items() if kind.online_unasked] == ["attn_out", "R3", "R4", "linear"]
+    assert [name for name, kind in SITES.items() if kind.online_unasked] == [
+        "attn_out",
+        "R3",
+        "R4",
+        "embeddings",
+        "linear",
+    ]
     assert SITE_OF_BASIS["act"] == "R4"
 
 
@@ -159,4 +165,7 @@ def test_every_site_says_of_which_kind_it_is(name: str) -> None:
     for online in (False, True):
         for site in find_sites(graph, name, online):
             assert site.kind is SITES[name]
-    assert all(site.online_unasked == (name in ("attn_out", "R3", "R4", "linear")) for site in find_sites(graph, name))
+    assert all(
+        site.online_unasked == (name in ("attn_out", "R3", "R4", "embeddings", "linear"))
+        for site in find_sites(graph, name)
+    )

@@ -141,6 +141,10 @@ class ExternalTool(ABC):
     """The variants that change the basis in which weights are rounded. Not part of the key of a result."""
     fixed: ClassVar[frozenset[str]] = frozenset()
     """The variants that use neither calibration text nor random numbers. Not part of the key of a result."""
+    outside_bits: ClassVar[float] = 1
+    """A lower bound of the bits a weight that its files hold for embedding, head and the rest. Sizes that are too small
+    for it are known by it before a run. Not part of the key of a result.
+    """
     installing: ClassVar[Mapping[str, str]] = {}
     """Environment variables during installation."""
 

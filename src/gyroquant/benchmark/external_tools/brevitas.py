@@ -31,6 +31,7 @@ class Brevitas(ExternalTool):
         "rotation + GPTQ": {"options": (*_ROTATED, "--gptq", *_BY_BLOCKS)},
         "rotation + MassDiff + Qronos": {"options": (*_ROTATED, *_PERMUTED, "--qronos", *_BY_BLOCKS)},
     }
+    outside_bits = 16
     rotated = frozenset(("rotation + GPTQ", "rotation + MassDiff + Qronos"))
 
     def problem(self, variant: str, size: Size) -> str:

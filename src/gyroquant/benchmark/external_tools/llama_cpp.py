@@ -58,6 +58,7 @@ class LlamaCpp(ExternalTool):
         "Q4_K_M imatrix": type_settings("Q4_K_M", 4, SUPERBLOCK, imatrix=True),
         "IQ4_XS imatrix": type_settings("IQ4_XS", 4, SUPERBLOCK, imatrix=True),
     }
+    outside_bits = 2
     fixed = frozenset(name for name, settings in variants.items() if not settings["imatrix"])
 
     def problem(self, variant: str, size: Size) -> str:

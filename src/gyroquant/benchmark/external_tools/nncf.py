@@ -38,6 +38,7 @@ class Nncf(ExternalTool):
         "symmetric AWQ + scale estimation": {**_AWQ, "symmetric": True},
         "symmetric GPTQ": {"gptq": True, "symmetric": True, **_OUTSIDE},
     }
+    outside_bits = 8
     fixed = frozenset(("data-free", "symmetric data-free"))
 
     def problem(self, variant: str, size: Size) -> str:

@@ -17,6 +17,7 @@ class ScriptedTool(ExternalTool):
 
     script: ClassVar[str]
     """The file name of the script in `runners`."""
+    outside_bits = 16
     bits: ClassVar[tuple[int, ...]] = (2, 3, 4, 8)
     refused: ClassVar[dict[str, str]] = {}
     """The variants that cannot run, with the reason."""

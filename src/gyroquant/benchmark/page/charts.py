@@ -5,6 +5,7 @@ Every specification holds its data. The page selects what it shows with its para
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import quantiles
@@ -26,7 +27,7 @@ from gyroquant.benchmark.rows import (
     sizes,
     tests,
 )
-from gyroquant.benchmark.sizes import WEIGHTS, View, bytes_of, text, unit
+from gyroquant.benchmark.sizes import WEIGHTS, View, budget_of, budget_text, bytes_of, in_bytes, text, unit
 from gyroquant.evaluation.paired import front as undominated
 
 Spec = dict[str, Any]
@@ -41,6 +42,15 @@ def legend(values: Sequence[Any], unit: str = "", **settings: Any) -> Spec:
     words = {"labelExpr": f"datum.label + '{unit}'"} if unit else {}
     columns = max(1, 600 // (7 * longest + 46))
     return {"orient": "bottom", "title": None, "values": values, "columns": columns, **words, **settings}
+
+
+def budget_legend(budgets: Sequence[int]) -> Spec:
+    """The legend of budgets, which are numbers of bits or of bytes."""
+    hollow = {"symbolFillColor": "transparent", "symbolStrokeColor": "gray"}
+    if not any(map(in_bytes, budgets)):
+        return legend(budgets, " bits", **hollow)
+    named = json.dumps({str(budget): budget_text(budget) for budget in budgets})
+    return legend(budgets, "", **hollow) | {"labelExpr": f"({named})[toString(datum.value)]"}
 
 
 def frame(description: str, height: int, params: Mapping[str, Any], **rest: Any) -> Spec:
@@ -120,13 +130,13 @@ class Sizes:
         """
         points = self.points(test)
         of_verdict = {
-            budget["bits"]: budget["front"]
+            budget_of(budget): budget["front"]
             for budget in self.comparison["verdict"]
             if budget["test"] == test and ("unit" in budget) == (self.view == "bytes")
         }
         by_scope = {"all": self.front(points)}
         for bits in sizes(self.comparison):
-            of_bits = [row for row in points if row.run["bits"] == bits]
+            of_bits = [row for row in points if budget_of(row.run) == bits]
             given = [row for row in of_bits if row.run["key"] in of_verdict.get(bits, ())]
             by_scope[str(bits)] = sorted(given, key=self) or self.front(of_bits)
         return by_scope
@@ -138,7 +148,7 @@ class Sizes:
         points = [row for row in self.points(test) if row.run["key"] not in kept]
         if self.view == "bytes":
             return [row for row in points if self(row) > limit]
-        return [row for row in points if self(row) > row.run["bits"] + _FAR]
+        return [row for row in points if not row.run.get("max_bytes") and self(row) > row.run["bits"] + _FAR]
 
 
 def _corners(along: Sequence[Row], size_of: Sizes) -> dict[str, list[float | None]]:
@@ -190,7 +200,7 @@ def pareto(comparison: Mapping[str, Any], view: View = "bytes") -> Spec | None:
                 tooltip[hover.setdefault(heading, f"c{len(hover)}")] = words  # a heading may not be a valid field name
             low, high = row.interval or (None, None)
             place = {"test": test, "x": rounded(size_of(row), 7), "y": rounded(row.gap), "name": row.name}
-            place |= {"low": rounded(low), "high": rounded(high), "budget": row.run["bits"], "lost": row.family}
+            place |= {"low": rounded(low), "high": rounded(high), "budget": budget_of(row.run), "lost": row.family}
             named = {scope: keys[row.run["key"]] for scope, keys in corners.items() if row.run["key"] in keys}
             points.append(place | {"corners": named, "turned": bool(row.run.get("rotated"))} | tooltip)
         for scope, rows_of_scope in along.items():
@@ -239,7 +249,7 @@ def _pareto_layers(
     bits = sorted({point["budget"] for point in points})
     shape = {"field": "budget", "type": "nominal", "scale": {"domain": bits}, "legend": None}
     if len(bits) > 1:
-        shape["legend"] = legend(bits, " bits", symbolFillColor="transparent", symbolStrokeColor="gray")
+        shape["legend"] = budget_legend(bits)
     here = {"filter": "datum.test == test && (bits == 'all' || datum.budget == bits)"}
     hollow: Spec = {"condition": {"test": "!datum.turned", "value": 0}, "value": 0.75}
     tooltip = [{"field": key, "title": title, "type": "nominal"} for title, key in hover.items()]
@@ -294,7 +304,7 @@ def seeds(comparison: Mapping[str, Any]) -> Spec | None:
     for test in tests(comparison):
         for group, perplexities in several_seeds(comparison, test):
             for n, (run, value) in enumerate(zip(group, perplexities, strict=True)):
-                place = {"test": test, "bits": run["bits"], "recipe": short(comparison, run), "seed": run["seed"]}
+                place = {"test": test, "bits": budget_of(run), "recipe": short(comparison, run), "seed": run["seed"]}
                 figures = {"perplexity": rounded(value, 6), "family": family(run)}
                 values.append(place | figures | _box(perplexities, n == 0))
     if not values:

@@ -21,7 +21,7 @@ from gyroquant.benchmark.rows import (
     tests,
 )
 from gyroquant.benchmark.sentences import counts, introduction, model_facts, notes, original_line
-from gyroquant.benchmark.sizes import View, bytes_of, unit
+from gyroquant.benchmark.sizes import View, budget_of, budget_text, bytes_of, unit
 from gyroquant.benchmark.sizes import text as size_text
 
 _NAMES = {
@@ -85,7 +85,7 @@ def _tests(comparison: Mapping[str, Any], place: str) -> dict[str, Any]:
 
 
 def _bits(place: str, plot: str, present: Iterable[int], value: Any, every: bool = False) -> dict[str, Any]:
-    sizes = [(bits, f"{bits} bits") for bits in sorted(set(present))]
+    sizes = [(bits, budget_text(bits)) for bits in sorted(set(present))]
     options = [("all", "all"), *sizes] if every and len(sizes) > 1 else sizes
     return _control(f"{place}-bits", "Budget", "bits", plot, options, value)
 
@@ -106,7 +106,9 @@ def _budget(comparison: Mapping[str, Any], of_bits: list[Mapping[str, Any]]) -> 
     for text in texts[1:]:
         if text["text"] == first["text"]:
             text["text"] = "the same."
-    return {"bits": of_bits[0]["bits"], "texts": texts}
+    size = budget_of(of_bits[0])
+    amount, _, unit_of_size = budget_text(size).partition(" ")
+    return {"bits": size, "amount": amount, "unit": unit_of_size, "texts": texts}
 
 
 def _budget_facts(comparison: Mapping[str, Any], budget: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -173,7 +175,7 @@ def _table(comparison: Mapping[str, Any]) -> dict[str, Any]:
         "tables": tables,
         "notes": notes(comparison),
         "test": _tests(comparison, "table"),
-        "bits": _bits("table", "", (run["bits"] for run in comparison["cells"]), "all", every=True),
+        "bits": _bits("table", "", map(budget_of, comparison["cells"]), "all", every=True),
         "families": [(name, index) for index, name in enumerate(FAMILIES) if name in families],
     }
 
@@ -190,7 +192,7 @@ def _line(row: Row, shown: Iterable[Any]) -> dict[str, Any]:
         "family": row.family,
         "family_index": FAMILIES.index(row.family),
         "hollow": not row.run.get("rotated"),
-        "bits": row.run["bits"],
+        "bits": budget_of(row.run),
         "seed": row.seed,
         "roles": row.roles,
         "marks": row.marks,
@@ -206,9 +208,11 @@ def _layers(comparison: Mapping[str, Any], plots: Mapping[str, Spec]) -> dict[st
         return None
     names = list(diagnostics.ranges(comparison))
     start = _values(plots["layers"])["recipe"]
-    bits = diagnostics.with_layers(comparison)[start]["bits"]
+    bits = budget_of(diagnostics.with_layers(comparison)[start])
     # The second panel has the best of the smallest budget, the first the baseline of that budget, if they differ.
-    plain = [name for name, run in diagnostics.with_layers(comparison).items() if run["bits"] == bits and name != start]
+    plain = [
+        name for name, run in diagnostics.with_layers(comparison).items() if budget_of(run) == bits and name != start
+    ]
     baselines = {budget["baseline"] for budget in comparison["verdict"]}
     against = [name for name in plain if diagnostics.with_layers(comparison)[name]["key"] in baselines]
     other = next(iter([*against, *plain, *names]))

@@ -244,12 +244,12 @@ class PackedWriter(Writer):
 
 
 class DenseWriter(Writer):
-    """Rounded weights decoded to plain numbers, under the names of the original checkpoint."""
+    """Rounded weights decoded to plain numbers, low-rank branches included, under the original checkpoint's names."""
 
     def piece(self, plain: dict[str, Tensor], rounded: Sequence[RoundedLayer] = ()) -> Piece:
         piece, tensors = self._begin(plain), dict(plain)
         for layer in rounded:
-            op, dense = layer.op, layer.param.to(self.dtype)
+            op, dense = layer.op, layer.merged.to(self.dtype)
             if not bool(dense.isfinite().all()):
                 raise InputError(f"{op.weight} is too large for {self.dtype}; choose --save-dtype bfloat16 or float32")
             self._count(piece, op, {f"{op.weight}_dense": dense})

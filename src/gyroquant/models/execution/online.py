@@ -1,8 +1,9 @@
-"""Online operations: maps that cannot be folded into parameters, and rounding of activations and of the KV cache.
+"""Online operations: maps that cannot be folded into parameters, low-rank branches of layers, and rounding of
+activations and of the KV cache.
 
 Each operation is attached to a module of a transformers model, in one of three places: a forward hook, the attention
 function (R3 and the cache), or the function that runs stacked experts. The code of the modules is not replaced. On one
-input, maps run before rounding.
+input, maps run first, then low-rank branches read it, then it is rounded.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -25,11 +26,14 @@ from gyroquant.errors import UnsupportedModelError
 from gyroquant.grids import Grid
 from gyroquant.maps import Map
 from gyroquant.models.execution.exact_tokens import ALL_ROUNDED, ExactTokens, read_both
+from gyroquant.models.execution.low_rank import LowRankBranch, attach_branch
 from gyroquant.models.execution.products import intercept
+from gyroquant.models.execution.switches import Switch
 from gyroquant.models.graph.sites import HookPoint
 
 _ATTENTION = "gyroquant_"
 _EXPERTS = "gyroquant"
+_ROUNDING = "_gyroquant_rounding"  # an attribute of modules: a function that sees their inputs rounded
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ class CacheQuantizer:
         return fake(self.keys, keys - mean) + mean
 
 
-OnlineOp = OnlineMap | InputQuantizer | CacheQuantizer
+OnlineOp = OnlineMap | InputQuantizer | CacheQuantizer | LowRankBranch
 
 
 def run_map(m: Map, x: Tensor) -> Tensor:
@@ -100,54 +104,18 @@ def run_on_heads(m: Map, x: Tensor) -> Tensor:
     return turned.movedim(-2, 1).flatten(1, 2)
 
 
-class _Switch:
-    """Settings of the whole process, changed by the context managers below."""
-
-    rounding = True
-    scaled_ste = False
-    all_experts = False
-
-
-@contextmanager
-def _switched(name: str, value: bool) -> Iterator[None]:
-    previous = getattr(_Switch, name)
-    setattr(_Switch, name, value)
-    try:
-        yield
-    finally:
-        setattr(_Switch, name, previous)
-
-
-def no_fake_quant() -> AbstractContextManager[None]:
-    """Turns off rounding of activations and of the KV cache for the duration of a with block."""
-    return _switched("rounding", False)
-
-
-def all_experts(on: bool) -> AbstractContextManager[None]:
-    """Within a with block, chooses whether observers of stacked experts see every token, not only those routed there.
-
-    The output of the experts does not change.
-    """
-    return _switched("all_experts", on)
-
-
-def scaled_ste(on: bool) -> AbstractContextManager[None]:
-    """Within a with block, chooses whether gradients treat rounding as noise that grows with the range; see `fake`."""
-    return _switched("scaled_ste", on)
-
-
 def fake(grid: Grid, x: Tensor) -> Tensor:
     """`x` rounded to the grid and decoded.
 
     Gradients pass straight through. Within `scaled_ste` they pass as if noise were added that grows with the range of
     each group: a rounding error is a fraction of a step, and a step is a fraction of the range.
     """
-    if not _Switch.rounding:
+    if not Switch.rounding:
         return x
     if not x.requires_grad:
         return grid.fake(x)
     plain = x.detach()
-    if not _Switch.scaled_ste:
+    if not Switch.scaled_ste:
         return x + (grid.fake(plain) - plain)
     groups = x.unflatten(-1, (-1, grid.group_of(x.shape[-1])))
     width = groups.amax(-1, keepdim=True) - groups.amin(-1, keepdim=True)
@@ -229,7 +197,7 @@ def _rounded(
     key = state.keys(key)
     if state.observe is not None:
         state.observe(query, key, value)
-    if state.cache is None or not _Switch.rounding:
+    if state.cache is None or not Switch.rounding:
         return key, value, mask
     rounded = state.cache.round_keys(key), fake(state.cache.values, value)
     exact = state.cache.exact.at(module)
@@ -257,7 +225,7 @@ def experts_forward(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weig
     maps, grids = module.__dict__.get("_gyroquant_maps", {}), module.__dict__.get("_gyroquant_grids", {})
     observe = module.__dict__.get("_gyroquant_observe")
     out = torch.zeros_like(hidden)
-    everyone = _Switch.all_experts and observe is not None
+    everyone = Switch.all_experts and observe is not None
     for expert in range(module.num_experts):
         token, position = torch.where(top_k_index == expert)
         if token.numel() == 0 and not everyone:
@@ -306,7 +274,24 @@ class _QuantizeInput:
         self.grid, self.last = grid, last
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (self.last.rounded(self.grid, args[0]), *args[1:])
+        rounded = self.last.rounded(self.grid, args[0])
+        observe: Callable[[Tensor, Tensor], None] | None = module.__dict__.get(_ROUNDING)
+        if observe is not None and Switch.rounding:
+            observe(args[0], rounded)
+        return (rounded, *args[1:])
+
+
+@contextmanager
+def observing_rounding(module: nn.Module, observe: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
+    """Calls `observe` with the input of a layer before and after its rounding, for the duration of a with block.
+
+    An `InputQuantizer` must be attached to the module. Both tensors have shape (..., features).
+    """
+    module.__dict__[_ROUNDING] = observe
+    try:
+        yield
+    finally:
+        del module.__dict__[_ROUNDING]
 
 
 @dataclass
@@ -319,7 +304,7 @@ class _LastRounded:
     result: Tensor | None = None
 
     def rounded(self, grid: Grid, x: Tensor) -> Tensor:
-        if not _Switch.rounding:
+        if not Switch.rounding:
             return x
         version = -1 if x.is_inference() else x._version  # inference tensors do not have a version
         if self.seen() is not x or self.version != version or self.grid != grid or self.result is None:
@@ -410,6 +395,8 @@ def _attach_parameter(model: nn.Module, op: OnlineMap | InputQuantizer) -> list[
 
 
 def _attach_op(model: nn.Module, op: OnlineOp, last: _LastRounded) -> list[Callable[[], None]]:
+    if isinstance(op, LowRankBranch):
+        return attach_branch(model.get_submodule(op.module), op)
     if not isinstance(op, CacheQuantizer) and op.hook_point.point == "parameter":
         return _attach_parameter(model, op)
     module = model.get_submodule(op.module)
@@ -429,8 +416,15 @@ def _attach_op(model: nn.Module, op: OnlineOp, last: _LastRounded) -> list[Calla
     return _attach_experts(module, "_gyroquant_maps", point, op.map)
 
 
+def _turn(op: OnlineOp) -> int:
+    return 0 if isinstance(op, OnlineMap) else 1 if isinstance(op, LowRankBranch) else 2
+
+
 def attach(model: nn.Module, online: Iterable[OnlineOp]) -> Callable[[], None]:
-    """Attaches online operations to the modules of `model`. Returns a function that detaches them."""
+    """Attaches online operations to the modules of `model`. Returns a function that detaches them.
+
+    Operations on one input run in the order of their kinds, whatever their order here: maps, branches, rounding.
+    """
     undo: list[Callable[[], None]] = []
     last = _LastRounded()
 
@@ -439,7 +433,7 @@ def attach(model: nn.Module, online: Iterable[OnlineOp]) -> Callable[[], None]:
             step()
 
     try:
-        for op in online:
+        for op in sorted(online, key=_turn):
             undo += _attach_op(model, op, last)
     except Exception:
         detach()

@@ -7,7 +7,7 @@ masks and positions. To record them, the model runs once with stubs in place of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from typing import Any, Protocol
@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrai
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
 
 from gyroquant.errors import InputError, UnsupportedModelError
+from gyroquant.models.execution.online import OnlineOp, attached
 from gyroquant.models.graph.model_graph import ModelGraph
 from gyroquant.models.graph.spec import Architecture
 
@@ -189,10 +190,13 @@ class _Store(Protocol):
 
 
 class BlockRunner:
-    """Runs a model in pieces. Each call gets its weights as a mapping from full parameter names to tensors."""
+    """Runs a model in pieces. Each call gets its weights as a mapping from full parameter names to tensors.
 
-    def __init__(self, model: Any, graph: ModelGraph):
-        self.model = model
+    `online` are the operations outside the blocks that run with these weights before the first block.
+    """
+
+    def __init__(self, model: Any, graph: ModelGraph, online: Iterable[OnlineOp] = ()):
+        self.model, self.online = model, tuple(online)
         self.tied = graph.tied
         self.architecture, blocks = graph.architecture, graph.architecture.blocks
         self._returns, self._axis = graph.architecture.returns, graph.architecture.batch_axis
@@ -200,9 +204,9 @@ class BlockRunner:
         self._parent, self._name = model.get_submodule(blocks.rpartition(".")[0]), blocks.rpartition(".")[2]
 
     @classmethod
-    def of(cls, store: _Store) -> BlockRunner:
-        """A runner of a store's skeleton."""
-        return cls(store.skeleton(), store.graph)
+    def of(cls, store: _Store, online: Iterable[OnlineOp] = ()) -> BlockRunner:
+        """A runner of a store's skeleton. Of the operations `online`, those outside the blocks count."""
+        return cls(store.skeleton(), store.graph, store.graph.around_blocks(online))
 
     @torch.no_grad()
     def begin(self, input_ids: Tensor, outer: Mapping[str, Tensor]) -> tuple[Tensor, list[Call]]:
@@ -214,7 +218,8 @@ class BlockRunner:
         """
         stubs = self._stubs()
         stubs[-1].stop = True
-        self._with_stubs(stubs, input_ids, outer)
+        with attached(self.model, self.online):
+            self._with_stubs(stubs, input_ids, outer)
         if any(stub.call is None for stub in stubs):
             raise UnsupportedModelError(
                 f"{self.model.config.model_type} does not run each of its blocks once and in order, which is not "

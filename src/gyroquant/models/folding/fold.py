@@ -132,6 +132,11 @@ class FoldPlan:
         if isinstance(m, Identity):
             self.folded.append((site, m, False))
             return
+        if self.is_turned(site):
+            raise UnsupportedModelError(
+                f"a map at {site.kind.turned_by} changes {site.label} already; leave {site.name} out, or set "
+                f"transform.{site.name}.optional=true for models whose {site.kind.turned_by} is left out"
+            )
         problem = site.fused_problem(m)
         run_online = bool(problem) and site.online_unasked if online is None else online
         if run_online:
@@ -143,12 +148,20 @@ class FoldPlan:
             m = self._add_fused(site, m)
         self.folded.append((site, m, run_online))
 
+    def is_turned(self, site: Site) -> bool:
+        """Whether a fused map at another site, planned before, changes the ports of this one; see `SiteKind`."""
+        return any(
+            other.name == site.kind.turned_by and not online and not isinstance(m, Identity)
+            for other, m, online in self.folded
+        )
+
     def _add_online(self, site: Site, m: Map) -> None:
         m = m.in_fp32()  # the model runs and stores this map, so weights are multiplied by the inverse of exactly this
         if site.inverse_at:
             self._apply((*site.writers, *site.readers), m)
             for hook_point, span in site.inverse_at:
                 self._undo(hook_point, span, m.inverse().in_fp32())
+            self.online += [OnlineMap(hook_point, m.contragredient().in_fp32()) for hook_point in site.hook_points]
             return
         if not site.hook_points:
             raise UnsupportedModelError(

@@ -83,7 +83,8 @@ def prove(
     back = change.inverse().apply if change else lambda x: x
     outer = source.read(graph.outer_params())
     original, calls = runner.begin(input_ids, fp32(outer))
-    folded, folded_calls = runner.begin(input_ids, folded_outer(plan, outer))
+    with attached(runner.model, graph.around_blocks(plan.online)):
+        folded, folded_calls = runner.begin(input_ids, folded_outer(plan, outer))
     errors: list[float] = []
     for i in range(len(calls[:blocks])):
         tensors = source.read(graph.block_params(i))

@@ -14,7 +14,8 @@ from gyroquant.models.graph.model_graph import LinearOp
 class RoundedLayer:
     """A layer and its rounded weight.
 
-    The weight is decoded at the first use and kept until `release`: one copy, in the stored shape.
+    The weight is decoded at the first use and kept until `release`: one copy, in the stored shape. A low-rank product
+    is not part of it, because that runs with the model.
     """
 
     op: LinearOp
@@ -32,6 +33,12 @@ class RoundedLayer:
     def matrix(self) -> Tensor:
         """The decoded weight as a matrix of shape (out, in), fp32."""
         return self.op.to_matrix(self.param).contiguous()
+
+    @property
+    def merged(self) -> Tensor:
+        """The parameter with the low-rank product of its layer, if there is one, in its stored shape, fp32."""
+        factors = self.weight.low_rank
+        return self.param if factors is None else self.param + self.op.to_param(factors.product())
 
     def release(self) -> None:
         """Frees the decoded weight."""

@@ -47,7 +47,7 @@ class Site:
     - absorbs: norms whose gain goes into their readers before the map is folded, and these readers.
     - hook_points: where an online map runs.
     - inverse_at: where the inverse of an online map runs, and on which coordinates, for maps that change the outputs
-      of layers. Readers are then multiplied by the map itself.
+      of layers. Readers are then multiplied by the map itself, and its contragredient runs at the hook points.
     - admits, admits_online: the maps that can be fused, and those that can run online.
     - keeps_mean: the map must preserve the mean, because the site has LayerNorms.
     - heads: the number of heads in one vector of the site.
@@ -81,7 +81,7 @@ class Site:
     @property
     def online_unasked(self) -> bool:
         """Whether a map that cannot be fused here runs online without an explicit `online`."""
-        return self.kind.online_unasked and bool(self.hook_points)
+        return self.kind.online_unasked and bool(self.hook_points or self.inverse_at)
 
     def fused_problem(self, m: Map) -> str:
         """The reason why this map cannot be fused here. Empty if it can."""
@@ -123,6 +123,7 @@ class SiteKind:
     - basis: the basis, as layers read it, in which the site's vectors are observed. None if no layer reads one.
     - learnable: maps at this site can be learned.
     - stored_rotation: a file of rotations holds the rotation of this site.
+    - turned_by: the site whose fused maps change these ports already, so that another map here is one too many.
     """
 
     name: str
@@ -134,6 +135,7 @@ class SiteKind:
     basis: str | None = None
     learnable: bool = False
     stored_rotation: bool = False
+    turned_by: str = ""
 
     def find(self, graph: ModelGraph, online: bool, structure: Structure) -> list[Site]:
         """The sites of a model for maps of a structure, online or fused."""

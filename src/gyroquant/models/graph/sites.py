@@ -10,6 +10,8 @@ The numbers of R1 to R4 are those of SpinQuant (arXiv 2405.16406) and QuaRot.
 - qk: queries and keys before RoPE, as their projections write them.
 - attn_in, mlp_in: the outputs of the norms.
 - latent: what one linear layer writes and another reads, with nothing or only a norm between them.
+- embeddings: the rows of a table of embeddings, and of a head that shares them. Maps run after the lookup and before
+  the head.
 - linear: the input of one linear layer.
 """
 
@@ -202,7 +204,7 @@ def hook_point(op: LinearOp) -> HookPoint:
     return HookPoint("experts_act" if op.weight.endswith(".down_proj") else "experts_in", op.module)
 
 
-def _layer_input(name: str, block: int, op: LinearOp, label: str, reason: str) -> Site:
+def _layer_input(name: str, block: int | None, op: LinearOp, label: str, reason: str) -> Site:
     """The input of one layer, where a map must run online. `reason` states why."""
     return Site(
         name=name,
@@ -317,6 +319,27 @@ def _latent(graph: ModelGraph) -> Iterator[Site]:
             )
 
 
+def _embeddings(graph: ModelGraph) -> Iterator[Site]:
+    """The rows of each table, together with the heads that are tied to it, and those of each head of its own."""
+    for table in graph.tables:
+        heads = [op for op in graph.outer.linears if graph.tied.get(op.weight) == table.weight]
+        yield Site(
+            name="embeddings",
+            block=None,
+            label=f"the rows of {table.module}",
+            n=table.in_features,
+            writers=tuple(Port(op.weight, op.in_axis) for op in (table, *heads)),
+            hook_points=tuple(hook_point(op) for op in heads),
+            inverse_at=((HookPoint("output", table.module), Span(0, table.in_features, table.in_features)),),
+            admits="nothing",
+            admits_online="orthogonal",
+            blocked="the residual stream keeps its basis, so a map of the table's rows must run online",
+        )
+    for op in graph.outer.linears:
+        if op.entry.writes == "logits" and op.weight not in graph.tied:
+            yield _layer_input("embeddings", None, op, f"the rows of {op.module}", "the head's map must run online")
+
+
 def _linear(graph: ModelGraph) -> Iterator[Site]:
     for i, group in enumerate(graph.blocks):
         for op in group.linears:
@@ -354,6 +377,7 @@ _KINDS = (
     SiteKind("mlp_in", _norm_output("mlp_in"), inside=("R1",), basis="mlp_in", learnable=True),
     SiteKind("R4", _r4, build_fused=_r4_fused, online_unasked=True, basis="act", learnable=True),
     SiteKind("latent", _latent),
+    SiteKind("embeddings", _embeddings, inside=("R1",), online_unasked=True, turned_by="R1"),
     SiteKind(
         "linear",
         _linear,
@@ -371,9 +395,11 @@ SITE_OF_BASIS = {kind.basis: kind.name for kind in _KINDS if kind.basis is not N
 
 
 def site_key(site: Site) -> str:
-    """The key of a site, the same for every recipe: `R1`, `model.layers.0.self_attn.R2`."""
-    if site.block is None:
+    """The key of a site, the same for every recipe: `R1`, `lm_head.embeddings`, `model.layers.0.self_attn.R2`."""
+    if site.block is None and site.name == "R1":
         return site.name
+    if site.block is None:
+        return f"{(*site.readers, *site.writers)[0].param.rpartition('.')[0]}.{site.name}"
     module = site.readers[0].param.rpartition(".")[0] if site.readers else site.hook_points[0].module
     if site.readers and site.name != "latent":  # a module may read several latents
         module = module.rpartition(".")[0]

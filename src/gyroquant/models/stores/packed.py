@@ -16,9 +16,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from gyroquant.errors import GyroquantError, InputError
-from gyroquant.grids import Basis, QuantizedWeight, grid_from
+from gyroquant.grids import Basis, LowRankFactors, QuantizedWeight, grid_from
 from gyroquant.maps import load
 from gyroquant.models.execution.exact_tokens import ExactTokens
+from gyroquant.models.execution.low_rank import LowRankBranch
 from gyroquant.models.execution.online import CacheQuantizer, InputQuantizer, OnlineMap, OnlineOp
 from gyroquant.models.graph.model_graph import Shape
 from gyroquant.models.graph.sites import HookPoint
@@ -62,16 +63,22 @@ def _unpack(description: Mapping[str, Any], name: str, arrays: dict[str, Tensor]
     if entry.get("tensor_scale") and "global" not in arrays:
         raise KeyError("global")
     grid, basis = grid_from(description["grids"][entry["grid"]]).with_stored_scale(arrays), None
-    rows, columns = _matrix_shape(shape, bool(entry.get("transposed")))
+    transposed = bool(entry.get("transposed"))
+    rows, columns = _matrix_shape(shape, transposed)
     if entry.get("basis") is not None:
         basis = Basis.unpack(entry["basis"], arrays, columns)
         columns = basis.order
     codes, params = grid.unpack(arrays, (rows, columns))
-    return QuantizedWeight(grid, codes, params, basis)
+    rank = entry.get("low_rank")
+    factors = None if rank is None else LowRankFactors.unpack(rank, arrays, _matrix_shape(shape, transposed))
+    return QuantizedWeight(grid, codes, params, basis, factors)
 
 
 def decode(description: Mapping[str, Any], name: str, arrays: dict[str, Tensor], shape: Shape) -> Tensor:
-    """A stored parameter as fp32 numbers, of shape `shape`. Raises InputError if it decodes to NaN or infinity."""
+    """A stored parameter as fp32 numbers, of shape `shape`. Raises InputError if it decodes to NaN or infinity.
+
+    The low-rank branch of the layer is not in it: that is one of the `attachments`.
+    """
     transposed = bool(description["tensors"][name].get("transposed"))
     weight = _to_param(unpack(description, name, arrays, shape).dequantize(), shape, transposed)
     if not bool(weight.isfinite().all()):
@@ -85,9 +92,12 @@ def attachments(description: Mapping[str, Any], files: Sequence[Path]) -> tuple[
     Raises MapError or InputError if a map is damaged or an array is missing.
     """
     arrays: dict[str, Tensor] = {}
+    with_branch = {name: entry["low_rank"] for name, entry in description["tensors"].items() if "low_rank" in entry}
+    factors = {f"{name}_{part}" for name in with_branch for part in ("left", "right")}
     for path in files:
         with safe_open(path, framework="pt") as file:
-            arrays |= {key: file.get_tensor(key).clone() for key in file.keys() if key.startswith(MAPS)}
+            wanted = [key for key in file.keys() if key.startswith(MAPS) or key in factors]
+            arrays |= {key: file.get_tensor(key).clone() for key in wanted}
     maps = [load(spec, arrays) for spec in description["maps"]]
     grids = [grid_from(spec) for spec in description["grids"]]
     online = [OnlineMap(_hook_point(entry), maps[entry["map"]]) for entry in description["online"]]
@@ -105,7 +115,18 @@ def attachments(description: Mapping[str, Any], files: Sequence[Path]) -> tuple[
         )
         for entry in description["cache"]
     ]
-    return (*online, *inputs, *cache)
+    return (*online, *inputs, *cache, *(_branch(name, rank, arrays) for name, rank in with_branch.items()))
+
+
+def _branch(name: str, rank: int, arrays: Mapping[str, Tensor]) -> LowRankBranch:
+    """The low-rank branch of a parameter. Raises InputError if an array is missing or the two do not fit each other."""
+    parts = {part: arrays[f"{name}_{part}"] for part in ("left", "right") if f"{name}_{part}" in arrays}
+    shape = len(parts.get("left", ())), parts["right"].shape[-1] if "right" in parts else 0
+    try:
+        factors = LowRankFactors.unpack(rank, parts, shape)
+    except InputError as error:
+        raise InputError(f"{name}: {error}: copy the folder again") from error
+    return LowRankBranch(HookPoint("input", name.rpartition(".")[0]), factors)
 
 
 def _hook_point(entry: Mapping[str, Any]) -> HookPoint:

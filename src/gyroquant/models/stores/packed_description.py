@@ -4,9 +4,11 @@ A rounded parameter P is stored as these tensors:
 
 - P_codes and P_scales, always.
 - P_multiples: the multiples of the scales of super-blocks, if it has any.
+- P_choices: which of two kinds of numbers each group has, one bit each, if the grid has two kinds.
 - P_zeros: the zero points, if it has any.
 - P_global: the tensor scale, if it has one.
 - P_basis: the scales of the basis in which it was rounded, if there is one.
+- P_left and P_right: the factors of its low-rank branch, if it has one.
 
 The configuration also describes the online operations: maps, rounding of activations and of the KV cache. Their tensors
 are stored with the weights, under names that start with `gyroquant_map.`. `PackedDescription` builds the description.
@@ -29,6 +31,7 @@ from gyroquant.errors import InputError, MapError
 from gyroquant.grids import Grid, HalfScaleGrid, QuantizedWeight, grid_from
 from gyroquant.maps import Map, dump
 from gyroquant.maps.base import MAX_ORDER
+from gyroquant.models.execution.low_rank import LowRankBranch
 from gyroquant.models.execution.online import CacheQuantizer, InputQuantizer, OnlineMap, OnlineOp
 from gyroquant.models.graph.model_graph import LinearOp
 from gyroquant.models.graph.sites import Point
@@ -37,8 +40,9 @@ METHOD = "gyroquant"
 # Version 2: a basis changes what codes stand for; readers of version 1 would ignore it.
 # Version 3: an integer, fp4 or fp8 weight has a tensor scale; readers of version 2 would ignore it.
 # Version 4: some tokens of the KV cache stay exact; readers of version 3 would round them.
-FORMAT_VERSIONS = (1, 2, 3, 4)
-PARTS = ("codes", "scales", "multiples", "zeros", "global", "basis")
+# Version 5: a layer has a low-rank branch; readers of version 4 would leave it out.
+FORMAT_VERSIONS = (1, 2, 3, 4, 5)
+PARTS = ("codes", "scales", "multiples", "choices", "zeros", "global", "basis", "left", "right")
 MAPS = "gyroquant_map."
 IMPORT_FIRST = "gyroquant packed these weights, run `import gyroquant` before you open them"
 
@@ -57,6 +61,7 @@ class _Tensor(BaseModel):
     transposed: bool = False
     basis: _Basis | None = None
     tensor_scale: bool = False
+    low_rank: Annotated[int, Field(ge=1, strict=True)] | None = None
 
 
 class _Place(BaseModel):
@@ -124,6 +129,8 @@ class PackedDescription:
             entry["basis"] = weight.basis.describe()
         if isinstance(weight.grid, HalfScaleGrid) and weight.grid.tensor_scale is not None:
             entry["tensor_scale"] = True
+        if weight.low_rank is not None:
+            entry["low_rank"] = weight.low_rank.rank
         return entry
 
     def add_tensor(self, name: str, entry: Mapping[str, Any]) -> None:
@@ -131,7 +138,11 @@ class PackedDescription:
         self._tensors[name] = {**entry, "grid": self._numbered(entry["grid"])}
 
     def add_online(self, op: OnlineOp) -> dict[str, Tensor]:
-        """Adds an online operation. Returns the arrays to store for it: none if its map was added before."""
+        """Adds an online operation. Returns the arrays to store for it: none if its map was added before.
+
+        Low-rank branches are part of their layers: `add_tensor` adds them.
+        """
+        assert not isinstance(op, LowRankBranch), "a low-rank branch is stored with its layer"
         if isinstance(op, InputQuantizer):
             place = {"point": op.hook_point.point, "module": op.module}
             self._inputs.append(place | {"grid": self._grid(op.grid)})
@@ -171,6 +182,8 @@ class PackedDescription:
 
     def _version(self) -> int:
         """The oldest format version that can express this description."""
+        if any("low_rank" in entry for entry in self._tensors.values()):
+            return 5
         if any("last_tokens" in entry for entry in self._cache):
             return 4
         for part, version in (("tensor_scale", 3), ("basis", 2)):
@@ -248,6 +261,9 @@ def check_places(model: nn.Module, online: Iterable[OnlineOp], where: str) -> No
             raise InputError(
                 f"{where}: an online operation runs at {op.module}, which the model lacks: copy the folder again"
             ) from error
+        if isinstance(op, LowRankBranch):
+            _check_branch(module, op, where)
+            continue
         point = "qk" if isinstance(op, CacheQuantizer) else op.hook_point.point
         width = getattr(module, _WIDTHS.get(point, ""), None)
         if isinstance(op, CacheQuantizer):
@@ -261,3 +277,14 @@ def check_places(model: nn.Module, online: Iterable[OnlineOp], where: str) -> No
                 op.grid.group_of(width, op.module)
             elif op.map.n != width and (point != "qk" or op.map.n % width):
                 raise MapError(f"{where}: the map at {op.module} has order {op.map.n}, but the width there is {width}")
+
+
+def _check_branch(module: Any, op: LowRankBranch, where: str) -> None:
+    """Raises InputError if the factors of a branch do not fit the widths of its module."""
+    widths = len(op.factors.left), op.factors.right.shape[1]
+    expected = getattr(module, "out_features", None), getattr(module, "in_features", None)
+    if any(width not in (None, ours) for width, ours in zip(expected, widths, strict=True)):
+        raise InputError(
+            f"{where}: the low-rank branch at {op.module} has {widths[1]} inputs and {widths[0]} outputs, and the "
+            f"module has {expected[1]} and {expected[0]}: copy the folder again"
+        )

@@ -11,9 +11,11 @@ from gyroquant.pipeline.stages.measure import Measure
 from gyroquant.pipeline.stages.prove import Prove
 from gyroquant.pipeline.stages.quantize import Quantize
 from gyroquant.pipeline.stages.save import Save
+from gyroquant.pipeline.stages.windows import Windows
 
 STAGES: tuple[Stage, ...] = (
     Compare(),
+    Windows(),
     Measure(),
     Learn(),
     Prove(),

@@ -91,7 +91,7 @@ def _one_layer(probe: CostProbe) -> tuple[float, int]:
     assert settings is not None
     assert job.tokens is not None
     outer = job.plan.read_outer(job.store)
-    runner = BlockRunner.of(job.store)
+    runner = BlockRunner.of(job.store, job.plan.online)
     stream = Stream(runner, probe.sample, outer, job.compute_dtype, None, job.output.device)
     assert stream.hidden is not None
     tensors, online = job.plan.read_block(job.store, 0), job.plan.online_in(0)
@@ -107,7 +107,7 @@ def _one_layer(probe: CostProbe) -> tuple[float, int]:
         layers = LayerGroup(group, job.targets, tensors, observed, online)
         solved = round_layers(layers, job.rounding(lambda text: None, grid))
         name, layer = [*solved.items()][-1]
-        stream.few(0, local | stream.local({name: layer.param}), state, [0])
+        stream.few(0, local | stream.local({name: layer.merged}), state, [0])
         ticks.tick()
         stream.run(0, tensors)
     ticks.tick()

@@ -129,7 +129,7 @@ def _first_block(probe: CostProbe, sample: Stream | None) -> float:
     forward = 0.0
     if sample:
         started = time.perf_counter()
-        with attached(model, job.running_in(0)):
+        with attached(model, [*job.running_in(0), *block.branches]):
             sample.run(0, block.deployed)
         forward = time.perf_counter() - started
         probe.forward_seconds = forward / len(sample.input_ids)

@@ -121,7 +121,7 @@ class Sweep:
     def block(self, start: int, stop: int, factor: Tensor, feed: Tensor | None) -> None:
         """Rounds columns start..stop. Errors change the rest of the block at once, later blocks in one product."""
         errors = torch.empty(stop - start, self.free.shape[1], device=self.free.device)
-        coded = torch.empty(0)
+        coded = numbers = torch.empty(0)
         rows = factor[start:stop].float()
         for i in range(start, stop):
             column = int(self.order[i])
@@ -134,9 +134,9 @@ class Sweep:
             params, tile = self.params[:, group], i % self.tile
             if tile == 0:
                 coded = self.grid.encode(self.free[i : i + self.tile].T.contiguous(), params)
-            code = coded[:, tile : tile + 1]
-            self.codes[column] = code[:, 0]
-            error = (self.free[i] - self.grid.decode(code, params)[:, 0]) / rows[i - start, i]
+                numbers = self.grid.decode(coded, params)
+            self.codes[column] = coded[:, tile]
+            error = (self.free[i] - numbers[:, tile]) / rows[i - start, i]
             self.free[i + 1 : stop].addr_(rows[i - start, i + 1 : stop], error, alpha=-1)
             if feed is not None:
                 self.free[i + 1 : stop].addr_(feed[i, i + 1 : stop], self.free[i])

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gyroquant.calibration.stream import Stream
 from gyroquant.errors import RecipeError
+from gyroquant.models.execution.low_rank import LowRankBranch, branches
 from gyroquant.models.graph.model_graph import Group
 from gyroquant.models.graph.rounded_layer import RoundedLayer
 from gyroquant.registry import Registry
@@ -80,8 +81,13 @@ class RoundedBlock:
 
     @property
     def deployed(self) -> dict[str, Tensor]:
-        """All its parameters as they will be deployed; rounded ones are decoded, fp32."""
+        """All its parameters as they will be deployed; rounded ones are decoded, fp32. `branches` run beside them."""
         return {**self.plain, **{name: layer.param for name, layer in self.layers.items()}}
+
+    @property
+    def branches(self) -> list[LowRankBranch]:
+        """The low-rank branches of its rounded layers, which run with it."""
+        return branches(self.layers.values())
 
     @property
     def text(self) -> Stream:
@@ -153,8 +159,8 @@ class StepOptions(BaseModel):
 
     @property
     def layer_steps(self) -> tuple[RoundingStep, ...]:
-        """The steps that round one layer."""
-        return tuple(step.for_layers() for step in self.steps if step.when <= When.AFTER_SOLVER)
+        """The steps on one layer."""
+        return tuple(step.for_layers() for step in self.steps if step.when < When.TUNE_BLOCK)
 
     @property
     def block_steps(self) -> tuple[BlockStep, ...]:
@@ -170,6 +176,11 @@ class StepOptions(BaseModel):
     def needs_input_error_second_moments(self) -> bool:
         """Whether a step also needs the second moments of that difference."""
         return any(step.needs_input_error_second_moments for step in self.steps)
+
+    @property
+    def needs_rounding_errors(self) -> bool:
+        """Whether a step needs what rounding changes in a layer's input (activation rounding)."""
+        return any(step.needs_rounding_errors for step in self.steps)
 
     @property
     def needs_original(self) -> bool:

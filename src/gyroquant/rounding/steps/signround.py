@@ -163,6 +163,8 @@ class BlockTuner:
         self.rest = {name: t.to(hidden.dtype) for name, t in block.tensors.items() if name not in block.layers}
         for name, layer in block.layers.items():
             matrix, weight = layer.op.to_matrix(block.tensors[name].float()), layer.weight
+            if weight.low_rank is not None:  # its branch runs with the block
+                matrix = matrix - weight.low_rank.product()
             moved = matrix if weight.basis is None else weight.basis.encode(matrix)
             if bool((rows_on_grid(moved, weight) | ~moved.any(1)).all()):  # already on the grid: not tuned
                 self.rest[name] = layer.param.to(hidden.dtype)

@@ -53,14 +53,15 @@ class Target(LayerStep):
     def apply(self, prepared: PreparedWeight, warn: Warn = lambda text: None) -> PreparedWeight:
         assert prepared.statistics is not None
         matrix, statistics = self.shifted(prepared.matrix, prepared.statistics, warn)
-        return replace(prepared, matrix=matrix, statistics=statistics)
+        changed = prepared.statistics.input_error_cross is not None
+        return replace(prepared, matrix=matrix, statistics=statistics, corrects_input_error=changed)
 
     def shifted(self, weight: Tensor, statistics: InputStatistics, warn: Warn) -> tuple[Tensor, InputStatistics]:
         """The weights to round, shape (out, in), fp32, and statistics for the solver, without an input error.
 
         Without an input error, or if no tokens could be paired, the weights do not change.
         """
-        plain = InputStatistics(statistics.second_moments, statistics.count)
+        plain = replace(statistics, input_error_cross=None, input_error_second_moments=None)
         if statistics.input_error_cross is None or statistics.input_error_second_moments is None:
             return weight, plain
         factor = inverse_factor(statistics.second_moments, self.damp_percent, warn)

@@ -40,7 +40,7 @@ class TunableWeight:
         self._shape = (matrix.shape[0], rounded.params.scale.shape[1], -1)
         codes = rounded.codes.view(self._shape)
         decoded = self.grid.decode(codes, rounded.params) / rounded.params.scale
-        gap = self.grid.step_below(decoded)
+        gap = self.grid.group_step_below(decoded, rounded.params)
         distance = (matrix.view(self._shape) / rounded.params.scale - decoded) / gap
         self.wanted = (decoded + gap * distance.clamp(-_EDGE, _EDGE)) * rounded.params.scale
         self._gap = None if bool((gap == 1).all()) else gap  # even grids: nothing to multiply by
@@ -94,7 +94,7 @@ class TunableWeight:
         size, of_scale = kept.scale.abs(), torch.empty_like(kept.scale)
         of_ends = [torch.empty_like(size), torch.empty_like(size)]
         bounds = [end.detach() * size for end in ends]
-        half = [self.grid.step_below(end.detach()) * size / 2 for end in ends]
+        half = [self.grid.group_step_below(end.detach(), kept) * size / 2 for end in ends]
         low, high = bounds[0] - half[0], bounds[1] + half[1]
         gradient = self._in_basis(gradient).reshape(self.wanted.shape)
         for rows in self._rows():

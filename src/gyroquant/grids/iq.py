@@ -224,7 +224,7 @@ class IqGrid(SuperBlockGrid):
         tables = (table.numpy() for table in (cells.place, cells.points, cells.offset))
         found = nearest_points(vectors.detach().contiguous().numpy(), *tables, self._type.even, torch.get_num_threads())
         index, sign, error = map(torch.from_numpy, found)
-        return cells.index.index_select(0, index.flatten()), sign, error
+        return cells.numbers.index_select(0, index.flatten()), sign, error
 
     def _search_all(self, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As `_search`, without numba."""
@@ -335,7 +335,7 @@ class _Cells(NamedTuple):
     place: Tensor
     points: Tensor
     offset: Tensor
-    index: Tensor
+    numbers: Tensor
 
 
 @cache

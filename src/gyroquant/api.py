@@ -7,21 +7,26 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
 
-from gyroquant.calibration.text import bos_text, load_text
+from gyroquant.calibration.text import load_text
 from gyroquant.errors import GyroquantError, InputError
 from gyroquant.evaluation.diagnosis.folder import check_destination, write_report
 from gyroquant.evaluation.diagnosis.options import ReportOptions
-from gyroquant.evaluation.diagnosis.run import diagnose, prepare_diagnosis
-from gyroquant.evaluation.perplexity import DTYPES, cut, score_windows, summary, text_windows
+from gyroquant.evaluation.in_tasks import in_tasks
+from gyroquant.evaluation.on_text import prepare_text
+from gyroquant.evaluation.perplexity import DTYPES, cut
+from gyroquant.evaluation.tasks import TaskPlan, plan_tasks
 from gyroquant.models.execution.runner import auto_class
-from gyroquant.models.stores.base import WeightStore
-from gyroquant.models.stores.config_loading import load_config
+from gyroquant.models.stores.base import CheckpointStore, ModuleStore, WeightStore
+from gyroquant.models.stores.config_loading import load_config, read_json
+from gyroquant.models.stores.gguf.store import GgufStore
+from gyroquant.models.stores.packed import PackedStore
 from gyroquant.models.stores.packed_description import METHOD
 from gyroquant.models.stores.safetensors_files import safetensors_index
 from gyroquant.models.stores.source import open_model
@@ -131,12 +136,16 @@ def _load(folder: Path, dtype: str | torch.dtype, device: str) -> PreTrainedMode
 @renamed(max_windows="windows")
 def evaluate(
     model: str | Path | PreTrainedModel,
-    text: str | Path | Sequence[str | Mapping[str, Any]] = "wikitext2",
+    text: str | Path | Sequence[str | Mapping[str, Any]] | None = None,
     against: str | Path | PreTrainedModel | None = None,
     *,
     preset: Literal["standard", "bbt"] = "standard",
     window: int | None = None,
     windows: int | None = None,
+    tasks: Sequence[str] = (),
+    task_items: int | None = None,
+    task_seed: int = 0,
+    task_text: str | Path | None = None,
     tokenizer: Any = None,
     add_bos: bool = True,
     dtype: str = "float32",
@@ -145,61 +154,56 @@ def evaluate(
     report: str | Path | None = None,
     report_options: ReportOptions | None = None,
 ) -> dict[str, Any]:
-    """Measures a model on a text: perplexity and, with `against`, KL divergence and agreement with the original.
+    """Measures a model: perplexity on a text, accuracy in tasks and, with `against`, how it differs from the original.
 
     model: a name on the hub, a folder, a GGUF file or a transformers model.
-    text: the text to measure on: a file, a list of strings or a dataset. Default "wikitext2".
-    against: the original, for divergence and agreement. Default None: only perplexity is measured.
+    text: the text to measure on: a file, a list of strings or a dataset. Default "wikitext2"; with `tasks` none.
+    against: the original, for divergence, agreement and paired tests. Default None.
     preset: "standard" (default; all windows of 2048 tokens) or "bbt" (8 windows of 1024).
     window: tokens in a window. By default the preset's.
     windows: at most this many windows. By default the preset's number.
-    add_bos: whether every window begins with the tokenizer's BOS tokens. Default True. Predictions of these tokens do
-        not count. `bos` of the result names them.
+    tasks: zero-shot tasks: "offline", some of its tasks, or tasks of lm-evaluation-harness. Default: none.
+    task_items: items of each offline task (default 200), and at most as many questions of each other (default all).
+    task_seed: the seed of the items. Default 0.
+    task_text: the text to make items from. By default `text`, and without that Python's language reference.
+    add_bos: whether every window and question begins with the tokenizer's BOS tokens. Default True. Predictions of
+        these tokens do not count. `bos` of the result names them.
     dtype: "float32" (default), "bfloat16" or "float16".
-    report: a folder for a diagnosis against the original: acceptance, blocks, first differing steps and more, as JSON,
-        Markdown and HTML. Default None. The result then also has `diagnosis` and `report`.
+    report: a folder for a diagnosis against the original (acceptance, blocks, tasks, ...) as JSON, Markdown and HTML.
+        Default None. It needs `against`, and with `tasks` a `text`. The result then also has `diagnosis` and `report`.
     report_options: what the diagnosis measures. By default `ReportOptions()`.
 
     Windows do not overlap, and each is predicted from its second token on. If the text has fewer windows than
     requested, `windows` and `windows_asked` of the result differ. `true_bits_per_weight` of the result are those of
     the rounded layers. `whole_model_bits_per_weight` and `bytes` are of everything that is stored, by part of the
-    model. Raises InputError if the text or the tokenizer does not fit, or if a report cannot be made of these.
+    model. `tasks` has the score of each task; the whole model is loaded for them. Raises InputError before any work if
+    the text, the tokenizer or a task does not fit, or if a report cannot be made of these.
     """
     started = time.perf_counter()
-    _check_evaluation(dtype, against, report, report_options)
-    length, count = cut(preset, window, windows)
+    _check_evaluation(dtype, text, against, tasks, report, report_options)
+    cutting, progress = cut(preset, window, windows), progress or Progress()
+    plan = _plan(tasks, task_text, text, task_items, task_seed)
     store = open_model(model)
     other = None if against is None else open_model(against)
-    progress = progress or Progress()
-    source = load_text(text, split="test")
-    tokenizer = tokenizer or store.tokenizer()
-    batch = text_windows(source, store, length, count, tokenizer, add_bos)
-    inputs = None
-    if report is not None and other is not None:
-        options = report_options or ReportOptions()
-        inputs = prepare_diagnosis(options, store, other, source, batch, tokenizer, add_bos)
-    _check_read((store, other), progress)
-    diagnosis: dict[str, Any] = {}
-    if inputs is not None and other is not None:
-        scores, found = diagnose(store, other, batch, inputs, DTYPES[dtype], device, progress)
-        diagnosis = {"diagnosis": found}
-    else:
-        scores = score_windows(store, batch.ids, other, DTYPES[dtype], device, progress, bos=batch.bos)
-    result = summary(scores) | {
+    stores = [store] if other is None else [store, other]
+    _check_for_tasks(stores, plan)
+    tokenizer, on_text = tokenizer or store.tokenizer(), None
+    if text is not None or not tasks:
+        source = load_text("wikitext2" if text is None else text, split="test")
+        options = None if report is None else report_options or ReportOptions()
+        on_text = prepare_text(store, other, source, cutting, tokenizer, add_bos, options)
+    _check_read(stores, progress)
+    measured = {} if on_text is None else on_text.run(dtype, device, progress)
+    if tasks:
+        measured |= in_tasks([partial(_whole, each, dtype, device) for each in stores], plan, tokenizer, add_bos)
+    result = measured | {
         "model": store.label,
         "against": None if other is None else other.label,
-        "text": source.about() | {"tokens": batch.text_tokens},
         "add_bos": add_bos,
-        "bos": bos_text(batch.bos, tokenizer),
-        "tokens": batch.tokens,
-        "windows": len(batch.ids),
-        "windows_asked": count,
-        "window": length,
         "dtype": dtype,
         "true_bits_per_weight": store.bits_per_weight(),
         **sizes(store),
         "versions": versions(),
-        **diagnosis,
     }
     if report is not None:
         write_report(Path(report), result)
@@ -207,17 +211,13 @@ def evaluate(
     return result | {"seconds": round(time.perf_counter() - started, 3)}
 
 
-def _check_read(stores: Sequence[WeightStore | None], progress: Progress) -> None:
-    """Compares models as we read them with transformers, and passes on the notes on how they were read."""
-    for store in stores:
-        if store is not None:
-            compare_store(store, progress)
-            for note in store.notes:
-                progress.warn(note)
-
-
 def _check_evaluation(
-    dtype: str, against: Any, report: str | Path | None, report_options: ReportOptions | None
+    dtype: str,
+    text: Any,
+    against: Any,
+    tasks: Sequence[str],
+    report: str | Path | None,
+    report_options: ReportOptions | None,
 ) -> None:
     """Raises InputError for arguments of `evaluate` that cannot be used, without opening a model."""
     if dtype not in DTYPES:
@@ -230,8 +230,53 @@ def _check_evaluation(
         return
     if against is None:
         raise InputError("a report compares a model with its original: add --against MODEL")
+    if tasks and text is None:
+        raise InputError("a report is made on a text, which --tasks leave out: add --text FILE, or leave out --report")
     (report_options or ReportOptions()).check()
     check_destination(Path(report))
+
+
+def _plan(tasks: Sequence[str], task_text: str | Path | None, text: Any, items: int | None, seed: int) -> TaskPlan:
+    """What to ask. Items come from `task_text`, else from `text`, else from Python's language reference."""
+    if not tasks:
+        if task_text is not None or items is not None:
+            raise InputError("--task-text and --task-items are for --tasks; add --tasks offline, or leave them out")
+        return TaskPlan()
+    return plan_tasks(tasks, task_text if task_text is not None else text, items, seed)
+
+
+def _check_for_tasks(stores: Sequence[WeightStore], plan: TaskPlan) -> None:
+    """Raises InputError for a model that was calibrated on the text of the items, or that cannot be loaded whole."""
+    if not (plan.harness or plan.items):
+        return
+    for store in stores:
+        plan.check_held_out(_calibration_text(store), store.label)
+        if not isinstance(store, (ModuleStore, GgufStore, CheckpointStore)):
+            raise InputError(f"{store.label} cannot be loaded whole, which tasks need: give a folder or a GGUF file")
+
+
+def _calibration_text(store: WeightStore) -> Mapping[str, Any] | None:
+    """The name and sha256 of the text that a model was calibrated on, if gyroquant wrote it and there was one."""
+    manifest = store.folder / "gyroquant.json" if isinstance(store, PackedStore) else None
+    return read_json(manifest).get("text") if manifest is not None and manifest.exists() else None
+
+
+def _check_read(stores: Sequence[WeightStore], progress: Progress) -> None:
+    """Compares models as we read them with transformers, and passes on the notes on how they were read."""
+    for store in stores:
+        compare_store(store, progress)
+        for note in store.notes:
+            progress.warn(note)
+
+
+def _whole(store: WeightStore, dtype: str, device: str) -> PreTrainedModel:
+    """The whole model as transformers runs it. `_check_for_tasks` says which models there are."""
+    if isinstance(store, ModuleStore):
+        return store.model
+    if isinstance(store, GgufStore):
+        return store.load().to(DTYPES[dtype]).to(device)
+    assert isinstance(store, CheckpointStore)
+    return load(store.folder, dtype, device)
 
 
 __all__ = ["evaluate", "load", "quantize"]

@@ -30,6 +30,8 @@ CASES = [
             seqlen=7,
             tasks=("a", "b"),
             task_limit=9,
+            task_seed=5,
+            task_text="a text.txt",
             effort="light",
             changes=("weights.solver=rtn", "calibration.dtype=float32"),
             keep_activations=True,

@@ -86,7 +86,12 @@ def test_the_whole_way(
         ("quantize {model} {tmp}/o --recipe gptq --set weights.group_size=16 --text {tmp}/none.txt", "no text file"),
         ("quantize {model} {tmp}/o --recipe gptq --set weights.group_size=16", "give --text"),
         ("evaluate {model} --text {tmp}/none.txt", "no text file"),
+        ("evaluate {model} --task-items 5", "--task-text and --task-items are for --tasks"),
         ("evaluate {model} --report {tmp}/r", "add --against MODEL"),
+        (
+            "evaluate {model} --against {model} --tasks cloze --report {tmp}/r",
+            "--tasks leave out: add --text FILE",
+        ),
         ("evaluate {model} --steps 3", "without a report: add --report DEST"),
         ("evaluate {model} --against {model} --report {model}", "is not a report of gyroquant"),
         ("quantize {model} {tmp}/o --recipe rtn --workers 0 --threads 0", "--workers is 0, and has to be at least 1"),

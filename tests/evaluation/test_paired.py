@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 
-from gyroquant.evaluation.paired import LEVEL, front, max_t, paired
+from gyroquant.evaluation.paired import LEVEL, front, max_t, mcnemar, paired
 
 BASE = [2.0, 2.4, 1.8, 2.2, 2.1, 2.3, 1.9, 2.5]
 
@@ -77,3 +79,50 @@ def test_nothing_on_the_front_is_beaten_and_all_else_is(points: dict[str, tuple[
             assert not beaten
         else:
             assert any(points[k][0] <= bits and points[k][1] <= gap for k in kept)
+
+
+ANSWERS = st.lists(st.tuples(st.sampled_from([0.0, 1.0]), st.sampled_from([0.0, 1.0])), min_size=1, max_size=12)
+
+
+@given(ANSWERS)
+def test_the_test_on_answers_is_that_on_windows(answers: list[tuple[float, float]]) -> None:
+    """With so few items `paired` tries all signs, which is McNemar's exact test."""
+    ours, theirs = (list(side) for side in zip(*answers, strict=True))
+    found, expected = mcnemar(ours, theirs), paired(ours, theirs)
+    assert found["p"] == pytest.approx(expected["p"])
+    assert found["difference"] == pytest.approx(expected["difference"])
+    assert found["interval"][0] <= found["difference"] <= found["interval"][1]
+    assert mcnemar(theirs, ours)["interval"] == pytest.approx([-end for end in found["interval"][::-1]])
+
+
+def test_only_items_that_one_model_gets_right_count() -> None:
+    ours, theirs = [1.0] * 9 + [0.0] * 2 + [1.0] * 50, [0.0] * 9 + [1.0] * 2 + [1.0] * 50
+    found = mcnemar(ours, theirs)
+    assert (found["gained"], found["lost"]) == (9, 2)
+    assert found["p"] == pytest.approx(binomtest(2, 11).pvalue)
+    assert mcnemar(ours, ours) | {"interval": None} == {
+        "difference": 0.0,
+        "interval": None,
+        "p": 1.0,
+        "significant": False,
+        "gained": 0,
+        "lost": 0,
+    }
+    assert mcnemar(ours, ours)["interval"][1] > 0.01  # no difference seen is not no difference
+
+
+@pytest.mark.parametrize(("gained", "lost"), [(0.02, 0.02), (0.05, 0.1), (0.01, 0.2)])
+def test_the_interval_of_a_paired_difference_covers(gained: float, lost: float) -> None:
+    cells = np.random.default_rng(0).choice(3, (800, 200), p=[gained, lost, 1 - gained - lost])
+    covered = [
+        low <= gained - lost <= high
+        for row in cells
+        for low, high in [mcnemar((row != 1).astype(float).tolist(), (row != 0).astype(float).tolist())["interval"]]
+    ]
+    assert 0.93 < np.mean(covered) < 0.99
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [([], []), ([1.0], [1.0, 0.0]), ([0.5], [1.0])])
+def test_other_numbers_than_right_and_wrong_are_refused(ours: list[float], theirs: list[float]) -> None:
+    with pytest.raises(ValueError, match="1 \\(right\\) or 0 \\(wrong\\)"):
+        mcnemar(ours, theirs)

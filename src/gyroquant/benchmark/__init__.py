@@ -57,7 +57,7 @@ def compare(
     make_environments: install external tools that are missing there. Default False.
     merge: other folders whose results to take over. Default: none.
     grid: the other fields of `ComparisonSpec`: external_tools, bits, sizes, group_sizes, symmetric, seeds (a number),
-        nsamples, seqlen, tasks, task_limit, effort, changes, keep_activations, add_bos.
+        nsamples, seqlen, tasks, task_limit, task_seed, task_text, effort, changes, keep_activations, add_bos.
 
     A second call runs only the missing runs. A call after an interruption continues. Raises GyroquantError before any
     work if the request is not valid. A run that fails is a row with the reason.

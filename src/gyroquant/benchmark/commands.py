@@ -50,6 +50,8 @@ class ComparisonRequest:
         words += ["--text", self.calibration, *_test_options(self.tests)]
         words += ["--tasks", ",".join(spec.tasks)] if spec.tasks else []
         words += ["--task-limit", str(spec.task_limit)] if spec.task_limit else []
+        words += ["--task-seed", str(spec.task_seed)] if spec.task_seed else []
+        words += ["--task-text", spec.task_text] if spec.task_text else []
         words += ["--dtype", self.dtype] if self.dtype != "float32" else []
         return shlex.join([*words, "--threads", str(threads)])
 

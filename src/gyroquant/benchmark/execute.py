@@ -25,7 +25,7 @@ from gyroquant.benchmark.tool_selection import selected
 from gyroquant.benchmark.worker import run_in_worker
 from gyroquant.errors import InputError
 from gyroquant.evaluation.perplexity import DTYPES
-from gyroquant.evaluation.tasks import check_tasks
+from gyroquant.evaluation.tasks import TaskPlan, plan_tasks
 from gyroquant.formats.output_folder import check_writable
 from gyroquant.models.stores.base import WeightStore
 from gyroquant.models.stores.fingerprint import fingerprint
@@ -79,8 +79,7 @@ def run_comparison(
         raise InputError(f"dtype {dtype!r} is not supported for evaluation; use {' or '.join(DTYPES)}")
     if not tests:
         raise InputError("a comparison needs a text to measure on: give --test FILE")
-    if spec.tasks:
-        check_tasks(spec.tasks)
+    plan = plan_tasks(spec.tasks, spec.task_text, spec.task_limit, spec.task_seed) if spec.tasks else TaskPlan()
     workers = Workers(limits.workers, limits.threads, limits.ray)
     check_beside(out, model)
     check_writable(out.absolute().parent, out)
@@ -91,7 +90,8 @@ def run_comparison(
     request = ComparisonRequest(str(model), spec, str(text), tests, dtype)
     runs, sized_tools = _planned(request, store)
     texts = read_texts(store, text, tests, spec.add_bos)
-    conditions = _conditions(store, spec, texts, dtype)
+    plan.check_held_out(texts.calibration.about(), "this comparison")
+    conditions = _conditions(store, spec, texts, dtype, plan)
     runs = [request.with_command(run, workers.each) for run in with_keys(runs, conditions)]
     with locked(out), _open_results(out) as results:
         for other in map(Path, merge):
@@ -102,7 +102,7 @@ def run_comparison(
                     "version"
                 )
         shared = SharedMeasurements(out / "shared" / conditions.name, store, dtype)
-        execution = _Execution(request, runs, results, shared, workers, limits.budget, progress, conditions.tasks)
+        execution = _Execution(request, runs, results, shared, workers, limits.budget, progress, plan)
         execution.sized_tools = [replace(tool, runs=tuple(with_keys(tool.runs, conditions))) for tool in sized_tools]
         facts = execution.prepare(texts)
         execution.find_interpreters(environments, make_environments)
@@ -139,7 +139,7 @@ def _open_results(out: Path) -> Iterator[ResultFolder]:
         raise
 
 
-def _conditions(store: WeightStore, spec: ComparisonSpec, texts: Texts, dtype: str) -> Conditions:
+def _conditions(store: WeightStore, spec: ComparisonSpec, texts: Texts, dtype: str, plan: TaskPlan) -> Conditions:
     installed = versions()
     return Conditions(
         model=fingerprint(store),
@@ -151,7 +151,7 @@ def _conditions(store: WeightStore, spec: ComparisonSpec, texts: Texts, dtype: s
         },
         dtype=dtype,
         versions={name: str(installed[name]) for name in ("gyroquant", "torch", "transformers")},
-        tasks=dict.fromkeys(spec.tasks, spec.task_limit or 0),
+        tasks=dict.fromkeys(plan.harness, plan.limit or 0) | {entry.name: entry.sha256 for entry in plan.items},
     )
 
 
@@ -163,6 +163,7 @@ class _Execution:
     skipped: reasons by key, for runs that the time budget left out.
     calibration, matched: by seed, the files of as many windows as any recipe needs, and of the matched windows.
     tests: the files of the tests, by key.
+    items: the file of the items of offline tasks, if there are any.
     sized_tools: the external tools within budgets of bytes.
     """
 
@@ -175,15 +176,16 @@ class _Execution:
         workers: Workers,
         budget: float | None,
         progress: Progress,
-        tasks: Mapping[str, int],
+        plan: TaskPlan,
     ):
         self.request, self.runs, self.results, self.shared = request, runs, results, shared
-        self.workers, self.budget, self.progress, self.tasks = workers, budget, progress, tasks
+        self.workers, self.budget, self.progress, self.plan = workers, budget, progress, plan
         self.interpreters: dict[str, str] = {}
         self.refused: dict[str, str] = {run.key: run.refusal for run in runs if run.refusal}
         self.skipped: dict[str, str] = {}
         self.calibration, self.matched = dict[int, Path](), dict[int, Path]()
         self.tests: dict[str, Path] = {}
+        self.items: Path | None = None
         self.sized_tools: list[SizedTool] = []
 
     def prepare(self, texts: Texts) -> dict[str, Any]:
@@ -201,6 +203,7 @@ class _Execution:
                         f"it calibrates on windows of {own.seqlen} tokens, all other runs on {seqlen}"
                     )
         self.calibration = {seed: self.shared.calibration(texts.calibration, count, seqlen, seed) for seed in seeds}
+        self.items = self.shared.items(self.plan.items)
         self.tests = {key: self.shared.test(texts.tests[name], self.progress) for name, key in texts.keys.items()}
         return self.shared.facts(self.matched[seeds[0]], self.tests, self.progress)
 
@@ -291,7 +294,8 @@ class _Execution:
             "calibration": str(self.calibration[run.seed].absolute()),
             "matched": str(self.matched[run.seed].absolute()),
             "tests": {key: str(path.absolute()) for key, path in self.tests.items()},
-            "tasks": dict(self.tasks),
+            "tasks": dict.fromkeys(self.plan.harness, self.plan.limit or 0),
+            "items": None if self.items is None else str(self.items.absolute()),
             "add_bos": self.request.spec.add_bos,
             "speed": bool(self.request.spec.sizes),
             "dtype": self.shared.dtype,

@@ -34,7 +34,8 @@ class Conditions:
         number of windows that was requested of a shorter text.
     dtype: the dtype of evaluation.
     versions: versions of gyroquant, PyTorch and transformers.
-    tasks: the number of questions of each task of lm-evaluation-harness (0: all).
+    tasks: the number of questions of each task of lm-evaluation-harness (0: all), and the digest of the items of each
+        offline task.
 
     Threads and processor are not among them, although they change the last digits of results, so that folders of
     several machines can be merged. Every result stores its own, and a comparison has a note if they differ.
@@ -45,7 +46,7 @@ class Conditions:
     tests: Mapping[str, Mapping[str, Any]]
     dtype: str
     versions: Mapping[str, str]
-    tasks: Mapping[str, int] = field(default_factory=dict)
+    tasks: Mapping[str, int | str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -160,8 +161,10 @@ class ComparisonSpec:
     seeds: seeds of random numbers and calibration windows. A run that uses neither has the first seed only. Default 0.
     nsamples: calibration windows. Default 64.
     seqlen: tokens in a calibration window. Default 512.
-    tasks: zero-shot tasks of lm-evaluation-harness. Default: none.
-    task_limit: at most this many questions of each task. Default None: all.
+    tasks: zero-shot tasks: "offline", some of its tasks, or tasks of lm-evaluation-harness. Default: none.
+    task_limit: at most this many questions of each task. Default None: all, and 200 of each offline task.
+    task_seed: the seed of the items of offline tasks. Default 0.
+    task_text: the text to make items from. Default: Python's language reference.
     effort: "light" or "best", for recipes that have it. Default None.
     changes: changes to every recipe, KEY=VALUE, except to bits and seeds. Default: none.
     keep_activations: keep the rounding of activations and KV cache that recipes have. By default it is removed, because
@@ -182,6 +185,8 @@ class ComparisonSpec:
     seqlen: int = 512
     tasks: Sequence[str] = ()
     task_limit: int | None = None
+    task_seed: int = 0
+    task_text: str | None = None
     effort: str | None = None
     changes: Sequence[str] = ()
     keep_activations: bool = False

@@ -17,6 +17,7 @@ from torch import Tensor
 from gyroquant.benchmark.texts import token_digest
 from gyroquant.calibration.stream import Stream
 from gyroquant.calibration.text import TokenBatch, TokenStream
+from gyroquant.evaluation.offline_tasks import ItemSet
 from gyroquant.evaluation.outliers import measure_outliers
 from gyroquant.evaluation.perplexity import DTYPES, last_hidden, score_windows, summary
 from gyroquant.formats.config import write_config
@@ -59,6 +60,15 @@ class SharedMeasurements:
         if not path.exists():
             hidden = last_hidden(self.store, batch.ids, DTYPES[self.dtype], progress=progress)
             put_tensors(path, {"ids": batch.ids, "hidden": hidden}, _bos_metadata(batch.bos))
+        return path
+
+    def items(self, sets: Sequence[ItemSet]) -> Path | None:
+        """The file of the items of offline tasks. All runs answer the same. None without items."""
+        if not sets:
+            return None
+        path = self.folder / f"items-{'-'.join(entry.sha256[:12] for entry in sets)}.json"
+        if not path.exists():
+            put_json(path, [entry.to_dict() for entry in sets])
         return path
 
     def facts(self, calibration: Path, tests: Mapping[str, Path], progress: Progress) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from gyroquant.benchmark.kinds import RECIPE
 from gyroquant.benchmark.running_cost import writing_speed
 from gyroquant.benchmark.shared_measurements import brief, forward_seconds, measured, outliers, read_tokens
 from gyroquant.errors import GyroquantError
+from gyroquant.evaluation.offline_tasks import read_items
 from gyroquant.evaluation.tasks import score_tasks
 from gyroquant.models.stores.base import WeightStore
 from gyroquant.models.stores.gguf.store import GgufStore
@@ -61,7 +62,8 @@ def perform(spec: Mapping[str, Any]) -> dict[str, Any]:
     calibration: the file of calibration windows.
     matched: the file of the matched windows. Forward equivalents count passes over these.
     tests: the files of the tests, by key.
-    tasks: numbers of questions of lm-evaluation-harness tasks, by name.
+    tasks: numbers of questions of lm-evaluation-harness tasks, by name (0: all).
+    items: the file of the items of offline tasks, or None.
     dtype: the dtype of evaluation.
     add_bos: whether windows begin with BOS.
     speed: whether to measure how fast the result of a recipe writes.
@@ -137,19 +139,20 @@ def _speed(spec: Mapping[str, Any], out: Path, tokens: torch.Tensor, warnings: l
         return {}
 
 
-def _tasks(spec: Mapping[str, Any], place: Path, original: WeightStore) -> dict[str, dict[str, float]] | None:
+def _tasks(spec: Mapping[str, Any], place: Path, original: WeightStore) -> dict[str, dict[str, Any]] | None:
     """Accuracies of the quantized model in transformers, by task. None without tasks."""
-    limits = spec.get("tasks")
-    if not limits:
+    limits, file = spec.get("tasks") or {}, spec.get("items")
+    items = [] if file is None else read_items(Path(file))
+    if not limits and not items:
         return None
     if place.is_file():
         model = GgufStore(place).load()
     else:
         options = {"dtype": torch.float32, "trust_remote_code": False, "use_safetensors": True}
         model = AutoModelForCausalLM.from_pretrained(place, **options).eval()
-    (limit,) = set(limits.values())
-    add_bos = bool(spec.get("add_bos", True))
-    return score_tasks(model, original.tokenizer(), list(limits), limit=limit or None, add_bos=add_bos)
+    limit, add_bos = max(limits.values(), default=0) or None, bool(spec.get("add_bos", True))
+    scores = score_tasks(model, original.tokenizer(), list(limits), items=items, limit=limit, add_bos=add_bos)
+    return {name: dict(score.facts) for name, score in scores.items()}
 
 
 def _layer(layer: Mapping[str, Any]) -> dict[str, Any]:

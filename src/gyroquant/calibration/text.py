@@ -127,6 +127,10 @@ class TokenStream:
     ids: Tensor
     bos: tuple[int, ...] = ()
 
+    def about(self) -> dict[str, Any]:
+        """The facts about the text that results contain."""
+        return {"name": self.name, "sha256": self.sha256}
+
     def windows(self, length: int, count: int | None = None) -> TokenBatch:
         """The first `count` windows; all of them if `count` is None. See the function `windows`."""
         ids, ends = _cut(self.ids, length, self.name, self.bos)

@@ -32,6 +32,15 @@ NoBos = Annotated[
     bool, typer.Option("--no-bos", help="Do not begin every window of text with the tokenizer's BOS tokens.")
 ]
 Device = Annotated[str, typer.Option(help="The device to compute on: cpu, cuda, ...")]
+TASKS_HELP = (
+    "Zero-shot tasks, separated by commas: offline (cloze, arithmetic, spelling, code and brackets, which need no "
+    "network), some of these, or tasks of lm-evaluation-harness."
+)
+TaskSeed = Annotated[int, typer.Option(help="The seed of the items of offline tasks.")]
+TaskText = Annotated[
+    str | None,
+    typer.Option(help="The text to make items of cloze and spelling from. Default: Python's language reference."),
+]
 
 Push = Annotated[
     str | None, typer.Option("--push", metavar="NAME", help="Push the result to the hub, as OWNER/NAME or NAME.")
@@ -77,6 +86,11 @@ def changes(
     if no_bos:
         result.append("calibration.add_bos=false")
     return result
+
+
+def comma_separated(text: str | None) -> list[str]:
+    """The words of an option that takes several, separated by commas. Empty for None."""
+    return [word.strip() for word in (text or "").split(",") if word.strip()]
 
 
 def quiet_transformers() -> None:

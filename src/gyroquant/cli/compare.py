@@ -11,7 +11,16 @@ import typer
 from gyroquant.benchmark import Limits
 from gyroquant.benchmark import compare as run_comparison
 from gyroquant.benchmark.console import compared
-from gyroquant.cli.common import AsJson, Debug, NoBos, print_json
+from gyroquant.cli.common import (
+    TASKS_HELP,
+    AsJson,
+    Debug,
+    NoBos,
+    TaskSeed,
+    TaskText,
+    comma_separated,
+    print_json,
+)
 from gyroquant.errors import InputError
 from gyroquant.report import console
 from gyroquant.system.deprecation import warn_renamed
@@ -35,7 +44,10 @@ Sizes = Annotated[
     str | None,
     typer.Option(metavar="SIZES", help="Compare at equal bytes: sizes of all weights, such as 50MB,66MB."),
 ]
-Tasks = Annotated[str | None, typer.Option(help="Zero-shot tasks of lm-evaluation-harness, separated by commas.")]
+Tasks = Annotated[str | None, typer.Option(help=TASKS_HELP)]
+TaskLimit = Annotated[
+    int | None, typer.Option(help="At most this many questions per task. Default: all; 200 of each offline task.")
+]
 Changes = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change every recipe, except for bits and seeds.")
 ]
@@ -53,19 +65,15 @@ Merge = Annotated[list[Path] | None, typer.Option(help="Add the results of anoth
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "": 1}
 
 
-def _names(text: str | None) -> list[str]:
-    return [word.strip() for word in (text or "").split(",") if word.strip()]
-
-
 def _numbers(text: str, option: str) -> list[int]:
     try:
-        return [int(word) for word in _names(text)]
+        return [int(word) for word in comma_separated(text)]
     except ValueError as error:
         raise InputError(f"{option} takes numbers, separated by commas, such as 2,3,4, not {text!r}") from error
 
 
 def _sizes(text: str) -> list[str]:
-    sizes = _names(text)
+    sizes = comma_separated(text)
     if not sizes:
         raise InputError("--sizes is empty: give sizes, separated by commas, such as 50MB,66MB")
     return sizes
@@ -100,7 +108,9 @@ def compare(
     nsamples: Annotated[int, typer.Option(help="Number of calibration windows.")] = 64,
     seqlen: Annotated[int, typer.Option(help="Tokens in each window.")] = 512,
     tasks: Tasks = None,
-    task_limit: Annotated[int | None, typer.Option(help="At most this many questions per task.")] = None,
+    task_limit: TaskLimit = None,
+    task_seed: TaskSeed = 0,
+    task_text: TaskText = None,
     effort: Annotated[str | None, typer.Option(help="light or best, for recipes that have efforts.")] = None,
     change: Changes = None,
     keep_activations: Keep = False,
@@ -120,7 +130,7 @@ def compare(
     if opponents is not None:
         warn_renamed("--opponents", "--external-tools")
     grid = {
-        "external_tools": _names(external_tools) + _names(opponents),
+        "external_tools": comma_separated(external_tools) + comma_separated(opponents),
         "bits": None if bits is None else _numbers(bits, "--bits"),
         "sizes": [] if sizes is None else _sizes(sizes),
         "group_sizes": _numbers(group_size, "--group-size"),
@@ -128,8 +138,10 @@ def compare(
         "seeds": seeds,
         "nsamples": nsamples,
         "seqlen": seqlen,
-        "tasks": _names(tasks),
+        "tasks": comma_separated(tasks),
         "task_limit": task_limit,
+        "task_seed": task_seed,
+        "task_text": task_text,
         "effort": effort,
         "changes": change or (),
         "keep_activations": keep_activations,
@@ -139,5 +151,5 @@ def compare(
     options: dict[str, Any] = {"presets": preset or ["bbt"], "window": window, "windows": windows, "dtype": dtype}
     limits, progress = Limits(_seconds(budget), workers, threads, ray), console.ConsoleProgress()
     options |= folders | grid | {"limits": limits, "progress": progress}
-    comparison = run_comparison(model, _names(recipes), out, text, test or ["wikitext2"], **options)
+    comparison = run_comparison(model, comma_separated(recipes), out, text, test or ["wikitext2"], **options)
     print_json(comparison) if as_json else console.show(*compared(comparison, str(out)))

@@ -1,9 +1,10 @@
-"""Comparisons of models: paired tests on the same windows, and the Pareto front of bits and loss."""
+"""Comparisons of models: paired tests on the same windows or items, and the Pareto front of bits and loss."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -80,6 +81,40 @@ def _p_values(gaps: Tensor, seed: int) -> Tensor:
     largest = (signs.double() @ units.T / count).abs().amax(1)
     reached = units.mean(1).abs()
     return (largest[:, None] >= reached * (1 - 1e-12)).double().mean(0)
+
+
+def mcnemar(first: Sequence[float], second: Sequence[float], level: float = 0.95) -> dict[str, Any]:
+    """Whether the accuracies of two models differ on the same items, from 1 for each right answer and 0 for others.
+
+    - difference: the accuracy of `first` minus that of `second`.
+    - interval: its 95 % interval, Wald's with one item more in each cell of the table (Bonett and Price, "Adjusted Wald
+      confidence interval for a difference of binomial proportions based on paired data", 2012). It is not empty where
+      all answers are the same.
+    - p: two-sided, McNemar's exact test. It is the limit of `paired` with all combinations of signs: only items that
+      one model alone gets right count, and by chance each is as likely to be of the one as of the other.
+    - significant: p < 0.05.
+    - gained, lost: how many items only `first`, and only `second`, gets right.
+
+    Raises ValueError for other numbers than 0 and 1, and for different numbers of items.
+    """
+    if len(first) != len(second) or not first or not set(first) | set(second) <= {0, 1}:
+        raise ValueError("answers to compare are 1 (right) or 0 (wrong), as many for one model as for the other")
+    count = len(first)
+    gained = sum(ours > theirs for ours, theirs in zip(first, second, strict=True))
+    lost = sum(ours < theirs for ours, theirs in zip(first, second, strict=True))
+    differing = gained + lost
+    tail = sum(math.comb(differing, fewer) for fewer in range(min(gained, lost) + 1)) / 2**differing
+    p = min(1.0, 2 * tail)
+    up, down = (gained + 1) / (count + 2), (lost + 1) / (count + 2)
+    reach = NormalDist().inv_cdf((1 + level) / 2) * math.sqrt((up + down - (up - down) ** 2) / (count + 2))
+    return {
+        "difference": (gained - lost) / count,
+        "interval": [max(-1.0, up - down - reach), min(1.0, up - down + reach)],
+        "p": p,
+        "significant": p < LEVEL,
+        "gained": gained,
+        "lost": lost,
+    }
 
 
 def front(points: Mapping[str, tuple[float, float]]) -> list[str]:

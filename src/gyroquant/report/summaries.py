@@ -17,6 +17,7 @@ from gyroquant.maps import factors
 from gyroquant.models.stores.prequantized.base import told
 from gyroquant.models.stores.weight_bytes import PARTS
 from gyroquant.report.console import duration, table
+from gyroquant.report.task_table import task_table
 from gyroquant.system.environment import size
 
 
@@ -222,13 +223,15 @@ def formats(entries: Sequence[Mapping[str, Any]]) -> list[Table]:
 
 
 def evaluated(result: Mapping[str, Any]) -> list[Table]:
-    """The table of `evaluate`: every measure with its interval."""
+    """The tables of `evaluate`: every measure with its interval, and the accuracy in every task."""
 
     def interval(pair: Any, digits: int) -> str:
         return f"{pair[0]:.{digits}f} to {pair[1]:.{digits}f}"
 
-    rows = [("perplexity", f"{result['perplexity']:.3f}", interval(result["perplexity_interval"], 3))]
-    if result["kl"] is not None:
+    rows: list[tuple[str, str, str]] = []
+    if "perplexity" in result:
+        rows.append(("perplexity", f"{result['perplexity']:.3f}", interval(result["perplexity_interval"], 3)))
+    if result.get("kl") is not None:
         rows.append(("KL divergence (nats a token)", f"{result['kl']:.4f}", interval(result["kl_interval"], 4)))
         rows.append(("top-1 agreement", f"{result['top1_agreement']:.4f}", interval(result["top1_interval"], 4)))
     if "diagnosis" in result:
@@ -236,12 +239,14 @@ def evaluated(result: Mapping[str, Any]) -> list[Table]:
     rows.append(("true bits per rounded weight", f"{result['true_bits_per_weight']:.4f}", ""))
     whole = _whole_model(result["whole_model_bits_per_weight"], result["bytes"])
     rows += [(name, value, "") for name, value in whole]
-    requested, count = result["windows_asked"], result["windows"]
-    fewer = f" ({requested} requested; the text has no more)" if requested is not None and count < requested else ""
-    windows = f"{count} windows of {result['window']}{_begins(result['bos'])}{fewer}"
-    rows.append(("tokens", f"{result['tokens']} of {result['text']['tokens']} in {windows}", ""))
-    rows.append(("predicted", str(result["predicted"]), ""))
-    return [table(result["model"], ("measured", "value", "95 % interval"), rows, right=(1,))]
+    if "windows" in result:
+        requested, count = result["windows_asked"], result["windows"]
+        fewer = f" ({requested} requested; the text has no more)" if requested is not None and count < requested else ""
+        windows = f"{count} windows of {result['window']}{_begins(result['bos'])}{fewer}"
+        rows.append(("tokens", f"{result['tokens']} of {result['text']['tokens']} in {windows}", ""))
+        rows.append(("predicted", str(result["predicted"]), ""))
+    shown = [table(result["model"], ("measured", "value", "95 % interval"), rows, right=(1,))]
+    return [*shown, task_table(result)] if result.get("tasks") else shown
 
 
 def inspected(result: Inspection) -> list[Any]:

@@ -12,8 +12,8 @@ import saved_models
 
 import gyroquant as gq
 from gyroquant.evaluation.diagnosis.charts import Series, line_chart, ticks
-from gyroquant.evaluation.diagnosis.folder import clean
-from gyroquant.evaluation.diagnosis.measures import measures
+from gyroquant.evaluation.diagnosis.folder import clean, write_report
+from gyroquant.evaluation.diagnosis.measures import measures, task_measures
 from gyroquant.evaluation.diagnosis.page import page
 
 OPTIONS = gq.ReportOptions(
@@ -188,6 +188,29 @@ def test_names_are_text_and_numbers_that_are_not_finite_are_dashes(report: Any) 
     assert clean({"a": [float("nan"), 1.0, {"b": float("inf")}]}) == {"a": [None, 1.0, {"b": None}]}
 
 
+def test_accuracies_in_tasks_are_in_every_file(report: Any, tmp_path: Path) -> None:
+    scores = {
+        "cloze": {"metric": "acc", "acc": 0.75, "interval": [0.5, 0.9], "items": 12, "source": "a", "sha256": "5e"},
+        "mmlu": {"metric": "acc", "acc": 0.25, "interval": [0.2, 0.3]},
+    }
+    data = report[1] | {"tasks": scores, "harness": {"lm_eval": "1.2"}}
+    scores["cloze"]["original"] = {"acc": 1.0}
+    write_report(tmp_path, data)
+    assert "| accuracy in cloze | 0.7500 | 0.5000 to 0.9000 | 1.0000 |" in (tmp_path / "diagnosis.md").read_text()
+    assert "accuracy in mmlu" in (tmp_path / "diagnosis.html").read_text()
+    record = json.loads((tmp_path / "every_eval_ever.json").read_text())
+    check(record, REQUIRED)
+    found = {entry["evaluation_result_id"]: entry for entry in record["evaluation_results"]}
+    cloze, mmlu = (found[f"gyroquant.diagnosis.task_{name}"] for name in scores)
+    assert cloze["source_data"]["dataset_name"] == "cloze"
+    details = {"items": "12", "source": "a", "sha256": "5e", "lm_eval": "1.2"}
+    assert cloze["source_data"]["additional_details"] == details
+    assert cloze["score_details"]["uncertainty"]["confidence_interval"]["method"] == "Wilson score interval"
+    assert "num_bootstrap_samples" not in cloze["score_details"]["uncertainty"]
+    assert mmlu["score_details"]["score"] == 0.25
+    assert task_measures(report[1]) == []
+
+
 def test_ticks_are_round_and_inside() -> None:
     assert ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1]
     assert ticks(-0.013, 0.03) == [-0.01, 0, 0.01, 0.02, 0.03]
@@ -227,7 +250,7 @@ def test_what_cannot_be_a_report_is_refused_before_any_work(
         raise AssertionError("work began")
 
     monkeypatch.setattr("gyroquant.api.compare_store", work)
-    monkeypatch.setattr("gyroquant.api.diagnose", work)
+    monkeypatch.setattr("gyroquant.evaluation.on_text.diagnose", work)
     arguments = {"against": folders["llama"], "report": tmp_path / "new", "report_options": OPTIONS} | change
     if isinstance(change.get("report"), str):
         arguments["report"] = tmp_path / change["report"]

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
-from gyroquant.evaluation.diagnosis.measures import Measure, measures
+from gyroquant.evaluation.diagnosis.measures import BOOTSTRAP, Measure, measures, task_measures
 from gyroquant.evaluation.perplexity import RESAMPLES
 
 SCHEMA_VERSION = "0.3.0"
@@ -58,7 +58,7 @@ def every_eval_ever(report: Mapping[str, Any], now: str) -> dict[str, Any]:
         },
         "evaluation_results": [
             _result(report, measure)
-            for measure in measures(report)
+            for measure in [*measures(report), *task_measures(report)]
             if measure.value is not None and math.isfinite(measure.value)
         ],
     }
@@ -74,18 +74,15 @@ def _result(report: Mapping[str, Any], measure: Measure) -> dict[str, Any]:
                 "lower": measure.interval[0],
                 "upper": measure.interval[1],
                 "confidence_level": 0.95,
-                "method": "percentile bootstrap over windows",
+                "method": measure.method,
             },
-            "num_bootstrap_samples": RESAMPLES,
         }
+        if measure.method == BOOTSTRAP:
+            details["uncertainty"]["num_bootstrap_samples"] = RESAMPLES
     return {
         "evaluation_result_id": f"{_NAME}.{measure.key}",
         "evaluation_name": _NAME,
-        "source_data": {
-            "dataset_name": str(report["text"]["name"]),
-            "source_type": "other",
-            "additional_details": {"sha256": str(report["text"]["sha256"]), "windows": str(report["windows"])},
-        },
+        "source_data": _source(report, measure.task),
         "metric_config": {
             "evaluation_description": measure.meaning,
             "metric_id": f"gyroquant.{measure.key}",
@@ -97,3 +94,15 @@ def _result(report: Mapping[str, Any], measure: Measure) -> dict[str, Any]:
         },
         "score_details": details,
     }
+
+
+def _source(report: Mapping[str, Any], task: str | None) -> dict[str, Any]:
+    """What was measured on: the text, or the questions of a task."""
+    if task is None:
+        name, facts = report["text"]["name"], {"sha256": report["text"]["sha256"], "windows": report["windows"]}
+    else:
+        score, harness = report["tasks"][task], report["harness"]["lm_eval"]
+        name, facts = task, {key: score[key] for key in ("items", "source", "sha256") if key in score}
+        facts["lm_eval"] = harness
+    details = {key: str(value) for key, value in facts.items()}
+    return {"dataset_name": str(name), "source_type": "other", "additional_details": details}

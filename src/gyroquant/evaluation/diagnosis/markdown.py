@@ -12,6 +12,7 @@ from gyroquant.evaluation.diagnosis.measures import (
     facts,
     headline,
     measures,
+    task_measures,
 )
 
 
@@ -21,7 +22,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         f"# {headline(report)}",
         str(report["diagnosis"]["verdict"]["reason"]),
         _plain(facts(report)),
-        _table(HEADINGS, [measure.cells() for measure in measures(report)]),
+        _table(HEADINGS, [measure.cells() for measure in [*measures(report), *task_measures(report)]]),
         "## Blocks",
         _table(BLOCK_HEADINGS, block_cells(report)),
     ]

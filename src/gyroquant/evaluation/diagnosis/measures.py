@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+BOOTSTRAP = "percentile bootstrap over windows"
+
 
 @dataclass(frozen=True)
 class Measure:
@@ -16,6 +18,7 @@ class Measure:
     - value: the number, or None. original: the same of the original, or None. interval: a 95 % interval, or None.
     - least, most: the bounds of its scale. lower_is_better: whether a smaller number is closer to the original.
     - digits: decimals in tables.
+    - method: how the interval was made. task: the zero-shot task it was measured in; None for the text.
     """
 
     key: str
@@ -28,6 +31,8 @@ class Measure:
     most: float = math.inf
     lower_is_better: bool = True
     digits: int = 4
+    method: str = BOOTSTRAP
+    task: str | None = None
 
     def cells(self) -> tuple[str, str, str, str]:
         """The row of a table: name, value, interval, the original's value."""
@@ -129,6 +134,25 @@ def measures(report: Mapping[str, Any]) -> list[Measure]:
         ),
         *_steps("continuation", "continuations", found["continuations"]),
         *(_steps("generation", "generations", found["generations"]) if "generations" in found else []),
+    ]
+
+
+def task_measures(report: Mapping[str, Any]) -> list[Measure]:
+    """The accuracies in zero-shot tasks, if the report has any, in the order of its tables."""
+    return [
+        Measure(
+            f"task_{task}",
+            f"accuracy in {task}",
+            score["acc"],
+            f"share of right answers in the zero-shot task {task}, by the metric {score['metric']}",
+            (score.get("original") or {}).get("acc"),
+            score["interval"],
+            most=1.0,
+            lower_is_better=False,
+            method="Wilson score interval" if "items" in score else "normal distribution with the standard error",
+            task=task,
+        )
+        for task, score in report.get("tasks", {}).items()
     ]
 
 

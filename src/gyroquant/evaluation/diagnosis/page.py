@@ -15,6 +15,7 @@ from gyroquant.evaluation.diagnosis.measures import (
     facts,
     headline,
     measures,
+    task_measures,
 )
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
@@ -86,7 +87,7 @@ def page(report: Mapping[str, Any]) -> str:
 </header>
 <main>
 <h2>Measurements</h2>
-{_table(HEADINGS, [measure.cells() for measure in measures(report)])}
+{_table(HEADINGS, [measure.cells() for measure in [*measures(report), *task_measures(report)]])}
 <h2>Plots</h2>
 <div class="panels">{figures}</div>
 <h2>Blocks</h2>

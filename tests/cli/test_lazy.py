@@ -28,7 +28,7 @@ def test_the_list_of_commands_is_that_of_the_table() -> None:
     section = shown.partition("Commands:")[2]
     names = [line.split()[0] for line in section.splitlines() if line.startswith("  ") and line[2] != " "]
     assert names == list(COMMANDS)
-    assert "Measure perplexity, and divergence from the original" in section
+    assert "Measure perplexity, divergence from the original" in section
 
 
 def test_a_misspelt_command_gets_a_suggestion() -> None:

@@ -25,7 +25,9 @@ class LazyCommand:
 
 COMMANDS = {
     "quantize": LazyCommand("quantize", "quantize", "Transform, prove, round and save a model."),
-    "evaluate": LazyCommand("evaluate", "evaluate", "Measure perplexity, and divergence from the original, on a text."),
+    "evaluate": LazyCommand(
+        "evaluate", "evaluate", "Measure perplexity, divergence from the original, and accuracy in zero-shot tasks."
+    ),
     "inspect": LazyCommand(
         "inspect",
         "inspect",

@@ -29,6 +29,7 @@ def test_presets_are_those_of_the_last_release_except_for_descriptions(name: str
     for step in found["transform"].values():  # ours were refused for models that one of their sites does not fit
         if isinstance(step, dict) and preset in ("gyro-w2", "gyro-w3", "gyro-w4"):
             assert step.pop("optional")
+            assert step.pop("online", "fallback") == "fallback"
     for recipe in (expected, found):
         assert recipe.pop("description")  # for people: it does not change the result
     assert json.dumps(found) == json.dumps(expected)

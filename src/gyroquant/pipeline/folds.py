@@ -54,7 +54,7 @@ def plan_folds(
         measured: list[tuple[_Pending, SiteMeasurement]] = []
         waiting: list[_Pending] = []
         for entry in pending:
-            method, online = entry.step.method, entry.step.online
+            method = entry.step.method
             if any(entry.depends_on(other) for other in waiting):
                 waiting.append(entry)
             elif method.looks and measure is not None:
@@ -62,8 +62,10 @@ def plan_folds(
                 waiting.append(entry)
             else:
                 try:
+                    online = _online(graph, entry)
                     for site in _sites(graph, entry):
                         if not (entry.step.optional and plan.is_turned(site)):
+                            plan.check_open(site, online)  # kept maps are counted: none is for a site without one
                             plan.add(site, choose(method, site, recipe, None), online)
                 except UnsupportedModelError as error:
                     if not entry.step.optional:
@@ -73,7 +75,7 @@ def plan_folds(
             measure(plan, [measurement for _, measurement in measured])
         for entry, measurement in measured:
             site, step = measurement.site, entry.step
-            plan.add(site, choose(step.method, site, recipe, measurement), step.online)
+            plan.add(site, choose(step.method, site, recipe, measurement), _online(graph, entry))
         done = {id(entry) for entry, _ in measured}
         pending = [entry for entry in waiting if id(entry) not in done]
     return plan
@@ -91,9 +93,17 @@ def load_plan(graph: ModelGraph, recipe: Recipe, maps: Iterable[dict[str, Any]],
     return plan_folds(graph, recipe, lambda plan, sites: None, lambda method, site, recipe, site_data: next(loaded))
 
 
+def _online(graph: ModelGraph, entry: _Pending) -> bool | None:
+    """Whether the maps of a step run with this model; None: as each site allows."""
+    if entry.step.online != "fallback":
+        return entry.step.online
+    fused = find_sites(graph, entry.site, structure=entry.step.method.structure)
+    return True if any(site.blocked for site in fused) else None
+
+
 def _sites(graph: ModelGraph, entry: _Pending) -> list[Site]:
-    step = entry.step
-    return find_sites(graph, entry.site, online=bool(step.online), structure=step.method.structure)
+    online = bool(_online(graph, entry))
+    return find_sites(graph, entry.site, online=online, structure=entry.step.method.structure)
 
 
 def observed_sites(graph: ModelGraph, recipe: Recipe) -> list[tuple[Site, tuple[Callable[[int], Any], ...]]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -58,13 +58,13 @@ class Step(BaseModel):
 
     - `method`: chooses the map.
     - `online` (None): true: the map must run with the model. false: it must be folded into weights. None: whichever
-      the site allows.
+      the site allows. fallback: it runs with models into whose weights it cannot be folded.
     - `optional` (false): true: the map is left out, with a note, of a model that does not allow it.
     """
 
     model_config = _STRICT
     method: AnyMethod
-    online: bool | None = None
+    online: bool | Literal["fallback"] | None = None
     optional: bool = False
 
 
@@ -216,8 +216,8 @@ def _read_step(value: Any) -> Any:
         return Step(method=value)
     options = {"method": value} if isinstance(value, str) else dict(value) if isinstance(value, Mapping) else {}
     online = options.pop("online", None)
-    if online is not None and not isinstance(online, bool):
-        raise refusal_at("online", f"is true, false or left out, not {online!r}", online)
+    if online not in (None, "fallback") and not isinstance(online, bool):
+        raise refusal_at("online", f"is true, false, fallback or left out, not {online!r}", online)
     optional = options.pop("optional", False)
     if not isinstance(optional, bool):
         raise refusal_at("optional", f"is true or false, not {optional!r}", optional)

@@ -142,11 +142,19 @@ class FoldPlan:
         if run_online:
             self._add_online(site, m)
         elif problem:
-            remedy = f"; set transform.{site.name}.online=true to run it with the model, or leave {site.name} out"
-            raise UnsupportedModelError(f"{self.graph.config.model_type}: {problem}{remedy}")
+            raise self._refusal(site, problem)
         else:
             m = self._add_fused(site, m)
         self.folded.append((site, m, run_online))
+
+    def check_open(self, site: Site, online: bool | None = None) -> None:
+        """Raises UnsupportedModelError, as `add` would, for a site that takes no map at all."""
+        if site.blocked and not (site.online_unasked if online is None else online):
+            raise self._refusal(site, site.blocked)
+
+    def _refusal(self, site: Site, problem: str) -> UnsupportedModelError:
+        remedy = f"; set transform.{site.name}.online=true to run it with the model, or leave {site.name} out"
+        return UnsupportedModelError(f"{self.graph.config.model_type}: {problem}{remedy}")
 
     def is_turned(self, site: Site) -> bool:
         """Whether a fused map at another site, planned before, changes the ports of this one; see `SiteKind`."""

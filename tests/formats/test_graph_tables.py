@@ -125,3 +125,14 @@ def test_the_manifest_names_the_table(graphs: GraphFormat, corpus: Path, tmp_pat
     assert format_named(graphs.name).capabilities.tables
     manifest = export(tmp_path / "out", graphs.name, tmp_path / "x", check=False)
     assert manifest["facts"]["wider_codes"] == ["6 bits in 8: model.embed_tokens.weight"]
+
+
+def test_turned_rows_run_in_a_model_whose_stream_cannot_turn(graphs: GraphFormat, corpus: Path, tmp_path: Path) -> None:
+    """Gemma 3 with R1 online and maps of the table's rows, checked on a prompt and on single tokens after it."""
+    step = "{method: hadamard, random_signs: true, online: fallback}"
+    changes = [f"transform.R1={step}", "transform.embeddings={method: hadamard}", "weights.bits=8"]
+    table_of_8 = "embeddings={bits: 8, group_size: 16}"
+    run(tiny_models.build("gemma3"), tmp_path / "out", "gptq-w4", corpus, *changes, table_of_8)
+    check = export(tmp_path / "out", graphs.name, tmp_path / "export")["check"]
+    assert max(check["prompt_error"], check["step_error"], check["batch_error"]) < 1e-5
+    assert check["greedy_tokens_alike"] == check["as_it_runs"]["greedy_tokens_alike"] == check["greedy_tokens"]

@@ -1,11 +1,11 @@
-"""Quantizes a real model, SmolLM2-135M-Instruct, to 2 bits with RTN, with GPTQ, and with our own recipe.
+"""Quantizes a real model, SmolLM2-135M-Instruct, to 2 and 3 bits with RTN, GPTQ, SignRound and our own recipes.
 
     make demo                      # or python demo/run.py [--fresh]
 
 An interrupted demo continues; with --fresh, it starts again.
 
 Each result is proved, rounded, saved, loaded and measured on Wikipedia articles that are not in the calibration text.
-Then it writes a sentence.
+Then it writes a sentence. To be done in minutes, the demo calibrates on 4,096 tokens, and SignRound takes 20 steps.
 """
 
 from __future__ import annotations
@@ -26,12 +26,24 @@ from assets import AssetError, cache, model, texts
 from rich.console import Console
 
 import gyroquant as gq
+from gyroquant.benchmark.shared_measurements import SharedMeasurements, measured
+from gyroquant.evaluation.perplexity import text_windows
+from gyroquant.models.stores.source import open_model
 from gyroquant.pipeline import run as pipeline
 from gyroquant.pipeline.job import prepare
 from gyroquant.report.console import ConsoleProgress, duration, show, table
+from gyroquant.system.files import put_json
 
-RECIPES = {"RTN": ("rtn-w2g64", None), "GPTQ": ("gptq-w2g64", None), "gyro-w2": ("gyro-w2", "light")}  # recipe, effort
-CALIBRATION = ("calibration.nsamples=32", "calibration.seqlen=512")
+TUNED = ("weights.tune.iters=20", "weights.tune.batch_size=4")
+METHODS: dict[str, tuple[str, str | None, tuple[str, ...]]] = {  # recipe at so many bits, effort, changes
+    "RTN": ("rtn-w{}g64", None, ()),
+    "GPTQ": ("gptq-w{}g64", None, ()),
+    "SignRound": ("signround-w{}g64", None, TUNED),
+    "gyro": ("gyro-w{}", "light", ()),
+}
+BITS = (2, 3)
+CALIBRATION = ("calibration.nsamples=16", "calibration.seqlen=256")
+WINDOW, WINDOWS = 512, 8
 PROMPT = "The capital of France is"
 LOG = Console(stderr=True)
 
@@ -53,46 +65,59 @@ def main(fresh: bool = False) -> None:
     original, (calibration, validation) = model(), texts()
     out, progress = cache() / "demo", ConsoleProgress()
     LOG.print(f"model {original}\ntext  {calibration}\n", highlight=False)
+    store = open_model(original)
+    windows = text_windows(validation, store, WINDOW, WINDOWS)
+    test = SharedMeasurements(out, store, "float32").test(windows, progress)
+    reference = measured(store, None, test, "float32", progress)
     rows: list[dict[str, Any]] = []
-    for name, (recipe, effort) in RECIPES.items():
-        folder, options = out / name.lower(), f"--recipe {recipe}" + (f" --effort {effort}" if effort else "")
-        LOG.print(f"gyroquant quantize {original.name} {folder} {options} --nsamples 32 --text {calibration.name}")
-        loaded = gq.load_recipe(recipe, CALIBRATION, effort)
-        manifest = pipeline.run(prepare(original, folder, loaded, calibration, overwrite=True, fresh=fresh), progress)
-        measured = gq.evaluate(folder, validation, original, preset="bbt", progress=progress)
-        rows.append({"name": name, "manifest": manifest, "measured": measured, "writes": write(folder)})
-    reference = gq.evaluate(original, validation, preset="bbt", progress=progress)
-    bits = rows[0]["manifest"]["bits"]
-    whole = f"{16 * bits['bytes']['total'] / bits['whole_model'] / 1e6:.0f} MB"
+    for bits in BITS:
+        for name, (recipe, effort, changes) in METHODS.items():
+            recipe, folder = recipe.format(bits), out / f"{name.lower()}-{bits}"
+            options = f"--recipe {recipe}" + (f" --effort {effort}" if effort else "")
+            LOG.print(f"gyroquant quantize {original.name} {folder} {options} --text {calibration.name}")
+            done = folder.with_suffix(".json")  # a row that an interrupted demo has finished
+            if fresh or not (done.exists() and folder.exists()):
+                loaded = gq.load_recipe(recipe, [*CALIBRATION, *changes], effort)
+                job = prepare(original, folder, loaded, calibration, overwrite=True, fresh=fresh)
+                row: dict[str, Any] = {"name": f"{name}, {bits} bits", "manifest": pipeline.run(job, progress)}
+                row["measured"] = measured(open_model(folder), store, test, "float32", progress)
+                put_json(done, row | {"writes": write(folder)})
+            rows.append(json.loads(done.read_text()))
+    share = rows[0]["manifest"]["bits"]
+    whole = f"{16 * share['bytes']['total'] / share['whole_model'] / 1e6:.0f} MB"
     cells = [("original", "", "16", whole, f"{reference['perplexity']:.2f}", "", "", "")]
     cells += [_cells(row) for row in rows]
-    header = ("2 bits", "proof", "true bits", "file", "perplexity", "95 %", "KL", "time")
-    title = "SmolLM2-135M-Instruct, 8 windows of 1,024 tokens of Wikipedia"
+    header = ("", "proof", "true bits", "file", "perplexity", "95 %", "KL", "time")
+    title = f"SmolLM2-135M-Instruct, {WINDOWS} windows of {WINDOW} tokens of Wikipedia"
     show(table(title, header, cells, right=(1, 2, 3, 4, 5, 6, 7)))
     sentences = {"original": write(original.parent, gguf_file=original.name)} | {r["name"]: r["writes"] for r in rows}
     for name, sentence in sentences.items():
-        show(f"{name:>10}: {PROMPT} {sentence}")
+        show(f"{name:>17}: {PROMPT} {sentence}")
     show(
         "proof: relative logit error of the folded model before rounding (fp32). true bits: all stored bits "
-        "per rounded weight of the layers. file: all weights. gyro-w2 rounds the embedding too, to 4 bits, and is here "
-        "with --effort light; without it, it is better and takes longer (docs/results)."
+        "per rounded weight of the layers. file: all weights. gyro rounds the embedding too, to 4 and 5 bits. "
+        "Calibrated on few tokens, with few steps: full runs are better and take longer (docs/results)."
     )
-    (out / "demo.json").write_text(json.dumps({"original": reference, "rows": rows}, indent=1))
+    put_json(out / "demo.json", {"original": reference, "rows": rows})
+    for name in METHODS:
+        for bits in BITS:
+            (out / f"{name.lower()}-{bits}.json").unlink()
     LOG.print(f"{duration(time.perf_counter() - started)}; the models are in {out}", highlight=False)
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
-    manifest, measured = row["manifest"], row["measured"]
+    manifest, scores = row["manifest"], row["measured"]
     proof = manifest["proof"]
-    low, high = measured["perplexity_interval"]
+    digits = 0 if scores["perplexity"] >= 1000 else 1
+    low, high = (f"{end:,.{digits}f}" for end in scores["perplexity_interval"])
     return (
         row["name"],
         f"{proof['relative_logit_error']:.1e}" if proof["tokens"] else "-",
         f"{manifest['bits']['per_weight']:.3f}",
         f"{manifest['bits']['bytes']['total'] / 1e6:.0f} MB",
-        f"{measured['perplexity']:,.0f}",
-        f"{low:,.0f} to {high:,.0f}",
-        f"{measured['kl']:.2f}",
+        f"{scores['perplexity']:,.{digits}f}",
+        f"{low} to {high}",
+        f"{scores['kl']:.2f}",
         duration(manifest["seconds"]),
     )
 

@@ -24,14 +24,14 @@ def fork(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]
 def test_a_larger_model_takes_more_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room.subprocess, "run", fork)
     found = {}
-    for name, words in (("small", 96), ("large", 100_000)):
+    for name, words in (("small", 96), ("large", 40_000)):
         model = tiny_models.build("llama", vocab_size=words)
         saved_models.written("dense", saved_models.rounded(model, tmp_path / name), tmp_path / f"{name}-dense")
         found[name] = footprint("dense", tmp_path / f"{name}-dense", [3, 4, 5], 2, exact=True)
         assert found[name]["prefill_tokens_per_second"] > 0
         assert found[name]["decode_tokens_per_second"] > 0
     grown = {name: one["peak_memory_bytes"] - one["memory_before_bytes"] for name, one in found.items()}
-    assert grown["large"] - grown["small"] > 100_000 * 64 * 4  # at least one of its two tables in fp32
+    assert grown["large"] - grown["small"] > 40_000 * 64 * 4  # at least one of its two tables in fp32
 
 
 def test_a_model_that_does_not_open_says_why(tmp_path: Path) -> None:

@@ -40,6 +40,23 @@ def test_searched_scales_are_never_worse(bits: int, symmetric: bool) -> None:
     assert errors["mse"].sum() < 0.97 * errors["minmax"].sum()
 
 
+@pytest.mark.parametrize("shape", [(5, 3, 16), (3000, 1, 64), (40, 1, 3000)], ids=str)
+@pytest.mark.parametrize("kind", [{}, {"symmetric": True}, {"symmetric": True, "midrise": True}], ids=str)
+@pytest.mark.parametrize("size", [1.0, 1e-30])
+def test_candidates_at_once_are_those_one_by_one(shape: tuple[int, ...], kind: dict[str, bool], size: float) -> None:
+    """Bit for bit, in one piece and in several, and where the first of equals counts."""
+    groups = size * torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    groups[1] = 0
+    grid = IntegerGrid(bits=2, group_size=-1, **kind).with_tensor_scale(groups.flatten(1))
+    low, high = grid._range(groups)
+    candidates = [grid._params(low * factor, high * factor) for factor in (1.0, 0.9, 0.9, 0.7, 0.5)]
+    wanted = grid.least_squares(groups, candidates)
+    tried = (torch.cat([getattr(one, key) for one in candidates], -1) for key in ("scale", "zero"))
+    found = grid.least_squares_of(groups, GroupParams(*tried))
+    assert torch.equal(found.scale, wanted.scale)
+    assert torch.equal(found.zero, wanted.zero)
+
+
 def test_symmetric_grids_use_their_full_range() -> None:
     grid = IntegerGrid(bits=2, group_size=16, symmetric=True, scale="minmax")
     row = torch.linspace(-0.5, 1.0, 16)[None]

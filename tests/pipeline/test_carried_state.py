@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from selection import some
 from tiny_runs import run, streamed_logits
 from transformers import PreTrainedModel
 
@@ -28,7 +29,7 @@ def model_of(model_type: str) -> PreTrainedModel:
 CHANGES = ("calibration.nsamples=6", "calibration.seqlen=24", "proof.nsamples=2", "proof.seqlen=24")
 
 
-@pytest.mark.parametrize("model_type", ["gemma4_text", "zaya", "hy_v4"])
+@pytest.mark.parametrize("model_type", some(["gemma4_text", "zaya", "hy_v4"], ["gemma4_text"]))
 def test_an_interrupted_run_ends_with_the_same_bytes(
     model_type: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

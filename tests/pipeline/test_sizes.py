@@ -40,7 +40,7 @@ def stored(folder: Path) -> int:
     ("name", "more"),
     [
         ("llama_tied", ["keep_ties=true"]),
-        ("llama_tied", []),
+        pytest.param("llama_tied", [], marks=pytest.mark.slow),
         pytest.param("llama", [], marks=pytest.mark.slow),
         ("gpt2", ["keep_ties=true"]),
     ],

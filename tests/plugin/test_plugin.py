@@ -86,6 +86,7 @@ def test_the_format_is_listed_and_written(installed: Installed, out: Path) -> No
     assert (installed.place / "npz" / "weights.npz").exists()
 
 
+@pytest.mark.slow  # the whole command, with processes that each import PyTorch
 def test_a_comparison_runs_a_recipe_of_the_plug_in(installed: Installed) -> None:
     amount = ("--nsamples", 2, "--seqlen", 32, "--window", 32, "--windows", 2, "--threads", 1)
     where = (installed.model, installed.place / "comparison", "--text", installed.text, "--test", installed.text)

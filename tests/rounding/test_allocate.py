@@ -48,7 +48,7 @@ def test_what_cannot_fit_is_an_error() -> None:
         choose({("a", 2): 1.0, ("a", 3): 0.5}, {("a", 2): 20, ("a", 3): 30}, 10)
 
 
-@pytest.mark.parametrize("name", some(["llama_tied", "qwen2_moe", "gpt2"], ("llama_tied", "gpt2")))
+@pytest.mark.parametrize("name", some(["llama_tied", "qwen2_moe", "gpt2"], ["llama_tied"]))
 def test_a_run_stays_within_its_budget_and_beats_even_bits(
     name: str, folders: dict[str, Path], corpus: Path, tmp_path: Path
 ) -> None:
@@ -74,7 +74,7 @@ def test_a_run_stays_within_its_budget_and_beats_even_bits(
     assert kl["mixed"] < kl["even"]
 
 
-@pytest.mark.parametrize("name", ["llama_tied", "gpt2", "gemma2"])
+@pytest.mark.parametrize("name", some(["llama_tied", "gpt2", "gemma2"], ["gpt2"]))
 def test_costs_by_gradient_order_choices_as_measured_ones(
     name: str, folders: dict[str, Path], corpus: Path, tmp_path: Path
 ) -> None:

@@ -25,6 +25,7 @@ def _group_size(value: int) -> int:
     raise ValueError("group_size is -1 (one group a row) or between 16 and 256")
 
 
+_AT_ONCE = 1 << 16  # numbers of candidates that are compared at once; they stay in the cache
 _SQUARED = (2.0**-40, 2.0**40)  # fp32 holds the squares of numbers between these, and of their rounding errors
 
 GroupSize = Annotated[int, AfterValidator(_group_size)]
@@ -292,6 +293,31 @@ class Grid(BaseModel, ABC):
         if best is None:
             raise ValueError("there are no candidates to choose from")
         return best
+
+    def least_squares_of(self, groups: Tensor, tried: GroupParams) -> GroupParams:
+        """As `least_squares`, for finite candidates of shape (..., candidates), and faster.
+
+        Candidates and groups must be independent: as many as stay in the processor's cache are compared at once.
+        """
+        flat = groups.reshape(-1, groups.shape[-1])
+        count, rows = tried.scale.shape[-1], max(1, _AT_ONCE // max(1, groups.shape[-1]))
+        scales, zeros = (part.reshape(-1, count).split(rows) for part in (tried.scale, tried.zero))
+        up = lift(groups)
+        found = [self._best(*piece, up) for piece in zip(flat.split(rows), scales, zeros, strict=True)]
+        scale, zero = (torch.cat(parts).view(*groups.shape[:-1], 1) for parts in zip(*found, strict=True))
+        return GroupParams(scale, zero)
+
+    def _best(self, groups: Tensor, scale: Tensor, zero: Tensor, up: float) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of least squared error, (groups, 1), for groups (groups, n), of (groups, candidates)."""
+        errors, each = [], max(1, _AT_ONCE // max(1, groups.numel()))
+        for params in map(GroupParams, scale.split(each, -1), zero.split(each, -1)):
+            some = params if params.scale.shape[-1] == 1 else params[..., None]
+            numbers = groups if some is params else groups[:, None]
+            difference = self.nearest(numbers, some).sub_(numbers)
+            error = (difference.mul_(up) if up != 1 else difference).square_().sum(-1)
+            errors.append(error.view(len(groups), -1))
+        best = torch.cat(errors, -1).argmin(-1, keepdim=True)
+        return scale.gather(-1, best), zero.gather(-1, best)
 
     @abstractmethod
     def pack(self, codes: Tensor, params: GroupParams) -> dict[str, Tensor]:

@@ -109,7 +109,8 @@ class IntegerGrid(EvenGrid):
         low, high = self._range(groups)
         if self.scale == "minmax":
             return self._params(low * self.clip, high * self.clip)
-        params = self.least_squares(groups, (self._params(low * factor, high * factor) for factor in _SHRINK))
+        factors = torch.tensor(_SHRINK, device=low.device)
+        params = self.least_squares_of(groups, self._params(low * factors, high * factors))
         return prefer_exact(self, groups, params, self._on_whole_steps(low, high))
 
     def _on_whole_steps(self, low: Tensor, high: Tensor) -> GroupParams:

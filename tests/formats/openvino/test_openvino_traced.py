@@ -11,6 +11,7 @@ import pytest
 import tiny_models
 import torch
 from graph_formats import close, saved
+from selection import some
 
 import gyroquant as gq
 from gyroquant.formats.base import ModelRequirements, format_named
@@ -86,7 +87,7 @@ def test_the_tests_run_every_architecture_that_is_traced() -> None:
     assert {tiny_models.CONFIGS[name]().model_type for name in NAMES} == {*MODEL_TYPES, *TRACED}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", some(NAMES, ("gpt2", "phi3", "gpt_neox", "cohere", "gemma2", "qwen2_moe", "exaone4")))
 def test_logits_are_those_of_the_saved_model(name: str, tmp_path: Path) -> None:
     """With maps online, read whole, in pieces (one token; more than a window) and beside a shorter text."""
     model = tiny_models.build(name, **changes(name))
@@ -141,7 +142,10 @@ def test_openvino_genai_runs_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "bits", "kind", "dtype"),
-    [("gpt2", 2, "u2", "float16"), ("phi3", 3, "i4", "bfloat16"), ("opt", 2, "u2", "float32")],
+    some(
+        [("gpt2", 2, "u2", "float16"), ("phi3", 3, "i4", "bfloat16"), ("opt", 2, "u2", "float32")],
+        [("gpt2", 2, "u2", "float16"), ("phi3", 3, "i4", "bfloat16")],
+    ),
 )
 def test_weights_stay_compressed(name: str, bits: int, kind: str, dtype: str, tmp_path: Path) -> None:
     """On mid-rise grids, whose zero lies between two codes; and what is not rounded keeps its dtype."""

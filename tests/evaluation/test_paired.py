@@ -84,6 +84,12 @@ def test_nothing_on_the_front_is_beaten_and_all_else_is(points: dict[str, tuple[
 ANSWERS = st.lists(st.tuples(st.sampled_from([0.0, 1.0]), st.sampled_from([0.0, 1.0])), min_size=1, max_size=12)
 
 
+def test_differences_that_cancel_are_no_evidence() -> None:
+    """Their mean is 0 but for rounding, and no combination of signs has a smaller one."""
+    ours, theirs = [0.0, 1, 0, 0, 1, 1, 0, 0], [0.0, 0, 0, 1, 0, 0, 1, 1]
+    assert paired(ours, theirs)["p"] == 1
+
+
 @given(ANSWERS)
 def test_the_test_on_answers_is_that_on_windows(answers: list[tuple[float, float]]) -> None:
     """With so few items `paired` tries all signs, which is McNemar's exact test."""

@@ -12,7 +12,8 @@ from gyroquant.rounding.factor import cholesky_upper_, inverse_factor, invert_up
 def moments(n: int, seed: int = 0, tokens: int | None = None) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens or 2 * n, n, generator=generator) * torch.logspace(-1, 1, n)
-    return x.T @ x / len(x)
+    gram = x.T @ x / len(x)
+    return (gram + gram.T) / 2  # a product in fp32 is not quite symmetric on every processor
 
 
 def long_way(gram: torch.Tensor, damp: float) -> torch.Tensor:

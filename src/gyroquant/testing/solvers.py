@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -61,8 +62,10 @@ def _cases(solver: Solver) -> Iterator[tuple[Grid, Tensor, InputStatistics]]:
     The first example of a class of solvers gets all grids, and others one of each kind of coding: that is where their
     settings make a difference.
     """
-    every = grids()
-    if str(solver) != str(next(iter(type(solver).examples()), solver)):
+    every, examples = grids(), []
+    with suppress(NotImplementedError):
+        examples = list(type(solver).examples())
+    if examples and str(solver) != str(examples[0]):
         every = list({(grid.coded_singly, grid.super_block > 1): grid for grid in reversed(every)}.values())
     for grid in every:
         if solver.conflicts((), [grid]) or (solver.needs_single_codes and not grid.coded_singly):

@@ -208,7 +208,7 @@ class MemoryModel:
             if self.job.observes_layers and weights.bound:  # the report takes eigenvalues of second moments
                 need = max(need, 5 * square + 4 * matrix)
             if any(step.needs_statistics for step in weights.steps if step.when <= When.SOLVER):
-                outputs = 12 * max((size**2 for _, size, _ in self._factors()), default=0)  # the factor in fp64 and fp32
+                outputs = 12 * max((size**2 for _, size, _ in self._factors()), default=0)  # in fp64, parts in fp32
                 need = max(need, self._factor * square + 3 * matrix + 2 * n * rows + outputs)
             most = max(most, need, *(step.memory_bytes(rows, n) for step in weights.steps))
         return most

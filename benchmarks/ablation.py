@@ -38,6 +38,13 @@ SIGNROUND = ["weights.solver=rtn", "weights.scale=minmax", "weights.tune={iters:
 ROWS: dict[str, list[str]] = {
     "RTN": RTN,
     "SignRound (50 steps)": SIGNROUND,
+    "SignRound (50 steps), scales searched": [*SIGNROUND, "weights.tune.search_scales=true"],
+    "SignRound (50 steps), 0.1 % of errors left out": [*SIGNROUND, "weights.tune.outliers=0.001"],
+    "SignRound (50 steps), both (SignRoundV2)": [
+        *SIGNROUND,
+        "weights.tune.search_scales=true",
+        "weights.tune.outliers=0.001",
+    ],
     "GPTQ": [],
     "GPTQ + rotate": ROTATE,
     "GPTQ + target": TARGET,

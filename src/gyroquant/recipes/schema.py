@@ -135,6 +135,8 @@ class Weights(StepOptions):
         sections = [*codes, *(name for name in ("basis", "allocate", "guided") if getattr(self, name))]
         conflicts = [self.solver.conflicts(sections, (self.grid, *(override.grid for override in self.overrides)))]
         conflicts += [step.conflicts(self.solver) for step in self.steps if isinstance(step, LayerStep)]
+        if self.refine is not None and self.tune is not None and self.tune.search_scales:
+            conflicts.append("tune.search_scales rounds to nearest anew, which undoes refine: leave one of them out")
         for grid in (self.grid, *(override.grid for override in self.overrides)):
             if grid.real_zeros:
                 conflicts.append(f"the grid {grid.grid} is for activations and the KV cache: take float_zero")
@@ -415,7 +417,7 @@ class Recipe(BaseModel):
             if data["weights"]["allocate"]["costs"] == "measured":
                 del data["weights"]["allocate"]["costs"]
         if data["weights"]["tune"] is not None:
-            new += [(data["weights"]["tune"], "outliers")]
+            new += [(data["weights"]["tune"], key) for key in ("outliers", "search_scales")]
         if data["kv_cache"] is not None:
             new += [(data["kv_cache"], key) for key in ("key_clip", "value_clip", "first_tokens", "last_tokens")]
         if data["weights"]["bound"]:

@@ -56,9 +56,14 @@ def greedy_by_brute_force(weight: Tensor, rounded: QuantizedWeight, outputs: Ten
 
 
 @pytest.mark.parametrize(("bits", "size", "columns"), [(2, -1, 7), (3, -1, 4), (2, 16, 16)])
-def test_every_code_is_the_best_one_for_free_later_entries(bits: int, size: int, columns: int) -> None:
+@pytest.mark.parametrize("numba", [True, False])
+def test_every_code_is_the_best_one_for_free_later_entries(
+    bits: int, size: int, columns: int, numba: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     generator = torch.Generator().manual_seed(bits)
     weight, grid = torch.randn(5, columns, generator=generator), IntegerGrid(bits=bits, group_size=size)
+    if not numba:
+        monkeypatch.setattr(two_sided, "has_compiler", lambda: False)
     outputs, inputs = moments(5, 1), moments(columns, 2)
     statistics = InputStatistics(inputs, 100, gradient_moments=outputs)
     solved = Gptq(damp_percent=0, static_groups=True).solve(weight, grid, statistics)
@@ -76,12 +81,13 @@ def one_of(*kinds: str) -> list[Grid]:
 @pytest.mark.parametrize("grid", one_of("integer", "fp4", "iq", "k_quant"), ids=lambda grid: grid.grid)
 @pytest.mark.parametrize("static", [True, None])
 def test_with_equal_outputs_it_is_gptq(grid: Grid, static: bool | None) -> None:
-    weight, statistics = problem(ROWS, columns_for(grid))
+    rows = 12
+    weight, statistics = problem(rows, columns_for(grid))
     bound, solver = grid.with_tensor_scale(weight), Gptq(static_groups=static)
     plain = solver.solve(weight, bound, statistics)
-    equal = solver.solve(weight, bound, replace(statistics, gradient_moments=3 * torch.eye(ROWS)))
+    equal = solver.solve(weight, bound, replace(statistics, gradient_moments=3 * torch.eye(rows)))
     assert float((equal.codes == plain.codes).float().mean()) > 0.999  # sums in another order
-    outputs = moments(ROWS, 4)
+    outputs = moments(rows, 4)
     both = solver.solve(weight, bound, replace(statistics, gradient_moments=outputs))
     costs = [cost(weight - q.dequantize(), outputs, statistics.second_moments) for q in (both, plain)]
     assert costs[0] < 0.9 * costs[1]
@@ -109,9 +115,14 @@ def by_columns(weight: Tensor, grid: Grid, inputs: Tensor, outputs: Tensor) -> T
 
 @pytest.mark.parametrize("grid", one_of("integer", "iq"), ids=lambda grid: grid.grid)
 @pytest.mark.parametrize("together", [512, 7])
-def test_anti_diagonals_are_column_after_column(grid: Grid, together: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where the rows are worked on in several parts."""
+@pytest.mark.parametrize("numba", [True, False])
+def test_anti_diagonals_are_column_after_column(
+    grid: Grid, together: int, numba: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the rows are worked on in several parts, and with compiled loops."""
     monkeypatch.setattr(two_sided, "_ROWS", together)
+    if not numba:
+        monkeypatch.setattr(two_sided, "has_compiler", lambda: False)
     weight, statistics = problem(18, columns_for(grid))
     bound, outputs = grid.with_tensor_scale(weight), moments(18, 5)
     solved = Gptq(static_groups=True).solve(weight, bound, replace(statistics, gradient_moments=outputs))

@@ -55,7 +55,8 @@ class InputStatistics:
             *(self.rounding_error_cross, self.rounding_error_second_moments),
         )
         moved = (None if sums is None else change(sums) for sums in errors)
-        return InputStatistics(change(self.second_moments), self.count, *moved, self.gradient_moments)
+        found = InputStatistics(change(self.second_moments), self.count, *moved)
+        return replace(found, gradient_moments=self.gradient_moments)
 
     @property
     def cross(self) -> Tensor:

@@ -10,7 +10,9 @@ With U the inverse of R, so ``U^T U = H^-1``, this is GPTQ twice. Along the colu
 remain after the errors of earlier columns. Within a column, f is itself rounded by GPTQ down the rows, with U_O. YAQA
 goes from the last entry to the first, with the lower factors; this is its mirror image.
 
-Entries on an anti-diagonal (r + j constant) do not depend on each other and are rounded at once.
+Entries on an anti-diagonal (r + j constant) do not depend on each other and are rounded at once. For evenly spaced
+numbers on a CPU, a loop that numba compiles takes the place of that, if numba is installed. Its sums are in another
+order, so single codes may differ.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gyroquant.grids import Grid, GroupParams
+from gyroquant.grids import EvenGrid, Grid, GroupParams
+from gyroquant.grids.tiled import has_compiler
 
 _ROWS = 512  # rows between two products with all rows above
 
@@ -35,10 +38,39 @@ def round_columns(
 
     Returns the codes, uint8, and the errors that GPTQ feeds to later columns, fp32, both of the shape of `free`.
     """
+    if isinstance(grid, EvenGrid) and free.device.type == "cpu" and has_compiler():
+        return _compiled(free, grid, params, inputs, outputs)
     sweep, rows = _Sweep(free, grid, params, inputs), free.shape[1]
     for start in range(0, rows, _ROWS):
         sweep.rows(start, min(rows, start + _ROWS), outputs)
     return sweep.codes.flip(1).flatten(1).T, sweep.errors.flip(1).flatten(1).T.contiguous()
+
+
+def _compiled(
+    free: Tensor, grid: EvenGrid, params: GroupParams, inputs: Tensor, outputs: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As `round_columns`."""
+    from gyroquant.rounding.two_sided_compiled import round_part
+
+    codes, errors, down = torch.empty(free.shape, dtype=torch.uint8), torch.empty_like(free), torch.empty_like(free)
+    scale, zero = params.scale[..., 0].T, params.zero[..., 0].T
+    for start in range(0, free.shape[1], _ROWS):
+        rows = slice(start, start + _ROWS)
+        above = down[:, :start] @ outputs[:start, rows].float()
+        made = [torch.empty_like(above, dtype=kind.dtype) for kind in (codes, errors, down)]
+        given = [
+            free[:, rows].clone(),
+            above,
+            scale[:, rows],
+            zero[:, rows],
+            inputs.float(),
+            outputs[rows, rows].float(),
+        ]
+        arrays = [array.contiguous().numpy() for array in given]
+        round_part(*arrays, grid.code_count - 1, *(part.numpy() for part in made))
+        for whole, part in zip((codes, errors, down), made, strict=True):
+            whole[:, rows] = part
+    return codes, errors
 
 
 class _Sweep:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -97,7 +98,7 @@ def _input_squares(block: RoundedBlock, names: Iterable[str]) -> dict[str, Tenso
 
     with ExitStack() as watching:
         for name in names:
-            for undo in watch(text.runner.model, block.layers[name].op, lambda e, x, name=name: note(name, e, x)):
+            for undo in watch(text.runner.model, block.layers[name].op, partial(note, name)):
                 watching.callback(undo)
         weights, plain = text.local(_unrounded(block)), text.hidden
         for start in range(0, len(plain), text.batch):

@@ -30,19 +30,35 @@ BEST = [*ROTATE, *TARGET, *REFINE]
 MIDRISE = ["weights.symmetric=true", "weights.midrise=true"]
 ROWWISE = [*BEST, *MIDRISE, "weights.group_size=-1"]
 ALLOCATE = ["weights.allocate={budget: 2.29, bits: [2, 3], nsamples: 2}"]
+GUIDED = ["weights.guided={groups: 1}"]
+TOKENS = ["weights.guided={groups: 1, kronecker: tokens}"]
+SEQUENCES = ["weights.guided={groups: 1, kronecker: sequences}"]
 RTN = ["weights.solver=rtn", "weights.measure=true"]
 SIGNROUND = ["weights.solver=rtn", "weights.scale=minmax", "weights.tune={iters: 50, batch_size: 8}"]
 ROWS: dict[str, list[str]] = {
     "RTN": RTN,
     "SignRound (50 steps)": SIGNROUND,
+    "SignRound (50 steps), scales searched": [*SIGNROUND, "weights.tune.search_scales=true"],
+    "SignRound (50 steps), 0.1 % of errors left out": [*SIGNROUND, "weights.tune.outliers=0.001"],
+    "SignRound (50 steps), both (SignRoundV2)": [
+        *SIGNROUND,
+        "weights.tune.search_scales=true",
+        "weights.tune.outliers=0.001",
+    ],
     "GPTQ": [],
     "GPTQ + rotate": ROTATE,
     "GPTQ + target": TARGET,
     "GPTQ + refine": REFINE,
+    "GPTQ + guided": GUIDED,
+    "GPTQ + guided, outputs too (YAQA, tokens)": TOKENS,
+    "GPTQ + guided, outputs too (YAQA, sequences)": SEQUENCES,
     "GPTQ + tune": TUNE,
     "GPTQ + finetune": FINETUNE,
     "rotate + target": [*ROTATE, *TARGET],
     "rotate + refine": [*ROTATE, *REFINE],
+    "rotate + guided, outputs too (YAQA, tokens)": [*ROTATE, *TOKENS],
+    "rotate + guided, outputs too (YAQA, sequences)": [*ROTATE, *SEQUENCES],
+    "rotate + target + guided, outputs too (YAQA, tokens)": [*ROTATE, *TARGET, *TOKENS],
     "rotate + target + refine": BEST,
     "the same, scales fitted before (LDLQ)": [*BEST, *STATIC],
     "the same, R1 R2 only": [*FUSED, *TARGET, *REFINE],

@@ -64,7 +64,10 @@ def workers_given(patch: pytest.MonkeyPatch, trouble: Callable[[dict[str, Any]],
         yield
 
 
-@pytest.mark.parametrize("changes", [[], HARD, ["weights.tune.iters=3", "weights.tune.batch_size=2"]])
+OUTPUTS = ["weights.guided={groups: 2, kronecker: tokens}", "weights.solver.static_groups=true"]
+
+
+@pytest.mark.parametrize("changes", [[], HARD, OUTPUTS, ["weights.tune.iters=3", "weights.tune.batch_size=2"]])
 def test_they_are_the_same_bytes(
     changes: list[str], inside: list[int], folders: dict[str, Path], corpus: Path, tmp_path: Path
 ) -> None:

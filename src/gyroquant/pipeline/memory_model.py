@@ -166,10 +166,28 @@ class MemoryModel:
         if not self.job.observes_layers:
             return 0
         guided, inputs = self.recipe.weights.guided, [n for n, _ in self.layer_groups()]
-        if guided is None:
-            return sum(4 * self._products * n**2 for n in inputs)
+        if guided is None or guided.kronecker == "sequences":
+            return sum(4 * self._products * n**2 for n in inputs) + self.kronecker()
         read = [op.in_features for op in self.group.linears if op.weight in self.job.targets]  # by each layer's groups
-        return sum(4 * n**2 for n in inputs) + sum(4 * self._products * guided.groups * n**2 for n in read)
+        weighted = sum(4 * self._products * guided.groups * n**2 for n in read)
+        return sum(4 * n**2 for n in inputs) + weighted + self.kronecker()
+
+    def kronecker(self) -> int:
+        """Bytes of the factors of `guided.kronecker` of a block; 0 without that setting."""
+        return sum(4 * groups * (rows**2 + columns**2) for groups, rows, columns in self._factors())
+
+    def _factors(self) -> Iterator[tuple[int, int, int]]:
+        """For each layer to round with `guided.kronecker`: its groups of outputs, the rows of one, and the order of the
+        input factor, 0 if there is none.
+        """
+        guided = self.recipe.weights.guided
+        if guided is None or guided.kronecker is None:
+            return
+        for op in self.group.linears:
+            if op.weight in self.job.targets:
+                rows = op.numel // op.in_features
+                groups = min(guided.groups, rows)
+                yield groups, -(-rows // groups), op.in_features if guided.kronecker == "sequences" else 0
 
     @property
     def _factor(self) -> int:
@@ -190,7 +208,8 @@ class MemoryModel:
             if self.job.observes_layers and weights.bound:  # the report takes eigenvalues of second moments
                 need = max(need, 5 * square + 4 * matrix)
             if any(step.needs_statistics for step in weights.steps if step.when <= When.SOLVER):
-                need = max(need, self._factor * square + 3 * matrix + 2 * n * rows)
+                outputs = 12 * max((size**2 for _, size, _ in self._factors()), default=0)  # in fp64, parts in fp32
+                need = max(need, self._factor * square + 3 * matrix + 2 * n * rows + outputs)
             most = max(most, need, *(step.memory_bytes(rows, n) for step in weights.steps))
         return most
 

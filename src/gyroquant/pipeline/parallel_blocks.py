@@ -24,7 +24,7 @@ from gyroquant.pipeline.folds import dump_plan, load_plan
 from gyroquant.pipeline.job import Job, JobSpec, Output
 from gyroquant.pipeline.planning import plan_all
 from gyroquant.pipeline.quantize_model import block_name, carry, folded_block, keep_block, writer_for
-from gyroquant.pipeline.token_weights import TOKEN_WEIGHTS
+from gyroquant.pipeline.token_weights import TOKEN_WEIGHTS, restore
 from gyroquant.recipes.schema import parse
 from gyroquant.system.environment import peak_memory_bytes, steady_memory, versions
 from gyroquant.system.journal import Journal, JournalError
@@ -184,7 +184,7 @@ def _job(spec: Mapping[str, Any], journal: Journal) -> Job:
     if allocation is not None:
         apply_bits(job, allocation["result"]["found"]["bits"])
     if journal.get(TOKEN_WEIGHTS) is not None:
-        job.state.token_weights = journal.tensors(TOKEN_WEIGHTS)
+        restore(job, journal)
     return job
 
 

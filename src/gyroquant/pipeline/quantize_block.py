@@ -126,7 +126,8 @@ def _round_in_turn(
         if job.rounded:
             layers |= {name: RoundedLayer(op, job.rounded[name]) for name, op in targets.items()}
         else:
-            layers |= round_layers(LayerGroup(group, targets, tensors, observed, online, errors), config)
+            factors = {} if job.state.kronecker is None else job.state.kronecker.of(index)
+            layers |= round_layers(LayerGroup(group, targets, tensors, observed, online, errors, factors), config)
     return layers, observed
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from gyroquant.grids import Grid, QuantizedWeight
 from gyroquant.models.execution.online import OnlineOp
 from gyroquant.models.folding.fold import FoldPlan
+from gyroquant.pipeline.kronecker import KeptFactors
 
 
 @dataclass
@@ -21,6 +22,7 @@ class RunState:
     - ``quantizers``: the quantizers that run with the model. `quantize` adds the measured means of keys.
     - ``token_weights``: the weights of calibration tokens, shape (groups, tokens), by the name of a layer's weight.
       `guide` writes them.
+    - ``kronecker``: the factors of `guided.kronecker`, if the recipe has it. `guide` writes them.
     - ``tokens``: the calibration windows, shape (samples, length), if they are not those of the spec. `windows` writes
       them.
     - ``external_codes``: the layers that an external solver has rounded, by the name of the weight.
@@ -32,6 +34,7 @@ class RunState:
     grids: dict[str, Grid]
     quantizers: list[OnlineOp]
     token_weights: dict[str, Tensor] = field(default_factory=dict)
+    kronecker: KeptFactors | None = None
     tokens: Tensor | None = None
     external_codes: dict[str, QuantizedWeight] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)

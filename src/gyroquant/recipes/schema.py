@@ -135,6 +135,8 @@ class Weights(StepOptions):
         sections = [*codes, *(name for name in ("basis", "allocate", "guided") if getattr(self, name))]
         conflicts = [self.solver.conflicts(sections, (self.grid, *(override.grid for override in self.overrides)))]
         conflicts += [step.conflicts(self.solver) for step in self.steps if isinstance(step, LayerStep)]
+        if self.refine is not None and self.tune is not None and self.tune.search_scales:
+            conflicts.append("tune.search_scales rounds to nearest anew, which undoes refine: leave one of them out")
         for grid in (self.grid, *(override.grid for override in self.overrides)):
             if grid.real_zeros:
                 conflicts.append(f"the grid {grid.grid} is for activations and the KV cache: take float_zero")
@@ -150,10 +152,9 @@ class Weights(StepOptions):
     def _options_do_not_contradict(self) -> Weights:
         if self.allocate is not None and self.overrides:
             raise ValueError("allocate chooses the bits of every layer: leave overrides out, or allocate")
-        if self.guided is not None and not any(step.needs_statistics for step in self.layer_steps):
-            raise ValueError(
-                "guided changes second moments, and no step of this recipe reads them: take a solver such as gptq"
-            )
+        problem = "" if self.guided is None else self.guided.problem(self.solver, self.layer_steps)
+        if problem:
+            raise ValueError(problem)
         if self.allocate is not None and not self.grid.has_bit_widths:
             raise ValueError(
                 f"allocate chooses bits, and the grid {self.grid.grid} has only one number of bits: leave allocate out"
@@ -409,12 +410,14 @@ class Recipe(BaseModel):
         data = self.model_dump(mode="json")
         new = [(data, key) for key in ("embeddings", "head", "keep_ties")]
         new += [(data["calibration"], "all_experts"), (data["weights"], "guided"), (data["weights"], "low_rank")]
+        if (guided := data["weights"]["guided"]) is not None and guided["kronecker"] is None:
+            del guided["kronecker"], guided["damp_percent"]
         if data["weights"]["allocate"] is not None:
             new += [(data["weights"]["allocate"], key) for key in ("bytes", "embeddings")]
             if data["weights"]["allocate"]["costs"] == "measured":
                 del data["weights"]["allocate"]["costs"]
         if data["weights"]["tune"] is not None:
-            new += [(data["weights"]["tune"], "outliers")]
+            new += [(data["weights"]["tune"], key) for key in ("outliers", "search_scales")]
         if data["kv_cache"] is not None:
             new += [(data["kv_cache"], key) for key in ("key_clip", "value_clip", "first_tokens", "last_tokens")]
         if data["weights"]["bound"]:

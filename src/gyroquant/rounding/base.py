@@ -36,6 +36,8 @@ class InputStatistics:
     - `rounding_error_cross`, `rounding_error_second_moments`: the sums of ``(u - x)^T x`` and ``(u - x)^T (u - x)``,
       fp32, if x is the rounded form of an input u (activation rounding). None if no step needs them or the input is
       not rounded.
+    - `gradient_moments`: the second moments of the loss's gradient at the layer's outputs, damped, shape (out, out),
+      fp32: the output factor of `weights.guided.kronecker`. None without it. Their scale has no effect.
     """
 
     second_moments: Tensor
@@ -44,6 +46,7 @@ class InputStatistics:
     input_error_second_moments: Tensor | None = None
     rounding_error_cross: Tensor | None = None
     rounding_error_second_moments: Tensor | None = None
+    gradient_moments: Tensor | None = None
 
     def moved(self, change: Callable[[Tensor], Tensor]) -> InputStatistics:
         """The statistics in another basis. `change` transforms second moments, shape (in, in), to that basis."""
@@ -52,7 +55,8 @@ class InputStatistics:
             *(self.rounding_error_cross, self.rounding_error_second_moments),
         )
         moved = (None if sums is None else change(sums) for sums in errors)
-        return InputStatistics(change(self.second_moments), self.count, *moved)
+        found = InputStatistics(change(self.second_moments), self.count, *moved)
+        return replace(found, gradient_moments=self.gradient_moments)
 
     @property
     def cross(self) -> Tensor:
@@ -130,6 +134,8 @@ class RoundingStep(BaseModel, ABC):
     """Whether it also reads `InputStatistics.input_error_second_moments`."""
     needs_rounding_errors: ClassVar[bool] = False
     """Whether it reads `InputStatistics.rounding_error_cross` and `rounding_error_second_moments` of rounded inputs."""
+    uses_gradient_moments: ClassVar[bool] = False
+    """Whether it uses `InputStatistics.gradient_moments` where they are known (`weights.guided.kronecker`)."""
     needs_block: ClassVar[bool] = False
     """Whether it reads the outputs of a whole block, rounded and unrounded."""
     needs_model: ClassVar[bool] = False

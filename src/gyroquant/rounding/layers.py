@@ -19,6 +19,7 @@ from gyroquant.models.execution.online import OnlineOp
 from gyroquant.models.graph.model_graph import Group, LinearOp, ModelGraph
 from gyroquant.models.graph.rounded_layer import RoundedLayer
 from gyroquant.rounding.base import InputStatistics, PreparedWeight, RoundingStep, Solver, Warn, When
+from gyroquant.rounding.guided import KroneckerFactors
 from gyroquant.rounding.solvers.rtn import on_grid
 from gyroquant.rounding.weight_basis import WeightBasis
 
@@ -210,6 +211,7 @@ class LayerGroup:
     - `observed`: the second moments of the layers' inputs.
     - `online`: the online operations of the group.
     - `rounding_errors`: what rounding changes in the layers' inputs, by the inputs' keys.
+    - `kronecker`: the factors of every group of a layer's outputs (`guided.kronecker`), by the name of its weight.
     """
 
     group: Group
@@ -218,6 +220,7 @@ class LayerGroup:
     observed: dict[Key, SecondMoments]
     online: Sequence[OnlineOp]
     rounding_errors: Mapping[str, RoundingErrors] = field(default_factory=dict)
+    kronecker: Mapping[str, Sequence[KroneckerFactors]] = field(default_factory=dict)
 
     def by_shared_input(self) -> dict[str, list[LinearOp]]:
         """As the function `by_shared_input`."""
@@ -243,10 +246,16 @@ class LayerGroup:
         cross, squares = errors.cross, errors.second_moments
         return replace(_statistics(moments), rounding_error_cross=cross, rounding_error_second_moments=squares)
 
-    def guided(self, key: str, op: LinearOp) -> list[SecondMoments]:
-        """The second moments for each group of a layer's outputs (`weights.guided`); empty without them."""
-        moments = self.observed.get((key, None))
-        return moments.parts.get(op.weight, []) if isinstance(moments, GuidedSecondMoments) else []
+    def guided(self, key: str, op: LinearOp) -> list[InputStatistics]:
+        """The statistics for each group of a layer's outputs (`weights.guided`); empty without them."""
+        moments, pairs = self.observed.get((key, None)), self.kronecker.get(op.weight, ())
+        if moments is not None and pairs and pairs[0].inputs is not None:
+            return [pair.statistics(moments.count) for pair in pairs]
+        parts = moments.parts.get(op.weight, []) if isinstance(moments, GuidedSecondMoments) else []
+        found = [_statistics(own) for own in parts]
+        if not pairs:
+            return found
+        return [replace(own, gradient_moments=pair.outputs) for own, pair in zip(found, pairs, strict=True)]
 
     def forget(self, key: str) -> None:
         """Drops the statistics of an input, those of all its experts included."""
@@ -305,11 +314,11 @@ def _round_together(layers: LayerGroup, ops: list[LinearOp], key: str, config: R
 
 
 def _round_guided(
-    op: LinearOp, matrix: Tensor, moments: Sequence[SecondMoments], grid: Grid, config: RoundingConfig
+    op: LinearOp, matrix: Tensor, statistics: Sequence[InputStatistics], grid: Grid, config: RoundingConfig
 ) -> QuantizedWeight:
-    """Rounds groups of rows, each with second moments of its own. `GuidedSecondMoments` splits rows in the same way."""
-    parts = zip(matrix.tensor_split(len(moments)), moments, strict=True)
-    return joined([config.solve(config.prepare(op.module, rows, _statistics(own)), grid) for rows, own in parts])
+    """Rounds groups of rows, each with statistics of its own. `GuidedSecondMoments` splits rows in the same way."""
+    parts = zip(matrix.tensor_split(len(statistics)), statistics, strict=True)
+    return joined([config.solve(config.prepare(op.module, rows, own), grid) for rows, own in parts])
 
 
 def _round_experts(layers: LayerGroup, op: LinearOp, key: str, config: RoundingConfig) -> QuantizedWeight:

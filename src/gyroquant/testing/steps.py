@@ -17,6 +17,7 @@ from gyroquant.models.stores.packed import PackedStore
 from gyroquant.models.stores.source import open_model
 from gyroquant.rounding import InputStatistics, output_error
 from gyroquant.rounding.base import PreparedWeight, When
+from gyroquant.rounding.solvers.gptq import Gptq
 from gyroquant.rounding.solvers.rtn import RoundToNearest
 from gyroquant.rounding.steps.base import BlockStep, LayerStep
 from gyroquant.testing.contract import Contract, require
@@ -84,7 +85,7 @@ def check_it_says_when_it_is_applied(step: LayerStep) -> None:
 def check_a_recipe_asks_for_it_by_its_key(step: LayerStep) -> None:
     """A recipe with its options under its key has this step, also after saving and reading."""
     options: Any = step.model_dump(mode="json") or True
-    solver = {"solver": "rtn" if step.needs_original else "gptq"}
+    solver = {"solver": "rtn" if step.needs_original or step.conflicts(Gptq()) else "gptq"}
     recipe = gq.load_recipe({"weights": {"bits": 4, **solver, step.key: options}})
     require(step in recipe.weights.steps, f"a recipe with weights.{step.key} does not have this step")
     again = gq.load_recipe(recipe.to_dict())

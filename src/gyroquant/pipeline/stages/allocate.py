@@ -16,7 +16,7 @@ from gyroquant.pipeline.cost_probe import CostProbe, StageCost, Ticks
 from gyroquant.pipeline.job import Job
 from gyroquant.pipeline.memory_model import MemoryModel
 from gyroquant.pipeline.stages.base import RunContext, Shortage, Stage, shorter_windows
-from gyroquant.pipeline.token_weights import TOKEN_WEIGHTS, TokenWeights, collect
+from gyroquant.pipeline.token_weights import TokenWeights, keep
 from gyroquant.pipeline.trials import has_gradient_costs
 from gyroquant.rounding.bit_allocation import grids_by_bits
 from gyroquant.rounding.layers import LayerGroup, round_layers
@@ -37,10 +37,10 @@ class Allocate(Stage):
 
         def choose() -> dict[str, Any]:
             warnings: list[str] = []
-            collected = None if guided is None else TokenWeights(guided)
+            collected = None if guided is None else TokenWeights(guided, context.journal.folder)
             found = allocate(job, context.progress, warnings.append, collected)
             if collected is not None and collected.windows:  # the same pass gives the weights of these tokens
-                context.journal.put(TOKEN_WEIGHTS, collect(job, collected, context.progress), {})
+                keep(job, collected, context.journal, context.progress)
             return {"found": found, "warnings": warnings}
 
         kept = context.journal.stage(self.journal_key, choose)

@@ -9,12 +9,14 @@ from gyroquant.pipeline.cost_probe import CostProbe, StageCost
 from gyroquant.pipeline.job import Job
 from gyroquant.pipeline.memory_model import MemoryModel
 from gyroquant.pipeline.stages.base import RunContext, Shortage, Stage, shorter_windows
-from gyroquant.pipeline.token_weights import AT_ONCE, TOKEN_WEIGHTS, TokenWeights, collect
+from gyroquant.pipeline.token_weights import AT_ONCE, TOKEN_WEIGHTS, TokenWeights, keep, restore
 from gyroquant.pipeline.trials import has_gradient_costs
 
 
 class Guide(Stage):
-    """Runs the model backwards. Writes `token_weights`. If bits were allocated by gradient, that pass is used."""
+    """Runs the model backwards. Writes `token_weights` and `kronecker`. If bits were allocated by gradient, that pass
+    is used.
+    """
 
     name, journal_key = "guide", TOKEN_WEIGHTS
 
@@ -26,15 +28,17 @@ class Guide(Stage):
         job, journal = context.job, context.journal
         assert job.recipe.weights.guided is not None
         if journal.get(self.journal_key) is None:
-            journal.put(self.journal_key, collect(job, TokenWeights(job.recipe.weights.guided), context.progress), {})
-        job.state.token_weights = journal.tensors(self.journal_key)
+            keep(job, TokenWeights(job.recipe.weights.guided, journal.folder), journal, context.progress)
+        restore(job, journal)
 
     def memory(self, model: MemoryModel) -> float:
-        """A backward pass of some windows, and the weights of all tokens as they are collected."""
+        """A backward pass of some windows with the factors of a block, and the weights of all tokens as they are
+        collected.
+        """
         guided = model.recipe.weights.guided
         assert guided is not None
         collected = 4 * guided.groups * model.tokens * len(model.job.targets)
-        return backward_memory(model, AT_ONCE, 0) + 2 * collected
+        return backward_memory(model, AT_ONCE, 2 * model.kronecker()) + 2 * collected
 
     def cost(self, probe: CostProbe) -> StageCost:
         job, allocate = probe.job, probe.job.recipe.weights.allocate

@@ -15,6 +15,7 @@ from gyroquant.errors import InputError
 from gyroquant.grids import Grid, GroupParams, QuantizedWeight
 from gyroquant.rounding.base import InputStatistics, Solver, Warn
 from gyroquant.rounding.factor import inverse_factor
+from gyroquant.rounding.two_sided import round_columns
 
 _BLOCK = 128
 
@@ -68,7 +69,10 @@ class ColumnSolver(Solver):
         if statistics.input_error_cross is not None:
             start, feed = self.corrected(weight[:, order], statistics.input_error_cross[order][:, order], factor)
             start = start[:, order.argsort()]
-        return Sweep(start, grid, order, bool(self.static_groups or self.act_order)).run(factor, feed)
+        outputs = None
+        if self.uses_gradient_moments and statistics.gradient_moments is not None:
+            outputs = inverse_factor(statistics.gradient_moments, 0.0, warn)
+        return Sweep(start, grid, order, bool(self.static_groups or self.act_order), outputs).run(factor, feed)
 
     def order(self, gram: Tensor) -> Tensor:
         """The indices of the columns in the order of rounding, for second moments of shape (columns, columns)."""
@@ -84,6 +88,7 @@ class Gptq(ColumnSolver):
     """
 
     name: Literal["gptq"] = "gptq"
+    uses_gradient_moments = True
     damp_percent: Annotated[float, Field(ge=0, le=1)] = 0.01
 
     @classmethod
@@ -99,16 +104,22 @@ class Sweep:
 
     Columns that a grid codes together get their codes when the first of them is reached. Errors are then fed back from
     one column after the other, as always (block LDLQ of QuIP#, arXiv 2402.04396).
+
+    With `outputs`, the U of `inverse_factor` for the gradient moments, errors are also fed back down the rows of each
+    column (`rounding.two_sided`).
     """
 
-    def __init__(self, weight: Tensor, grid: Grid, order: Tensor, static: bool):
+    def __init__(self, weight: Tensor, grid: Grid, order: Tensor, static: bool, outputs: Tensor | None = None):
         rows, columns = weight.shape
+        self.outputs = outputs
         self.grid, self.order, self.static = grid, order, static
         self.size = grid.group_of(columns)
         self.together, self.tile = grid.super_block, grid.tile_columns
         # Blocks hold whole groups, so that a group is always fitted on weights that compensate every earlier error.
         whole = self.size * self.together
         self.step = _BLOCK if whole >= columns else max(whole, _BLOCK // whole * whole)
+        if outputs is not None and not static and whole < columns:
+            self.step = whole  # the scales of all columns of a block are then fitted before it is rounded
         self.free = weight.T[order].contiguous().float()
         self.codes = torch.empty(columns, rows, dtype=torch.uint8, device=weight.device)
         groups = columns // self.size
@@ -120,17 +131,16 @@ class Sweep:
 
     def block(self, start: int, stop: int, factor: Tensor, feed: Tensor | None) -> None:
         """Rounds columns start..stop. Errors change the rest of the block at once, later blocks in one product."""
+        if self.outputs is not None:
+            self._two_sided_block(start, stop, factor, self.outputs)
+            return
         errors = torch.empty(stop - start, self.free.shape[1], device=self.free.device)
         coded = numbers = torch.empty(0)
         rows = factor[start:stop].float()
         for i in range(start, stop):
             column = int(self.order[i])
             group = column // self.size
-            if not self.static and i % (self.size * self.together) == 0:
-                groups = slice(group, group + self.together)
-                free = self.free[i : i + self.size * self.together].T.unflatten(1, (self.together, self.size))
-                fitted = self.grid.fit(free)
-                self.params.scale[:, groups], self.params.zero[:, groups] = fitted.scale, fitted.zero
+            self._fit(i)
             params, tile = self.params[:, group], i % self.tile
             if tile == 0:
                 coded = self.grid.encode(self.free[i : i + self.tile].T.contiguous(), params)
@@ -144,6 +154,24 @@ class Sweep:
         self.free[stop:].addmm_(rows[:, stop:].T, errors, alpha=-1)
         if feed is not None:
             self.free[stop:].addmm_(feed[start:stop, stop:].T, self.free[start:stop])
+
+    def _fit(self, column: int) -> None:
+        """Fits the scales of the groups that begin at a column, unless they are static or none begins there."""
+        if self.static or column % (self.size * self.together):
+            return
+        groups = slice(column // self.size, column // self.size + self.together)
+        free = self.free[column : column + self.size * self.together].T.unflatten(1, (self.together, self.size))
+        fitted = self.grid.fit(free)
+        self.params.scale[:, groups], self.params.zero[:, groups] = fitted.scale, fitted.zero
+
+    def _two_sided_block(self, start: int, stop: int, factor: Tensor, outputs: Tensor) -> None:
+        """As `block`, with errors fed back on both sides."""
+        self._fit(start)
+        tiles = self.order[start : stop : self.tile] // self.size
+        free, inputs = self.free[start:stop], factor[start:stop, start:stop]
+        codes, errors = round_columns(free, self.grid, self.params[:, tiles], inputs, outputs)
+        self.codes[self.order[start:stop]] = codes
+        self.free[stop:].addmm_(factor[start:stop, stop:].T.float(), errors, alpha=-1)
 
     def run(self, factor: Tensor, feed: Tensor | None = None) -> QuantizedWeight:
         """Rounds every column. `factor` is that of the inverse second moments, in the order of the sweep.

@@ -19,9 +19,10 @@ from torch import Tensor
 from typing_extensions import Self
 
 from gyroquant.models.graph.rounded_layer import RoundedLayer
-from gyroquant.rounding.base import When
+from gyroquant.rounding.base import Solver, When
 from gyroquant.rounding.solvers.rtn import rows_on_grid
 from gyroquant.rounding.steps.base import BlockStep, RoundedBlock
+from gyroquant.rounding.steps.scale_search import with_searched_scales
 from gyroquant.rounding.steps.tunable import TunableWeight
 from gyroquant.system.environment import reused_memory
 from gyroquant.system.journal import get_state, put_state
@@ -42,6 +43,9 @@ class SignRound(BlockStep):
     - `codes`: whether codes are tuned. Default true.
     - `minmax`: whether the ends of ranges are tuned. Default true. Without codes, this is OmniQuant's learned clipping
       (arXiv 2308.13137).
+    - `search_scales`: whether the scale of each group is first searched, for the least error of weights rounded to
+      nearest that count by the mean squares of their inputs, as SignRoundV2 does. Default false. It needs a solver that
+      rounds to nearest.
     - `outliers`: the share of the block's outputs, those with the largest errors, that the loss leaves out. Default 0.
       SignRoundV2 (arXiv 2512.04746) leaves out 0.001 below 4 bits.
     - `best`: whether the state with the least loss is kept instead of the last one. Default true.
@@ -59,6 +63,7 @@ class SignRound(BlockStep):
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     codes: bool = True
     minmax: bool = True
+    search_scales: bool = False
     outliers: Annotated[float, Field(ge=0, lt=1)] = 0.0
     best: bool = True
 
@@ -66,7 +71,7 @@ class SignRound(BlockStep):
     def examples(cls) -> list[Self]:
         return [
             cls(iters=4, batch_size=2),
-            cls(iters=2, batch_size=2, outliers=0.01),
+            cls(iters=2, batch_size=2, outliers=0.01, search_scales=True),
             cls(iters=2, batch_size=2, codes=False, schedule="cosine"),
         ]
 
@@ -80,13 +85,26 @@ class SignRound(BlockStep):
     def iterations(self) -> int:
         return self.iters
 
+    @property
+    def passes(self) -> int:
+        return int(self.search_scales)
+
+    def conflicts(self, solver: Solver) -> str:
+        if not (self.search_scales and solver.needs_statistics):
+            return ""
+        return (
+            f"tune.search_scales rounds to nearest anew, which undoes what the solver {solver.name} has compensated: "
+            "take the solver rtn, or leave search_scales out"
+        )
+
     def with_iterations(self, count: int) -> SignRound:
         return self.model_copy(update={"iters": count})
 
     def apply_block(self, block: RoundedBlock) -> RoundedBlock:
-        tuner = BlockTuner(block, self.outliers)
         with reused_memory():
-            return replace(block, layers=tuner.tune(self))
+            if self.search_scales:
+                block = with_searched_scales(block, {name: _tuned_matrix(block, name) for name in block.layers})
+            return replace(block, layers=BlockTuner(block, self.outliers).tune(self))
 
     def rate(self, lr: float | None, step: int) -> float:
         """The length of step number `step`."""
@@ -148,6 +166,16 @@ class _State:
         return self.order[position : position + count].tolist()
 
 
+def _tuned_matrix(block: RoundedBlock, name: str) -> Tensor | None:
+    """The matrix that the codes of a layer stand for, shape (out, in), fp32. None if it already lies on the grid."""
+    layer = block.layers[name]
+    matrix, weight = layer.op.to_matrix(block.tensors[name].float()), layer.weight
+    if weight.low_rank is not None:  # its branch runs with the block
+        matrix = matrix - weight.low_rank.product()
+    moved = matrix if weight.basis is None else weight.basis.encode(matrix)
+    return None if bool((rows_on_grid(moved, weight) | ~moved.any(1)).all()) else matrix
+
+
 class BlockTuner:
     """One block and its tuned tensors. It computes in the dtype of the block's input.
 
@@ -162,14 +190,11 @@ class BlockTuner:
         self.tunable: dict[str, TunableWeight] = {}
         self.rest = {name: t.to(hidden.dtype) for name, t in block.tensors.items() if name not in block.layers}
         for name, layer in block.layers.items():
-            matrix, weight = layer.op.to_matrix(block.tensors[name].float()), layer.weight
-            if weight.low_rank is not None:  # its branch runs with the block
-                matrix = matrix - weight.low_rank.product()
-            moved = matrix if weight.basis is None else weight.basis.encode(matrix)
-            if bool((rows_on_grid(moved, weight) | ~moved.any(1)).all()):  # already on the grid: not tuned
+            matrix = _tuned_matrix(block, name)
+            if matrix is None:
                 self.rest[name] = layer.param.to(hidden.dtype)
             else:
-                self.tunable[name] = TunableWeight(matrix, weight)
+                self.tunable[name] = TunableWeight(matrix, layer.weight)
         self.leaves = {name: block.layers[name].param.to(hidden.dtype, copy=True) for name in self.tunable}
 
     def _refresh(self) -> None:

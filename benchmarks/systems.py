@@ -21,11 +21,16 @@ TEXT = ["calibration.nsamples=16", "calibration.seqlen=512"]
 ROTATED = [f"transform.{site}={{method: hadamard, random_signs: true}}" for site in ("R1", "R2", "R4")]
 WEIGHTS = ["weights.bits=2", *TEXT]
 BRANCH = "weights.low_rank={{rank: 4, position: {}, metric: hessian}}"
+BITS = (  # 2.281 true bits are those of two bits for every weight
+    "weights.allocate={{budget: 2.6, bits: [2, 3, 4], nsamples: 16, costs: gradient, granularity: {}}}"
+)
 ADD_ONS: dict[str, list[str]] = {
     "none": [],
     "low rank 4, after": [BRANCH.format("after")],
     "low rank 4, inside": [BRANCH.format("inside")],
     "groups of 32": ["weights.group_size=32"],
+    "bits by layer": [BITS.format("layers")],
+    "bits by row": [BITS.format("rows")],
     "windows by coverage": ["calibration.choose=coverage"],
     "windows by the model": ["calibration.source=self"],
 }

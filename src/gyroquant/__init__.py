@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from gyroquant.grids.k_quants import KQuantGrid
     from gyroquant.grids.lookup import LookupGrid
     from gyroquant.grids.microscaling import Mxfp4Grid, Nvfp4Grid
+    from gyroquant.grids.mixed_rows import MixedRowsGrid
     from gyroquant.grids.real_zero import RealZeroGrid
     from gyroquant.grids.trellis import TrellisGrid
     from gyroquant.inspection.verify import verify
@@ -99,6 +100,7 @@ __all__ = [
     "LookupGrid",
     "LowRank",
     "MapError",
+    "MixedRowsGrid",
     "MxIf4Grid",
     "Mxfp4Grid",
     "Nvfp4Grid",
@@ -166,6 +168,7 @@ _MODULES = {
     "LookupGrid": "grids.lookup",
     "LowRank": "rounding.steps.low_rank",
     "MapError": "errors",
+    "MixedRowsGrid": "grids.mixed_rows",
     "MxIf4Grid": "grids.int_float",
     "Mxfp4Grid": "grids.microscaling",
     "Nvfp4Grid": "grids.microscaling",

@@ -22,6 +22,7 @@ from gyroquant.grids.k_quants import KQuantGrid
 from gyroquant.grids.lookup import LookupGrid
 from gyroquant.grids.low_rank import LowRankFactors
 from gyroquant.grids.microscaling import Mxfp4Grid, Nvfp4Grid
+from gyroquant.grids.mixed_rows import MixedRowsGrid
 from gyroquant.grids.real_zero import RealZeroGrid
 from gyroquant.grids.super_block import SuperBlockGrid
 from gyroquant.grids.tiled import TiledGrid
@@ -43,6 +44,7 @@ __all__ = [
     "KQuantGrid",
     "LookupGrid",
     "LowRankFactors",
+    "MixedRowsGrid",
     "MxIf4Grid",
     "Mxfp4Grid",
     "Nvfp4Grid",

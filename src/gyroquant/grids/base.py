@@ -64,6 +64,8 @@ class Grid(BaseModel, ABC):
     """Whether numbers are ``(code - zero) * scale`` with a zero point that is any number. Then refinement chooses scale
     and zero point together.
     """
+    by_rows: ClassVar[bool] = False
+    """Whether rows differ in their numbers. `allocate` makes such grids; a recipe does not name them."""
     real_zeros: ClassVar[bool] = False
     """Whether numbers have that form with zero points that are no codes, as only the KV cache takes them. `zero_step`
     is then the distance of neighbouring zero points.
@@ -140,6 +142,10 @@ class Grid(BaseModel, ABC):
     def code_count(self) -> int:
         """Codes are below this number."""
         return int(2**self.bits)
+
+    def weight_bits(self, codes: Tensor, params: GroupParams) -> int:
+        """The bits stored for a weight with these codes, shape (rows, columns), and params, without padding."""
+        return int(self.code_bits * codes.numel()) + self.group_bits * params.scale.numel() + self.tensor_bits
 
     @property
     def super_block(self) -> int:
@@ -334,9 +340,8 @@ class QuantizedWeight:
     def bits(self) -> int:
         """The bits stored for the matrix, without the padding of the last byte."""
         basis = 0 if self.basis is None or self.basis.scale is None else 16 * self.basis.scale.numel()
-        groups = self.grid.group_bits * self.params.scale.numel()
         factors = 0 if self.low_rank is None else self.low_rank.bits
-        return int(self.grid.code_bits * self.codes.numel()) + groups + self.grid.tensor_bits + basis + factors
+        return self.grid.weight_bits(self.codes, self.params) + basis + factors
 
     def pack(self) -> dict[str, Tensor]:
         basis = {} if self.basis is None else self.basis.pack()

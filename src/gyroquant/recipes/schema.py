@@ -160,6 +160,19 @@ class Weights(StepOptions):
             )
         return self
 
+    @model_validator(mode="after")
+    def _rows_do_not_contradict(self) -> Weights:
+        if self.allocate is None or not self.allocate.by_rows:
+            return self
+        if not isinstance(self.grid, IntegerGrid):
+            raise ValueError(
+                f"allocate with granularity: rows needs the grid integer, not {self.grid.grid}: take it, or "
+                "granularity: layers"
+            )
+        if self.low_rank is not None:
+            raise ValueError("allocate with granularity: rows has no low-rank branches: leave low_rank out")
+        return self
+
     def low_rank_bits(self, op: LinearOp) -> int:
         """The bits stored for the low-rank branch of a layer; 0 if it has none."""
         return 0 if self.low_rank is None else self.low_rank.bits(op)
@@ -411,8 +424,9 @@ class Recipe(BaseModel):
         new += [(data["calibration"], "all_experts"), (data["weights"], "guided"), (data["weights"], "low_rank")]
         if data["weights"]["allocate"] is not None:
             new += [(data["weights"]["allocate"], key) for key in ("bytes", "embeddings")]
-            if data["weights"]["allocate"]["costs"] == "measured":
-                del data["weights"]["allocate"]["costs"]
+            for key, usual in (("costs", "measured"), ("granularity", "layers")):
+                if data["weights"]["allocate"][key] == usual:
+                    del data["weights"]["allocate"][key]
         if data["weights"]["tune"] is not None:
             new += [(data["weights"]["tune"], "outliers")]
         if data["kv_cache"] is not None:

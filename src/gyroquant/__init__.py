@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from gyroquant.grids.integer import IntegerGrid
     from gyroquant.grids.iq import IqGrid
     from gyroquant.grids.k_quants import KQuantGrid
+    from gyroquant.grids.leading import LeadingGrid
     from gyroquant.grids.lookup import LookupGrid
     from gyroquant.grids.microscaling import Mxfp4Grid, Nvfp4Grid
     from gyroquant.grids.mixed_rows import MixedRowsGrid
@@ -96,6 +97,7 @@ __all__ = [
     "IqGrid",
     "KQuantGrid",
     "KvCache",
+    "LeadingGrid",
     "Learn",
     "LookupGrid",
     "LowRank",
@@ -162,6 +164,7 @@ _MODULES = {
     "If4Grid": "grids.int_float",
     "IntegerGrid": "grids.integer",
     "KvCache": "rounding.activations",
+    "LeadingGrid": "grids.leading",
     "Learn": "finetuning.settings",
     "IqGrid": "grids.iq",
     "KQuantGrid": "grids.k_quants",

@@ -45,6 +45,14 @@ class GroupParams:
         return GroupParams(self.scale[index], self.zero[index])
 
 
+@dataclass(frozen=True)
+class LeadingOrder:
+    """Where the leading directions of a layer's inputs are: first in every `period` of inputs, a `share` of them."""
+
+    period: int
+    share: float
+
+
 class Grid(BaseModel, ABC):
     """A kind of number grid with its settings. Subclasses register themselves under their `grid` name.
 
@@ -66,6 +74,8 @@ class Grid(BaseModel, ABC):
     """
     by_rows: ClassVar[bool] = False
     """Whether rows differ in their numbers. `allocate` makes such grids; a recipe does not name them."""
+    leads: ClassVar[bool] = False
+    """Whether the first columns have more bits, as suits the order of directions that the method `leading` makes."""
     real_zeros: ClassVar[bool] = False
     """Whether numbers have that form with zero points that are no codes, as only the KV cache takes them. `zero_step`
     is then the distance of neighbouring zero points.
@@ -188,6 +198,10 @@ class Grid(BaseModel, ABC):
 
     def for_columns(self, columns: int) -> Grid:
         """The grid for rows of `columns` weights: this one, or the nearest that other programs put in its place."""
+        return self
+
+    def for_input(self, order: LeadingOrder | None) -> Grid:
+        """The grid for a layer whose inputs have their leading directions first; None: in no order."""
         return self
 
     def check_shape(self, rows: int, columns: int, name: str) -> None:

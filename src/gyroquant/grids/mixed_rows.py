@@ -11,24 +11,19 @@ from torch import Tensor
 from typing_extensions import Self
 
 from gyroquant.errors import InputError
-from gyroquant.grids.base import GroupParams, GroupSize, QuantizedWeight, stored
+from gyroquant.grids.base import GroupParams, QuantizedWeight, stored
 from gyroquant.grids.bitpack import pack, packed_bytes, unpack
-from gyroquant.grids.half_scale import HalfScaleGrid
 from gyroquant.grids.integer import IntegerGrid
-
-_APART = 1024  # between the zero points of two widths; the zero point of a code is at most 255
-
-Width = Annotated[int, Field(ge=1, le=8)]
+from gyroquant.grids.several_widths import APART, SeveralWidthsGrid, Width
 
 
-class MixedRowsGrid(HalfScaleGrid):
+class MixedRowsGrid(SeveralWidthsGrid):
     """Each row has the numbers of an integer grid of one of several numbers of bits.
 
     `weights.allocate` with `granularity: rows` makes it. The rows of a layer are rounded on the integer grids of their
     widths (`kinds`), and `joined` puts them together: rows of a layer are independent of each other for every solver.
 
-    In `GroupParams`, the zero point holds the width: 1024 times its place among `widths` is added to it. Without rows
-    from `joined`, every row has the most bits.
+    Without rows from `joined`, every row has the most bits.
 
     - `bits`: the most bits of a row. `narrower`: the others, in any order.
     - Other settings: as those of the integer grid.
@@ -39,16 +34,10 @@ class MixedRowsGrid(HalfScaleGrid):
     """
 
     by_rows: ClassVar[bool] = True
-    fits: ClassVar[tuple[str, ...]] = ("minmax", "mse")
 
     grid: Literal["mixed_rows"] = "mixed_rows"
     bits: Width = 4
     narrower: Annotated[tuple[Width, ...], Field(min_length=1)] = (2,)
-    group_size: GroupSize = 128
-    symmetric: bool = False
-    midrise: bool = False
-    scale: Literal["minmax", "mse"] = "mse"
-    clip: Annotated[float, Field(gt=0, le=1)] = 1.0
 
     @model_validator(mode="after")
     def _consistent(self) -> MixedRowsGrid:
@@ -78,14 +67,6 @@ class MixedRowsGrid(HalfScaleGrid):
         return (*sorted(self.narrower), self.bits)
 
     @property
-    def kinds(self) -> tuple[IntegerGrid, ...]:
-        """The integer grid of each of `widths`, with the tensor scale of this grid."""
-        settings = self.model_dump(exclude={"grid", "bits", "narrower"})
-        grids = (IntegerGrid(**settings, bits=width) for width in self.widths)
-        scale = self._tensor_scale
-        return tuple(grid if scale is None else grid._with(scale) for grid in grids)
-
-    @property
     def row_bits(self) -> int:
         """The bits stored for a row that say how many bits its codes have."""
         return len(self.narrower).bit_length()
@@ -94,10 +75,6 @@ class MixedRowsGrid(HalfScaleGrid):
     def group_bits(self) -> int:
         """The bits stored for a group of a row of the most bits, besides its codes."""
         return self.kinds[-1].group_bits
-
-    @property
-    def holds_zero(self) -> bool:
-        return all(kind.holds_zero for kind in self.kinds)
 
     def weight_bits(self, codes: Tensor, params: GroupParams) -> int:
         sizes = torch.tensor(self.row_sizes(codes.shape[1]))
@@ -125,71 +102,19 @@ class MixedRowsGrid(HalfScaleGrid):
         rows = torch.cat([index for index, _ in parts])
         order = torch.empty_like(rows)
         order[rows] = torch.arange(len(rows), device=rows.device)
-        zeros = [part.params.zero + _APART * self.widths.index(part.grid.bits) for _, part in parts]
+        zeros = [part.params.zero + APART * self.widths.index(part.grid.bits) for _, part in parts]
         codes, scale = (torch.cat(each) for each in zip(*((w.codes, w.params.scale) for _, w in parts), strict=True))
         return QuantizedWeight(self, codes[order], GroupParams(scale[order], torch.cat(zeros)[order]))
 
     def part(self, weight: QuantizedWeight, place: int) -> QuantizedWeight:
         """The rows of one width, as a weight on its integer grid."""
         index = self.places(weight.params) == place
-        params = GroupParams(weight.params.scale[index], weight.params.zero[index] - _APART * place)
+        params = GroupParams(weight.params.scale[index], weight.params.zero[index] - APART * place)
         return QuantizedWeight(self.kinds[place], weight.codes[index], params)
-
-    def _place(self, zero: Tensor) -> Tensor:
-        return ((zero.detach() + _APART // 2) / _APART).floor().clamp(0, len(self.narrower)).long()
-
-    def _split(self, zero: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The zero points themselves, their offsets, and the largest code of each row. All have one shape."""
-        place = self._place(zero)
-        largest = torch.tensor([2.0**width - 1 for width in self.widths], device=zero.device)[place]
-        return zero - _APART * place, _APART * place, largest
-
-    def with_tensor_scale(self, *weights: Tensor) -> Self:
-        """A row of few bits has the largest scale, so the largest tensor scale of any width holds all of them."""
-        if self._tensor_scale is not None:
-            return self
-        scales = [kind.with_tensor_scale(*weights).tensor_scale for kind in self.kinds]
-        needed = [scale for scale in scales if scale is not None]
-        return self._with(max(needed)) if needed else self
-
-    def _full_scale(self, groups: Tensor) -> Tensor:
-        return self.kinds[0]._full_scale(groups)
 
     def fit(self, groups: Tensor) -> GroupParams:
         params = self.kinds[-1].fit(groups)
-        return GroupParams(params.scale, params.zero + _APART * len(self.narrower))
-
-    def round_params(self, scale: Tensor, zero: Tensor) -> GroupParams:
-        own, offset, largest = self._split(zero)
-        if self.symmetric:
-            middles = torch.tensor([kind._middle for kind in self.kinds], device=zero.device)[self._place(zero)]
-            return GroupParams(self._clamped(scale, -torch.inf), middles + offset)
-        return GroupParams(self._clamped(scale, 0), torch.minimum(torch.round(own).clamp(min=0), largest) + offset)
-
-    def rescale(self, params: GroupParams, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        if self.symmetric:
-            return super().rescale(params, low, high)
-        own, offset, largest = self._split(params.zero)
-        steps = (own * low + (largest - own) * high) / largest  # the length of a new step in old steps
-        return params.scale * steps, own * low / steps + offset
-
-    def range(self, zero: Tensor) -> tuple[Tensor, Tensor]:
-        own, _, largest = self._split(zero)
-        return -own, largest - own
-
-    def _steps(self, weights: Tensor, params: GroupParams) -> tuple[Tensor, Tensor]:
-        own, _, largest = self._split(params.zero)
-        return torch.minimum((weights / params.scale).add_(own).round_().clamp_(min=0), largest), own
-
-    def encode(self, weights: Tensor, params: GroupParams) -> Tensor:
-        return self._steps(weights, params)[0].to(torch.uint8)
-
-    def decode(self, codes: Tensor, params: GroupParams) -> Tensor:
-        return (codes.float() - self._split(params.zero)[0]) * params.scale
-
-    def nearest(self, weights: Tensor, params: GroupParams) -> Tensor:
-        steps, own = self._steps(weights, params)
-        return steps.sub_(own).mul_(params.scale)
+        return GroupParams(params.scale, params.zero + APART * len(self.narrower))
 
     def pack(self, codes: Tensor, params: GroupParams) -> dict[str, Tensor]:
         weight, count = QuantizedWeight(self, codes, params), len(self.widths)
@@ -219,7 +144,7 @@ class MixedRowsGrid(HalfScaleGrid):
             ]
         else:
             middles = [zero.float() for zero in _streams(arrays, "zeros", kinds, indices, groups)]
-        zero = torch.cat([own + _APART * place for place, own in enumerate(middles)])
+        zero = torch.cat([own + APART * place for place, own in enumerate(middles)])
         return codes[order], GroupParams(scale, zero[order].unsqueeze(-1))
 
 

@@ -26,7 +26,7 @@ from gyroquant.models.graph.model_graph import LinearOp, ModelGraph
 from gyroquant.models.stores.base import WeightStore
 from gyroquant.models.stores.source import open_original
 from gyroquant.pipeline.options import OutputOptions
-from gyroquant.pipeline.planning import grids_of, plan_all, plan_tables
+from gyroquant.pipeline.planning import grids_of, leading_orders, plan_all, plan_tables
 from gyroquant.pipeline.sizes import check_bytes, expected_bytes
 from gyroquant.pipeline.state import RunState
 from gyroquant.pipeline.validation import (
@@ -116,7 +116,7 @@ class JobSpec:
     @cached_property
     def grids(self) -> dict[str, Grid]:
         """The grid of each target according to the recipe, before bits are allocated."""
-        return grids_of(self.recipe, self.targets)
+        return grids_of(self.recipe, self.targets, leading_orders(self.planned, self.recipe))
 
     def grid(self, name: str) -> Grid:
         """The grid of a target or a table according to the recipe, by name, before bits are allocated."""

@@ -24,6 +24,7 @@ from pydantic import (
 from gyroquant.finetuning import Finetune, Learn
 from gyroquant.grids import Grid, IntegerGrid
 from gyroquant.methods import Method
+from gyroquant.methods.leading import Leading
 from gyroquant.models.graph.model_graph import LinearOp
 from gyroquant.models.graph.sites import SITE_NAMES
 from gyroquant.recipes.calibration import Calibration, ProofSettings, Seed
@@ -362,6 +363,21 @@ class Recipe(BaseModel):
                 f"with calibration.inputs=original there is no input error for "
                 f"weights.{step.key} to correct. Set calibration.inputs=rounded, "
                 "or take the solver gptq without a target"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _something_leads(self) -> Recipe:
+        sections = {"weights": self.weights, "activations": self.activations, "head": self.head}
+        named = [name for name, section in sections.items() if section is not None and section.grid.leads]
+        if any(other.grid.leads for other in self.weights.overrides):
+            named.append("weights.overrides")
+        if self.embeddings is not None and self.embeddings.grid.leads:
+            raise ValueError("embeddings cannot have the grid leading: take integer")
+        if named and not any(isinstance(steps[-1].method, Leading) for steps in self.transform.values() if steps):
+            raise ValueError(
+                f"{named[0]}.grid=leading gives more bits to directions that the method leading puts first: set "
+                "transform.R1.method=leading, as the last map there"
             )
         return self
 

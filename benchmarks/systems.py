@@ -4,8 +4,8 @@
 
 Choices are made on this table, so `--test` is validation text. Rows of weights have 2 bits in asymmetric groups and
 GPTQ; rows of weights and activations are rounded to nearest in NVFP4; rows of inputs have 4-bit weights and GPTQ. 16
-windows of 512 tokens to calibrate, 4 windows of 1,024 to measure. Embedding and head stay in 16 bits. Rotated: randomised Hadamards on R1 and R2, and on R4. Cells
-that are there are not run again.
+windows of 512 tokens to calibrate, 4 windows of 1,024 to measure. Embedding and head stay in 16 bits. Rotated:
+randomised Hadamards on R1 and R2, and on R4. Cells that are there are not run again.
 """
 
 from __future__ import annotations

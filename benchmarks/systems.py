@@ -3,9 +3,9 @@
     python benchmarks/systems.py MODEL --calibration FILE --test VALIDATION --out FOLDER [--rows ROW ...]
 
 Choices are made on this table, so `--test` is validation text. Rows of weights have 2 bits in asymmetric groups and
-GPTQ; rows of weights and activations are rounded to nearest in NVFP4. 16 windows of 512 tokens to calibrate, 4 windows
-of 1,024 to measure. Embedding and head stay in 16 bits. Rotated: randomised Hadamards on R1 and R2, and on R4. Cells
-that are there are not run again.
+GPTQ; rows of weights and activations are rounded to nearest in NVFP4; rows of inputs have 4-bit weights and GPTQ. 16
+windows of 512 tokens to calibrate, 4 windows of 1,024 to measure. Embedding and head stay in 16 bits. Rotated:
+randomised Hadamards on R1 and R2, and on R4. Cells that are there are not run again.
 """
 
 from __future__ import annotations
@@ -21,11 +21,16 @@ TEXT = ["calibration.nsamples=16", "calibration.seqlen=512"]
 ROTATED = [f"transform.{site}={{method: hadamard, random_signs: true}}" for site in ("R1", "R2", "R4")]
 WEIGHTS = ["weights.bits=2", *TEXT]
 BRANCH = "weights.low_rank={{rank: 4, position: {}, metric: hessian}}"
+BITS = (  # 2.281 true bits are those of two bits for every weight
+    "weights.allocate={{budget: 2.6, bits: [2, 3, 4], nsamples: 16, costs: gradient, granularity: {}}}"
+)
 ADD_ONS: dict[str, list[str]] = {
     "none": [],
     "low rank 4, after": [BRANCH.format("after")],
     "low rank 4, inside": [BRANCH.format("inside")],
     "groups of 32": ["weights.group_size=32"],
+    "bits by layer": [BITS.format("layers")],
+    "bits by row": [BITS.format("rows")],
     "windows by coverage": ["calibration.choose=coverage"],
     "windows by the model": ["calibration.source=self"],
 }
@@ -38,6 +43,13 @@ BOTH: dict[str, list[str]] = {
         ("NVFP4, least squares", "{grid: nvfp4, scale: mse}"),
     )
 }
+PLAIN = "{bits: 4, group_size: -1, scale: minmax}"
+INPUTS = {  # of weights in 4 bits
+    "A4": f"activations={PLAIN}",
+    "A5": f"activations={PLAIN.replace('4', '5')}",
+    "an eighth in 8 bits": "activations={grid: leading, bits: 4, group_size: -1, scale: minmax}",
+}
+LEADING = ["transform.R1={method: leading}", "transform.R2={method: leading}", ROTATED[2]]
 BLOCKS = [
     f"transform.{site}={{method: wush, block: 16, online: true}}" for site in ("attn_in", "mlp_in", "attn_out", "R4")
 ]
@@ -53,6 +65,9 @@ def rows() -> dict[str, tuple[str, list[str]]]:
     for name, changes in BOTH.items():
         for turned, maps in (("rotated", ROTATED), ("unrotated", [])):
             found[f"W4A4, {turned}, {name}"] = ("rtn", [*changes, *maps])
+    for name, change in INPUTS.items():
+        maps = LEADING if "eighth" in name else ROTATED
+        found[f"W4, rotated, inputs: {name}"] = ("gptq", ["weights.bits=4", *TEXT, *maps, change])
     found["W4A4, WUSH in blocks of 16, NVFP4"] = ("rtn", [*BOTH["NVFP4"], *BLOCKS])
     found["W4A4, Hadamards in blocks of 16, NVFP4"] = ("rtn", [*BOTH["NVFP4"], *SPREAD])
     return found

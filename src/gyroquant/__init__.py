@@ -36,8 +36,10 @@ if TYPE_CHECKING:
     from gyroquant.grids.integer import IntegerGrid
     from gyroquant.grids.iq import IqGrid
     from gyroquant.grids.k_quants import KQuantGrid
+    from gyroquant.grids.leading import LeadingGrid
     from gyroquant.grids.lookup import LookupGrid
     from gyroquant.grids.microscaling import Mxfp4Grid, Nvfp4Grid
+    from gyroquant.grids.mixed_rows import MixedRowsGrid
     from gyroquant.grids.real_zero import RealZeroGrid
     from gyroquant.grids.trellis import TrellisGrid
     from gyroquant.inspection.verify import verify
@@ -95,10 +97,12 @@ __all__ = [
     "IqGrid",
     "KQuantGrid",
     "KvCache",
+    "LeadingGrid",
     "Learn",
     "LookupGrid",
     "LowRank",
     "MapError",
+    "MixedRowsGrid",
     "MxIf4Grid",
     "Mxfp4Grid",
     "Nvfp4Grid",
@@ -160,12 +164,14 @@ _MODULES = {
     "If4Grid": "grids.int_float",
     "IntegerGrid": "grids.integer",
     "KvCache": "rounding.activations",
+    "LeadingGrid": "grids.leading",
     "Learn": "finetuning.settings",
     "IqGrid": "grids.iq",
     "KQuantGrid": "grids.k_quants",
     "LookupGrid": "grids.lookup",
     "LowRank": "rounding.steps.low_rank",
     "MapError": "errors",
+    "MixedRowsGrid": "grids.mixed_rows",
     "MxIf4Grid": "grids.int_float",
     "Mxfp4Grid": "grids.microscaling",
     "Nvfp4Grid": "grids.microscaling",

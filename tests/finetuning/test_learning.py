@@ -286,7 +286,7 @@ def test_rounded_weights_are_looked_at_when_they_are_rounded_to_nearest(
     for name, rounded in (("rtn", True), ("gptq", False)):
         recipe = gq.load_recipe(name, changes)
         job = prepare(folders["llama"], tmp_path / "out", recipe, corpus, tokenizer=tiny_models.tokenizer())
-        setting = learning_setting(recipe, job.tokens, job.targets, job.quantizers, job.compute_dtype)
+        setting = learning_setting(recipe, job.plan, job.tokens, job.targets, job.quantizers, job.compute_dtype)
         assert bool(setting.grids) == rounded
 
 

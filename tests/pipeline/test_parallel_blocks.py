@@ -33,6 +33,7 @@ HARD = [
     "kv_cache.bits=4",
     "kv_cache.center_keys=true",
 ]
+ROWS = ["weights.allocate={budget: 4.3, bits: [2, 4], costs: gradient, granularity: rows}"]
 ALONE = Workers(1, torch.get_num_threads())  # as many threads as the tests of this process have
 
 
@@ -67,7 +68,7 @@ def workers_given(patch: pytest.MonkeyPatch, trouble: Callable[[dict[str, Any]],
 OUTPUTS = ["weights.guided={groups: 2, kronecker: tokens}", "weights.solver.static_groups=true"]
 
 
-@pytest.mark.parametrize("changes", [[], HARD, OUTPUTS, ["weights.tune.iters=3", "weights.tune.batch_size=2"]])
+@pytest.mark.parametrize("changes", [[], HARD, OUTPUTS, ["weights.tune.iters=3", "weights.tune.batch_size=2"], ROWS])
 def test_they_are_the_same_bytes(
     changes: list[str], inside: list[int], folders: dict[str, Path], corpus: Path, tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 from gyroquant.grids.base import (
     Grid,
     GroupParams,
+    LeadingOrder,
     QuantizedWeight,
     grid_from,
     joined,
@@ -19,9 +20,11 @@ from gyroquant.grids.int_float import If4Grid, MxIf4Grid
 from gyroquant.grids.integer import IntegerGrid
 from gyroquant.grids.iq import IqGrid
 from gyroquant.grids.k_quants import KQuantGrid
+from gyroquant.grids.leading import LeadingGrid, leading_columns
 from gyroquant.grids.lookup import LookupGrid
 from gyroquant.grids.low_rank import LowRankFactors
 from gyroquant.grids.microscaling import Mxfp4Grid, Nvfp4Grid
+from gyroquant.grids.mixed_rows import MixedRowsGrid
 from gyroquant.grids.real_zero import RealZeroGrid
 from gyroquant.grids.super_block import SuperBlockGrid
 from gyroquant.grids.tiled import TiledGrid
@@ -41,8 +44,11 @@ __all__ = [
     "IntegerGrid",
     "IqGrid",
     "KQuantGrid",
+    "LeadingGrid",
+    "LeadingOrder",
     "LookupGrid",
     "LowRankFactors",
+    "MixedRowsGrid",
     "MxIf4Grid",
     "Mxfp4Grid",
     "Nvfp4Grid",
@@ -53,6 +59,7 @@ __all__ = [
     "TrellisGrid",
     "grid_from",
     "joined",
+    "leading_columns",
     "stored_bits",
     "straight_through",
 ]

@@ -46,6 +46,14 @@ class GroupParams:
         return GroupParams(self.scale[index], self.zero[index])
 
 
+@dataclass(frozen=True)
+class LeadingOrder:
+    """Where the leading directions of a layer's inputs are: first in every `period` of inputs, a `share` of them."""
+
+    period: int
+    share: float
+
+
 class Grid(BaseModel, ABC):
     """A kind of number grid with its settings. Subclasses register themselves under their `grid` name.
 
@@ -65,6 +73,10 @@ class Grid(BaseModel, ABC):
     """Whether numbers are ``(code - zero) * scale`` with a zero point that is any number. Then refinement chooses scale
     and zero point together.
     """
+    by_rows: ClassVar[bool] = False
+    """Whether rows differ in their numbers. `allocate` makes such grids; a recipe does not name them."""
+    leads: ClassVar[bool] = False
+    """Whether the first columns have more bits, as suits the order of directions that the method `leading` makes."""
     real_zeros: ClassVar[bool] = False
     """Whether numbers have that form with zero points that are no codes, as only the KV cache takes them. `zero_step`
     is then the distance of neighbouring zero points.
@@ -142,6 +154,10 @@ class Grid(BaseModel, ABC):
         """Codes are below this number."""
         return int(2**self.bits)
 
+    def weight_bits(self, codes: Tensor, params: GroupParams) -> int:
+        """The bits stored for a weight with these codes, shape (rows, columns), and params, without padding."""
+        return int(self.code_bits * codes.numel()) + self.group_bits * params.scale.numel() + self.tensor_bits
+
     @property
     def super_block(self) -> int:
         """The number of consecutive groups of a row whose scales are stored as multiples of one number; usually 1.
@@ -183,6 +199,10 @@ class Grid(BaseModel, ABC):
 
     def for_columns(self, columns: int) -> Grid:
         """The grid for rows of `columns` weights: this one, or the nearest that other programs put in its place."""
+        return self
+
+    def for_input(self, order: LeadingOrder | None) -> Grid:
+        """The grid for a layer whose inputs have their leading directions first; None: in no order."""
         return self
 
     def check_shape(self, rows: int, columns: int, name: str) -> None:
@@ -360,9 +380,8 @@ class QuantizedWeight:
     def bits(self) -> int:
         """The bits stored for the matrix, without the padding of the last byte."""
         basis = 0 if self.basis is None or self.basis.scale is None else 16 * self.basis.scale.numel()
-        groups = self.grid.group_bits * self.params.scale.numel()
         factors = 0 if self.low_rank is None else self.low_rank.bits
-        return int(self.grid.code_bits * self.codes.numel()) + groups + self.grid.tensor_bits + basis + factors
+        return self.grid.weight_bits(self.codes, self.params) + basis + factors
 
     def pack(self) -> dict[str, Tensor]:
         basis = {} if self.basis is None else self.basis.pack()

@@ -280,7 +280,7 @@ def _plan_again(job: Job, out: Path, progress: Progress) -> tuple[FoldPlan, str]
     keys = {site_key(plan.folded[place.index][0]) for place in labels.values()}
     if keys <= rotations.keys():
         return _with_rotations(plan, rotations), f"{origin}, learned ones from {FILE_NAME}"
-    setting = learning_setting(recipe, job.tokens, job.targets, job.quantizers, dtype)
+    setting = learning_setting(recipe, job.plan, job.tokens, job.targets, job.quantizers, dtype)
     return learn(job.store, plan, recipe.learn, setting, progress).plan, "learned again"
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time they come from t
     from gyroquant.methods.duquant import DuQuant
     from gyroquant.methods.hadamard import Hadamard
     from gyroquant.methods.identity import Identity
+    from gyroquant.methods.leading import Leading
     from gyroquant.methods.oscar import KeyPCA, Oscar
     from gyroquant.methods.pca import HeadPCA
     from gyroquant.methods.permutations import MassDiff, RandomPermutation, SortedByMagnitude, Zigzag
@@ -37,6 +38,7 @@ __all__ = [
     "HeadPCA",
     "Identity",
     "KeyPCA",
+    "Leading",
     "MassDiff",
     "Method",
     "Oscar",

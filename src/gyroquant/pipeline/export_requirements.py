@@ -8,6 +8,7 @@ from gyroquant.formats.base import Layer, ModelRequirements, check_fit, format_n
 from gyroquant.grids import Grid
 from gyroquant.models.graph.model_graph import LinearOp
 from gyroquant.pipeline.job import Job
+from gyroquant.pipeline.row_trials import mixed_grid
 from gyroquant.rounding.bit_allocation import grids_by_bits
 from gyroquant.rounding.layers import is_head
 
@@ -37,4 +38,6 @@ def _grids(job: Job, name: str, op: LinearOp) -> Iterable[Grid]:
     if chosen is None:
         return [grid]
     around = name in job.tables or is_head(op)
+    if chosen.by_rows and not around:
+        return [mixed_grid(job)]
     return grids_by_bits(grid, chosen.embeddings if around else chosen.bits).values() or [grid]

@@ -26,7 +26,7 @@ from gyroquant.models.graph.model_graph import LinearOp, ModelGraph
 from gyroquant.models.stores.base import WeightStore
 from gyroquant.models.stores.source import open_original
 from gyroquant.pipeline.options import OutputOptions
-from gyroquant.pipeline.planning import grids_of, plan_all, plan_tables
+from gyroquant.pipeline.planning import grids_of, leading_orders, plan_all, plan_tables
 from gyroquant.pipeline.sizes import check_bytes, expected_bytes
 from gyroquant.pipeline.state import RunState
 from gyroquant.pipeline.validation import (
@@ -35,6 +35,7 @@ from gyroquant.pipeline.validation import (
     check_guided,
     check_held_out,
     check_places,
+    check_rows,
     check_seqlen,
     check_settings,
     check_steps,
@@ -115,7 +116,7 @@ class JobSpec:
     @cached_property
     def grids(self) -> dict[str, Grid]:
         """The grid of each target according to the recipe, before bits are allocated."""
-        return grids_of(self.recipe, self.targets)
+        return grids_of(self.recipe, self.targets, leading_orders(self.planned, self.recipe))
 
     def grid(self, name: str) -> Grid:
         """The grid of a target or a table according to the recipe, by name, before bits are allocated."""
@@ -299,7 +300,8 @@ class Job:
     def rounding(self, warn: Warn, grid: Grid | None = None) -> RoundingConfig:
         """The rounding of the layers: each to its own grid, or all to `grid`."""
         weights, grids = self.recipe.weights, {} if grid else self.grids
-        return RoundingConfig(weights.layer_steps, grid or weights.grid, weights.basis, warn, grids)
+        places = self.state.row_places
+        return RoundingConfig(weights.layer_steps, grid or weights.grid, weights.basis, warn, grids, places)
 
     def _calibration_quantizers(self) -> list[OnlineOp]:
         excluded = self.recipe.activations is not None and not self.recipe.activations.calibrate
@@ -368,6 +370,7 @@ def prepare(
     check_held_out(recipe, spec.tokens)
     check_steps(store.graph, targets, recipe)
     check_guided(store, targets, recipe)
+    check_rows(store, targets, recipe)
     check_workers(options.workers, recipe, store)
     job = Job.begin(spec)
     check_room(out, expected_bytes(job) * 2 - left_behind(out))  # the pieces, and the files that they are merged into

@@ -182,7 +182,7 @@ def _job(spec: Mapping[str, Any], journal: Journal) -> Job:
     job.state.plan = load_plan(store.graph, recipe, common["maps"], arrays)
     allocation = journal.read(ALLOCATION)
     if allocation is not None:
-        apply_bits(job, allocation["result"]["found"]["bits"])
+        apply_bits(job, allocation["result"]["found"])
     if journal.get(TOKEN_WEIGHTS) is not None:
         restore(job, journal)
     return job

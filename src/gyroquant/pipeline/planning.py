@@ -11,7 +11,8 @@ from torch import Tensor
 from gyroquant.errors import RecipeError
 from gyroquant.finetuning.differentiable_fold import learnable
 from gyroquant.finetuning.rotations import Setting
-from gyroquant.grids import Grid
+from gyroquant.grids import Grid, LeadingOrder
+from gyroquant.methods.leading import Leading
 from gyroquant.models.execution.online import OnlineOp
 from gyroquant.models.folding.fold import FoldPlan
 from gyroquant.models.graph.model_graph import LinearOp, ModelGraph
@@ -35,11 +36,17 @@ def plan_all(graph: ModelGraph, recipe: Recipe) -> tuple[FoldPlan, dict[str, Lin
         grid.check()
     overridden = [override.layers for override in weights.overrides]
     own_head = recipe.head is not None and not _stays_tied(graph, plan)
-    targets = find_targets(graph, weights.grid_of, weights.ignore, overridden, weights.basis, own_head)
+    orders = leading_orders(plan, recipe)
+    named = {graph.op(name).name: order for name, order in orders.items()}
+
+    def grid_of(name: str) -> Grid:
+        return weights.grid_of(name).for_input(named.get(name))
+
+    targets = find_targets(graph, grid_of, weights.ignore, overridden, weights.basis, own_head)
     if recipe.head is not None:
         for op in filter(is_head, targets.values()):
             recipe.head.grid.for_columns(op.matrix_shape[1]).check_shape(*op.matrix_shape, op.name)
-    quantizers = plan_quantizers(graph, recipe)
+    quantizers = plan_quantizers(graph, recipe, orders)
     if recipe.learn is not None:
         learnable(plan, recipe.learn.sites)
         if rounds_while_learning(recipe) and not all(grid.coded_singly for grid in grids):
@@ -84,18 +91,45 @@ def plan_tables(graph: ModelGraph, recipe: Recipe, plan: FoldPlan) -> dict[str, 
     return tables
 
 
-def plan_quantizers(graph: ModelGraph, recipe: Recipe) -> list[OnlineOp]:
-    """The quantizers that run with the model. Raises RecipeError if a group size does not fit."""
-    sections = [section for section in (recipe.activations, recipe.kv_cache) if section is not None]
-    return [quantizer for section in sections for quantizer in section.quantizers(graph)]
+def plan_quantizers(
+    graph: ModelGraph, recipe: Recipe, orders: Mapping[str, LeadingOrder] | None = None
+) -> list[OnlineOp]:
+    """The quantizers that run with the model, for inputs with these `leading_orders`.
+
+    Raises RecipeError if a group size does not fit.
+    """
+    found: list[OnlineOp] = []
+    if recipe.activations is not None:
+        found += recipe.activations.quantizers(graph, orders or {})
+    if recipe.kv_cache is not None:
+        found += recipe.kv_cache.quantizers(graph)
+    return found
 
 
-def grids_of(recipe: Recipe, targets: Mapping[str, LinearOp]) -> dict[str, Grid]:
-    """The grid of every layer that is rounded, by the name of its weight."""
-    return {
+def leading_orders(plan: FoldPlan, recipe: Recipe) -> dict[str, LeadingOrder]:
+    """Where the leading directions of a layer's inputs are, by the name of the layer's weight.
+
+    Only layers that read a site whose last map is from the method `leading` have any.
+    """
+    last = {name: steps[-1].method for name, steps in recipe.transform.items() if steps}
+    found: dict[str, LeadingOrder] = {}
+    for site, _, _ in plan.folded:
+        method = last.get(site.name)
+        if isinstance(method, Leading):
+            for port in site.readers:
+                op = plan.graph.find_op(port.param)
+                if op is not None and port.axis == op.in_axis:
+                    found[op.weight] = method.order(site)
+    return found
+
+
+def grids_of(recipe: Recipe, targets: Mapping[str, LinearOp], orders: Mapping[str, LeadingOrder]) -> dict[str, Grid]:
+    """The grid of every layer that is rounded, by the name of its weight, for inputs with these `leading_orders`."""
+    grids = {
         name: recipe.head.grid if recipe.head is not None and is_head(op) else recipe.weights.grid_of(op.name)
         for name, op in targets.items()
     }
+    return {name: grid.for_input(orders.get(name)) for name, grid in grids.items()}
 
 
 def replaced_grids(layers: Mapping[str, LinearOp], grid_of: Callable[[str], Grid]) -> list[str]:
@@ -125,13 +159,14 @@ def rounds_while_learning(recipe: Recipe) -> bool:
 
 def learning_setting(
     recipe: Recipe,
+    plan: FoldPlan,
     tokens: Tensor | None,
     targets: Mapping[str, LinearOp],
     quantizers: Sequence[OnlineOp],
     dtype: torch.dtype,
 ) -> Setting:
     """The setting in which the rotations of a recipe are learned."""
-    grids = grids_of(recipe, targets) if rounds_while_learning(recipe) else {}
+    grids = grids_of(recipe, targets, leading_orders(plan, recipe)) if rounds_while_learning(recipe) else {}
     return Setting(
         tokens=tokens,
         targets=targets,

@@ -100,7 +100,16 @@ def fixed_bytes(job: Sized, chosen: Collection[str]) -> int:
     grids = {name: job.spec.grid(name) for name in rounded}
     arrays = {text: _arrays(grid) + factors for text, grid in {repr(grid): grid for grid in grids.values()}.items()}
     entries += sum(arrays[repr(grid)] * (len(name) + _ENTRY) for name, grid in grids.items())
+    entries += sum(len(name) + _ENTRY for name in chosen if _row_bits(job, name))
     return sum(plain.values()) + sum(others) + map_bytes(job) + entries
+
+
+def _row_bits(job: Sized, name: str) -> int:
+    """The bits for each row of a layer that say how many bits its codes have; 0 where all rows have the same."""
+    settings = job.recipe.weights.allocate
+    if settings is None or not settings.by_rows or name not in {op.weight for op in job.graph.block_linears}:
+        return 0
+    return (len(set(settings.bits)) - 1).bit_length()
 
 
 def _arrays(grid: Grid) -> int:
@@ -133,7 +142,10 @@ def smallest_bytes(job: Sized) -> tuple[int, int]:
 
     Without `weights.allocate.bytes` no bits are chosen: the two are the same.
     """
-    least = {name: layer_bytes(job, op, job.spec.grid(name).at_bits(low)) for name, op, low in _chosen(job)}
+    least = {
+        name: layer_bytes(job, op, job.spec.grid(name).at_bits(low)) + -(-_row_bits(job, name) * op.out_features // 8)
+        for name, op, low in _chosen(job)
+    }
     fixed = fixed_bytes(job, least.keys())
     return fixed + sum(least.values()) + 1, fixed
 

@@ -19,6 +19,8 @@ class RunState:
 
     - ``plan``: the maps to fold. At first it has placeholders for measured maps; `measure` and `learn` replace it.
     - ``grids``: the grid of each layer to round, by the name of its weight. `allocate` replaces some.
+    - ``row_places``: for layers whose rows have bits of their own, the place of each row's width among those it may
+      have, int64 of shape (out,), by the name of the layer's weight. `allocate` writes them.
     - ``quantizers``: the quantizers that run with the model. `quantize` adds the measured means of keys.
     - ``token_weights``: the weights of calibration tokens, shape (groups, tokens), by the name of a layer's weight.
       `guide` writes them.
@@ -33,6 +35,7 @@ class RunState:
     plan: FoldPlan
     grids: dict[str, Grid]
     quantizers: list[OnlineOp]
+    row_places: dict[str, Tensor] = field(default_factory=dict)
     token_weights: dict[str, Tensor] = field(default_factory=dict)
     kronecker: KeptFactors | None = None
     tokens: Tensor | None = None

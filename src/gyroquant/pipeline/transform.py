@@ -70,7 +70,7 @@ def transform(
             plan = measured_plan(store, recipe, tokens, torch.float32, model.device, progress)
         if recipe.learn is not None:
             windows = None if source is None else _windows_in_memory(model, recipe, source, tokenizer)
-            setting = learning_setting(recipe, windows, targets, quantizers, torch.float32)
+            setting = learning_setting(recipe, plan, windows, targets, quantizers, torch.float32)
             plan = learn(store, plan, recipe.learn, setting, progress).plan
         proof = prove_plan(store, plan, proof_tokens, recipe, progress)
     write_folded(model, plan)

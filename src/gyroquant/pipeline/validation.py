@@ -159,6 +159,17 @@ def check_guided(store: WeightStore, targets: Mapping[str, LinearOp], recipe: Re
         raise UnsupportedModelError(f"weights.guided needs the gradient at every layer, but {problem}: leave it out")
 
 
+def check_rows(store: WeightStore, targets: Mapping[str, LinearOp], recipe: Recipe) -> None:
+    """Refuses bits for single rows (`granularity: rows` of `weights.allocate`) where there are no gradients."""
+    allocate = recipe.weights.allocate
+    problem = backward_problem(store, targets, recipe) if allocate is not None and allocate.by_rows else ""
+    if problem:
+        raise UnsupportedModelError(
+            f"weights.allocate.granularity: rows needs the gradient at every layer, but {problem}: set "
+            "granularity: layers"
+        )
+
+
 def check_budget(graph: ModelGraph, targets: Mapping[str, LinearOp], recipe: Recipe) -> None:
     """Refuses a bit budget that is too small for the fewest bits of every layer."""
     allocate = recipe.weights.allocate
@@ -171,6 +182,8 @@ def check_budget(graph: ModelGraph, targets: Mapping[str, LinearOp], recipe: Rec
             "weights.allocate gives bits to the layers of the blocks, and weights.ignore leaves none: shorten it"
         )
     factors = sum(recipe.weights.low_rank_bits(op) for op in inside)
+    if allocate.by_rows:
+        factors += sum((len(set(allocate.bits)) - 1).bit_length() * op.out_features for op in inside)
     least = (factors + sum(_bits(op, low.for_columns(op.in_features)) for op in inside)) / sum(
         op.numel for op in inside
     )

@@ -91,6 +91,9 @@ class BesideGrid:
             return value
         settings = {key: setting for key, setting in value.items() if key not in own}
         grid = grid_kind(settings)
+        if grid is not None and grid.by_rows:
+            text = "is made by weights.allocate with granularity: rows: take integer, and that"
+            raise refusal_at("grid", text, settings["grid"])
         named = grid is not None and grid is not Grid.registry[DEFAULT_GRID]
         if grid is not None:
             check_keys(settings, (*grid.model_fields, *own), f"of grid {settings['grid']} " if named else "")

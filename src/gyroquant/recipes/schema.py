@@ -24,6 +24,7 @@ from pydantic import (
 from gyroquant.finetuning import Finetune, Learn
 from gyroquant.grids import Grid, IntegerGrid
 from gyroquant.methods import Method
+from gyroquant.methods.leading import Leading
 from gyroquant.models.graph.model_graph import LinearOp
 from gyroquant.models.graph.sites import SITE_NAMES
 from gyroquant.recipes.calibration import Calibration, ProofSettings, Seed
@@ -158,6 +159,24 @@ class Weights(StepOptions):
         if self.allocate is not None and not self.grid.has_bit_widths:
             raise ValueError(
                 f"allocate chooses bits, and the grid {self.grid.grid} has only one number of bits: leave allocate out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rows_do_not_contradict(self) -> Weights:
+        if self.allocate is None or not self.allocate.by_rows:
+            return self
+        if not isinstance(self.grid, IntegerGrid):
+            raise ValueError(
+                f"allocate with granularity: rows needs the grid integer, not {self.grid.grid}: take it, or "
+                "granularity: layers"
+            )
+        if self.low_rank is not None:
+            raise ValueError("allocate with granularity: rows has no low-rank branches: leave low_rank out")
+        if self.guided is not None and self.guided.kronecker is not None:
+            raise ValueError(
+                "allocate with granularity: rows solves rows of different bits one after the other, and "
+                "guided.kronecker needs them together: leave guided.kronecker out, or take granularity: layers"
             )
         return self
 
@@ -354,6 +373,21 @@ class Recipe(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _something_leads(self) -> Recipe:
+        sections = {"weights": self.weights, "activations": self.activations, "head": self.head}
+        named = [name for name, section in sections.items() if section is not None and section.grid.leads]
+        if any(other.grid.leads for other in self.weights.overrides):
+            named.append("weights.overrides")
+        if self.embeddings is not None and self.embeddings.grid.leads:
+            raise ValueError("embeddings cannot have the grid leading: take integer")
+        if named and not any(isinstance(steps[-1].method, Leading) for steps in self.transform.values() if steps):
+            raise ValueError(
+                f"{named[0]}.grid=leading gives more bits to directions that the method leading puts first: set "
+                "transform.R1.method=leading, as the last map there"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _low_rank_fits(self) -> Recipe:
         branch, inputs = self.weights.low_rank, self.activations
         if branch is not None:
@@ -414,8 +448,9 @@ class Recipe(BaseModel):
             del guided["kronecker"], guided["damp_percent"]
         if data["weights"]["allocate"] is not None:
             new += [(data["weights"]["allocate"], key) for key in ("bytes", "embeddings")]
-            if data["weights"]["allocate"]["costs"] == "measured":
-                del data["weights"]["allocate"]["costs"]
+            for key, usual in (("costs", "measured"), ("granularity", "layers")):
+                if data["weights"]["allocate"][key] == usual:
+                    del data["weights"]["allocate"][key]
         if data["weights"]["tune"] is not None:
             new += [(data["weights"]["tune"], key) for key in ("outliers", "search_scales")]
         if data["kv_cache"] is not None:

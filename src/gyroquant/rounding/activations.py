@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import torch
@@ -9,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsA
 from torch import Tensor
 
 from gyroquant.errors import InputError, RecipeError
-from gyroquant.grids import Grid
+from gyroquant.grids import Grid, LeadingOrder
 from gyroquant.models.execution.exact_tokens import ExactTokens
 from gyroquant.models.execution.online import CacheQuantizer, InputQuantizer
 from gyroquant.models.graph.model_graph import LinearOp, ModelGraph
@@ -52,21 +53,23 @@ class Activations(BaseModel):
             raise ValueError(f"the grid {self.grid.grid} codes rows of a weight together: it is not for activations")
         return self
 
-    def quantizers(self, graph: ModelGraph) -> list[InputQuantizer]:
+    def quantizers(self, graph: ModelGraph, orders: Mapping[str, LeadingOrder] | None = None) -> list[InputQuantizer]:
         """One quantizer for each layer that is not ignored.
 
-        Raises RecipeError if a group size does not fit or every layer is ignored.
+        `orders` says, by the name of a layer's weight, where the method `leading` has put the leading directions of its
+        inputs. Raises RecipeError if a group size does not fit or every layer is ignored.
         """
         ops = [op for op in graph.linears if op.entry.quantize and not is_ignored(op.name, self.ignore)]
         if not ops:
             raise RecipeError("activations.ignore leaves no input to round: shorten it, or set activations=null")
-        return [InputQuantizer(hook_point(op), self._grid(op, graph)) for op in ops]
+        return [InputQuantizer(hook_point(op), self._grid(op, graph, (orders or {}).get(op.weight))) for op in ops]
 
-    def _grid(self, op: LinearOp, graph: ModelGraph) -> Grid:
-        if self.per_head and self.grid.group_size == -1 and op.entry.reads == "attn_out":
-            return type(self.grid)(**self.grid.model_dump() | {"group_size": graph.head_dim})
-        self.grid.group_of(op.in_features, f"the input of {op.name}")
-        return self.grid
+    def _grid(self, op: LinearOp, graph: ModelGraph, order: LeadingOrder | None) -> Grid:
+        grid = self.grid.for_input(order)
+        if self.per_head and grid.group_size == -1 and op.entry.reads == "attn_out" and not grid.leads:
+            return type(grid)(**grid.model_dump() | {"group_size": graph.head_dim})
+        grid.group_of(op.in_features, f"the input of {op.name}")
+        return grid
 
 
 class KvCache(BaseModel):

@@ -35,6 +35,8 @@ class Allocate(BaseModel):
     - `costs`: `measured` (default): the model runs for every choice, with the layer rounded by the recipe's solver.
       `gradient`: all choices from one backward pass, for rounding to nearest; heads are measured. Models with stacked
       experts are measured in any case.
+    - `granularity`: `layers` (default), or `rows`: every row of a layer, which is one output, gets its own bits, by one
+      order over all rows of the model (MixLLM, arXiv 2412.14590). Needs ``costs: gradient`` and the integer grid.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -44,6 +46,18 @@ class Allocate(BaseModel):
     embeddings: tuple[Annotated[int, Field(ge=1, le=8)], ...] = ()
     nsamples: Annotated[int, Field(gt=0)] = 2
     costs: Literal["measured", "gradient"] = "measured"
+    granularity: Literal["layers", "rows"] = "layers"
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether rows get bits, rather than layers."""
+        return self.granularity == "rows"
+
+    @model_validator(mode="after")
+    def _rows_have_gradients(self) -> Allocate:
+        if self.by_rows and self.costs != "gradient":
+            raise ValueError("granularity: rows takes the costs of rows from one backward pass: set costs: gradient")
+        return self
 
     @model_validator(mode="after")
     def _at_least_two_bits(self) -> Allocate:

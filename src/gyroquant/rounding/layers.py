@@ -14,7 +14,7 @@ from torch import Tensor
 from gyroquant.calibration.observers import GuidedSecondMoments, Key, SecondMoments, input_key, modules_with_own_map
 from gyroquant.calibration.rounding_errors import RoundingErrors
 from gyroquant.errors import RecipeError
-from gyroquant.grids import Basis, Grid, GroupParams, QuantizedWeight, joined
+from gyroquant.grids import Basis, Grid, GroupParams, MixedRowsGrid, QuantizedWeight, joined
 from gyroquant.models.execution.online import OnlineOp
 from gyroquant.models.graph.model_graph import Group, LinearOp, ModelGraph
 from gyroquant.models.graph.rounded_layer import RoundedLayer
@@ -33,6 +33,8 @@ class RoundingConfig:
     - `basis`: the basis in which weights are rounded. None: their own.
     - `warn`: called with the text of each warning.
     - `others`: grids of single layers, by the name of the layer's weight.
+    - `row_places`: for layers on a `MixedRowsGrid`, the place of each row's width, int64 of shape (out,), by the name
+      of the layer's weight.
     """
 
     steps: Sequence[RoundingStep]
@@ -40,6 +42,7 @@ class RoundingConfig:
     basis: WeightBasis | None
     warn: Warn
     others: Mapping[str, Grid] = field(default_factory=dict)
+    row_places: Mapping[str, Tensor] = field(default_factory=dict)
 
     def grid_of(self, op: LinearOp) -> Grid:
         """The grid of a layer: the one in `others` for its weight's name, else `grid`, or what fits its rows."""
@@ -89,6 +92,20 @@ class RoundingConfig:
         if not factors:
             return parts
         return [replace(part, low_rank=own) for part, own in zip(parts, factors, strict=True)]
+
+    def solve_rows(self, prepared: PreparedWeight, grid: MixedRowsGrid, places: Tensor) -> list[QuantizedWeight]:
+        """As `solve_each`, for rows of several widths. `places` says which of the widths of `grid` each row has.
+
+        The rows of a width are rounded together, on its integer grid. Rows are independent for every solver and step on
+        layers, so each gets what it would get in a layer of its own width.
+        """
+        parts = []
+        for place, kind in enumerate(grid.kinds):
+            index = (places == place).nonzero()[:, 0]
+            if len(index):
+                rows = replace(prepared, matrix=prepared.matrix[index], rows=())
+                parts.append((index, self.solve(rows, kind)))
+        return _split(grid.joined(parts), prepared)
 
     def _solved(self, prepared: PreparedWeight) -> PreparedWeight:
         warn = partial(_warn_about, self.warn, prepared.name)
@@ -310,15 +327,22 @@ def _round_together(layers: LayerGroup, ops: list[LinearOp], key: str, config: R
     names = ", ".join(op.module for op in ops)
     prepared = config.prepare(names, torch.cat(matrices), layers.statistics(key))
     prepared = replace(prepared, rows=tuple(len(matrix) for matrix in matrices))
-    return config.solve_each(prepared, config.grid_of(ops[0]).with_tensor_scale(prepared.matrix))
+    grid = config.grid_of(ops[0]).with_tensor_scale(prepared.matrix)
+    if isinstance(grid, MixedRowsGrid):
+        return config.solve_rows(prepared, grid, torch.cat([config.row_places[op.weight] for op in ops]))
+    return config.solve_each(prepared, grid)
 
 
 def _round_guided(
     op: LinearOp, matrix: Tensor, statistics: Sequence[InputStatistics], grid: Grid, config: RoundingConfig
 ) -> QuantizedWeight:
     """Rounds groups of rows, each with statistics of its own. `GuidedSecondMoments` splits rows in the same way."""
-    parts = zip(matrix.tensor_split(len(statistics)), statistics, strict=True)
-    return joined([config.solve(config.prepare(op.module, rows, own), grid) for rows, own in parts])
+    split = zip(matrix.tensor_split(len(statistics)), statistics, strict=True)
+    parts = [config.prepare(op.module, rows, own) for rows, own in split]
+    if isinstance(grid, MixedRowsGrid):
+        places = config.row_places[op.weight].tensor_split(len(parts))
+        return joined([config.solve_rows(part, grid, own)[0] for part, own in zip(parts, places, strict=True)])
+    return joined([config.solve(part, grid) for part in parts])
 
 
 def _round_experts(layers: LayerGroup, op: LinearOp, key: str, config: RoundingConfig) -> QuantizedWeight:

@@ -4,7 +4,8 @@ A rounded parameter P is stored as these tensors:
 
 - P_codes and P_scales, always.
 - P_multiples: the multiples of the scales of super-blocks, if it has any.
-- P_choices: which of two kinds of numbers each group has, one bit each, if the grid has two kinds.
+- P_choices: which of two kinds of numbers each group has, one bit each, if the grid has two kinds; or the place of each
+  row's width, if rows have different numbers of bits.
 - P_zeros: the zero points, if it has any.
 - P_global: the tensor scale, if it has one.
 - P_basis: the scales of the basis in which it was rounded, if there is one.

@@ -23,8 +23,9 @@ from gyroquant.rounding.layers import LayerGroup, round_layers
 
 
 class Allocate(Stage):
-    """Measures the cost of fewer bits in each layer and chooses the bits. Writes `grids`, and `allocation` in the
-    manifest.
+    """Measures the cost of fewer bits in each layer, or row, and chooses the bits.
+
+    Writes `grids`, `row_places`, and `allocation` in the manifest.
     """
 
     name, journal_key = "allocate", ALLOCATION
@@ -45,8 +46,9 @@ class Allocate(Stage):
 
         kept = context.journal.stage(self.journal_key, choose)
         state.warnings += kept["warnings"]
-        state.results["allocation"] = kept["found"]
-        apply_bits(job, kept["found"]["bits"])
+        # The layers themselves hold the width of each row, so the manifest only counts them.
+        state.results["allocation"] = {key: value for key, value in kept["found"].items() if key != "row_places"}
+        apply_bits(job, kept["found"])
 
     def memory(self, model: MemoryModel) -> float:
         """Hidden states of the models with one rounded layer and of the unrounded model, one block, and logits."""

@@ -31,7 +31,7 @@ class Learn(Stage):
         job, settings = context.job, context.job.recipe.learn
         assert settings is not None
         started = time.perf_counter()
-        setting = learning_setting(job.recipe, job.tokens, job.targets, job.quantizers, job.compute_dtype)
+        setting = learning_setting(job.recipe, job.plan, job.tokens, job.targets, job.quantizers, job.compute_dtype)
         checkpoint = context.journal.path(self.journal_key)
         result = learn(job.store, job.plan, settings, setting, context.progress, checkpoint)
         job.state.plan = result.plan
@@ -95,7 +95,7 @@ def _first_steps(probe: CostProbe) -> tuple[float, int]:
     job, learn = probe.job, probe.job.recipe.learn
     assert learn is not None
     tokens = None if job.tokens is None else job.tokens[:2]
-    setting = learning_setting(job.recipe, tokens, job.targets, job.quantizers, job.compute_dtype)
+    setting = learning_setting(job.recipe, job.plan, tokens, job.targets, job.quantizers, job.compute_dtype)
     times, started = [], time.perf_counter()
     with torch.enable_grad():
         _, places, values, loss = begin(job.store, job.plan, learn, setting, Progress())

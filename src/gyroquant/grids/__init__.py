@@ -1,5 +1,6 @@
 """Number grids: the numbers that can be stored, how they are fitted and packed, and the bits they take."""
 
+from gyroquant.grids.additive import AdditiveGrid
 from gyroquant.grids.base import (
     Grid,
     GroupParams,
@@ -28,6 +29,7 @@ from gyroquant.grids.tiled import TiledGrid
 from gyroquant.grids.trellis import TrellisGrid
 
 __all__ = [
+    "AdditiveGrid",
     "Basis",
     "E8pGrid",
     "EvenGrid",

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from gyroquant.finetuning.settings import Learn
     from gyroquant.formats.export import export
     from gyroquant.formats.push import push
+    from gyroquant.grids.additive import AdditiveGrid
     from gyroquant.grids.e8p import E8pGrid
     from gyroquant.grids.float_zero import FloatZeroGrid
     from gyroquant.grids.floating import Fp4Grid, Fp8Grid
@@ -75,6 +76,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Activations",
+    "AdditiveGrid",
     "Allocate",
     "AutoRound",
     "Calibration",
@@ -142,6 +144,7 @@ __all__ = [
 _ROOMS = ("grids", "maps", "methods")
 _MODULES = {
     "Activations": "rounding.activations",
+    "AdditiveGrid": "grids.additive",
     "Allocate": "rounding.bit_allocation",
     "AutoRound": "rounding.solvers.auto_round",
     "Calibration": "recipes.calibration",

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, PrivateAttr, model_validator
@@ -12,7 +11,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from gyroquant.errors import InputError, RecipeError
-from gyroquant.grids.base import Grid, GroupParams, GroupSize, stored
+from gyroquant.grids.base import GroupParams, GroupSize, stored
 from gyroquant.grids.half_scale import ScaleOnlyGrid
 from gyroquant.grids.tiled import root_mean_square
 
@@ -165,21 +164,20 @@ class AdditiveGrid(ScaleOnlyGrid):
         entries = self.entries(codes).squeeze(-2)
         pulls = books @ second_moments
         offsets = (pulls * books).sum(-1) / 2
+        rest = wanted - _sums(books, entries)
         for _ in range(_SWEEPS):
             before = entries.clone()
-            for m in range(self.codebooks):
-                others = sum(books[k][entries[:, k]] for k in range(self.codebooks) if k != m)
-                rest = wanted - others
-                entries[:, m] = torch.cat([_best(part, pulls[m], offsets[m]) for part in _pieces(rest, len(offsets[m]))])
+            for m, book in enumerate(books):
+                rest += book[entries[:, m]]
+                parts = _pieces(rest, len(book))
+                entries[:, m] = torch.cat([_best(part, pulls[m], offsets[m]) for part in parts])
+                rest -= book[entries[:, m]]
             if torch.equal(before, entries):
                 break
         return self.codes(entries[:, None])
 
     def decode(self, codes: Tensor, params: GroupParams) -> Tensor:
-        entries, books = self.entries(codes), self.books.to(params.scale)
-        numbers = sum(books[m][entries[..., m]] for m in range(self.codebooks))
-        assert isinstance(numbers, Tensor)
-        return numbers.flatten(-2) * params.scale
+        return _sums(self.books.to(params.scale), self.entries(codes)).flatten(-2) * params.scale
 
     def fake(self, x: Tensor) -> Tensor:
         if self._books is None:
@@ -188,6 +186,14 @@ class AdditiveGrid(ScaleOnlyGrid):
 
     def pack(self, codes: Tensor, params: GroupParams) -> dict[str, Tensor]:
         return super().pack(codes, params) | {"codebooks": self.books.half()}
+
+
+def _sums(books: Tensor, entries: Tensor) -> Tensor:
+    """The sums of the chosen entries, shape (..., 8), for entries of shape (..., codebooks)."""
+    total = books[0][entries[..., 0]]
+    for m in range(1, len(books)):
+        total += books[m][entries[..., m]]
+    return total
 
 
 def _pieces(x: Tensor, scores: int) -> tuple[Tensor, ...]:
@@ -241,9 +247,11 @@ def _fitted(vectors: Tensor, codebooks: int, entries: int) -> Tensor:
     found = torch.stack(books)
     for _ in range(_JOINT if codebooks > 1 else 0):
         chosen = _nearest_sums(sample, found, _BEAM // 2)
+        left = sample - _sums(found, chosen)
         for m in range(codebooks):
-            others = sum(found[k][chosen[:, k]] for k in range(codebooks) if k != m)
-            found[m] = _means(sample - others, chosen[:, m], found[m])
+            left += found[m][chosen[:, m]]
+            found[m] = _means(left, chosen[:, m], found[m])
+            left -= found[m][chosen[:, m]]
     return found
 
 

@@ -303,7 +303,9 @@ def _round_together(layers: LayerGroup, ops: list[LinearOp], key: str, config: R
             for op, matrix in zip(ops, matrices, strict=True)
         ]
     if config.grid_of(ops[0]).has_codebooks:  # which are stored with each layer: each has its own
-        return [_round_alone(op, matrix, layers.statistics(key), config) for op, matrix in zip(ops, matrices, strict=True)]
+        return [
+            _round_alone(op, matrix, layers.statistics(key), config) for op, matrix in zip(ops, matrices, strict=True)
+        ]
     names = ", ".join(op.module for op in ops)
     prepared = config.prepare(names, torch.cat(matrices), layers.statistics(key))
     prepared = replace(prepared, rows=tuple(len(matrix) for matrix in matrices))

@@ -161,7 +161,9 @@ def check_codebooks_are_those_of_the_weight(grid: Grid) -> None:
     weight = weights_for(grid, 64)
     own, other = rounded(grid, weight), rounded(grid.with_tensor_scale(weights(64, weight.shape[1], 1)), weight)
     error, limit = (float((w.dequantize() - weight).square().sum()) for w in (own, other))
-    require(error < limit, f"the squared error with codebooks of another weight is {limit:.3g}, with its own {error:.3g}")
+    require(
+        error < limit, f"the squared error with codebooks of another weight is {limit:.3g}, with its own {error:.3g}"
+    )
     refuses(lambda: grid.fake(weight), RecipeError, "fake accepts it.", "weights only")
     numbers = own.dequantize().view(64, own.params.scale.shape[1], -1) / own.params.scale
     low, high = own.grid.range(own.params.zero)

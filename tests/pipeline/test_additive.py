@@ -1,4 +1,4 @@
-"""Additive codebooks in whole runs: one set for each layer, for all experts and for a table; bits, exports, refusals."""
+"""Additive codebooks in whole runs: a set for each layer, for all experts, for a table; bits, exports, refusals."""
 
 from pathlib import Path
 
@@ -46,24 +46,19 @@ def test_a_whole_run_comes_back(name: str, changes: list[str], bits: set[int], t
     assert loaded(tiny_models.tokens(loaded)).logits.isfinite().all()
 
 
-def test_every_layer_has_codebooks_of_its_own(tmp_path: Path) -> None:
-    store = run("llama", tmp_path / "out")
-    books = []
+def test_guided_groups_of_rows_share_the_codebooks(tmp_path: Path) -> None:
+    store = run("llama", tmp_path / "out", "weights.guided={groups: 2}")
+    assert all(store.quantized(key).dequantize().isfinite().all() for key in store.description["tensors"])
+
+
+def test_every_layer_has_its_own_codebooks_and_formats_that_cannot_hold_them_say_so(tmp_path: Path) -> None:
+    store, books = run("llama", tmp_path / "out"), []
     for key in store.description["tensors"]:
         grid = store.quantized(key).grid
         assert isinstance(grid, AdditiveGrid)
         books.append(grid.books)
     assert len(books) == 14
     assert all(not torch.equal(a, b) for i, a in enumerate(books) for b in books[:i])
-
-
-def test_guided_groups_of_rows_share_the_codebooks(tmp_path: Path) -> None:
-    store = run("llama", tmp_path / "out", "weights.guided={groups: 2}")
-    assert all(store.quantized(key).dequantize().isfinite().all() for key in store.description["tensors"])
-
-
-def test_formats_that_cannot_hold_them_say_so(tmp_path: Path) -> None:
-    run("llama", tmp_path / "out")
     for kind in ("compressed-tensors", "executorch", "gguf", "gptq", "mlx", "onnx", "openvino"):
         with pytest.raises(InputError, match="additive"):
             gq.export(tmp_path / "out", kind, tmp_path / kind)

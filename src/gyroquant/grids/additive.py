@@ -224,8 +224,9 @@ def _nearest_sums(x: Tensor, books: Tensor, beam: int = _BEAM) -> Tensor:
 def _beam_search(x: Tensor, books: Tensor, beam: int) -> Tensor:
     rest, entries = x[:, None], torch.empty(len(x), 1, 0, dtype=torch.int64, device=x.device)
     for m, book in enumerate(books):
-        scores = torch.baddbmm(-book.square().sum(1).expand(len(x), 1, -1) / 2, rest, book.T.expand(len(x), -1, -1))
-        scores = (scores - rest.square().sum(-1, keepdim=True) / 2).flatten(1)
+        squares, ones = rest.square().sum(-1, keepdim=True), torch.ones_like(rest[..., :1])
+        columns = torch.cat([book, -book.square().sum(1, keepdim=True) / 2, -torch.ones_like(book[:, :1])], 1)
+        scores = (torch.cat([rest, ones, squares / 2], -1).flatten(0, 1) @ columns.T).view(len(x), -1)
         last = m == len(books) - 1
         found = scores.argmax(1, keepdim=True) if last else scores.topk(min(beam, scores.shape[1])).indices
         parent, entry = found // len(book), found % len(book)
@@ -260,8 +261,12 @@ def _k_means(vectors: Tensor, entries: int) -> Tensor:
     centres = vectors[:entries].clone()
     if len(centres) < entries:
         centres = torch.cat([centres, centres.new_zeros(entries - len(centres), LENGTH)])
+    before = torch.empty(0)
     for _ in range(_LLOYD):
         chosen = _nearest(vectors, centres)
+        if torch.equal(chosen, before):
+            break
+        before = chosen
         unused = torch.bincount(chosen, minlength=entries) == 0
         centres = _means(vectors, chosen, centres)
         count = min(int(unused.sum()), len(vectors))

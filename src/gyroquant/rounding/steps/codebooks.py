@@ -1,9 +1,9 @@
 """The best codebooks for given codes: linear least squares, by conjugate gradients.
 
 With codes and scales fixed, the numbers of a matrix are linear in its codebooks, and the squared error of the layer's
-outputs is quadratic. AQLM (arXiv 2401.06118) goes downhill with Adam, up to a hundred steps of 1e-4. Conjugate gradients
-take the exact best length of each step, so that a dozen suffice, and have no rate to choose. A block of 8 x 8 for each
-entry preconditions them: the second moments at the places where the entry stands.
+outputs is quadratic. AQLM (arXiv 2401.06118) goes downhill with Adam, in steps of 1e-4. Conjugate gradients take the
+exact best length of each step, so that sixteen suffice, and have no rate to choose. A block of 8 x 8 for each entry
+preconditions them: the second moments at the places where the entry stands.
 """
 
 from __future__ import annotations

@@ -173,9 +173,7 @@ def test_refinement_ends_when_a_pass_gains_little() -> None:
 
 
 def test_settings_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(
-        ValidationError, match="codebook_bits 12 does not divide the 16 bits .*: use 4, 8, 16"
-    ):
+    with pytest.raises(ValidationError, match=r"codebook_bits 12 does not divide the 16 bits .*: use 4, 8, 16"):
         AdditiveGrid(bits=2, codebook_bits=12)
     with pytest.raises(ValidationError, match="a multiple of 8 weights, not 20"):
         AdditiveGrid(group_size=20)

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from gyroquant.grids.lookup import LookupGrid
     from gyroquant.grids.microscaling import Mxfp4Grid, Nvfp4Grid
     from gyroquant.grids.real_zero import RealZeroGrid
+    from gyroquant.grids.ternary import TernaryGrid
     from gyroquant.grids.trellis import TrellisGrid
     from gyroquant.inspection.verify import verify
     from gyroquant.inspection.verify_export import verify_export
@@ -121,6 +122,7 @@ __all__ = [
     "SignRound",
     "Step",
     "Target",
+    "TernaryGrid",
     "TrellisGrid",
     "UnsupportedModelError",
     "WeightBasis",
@@ -189,6 +191,7 @@ _MODULES = {
     "SignRound": "rounding.steps.signround",
     "Step": "recipes.schema",
     "Target": "rounding.steps.target",
+    "TernaryGrid": "grids.ternary",
     "TrellisGrid": "grids.trellis",
     "UnsupportedModelError": "errors",
     "WeightBasis": "rounding.weight_basis",

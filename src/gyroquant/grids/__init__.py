@@ -25,6 +25,7 @@ from gyroquant.grids.low_rank import LowRankFactors
 from gyroquant.grids.microscaling import Mxfp4Grid, Nvfp4Grid
 from gyroquant.grids.real_zero import RealZeroGrid
 from gyroquant.grids.super_block import SuperBlockGrid
+from gyroquant.grids.ternary import TernaryGrid
 from gyroquant.grids.tiled import TiledGrid
 from gyroquant.grids.trellis import TrellisGrid
 
@@ -51,6 +52,7 @@ __all__ = [
     "QuantizedWeight",
     "RealZeroGrid",
     "SuperBlockGrid",
+    "TernaryGrid",
     "TiledGrid",
     "TrellisGrid",
     "grid_from",

@@ -21,7 +21,8 @@ def weights(rows: int = 12, columns: int = COLUMNS, seed: int = 0) -> Tensor:
 
 def columns_for(grid: Grid) -> int:
     """A number of columns that every example of a grid divides; whole super-blocks."""
-    return COLUMNS if grid.super_block == 1 else grid.group_size * grid.super_block
+    together = grid.group_size * grid.super_block
+    return COLUMNS if together < 0 or COLUMNS % together == 0 else together
 
 
 def weights_for(grid: Grid, rows: int = 12) -> Tensor:

@@ -71,7 +71,7 @@ def test_inputs_never_seen_do_no_harm() -> None:
     dead = statistics.second_moments.clone()
     dead[:, 5] = dead[5, :] = 0
     for gram in (dead, torch.zeros_like(dead)):
-        rounded = RoundToNearest().solve(weight, GRIDS[0])
+        rounded = RoundToNearest().solve(weight, GRIDS[0].with_tensor_scale(weight))
         refined = Refine().run(weight, rounded, InputStatistics(gram, 1))
         assert refined.dequantize().isfinite().all()
 

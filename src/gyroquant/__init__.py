@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from gyroquant.finetuning.settings import Learn
     from gyroquant.formats.export import export
     from gyroquant.formats.push import push
+    from gyroquant.grids.additive import AdditiveGrid
     from gyroquant.grids.e8p import E8pGrid
     from gyroquant.grids.float_zero import FloatZeroGrid
     from gyroquant.grids.floating import Fp4Grid, Fp8Grid
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from gyroquant.grids.microscaling import Mxfp4Grid, Nvfp4Grid
     from gyroquant.grids.mixed_rows import MixedRowsGrid
     from gyroquant.grids.real_zero import RealZeroGrid
+    from gyroquant.grids.ternary import TernaryGrid
     from gyroquant.grids.trellis import TrellisGrid
     from gyroquant.inspection.verify import verify
     from gyroquant.inspection.verify_export import verify_export
@@ -77,6 +79,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Activations",
+    "AdditiveGrid",
     "Allocate",
     "AutoRound",
     "Calibration",
@@ -123,6 +126,7 @@ __all__ = [
     "SignRound",
     "Step",
     "Target",
+    "TernaryGrid",
     "TrellisGrid",
     "UnsupportedModelError",
     "WeightBasis",
@@ -146,6 +150,7 @@ __all__ = [
 _ROOMS = ("grids", "maps", "methods")
 _MODULES = {
     "Activations": "rounding.activations",
+    "AdditiveGrid": "grids.additive",
     "Allocate": "rounding.bit_allocation",
     "AutoRound": "rounding.solvers.auto_round",
     "Calibration": "recipes.calibration",
@@ -192,6 +197,7 @@ _MODULES = {
     "SignRound": "rounding.steps.signround",
     "Step": "recipes.schema",
     "Target": "rounding.steps.target",
+    "TernaryGrid": "grids.ternary",
     "TrellisGrid": "grids.trellis",
     "UnsupportedModelError": "errors",
     "WeightBasis": "rounding.weight_basis",

@@ -87,7 +87,7 @@ class Bytes:
         return self.take("BbHhIif?__Qqd"[kind])
 
 
-K_QUANTS = (10, 11, 12, 13, 14, 23)
+K_QUANTS = (10, 11, 12, 13, 14, 23, 34, 35)  # and the ternary types
 
 
 def read_back(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, np.ndarray]]]:

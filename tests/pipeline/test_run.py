@@ -74,6 +74,7 @@ OTHERS = {
     "fp8": ["weights.group_size=32"],
     "e8p": ROW,
     "trellis": [*ROW, *SHORT],
+    "additive": [*ROW, "weights.codebook_bits=4"],
 }
 
 
@@ -200,6 +201,7 @@ def test_true_bits_of_other_grids(folders: dict[str, Path], tmp_path: Path) -> N
         "fp8": 8.5,
         "e8p": pytest.approx(4 + 16 * rows / weights, abs=1e-12),
         "trellis": pytest.approx(4 + 16 * rows / weights, abs=1e-12),
+        "additive": pytest.approx(4 + 16 * (rows + 14 * 8 * 16 * 8) / weights, abs=1e-12),
     }
 
 

@@ -10,7 +10,7 @@ from gyroquant.recipes.presets import find_recipe, preset_names
 from gyroquant.recipes.schema import load_recipe
 
 # Recipe.to_dict() of every preset and effort in release 0.1, under the names of then.
-NEW = {"butterflyquant", "gyro-gguf", "gyro-w2x", "omniquant", "qtip", "quip-sharp"}  # since then
+NEW = {"aqlm", "butterflyquant", "gyro-gguf", "gyro-w2x", "omniquant", "qtip", "quip-sharp"}  # since then
 RECORDED = json.loads((Path(__file__).parent / "data" / "presets.json").read_text())
 
 

@@ -102,7 +102,7 @@ def test_the_way_back_from_another_grid() -> None:
         ("gptq", ["weights.grid=mxfp4", "weights.symmetric=true"], "weights of grid mxfp4 has no key 'symmetric'"),
         ("gptq", ["weights={bits: 2, grid: mxfp4}"], "Input should be 4 for grid mxfp4"),
         ("gptq", ["weights.grid=mxfp5"], "did you mean 'mxfp4'"),
-        ("gptq", ["weights.grid=[mxfp4]"], "weights needs grid: one of e8p, float_zero, fp4"),
+        ("gptq", ["weights.grid=[mxfp4]"], "weights needs grid: one of additive, e8p, float_zero"),
         ("gptq", ["weights.clip=0.9"], "weights: scale: mse searches for the clipping itself"),
     ],
 )

@@ -1,5 +1,6 @@
 """Number grids: the numbers that can be stored, how they are fitted and packed, and the bits they take."""
 
+from gyroquant.grids.additive import AdditiveGrid
 from gyroquant.grids.base import (
     Grid,
     GroupParams,
@@ -27,10 +28,12 @@ from gyroquant.grids.microscaling import Mxfp4Grid, Nvfp4Grid
 from gyroquant.grids.mixed_rows import MixedRowsGrid
 from gyroquant.grids.real_zero import RealZeroGrid
 from gyroquant.grids.super_block import SuperBlockGrid
+from gyroquant.grids.ternary import TernaryGrid
 from gyroquant.grids.tiled import TiledGrid
 from gyroquant.grids.trellis import TrellisGrid
 
 __all__ = [
+    "AdditiveGrid",
     "Basis",
     "E8pGrid",
     "EvenGrid",
@@ -55,6 +58,7 @@ __all__ = [
     "QuantizedWeight",
     "RealZeroGrid",
     "SuperBlockGrid",
+    "TernaryGrid",
     "TiledGrid",
     "TrellisGrid",
     "grid_from",

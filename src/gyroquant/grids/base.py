@@ -87,6 +87,10 @@ class Grid(BaseModel, ABC):
     """
     scale_step: ClassVar[float] = 2.0**-10
     """The relative difference of neighbouring storable scales: 2^-10 for fp16."""
+    has_codebooks: ClassVar[bool] = False
+    """Whether the numbers are fitted to a whole matrix and stored with it. `with_tensor_scale` fits them. Then rows of
+    a matrix that a grid is not bound to depend on each other, and `decode` takes whole tiles as `encode` does.
+    """
 
     grid: str
     bits: int
@@ -135,7 +139,8 @@ class Grid(BaseModel, ABC):
     def tile_columns(self) -> int:
         """The number of consecutive weights of a row whose codes depend on each other; 1 if each is coded by itself.
 
-        Such a grid gets whole tiles in `encode` and `nearest`, as the last dimension. `decode` takes codes one by one.
+        Such a grid gets whole tiles in `encode` and `nearest`, as the last dimension. `decode` takes codes one by one,
+        unless the grid has codebooks.
         """
         return 1
 
@@ -274,6 +279,14 @@ class Grid(BaseModel, ABC):
     @abstractmethod
     def encode(self, weights: Tensor, params: GroupParams) -> Tensor:
         """The nearest codes, uint8, for weights of shape (..., k) whose scales are `params`."""
+
+    def encode_by(self, weights: Tensor, params: GroupParams, second_moments: Tensor, codes: Tensor) -> Tensor:
+        """The codes of one tile of columns for `weights`, shape (rows, tile_columns), whose scales are `params`.
+
+        The error to lower is ``d H d'`` with H the `second_moments` of these columns. The search may start from
+        `codes`. Grids that cannot search by it take the nearest codes.
+        """
+        return self.encode(weights, params)
 
     @abstractmethod
     def decode(self, codes: Tensor, params: GroupParams) -> Tensor:

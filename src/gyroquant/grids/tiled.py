@@ -30,8 +30,7 @@ class TiledGrid(ScaleOnlyGrid):
         """The best scale for normal numbers of variance 1."""
 
     def _full_scale(self, groups: Tensor) -> Tensor:
-        largest = groups.abs().amax(-1, keepdim=True).clamp_min(1e-38)  # fp32 may not hold the squares
-        return (groups / largest).square().mean(-1, keepdim=True).sqrt() * largest * self._factor
+        return root_mean_square(groups) * self._factor
 
     def fit(self, groups: Tensor) -> GroupParams:
         return self.scaled(self._full_scale(groups))
@@ -52,6 +51,12 @@ class TiledGrid(ScaleOnlyGrid):
         """
         scale = self._vectors(params.scale.expand(weights.shape))
         return self._vectors(weights).float() / scale, scale / scale.abs().amax(1, keepdim=True)
+
+
+def root_mean_square(groups: Tensor) -> Tensor:
+    """That of each group of numbers, shape (..., group) to (..., 1)."""
+    largest = groups.abs().amax(-1, keepdim=True).clamp_min(1e-38)  # fp32 may not hold the squares
+    return (groups / largest).square().mean(-1, keepdim=True).sqrt() * largest
 
 
 @cache

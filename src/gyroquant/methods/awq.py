@@ -46,6 +46,10 @@ class Awq(Method):
     def check(self, site: Site, context: Context) -> None:
         if context.grid.tile_rows > 1:
             raise RecipeError(f"awq rounds weights one by one, and the grid {context.grid.grid} codes rows together")
+        if context.grid.has_codebooks:
+            raise RecipeError(
+                f"awq scales the weights, and the grid {context.grid.grid} has codebooks for each of them"
+            )
 
     def choose(self, site: Site, context: Context) -> Map:
         mean, power = (context.statistics[kind].value for kind in (MeanAbs, MeanSquare))

@@ -114,7 +114,7 @@ def _row_bits(job: Sized, name: str) -> int:
 
 def _arrays(grid: Grid) -> int:
     """The number of arrays that a rounded weight is stored in: codes, scales and perhaps zero points."""
-    tile = torch.ones(grid.tile_rows, max(grid.group_size * grid.super_block, 1))
+    tile = torch.ones(grid.tile_rows, max(grid.group_size * grid.super_block, grid.tile_columns))
     return len(RoundToNearest().solve(tile, grid.with_tensor_scale(tile), None).pack())
 
 

@@ -68,6 +68,6 @@ def round_table(
     matrix, parts = layers.matrix(op), list[QuantizedWeight]()
     grid = grid.for_columns(matrix.shape[1]).with_tensor_scale(config.encoded(matrix, statistics))
     for rows in matrix.split(_rows(grid)):
-        parts.append(config.solve(config.prepare(op.name, rows, statistics), grid))
+        parts.append(config.solve_part(config.prepare(op.name, rows, statistics), grid))
         advance()
     return RoundedLayer(op, joined(parts))

@@ -195,7 +195,8 @@ def check_budget(graph: ModelGraph, targets: Mapping[str, LinearOp], recipe: Rec
 
 
 def _bits(op: LinearOp, grid: Grid) -> int:
-    return int(grid.code_bits * op.numel) + grid.group_bits * (op.numel // grid.group_of(op.in_features, op.name))
+    groups = op.numel // grid.group_of(op.in_features, op.name)
+    return int(grid.code_bits * op.numel) + grid.group_bits * groups + grid.tensor_bits
 
 
 def check_held_out(recipe: Recipe, tokens: Tensor | None) -> None:

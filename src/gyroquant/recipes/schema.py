@@ -460,6 +460,8 @@ class Recipe(BaseModel):
         for key in ("source", "choose", "candidates"):
             if data["calibration"][key] == Calibration.model_fields[key].default:
                 del data["calibration"][key]
+        if data["weights"]["refine"] is not None:
+            new += [(data["weights"]["refine"], "tolerance")]
         for owner, key in new:
             if not owner[key]:
                 del owner[key]

@@ -51,6 +51,8 @@ class Activations(BaseModel):
     def _grid_codes_single_numbers(self) -> Activations:
         if self.grid.tile_rows > 1:
             raise ValueError(f"the grid {self.grid.grid} codes rows of a weight together: it is not for activations")
+        if self.grid.has_codebooks:
+            raise ValueError(f"the grid {self.grid.grid} has codebooks of a whole weight: it is not for activations")
         return self
 
     def quantizers(self, graph: ModelGraph, orders: Mapping[str, LeadingOrder] | None = None) -> list[InputQuantizer]:

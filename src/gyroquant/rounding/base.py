@@ -79,6 +79,7 @@ class PreparedWeight:
     - `low_rank`: the low-rank factors of each layer, in the weights' own basis. Empty without `weights.low_rank`.
     - `whole`: the matrix as it was before a step took a part of the problem away from the solver. None: no step did.
     - `corrects_input_error`: whether the matrix was changed to correct the input error.
+    - `shares_grid`: whether other matrices are rounded to the same grid, so that its codebooks must stay as they are.
     """
 
     name: str
@@ -91,6 +92,7 @@ class PreparedWeight:
     low_rank: tuple[LowRankFactors, ...] = ()
     whole: PreparedWeight | None = None
     corrects_input_error: bool = False
+    shares_grid: bool = False
 
     def by_layer(self, rows: Tensor) -> tuple[Tensor, ...]:
         """A tensor with the rows of the matrix, split into those of each layer."""

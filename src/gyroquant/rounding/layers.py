@@ -72,6 +72,10 @@ class RoundingConfig:
         (rounded,) = self.solve_each(prepared, grid)
         return rounded
 
+    def solve_part(self, prepared: PreparedWeight, grid: Grid) -> QuantizedWeight:
+        """As `solve`, for one of several matrices that are stored as one, with one grid."""
+        return self.solve(replace(prepared, shares_grid=True), grid)
+
     def solve_each(self, prepared: PreparedWeight, grid: Grid) -> list[QuantizedWeight]:
         """Rounds to a grid that was made for the matrix. Without statistics it rounds to nearest.
 
@@ -324,6 +328,10 @@ def _round_together(layers: LayerGroup, ops: list[LinearOp], key: str, config: R
             _round_guided(op, matrix, layers.guided(key, op), grid, config)
             for op, matrix in zip(ops, matrices, strict=True)
         ]
+    if config.grid_of(ops[0]).has_codebooks:  # which are stored with each layer: each has its own
+        return [
+            _round_alone(op, matrix, layers.statistics(key), config) for op, matrix in zip(ops, matrices, strict=True)
+        ]
     names = ", ".join(op.module for op in ops)
     prepared = config.prepare(names, torch.cat(matrices), layers.statistics(key))
     prepared = replace(prepared, rows=tuple(len(matrix) for matrix in matrices))
@@ -331,6 +339,13 @@ def _round_together(layers: LayerGroup, ops: list[LinearOp], key: str, config: R
     if isinstance(grid, MixedRowsGrid):
         return config.solve_rows(prepared, grid, torch.cat([config.row_places[op.weight] for op in ops]))
     return config.solve_each(prepared, grid)
+
+
+def _round_alone(
+    op: LinearOp, matrix: Tensor, statistics: InputStatistics | None, config: RoundingConfig
+) -> QuantizedWeight:
+    prepared = config.prepare(op.module, matrix, statistics)
+    return config.solve(prepared, config.grid_of(op).with_tensor_scale(prepared.matrix))
 
 
 def _round_guided(
@@ -342,7 +357,7 @@ def _round_guided(
     if isinstance(grid, MixedRowsGrid):
         places = config.row_places[op.weight].tensor_split(len(parts))
         return joined([config.solve_rows(part, grid, own)[0] for part, own in zip(parts, places, strict=True)])
-    return joined([config.solve(part, grid) for part in parts])
+    return joined([config.solve_part(part, grid) for part in parts])
 
 
 def _round_experts(layers: LayerGroup, op: LinearOp, key: str, config: RoundingConfig) -> QuantizedWeight:
@@ -352,7 +367,7 @@ def _round_experts(layers: LayerGroup, op: LinearOp, key: str, config: RoundingC
     weights: list[QuantizedWeight] = []
     for expert, matrix in enumerate(matrices):
         prepared = config.prepare(f"{op.weight}[{expert}]", matrix, layers.statistics(key, expert))
-        weights.append(config.solve(prepared, grid))
+        weights.append(config.solve_part(prepared, grid))
     scales, zeros = (torch.cat([getattr(w.params, part) for w in weights]) for part in ("scale", "zero"))
     return QuantizedWeight(
         grid, torch.cat([w.codes for w in weights]), GroupParams(scales, zeros), _stacked_basis(weights)

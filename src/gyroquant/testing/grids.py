@@ -21,7 +21,8 @@ def weights(rows: int = 12, columns: int = COLUMNS, seed: int = 0) -> Tensor:
 
 def columns_for(grid: Grid) -> int:
     """A number of columns that every example of a grid divides; whole super-blocks."""
-    return COLUMNS if grid.super_block == 1 else grid.group_size * grid.super_block
+    together = grid.group_size * grid.super_block
+    return COLUMNS if together < 0 or COLUMNS % together == 0 else together
 
 
 def weights_for(grid: Grid, rows: int = 12) -> Tensor:
@@ -45,6 +46,11 @@ def _rows(grid: Grid, rows: int) -> int:
 
 def _single(grid: Grid) -> bool:
     return grid.coded_singly
+
+
+def _by_rows(grid: Grid) -> bool:
+    """Whether each row is rounded by itself."""
+    return grid.tile_rows == 1 and not grid.has_codebooks
 
 
 def _in_rows(grid: Grid) -> bool:
@@ -131,17 +137,39 @@ def check_tiles_are_coded_by_themselves(grid: Grid) -> None:
 
 @GRID.check(when=lambda grid: grid.tile_columns > 1)
 def check_neighbours_are_coded_by_themselves(grid: Grid) -> None:
-    """The codes of `tile_columns` weights do not depend on others, and `decode` takes codes one by one."""
+    """The codes of `tile_columns` weights do not depend on others. `decode` takes codes one by one, or whole tiles of a
+    grid with codebooks.
+    """
     length = grid.tile_columns
     weight = rounded(grid, weights_for(grid))
+    grid = weight.grid
     groups = weights_for(grid).view(12, -1, grid.group_of(columns_for(grid)))
     alone = grid.encode(groups[..., :length].contiguous(), weight.params)
     same = torch.equal(alone, weight.codes.view(groups.shape)[..., :length])
     require(same, f"the codes of {length} weights depend on other weights. Declare how many do in tile_columns")
     numbers = weight.dequantize().view(groups.shape)
-    single = grid.decode(weight.codes.view(groups.shape)[..., 1:2], weight.params)
-    require(torch.equal(single, numbers[..., 1:2]), "decode of one code differs from that of a whole tile")
+    part = slice(length, 2 * length) if grid.has_codebooks else slice(1, 2)
+    single = grid.decode(weight.codes.view(groups.shape)[..., part], weight.params)
+    require(torch.equal(single, numbers[..., part]), f"decode of {single.shape[-1]} codes differs from that of a group")
     require(torch.equal(grid.nearest(groups, weight.params), numbers), "nearest differs from decode of encode")
+
+
+@GRID.check(when=lambda grid: grid.has_codebooks)
+def check_codebooks_are_those_of_the_weight(grid: Grid) -> None:
+    """Codebooks are fitted to the weight that a grid is bound to, and `fake` without them raises RecipeError. `range`
+    covers all numbers.
+    """
+    weight = weights_for(grid, 64)
+    own, other = rounded(grid, weight), rounded(grid.with_tensor_scale(weights(64, weight.shape[1], 1)), weight)
+    error, limit = (float((w.dequantize() - weight).square().sum()) for w in (own, other))
+    require(
+        error < limit, f"the squared error with codebooks of another weight is {limit:.3g}, with its own {error:.3g}"
+    )
+    refuses(lambda: grid.fake(weight), RecipeError, "fake accepts it.", "weights only")
+    numbers = own.dequantize().view(64, own.params.scale.shape[1], -1) / own.params.scale
+    low, high = own.grid.range(own.params.zero)
+    inside = bool((numbers >= low - 1e-5).all()) and bool((numbers <= high + 1e-5).all())
+    require(inside, "range does not cover all numbers")
 
 
 @GRID.check()
@@ -188,7 +216,7 @@ def check_step_below_is_the_distance_to_the_next_number(grid: Grid) -> None:
     require(same, "step_below is not the distance to the next number towards zero")
 
 
-@GRID.check(when=lambda grid: grid.tile_rows == 1)
+@GRID.check(when=_by_rows)
 def check_range_is_that_of_the_numbers(grid: Grid) -> None:
     """`range` gives the smallest and the largest number, in units of the scale."""
     zero = rounded(grid, weights_for(grid)).params.zero[:, :1].contiguous()
@@ -250,7 +278,7 @@ def check_a_bound_grid_stays_as_it_is(grid: Grid) -> None:
         require(same, "fake of a bound grid differs from rounding the weight that it was bound to")
 
 
-@GRID.check(when=lambda grid: grid.tile_rows == 1)
+@GRID.check(when=_by_rows)
 def check_fake_rounds_every_row_by_itself(grid: Grid) -> None:
     """`fake` is fit, encode and decode for each row, in the dtype of its input. It does not change the input."""
     for dtype in (torch.float32, torch.bfloat16):
@@ -309,7 +337,7 @@ def check_numbers_that_are_not_finite_are_refused(grid: Grid) -> None:
         weight = weights_for(grid, 12)
         weight[3, 7] = value
         calls = {"fit": lambda w=weight: rounded(grid, w), "fake": lambda w=weight: grid.fake(w)}
-        for name, call in list(calls.items())[: 2 if grid.tile_rows == 1 else 1]:
+        for name, call in list(calls.items())[: 2 if _by_rows(grid) else 1]:
             refuses(call, InputError, f"{name} accepts a weight of {value}.", "not finite")
 
 

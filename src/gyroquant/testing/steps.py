@@ -116,7 +116,8 @@ def check_it_keeps_to_the_grid_and_makes_nothing_worse(step: LayerStep) -> None:
         new = _codes(done.rounded)
         require(torch.equal(old.dequantize(), before), "it changes the codes or scales that it is given")
         require(new.codes.shape == weight.shape, f"codes have shape {tuple(new.codes.shape)} afterwards")
-        unpacked = QuantizedWeight(state.grid, *state.grid.unpack(new.pack(), (weight.shape[0], weight.shape[1])))
+        arrays, shape = new.pack(), (weight.shape[0], weight.shape[1])
+        unpacked = QuantizedWeight(state.grid.with_stored_scale(arrays), *state.grid.unpack(arrays, shape))
         same = torch.equal(unpacked.dequantize(), new.dequantize())
         require(
             same, f"packing changes its result on the grid {state.grid.grid}: take scales that round_params returned"

@@ -33,9 +33,9 @@ from gyroquant.models.stores.source import open_model
 
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
 IDS = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q8_0": 8, "IQ4_NL": 20, "BF16": 30, "Q2_0": 42}
-IDS |= {"Q2_K": 10, "Q3_K": 11, "Q4_K": 12, "Q5_K": 13, "Q6_K": 14, "IQ4_XS": 23}
+IDS |= {"Q2_K": 10, "Q3_K": 11, "Q4_K": 12, "Q5_K": 13, "Q6_K": 14, "IQ4_XS": 23, "TQ1_0": 34, "TQ2_0": 35}
 FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q5_0": 8, "Q8_0": 7, "IQ4_NL": 25, "Q2_0": 41}
-FILE_TYPES |= {"Q2_K": 10, "Q3_K": 12, "Q4_K": 15, "Q5_K": 17, "Q6_K": 18, "IQ4_XS": 30}
+FILE_TYPES |= {"Q2_K": 10, "Q3_K": 12, "Q4_K": 15, "Q5_K": 17, "Q6_K": 18, "IQ4_XS": 30, "TQ1_0": 36, "TQ2_0": 37}
 NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
@@ -160,6 +160,21 @@ def test_k_quants_come_back_after_every_step(settings: dict[str, Any], tmp_path:
     name = settings.get("four_bits", f"Q{settings['bits']}_K")
     assert check(store, tensors) == {name: 14}
     assert metadata["general.file_type"] == FILE_TYPES[name]
+    assert facts["deviation"] == 0
+    same_logits(store, tmp_path / "gguf")
+
+
+@pytest.mark.parametrize("kind", ["TQ1_0", "TQ2_0"])
+def test_ternary_weights_come_back(kind: str, tmp_path: Path) -> None:
+    wide = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "head_dim": 64}
+    recipe = {"weights": {"grid": "ternary", "kind": kind}, "proof": {"seqlen": 32}}
+    model = tiny_models.build("llama", **wide)
+    gq.quantize(model, recipe, out=tmp_path / "ours", tokenizer=tiny_models.tokenizer())
+    store = open_model(tmp_path / "ours")
+    assert isinstance(store, PackedStore)
+    facts, metadata, tensors = written(store, tmp_path / "gguf")
+    assert check(store, tensors) == {kind: 14}
+    assert metadata["general.file_type"] == FILE_TYPES[kind]
     assert facts["deviation"] == 0
     same_logits(store, tmp_path / "gguf")
 

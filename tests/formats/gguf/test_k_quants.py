@@ -1,12 +1,12 @@
-"""K-quants and IQ types: the bytes that we write, read by the decoder of the gguf package."""
+"""K-quants, IQ types and ternary types: the bytes that we write, read by the decoder of the gguf package."""
 
 import gguf
 import numpy as np
 import pytest
 import torch
 
-from gyroquant.formats.gguf.k_quants import encode_iq, encode_k_quant
-from gyroquant.grids import IqGrid, KQuantGrid
+from gyroquant.formats.gguf.k_quants import encode_iq, encode_k_quant, encode_ternary
+from gyroquant.grids import IqGrid, KQuantGrid, TernaryGrid
 from gyroquant.testing.grids import rounded
 
 
@@ -34,6 +34,19 @@ def test_llama_cpp_reads_the_same_points(grid: IqGrid) -> None:
     read = gguf.quants.dequantize(encode_iq(codes), getattr(gguf.GGMLQuantizationType, grid.type_name))
     assert np.array_equal(read, codes.dequantize().numpy())
     assert encode_iq(codes).nbytes == codes.bits // 8
+
+
+@pytest.mark.parametrize("grid", TernaryGrid.examples(), ids=lambda grid: grid.type_name)
+def test_llama_cpp_reads_the_same_ternary_numbers(grid: TernaryGrid) -> None:
+    weight = torch.randn(24, 768, generator=torch.Generator().manual_seed(0)) * torch.logspace(-4, 2, 24)[:, None]
+    weight[3, 256:512] = 0.0
+    codes = rounded(grid, weight)
+    kind = getattr(gguf.GGMLQuantizationType, grid.type_name)
+    read = gguf.quants.dequantize(encode_ternary(codes), kind)
+    assert np.array_equal(read, codes.dequantize().numpy())
+    assert encode_ternary(codes).nbytes == codes.bits // 8
+    ternary = codes.dequantize()
+    assert np.array_equal(encode_ternary(rounded(grid, ternary))[:3], gguf.quants.quantize(ternary.numpy(), kind)[:3])
 
 
 @pytest.mark.parametrize(  # of llama.cpp's own search on such numbers

@@ -27,7 +27,8 @@ def test_it_betters_every_solver_on_every_grid_and_is_stored_exactly(grid: Grid)
         kept = before.dequantize().clone()
         after = Refine().run(weight, before, statistics)
         codes, params = grid.unpack(after.pack(), (48, columns_for(grid)))
-        assert torch.equal(QuantizedWeight(grid, codes, params).dequantize(), after.dequantize())
+        bound = grid.with_stored_scale(after.pack())
+        assert torch.equal(QuantizedWeight(bound, codes, params).dequantize(), after.dequantize())
         gain = output_error(weight, after.dequantize(), statistics) / output_error(weight, kept, statistics)
         assert gain < share
         assert torch.equal(before.dequantize(), kept)
@@ -70,7 +71,7 @@ def test_inputs_never_seen_do_no_harm() -> None:
     dead = statistics.second_moments.clone()
     dead[:, 5] = dead[5, :] = 0
     for gram in (dead, torch.zeros_like(dead)):
-        rounded = RoundToNearest().solve(weight, GRIDS[0])
+        rounded = RoundToNearest().solve(weight, GRIDS[0].with_tensor_scale(weight))
         refined = Refine().run(weight, rounded, InputStatistics(gram, 1))
         assert refined.dequantize().isfinite().all()
 

@@ -1,4 +1,4 @@
-"""The bytes of llama.cpp's K-quants and IQ types: blocks of 256 weights with scales of two levels.
+"""The bytes of llama.cpp's K-quants, IQ types and ternary types: blocks of 256 weights.
 
 The layouts are those of ``ggml-common.h``. Q2_K and Q3_K take codes in steps of 32 inside each half of a block, the
 other K-quants in steps of 32 or 64.
@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gyroquant.grids import IqGrid, KQuantGrid, QuantizedWeight
+from gyroquant.grids import IqGrid, KQuantGrid, QuantizedWeight, TernaryGrid
 from gyroquant.grids.super_block import SUPER_BLOCK
+from gyroquant.grids.ternary import to_trits
 
 Bytes = NDArray[Any]
 """Unsigned bytes, shape (rows, super-blocks, ...)."""
@@ -39,6 +40,18 @@ def encode_iq(weight: QuantizedWeight) -> Bytes:
     index, signs = (words.numpy().reshape(rows, blocks, -1) for words in grid.words(weight.codes))
     parts = _IQ_PARTS[grid.type_name](index, signs, multiples.astype(np.uint8))
     return np.ascontiguousarray(np.concatenate([half, *parts], -1).reshape(rows, -1))
+
+
+def encode_ternary(weight: QuantizedWeight) -> Bytes:
+    """The bytes of a matrix on a `TernaryGrid`, shape (rows, bytes)."""
+    assert isinstance(weight.grid, TernaryGrid)
+    half = weight.params.scale.numpy().astype("<f2").view(np.uint8)
+    codes = weight.codes.numpy().reshape(*half.shape[:2], SUPER_BLOCK)
+    if weight.grid.kind == "TQ1_0":
+        packed = to_trits(codes.reshape(-1, SUPER_BLOCK)).reshape(*half.shape[:2], -1)
+    else:
+        packed = _bits(codes, 32, 2, 4)
+    return np.ascontiguousarray(np.concatenate([packed, half], -1).reshape(len(codes), -1))
 
 
 def _words(numbers: Bytes, dtype: str) -> Bytes:

@@ -9,7 +9,7 @@ A row of a rounded matrix is cut into blocks. Each block has an fp16 scale d, fo
     Q8_0  q * d         in blocks of 32, one signed code a byte
     IQ4_NL  t[q] * d    like Q4_0, with numbers from a table
 
-The K-quants and the IQ types with super-blocks are in `k_quants`.
+The K-quants, the ternary types and the IQ types with super-blocks are in `k_quants`.
 
 Our weights are whole multiples of their scale, or odd multiples of half of it, and the types without m hold them
 exactly. 4-bit codes with zero points need m, a zero point times a scale, which is rounded to fp16. Groups larger than a
@@ -36,7 +36,7 @@ from torch import Tensor
 from gyroquant.errors import InputError
 from gyroquant.formats.base import Format, FormatCapabilities, Layer, ModelRequirements, WeightType, requirements_of
 from gyroquant.formats.gguf.header import GGUF_FILE
-from gyroquant.formats.gguf.k_quants import encode_iq, encode_k_quant
+from gyroquant.formats.gguf.k_quants import encode_iq, encode_k_quant, encode_ternary
 from gyroquant.formats.gguf.llama_cpp_runtime import LlamaCppRuntime
 from gyroquant.formats.gguf.rope import describe_rope, full_rope, rope_tensors
 from gyroquant.formats.gguf.targets import TARGETS, Target, target_of, target_problems
@@ -44,7 +44,7 @@ from gyroquant.formats.gguf.tensors import Piece, tensor_pieces
 from gyroquant.formats.gguf.tokenizer import add_tokenizer
 from gyroquant.formats.gguf.tokenizer_check import compare_tokenizers
 from gyroquant.formats.output_folder import OutputFolder
-from gyroquant.grids import GroupParams, IqGrid, KQuantGrid, QuantizedWeight, stored_bits
+from gyroquant.grids import GroupParams, IqGrid, KQuantGrid, QuantizedWeight, TernaryGrid, stored_bits
 from gyroquant.models.graph.heads import heads_of
 from gyroquant.models.stores.packed import PackedStore
 
@@ -90,6 +90,8 @@ _TYPES = {
     "IQ2_S": _Type(22, 28, 256, 82),
     "IQ3_XXS": _Type(18, 23, 256, 98),
     "IQ3_S": _Type(21, 26, 256, 110),
+    "TQ1_0": _Type(34, 36, 256, 54),
+    "TQ2_0": _Type(35, 37, 256, 66),
     "Q2_0": _Type(42, 41, 64, 18),  # newer than the enumerations of the gguf package
 }
 
@@ -127,6 +129,7 @@ class Gguf(Format):
             _k_quant("IQ4_XS", 4),
             *(_k_quant(name, 2) for name in ("IQ2_XXS", "IQ2_XS", "IQ2_S")),
             *(_k_quant(name, 3) for name in ("IQ3_XXS", "IQ3_S")),
+            *(_k_quant(name, 2) for name in ("TQ1_0", "TQ2_0")),
         ),
         model_types=tuple(TARGETS),
         experts=True,
@@ -351,6 +354,8 @@ def _encode(name: str, kind: str, weight: QuantizedWeight) -> tuple[np.ndarray, 
     """
     if isinstance(weight.grid, IqGrid):
         return encode_iq(weight), 0.0
+    if isinstance(weight.grid, TernaryGrid):
+        return encode_ternary(weight), 0.0
     if isinstance(weight.grid, KQuantGrid):
         return encode_k_quant(weight), 0.0
     codes, scale, zero = weight.codes, weight.params.scale, weight.params.zero

@@ -6,6 +6,7 @@ A rounded parameter P is stored as these tensors:
 - P_multiples: the multiples of the scales of super-blocks, if it has any.
 - P_choices: which of two kinds of numbers each group has, one bit each, if the grid has two kinds; or the place of each
   row's width, if rows have different numbers of bits.
+- P_codebooks: the codebooks whose entries its codes choose, if the grid has some.
 - P_zeros: the zero points, if it has any.
 - P_global: the tensor scale, if it has one.
 - P_basis: the scales of the basis in which it was rounded, if there is one.
@@ -43,7 +44,7 @@ METHOD = "gyroquant"
 # Version 4: some tokens of the KV cache stay exact; readers of version 3 would round them.
 # Version 5: a layer has a low-rank branch; readers of version 4 would leave it out.
 FORMAT_VERSIONS = (1, 2, 3, 4, 5)
-PARTS = ("codes", "scales", "multiples", "choices", "zeros", "global", "basis", "left", "right")
+PARTS = ("codes", "scales", "multiples", "choices", "codebooks", "zeros", "global", "basis", "left", "right")
 MAPS = "gyroquant_map."
 IMPORT_FIRST = "gyroquant packed these weights, run `import gyroquant` before you open them"
 

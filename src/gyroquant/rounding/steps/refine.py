@@ -6,6 +6,9 @@ only Y is known). The objective is quadratic in every stored number. So each can
 others are fixed: a column of codes (as in QuantEase, arXiv 2309.01885), then the scale of a group, then its zero
 point. Where zero points are any numbers (`Grid.float_zero`), the best scale and zero point of a group are found
 together. Only changes that lower the objective are made.
+
+On the grid `additive` this is the method of AQLM (arXiv 2401.06118): codebooks, scales and codes in turn. Vectors of
+codes are searched by the second moments of their columns, one codebook after another (beam search with a beam of one).
 """
 
 from __future__ import annotations
@@ -18,9 +21,10 @@ from pydantic import Field
 from torch import Tensor
 from typing_extensions import Self
 
-from gyroquant.grids import GroupParams, QuantizedWeight
+from gyroquant.grids import AdditiveGrid, GroupParams, QuantizedWeight
 from gyroquant.rounding.base import InputStatistics, PreparedWeight, Warn, When
 from gyroquant.rounding.steps.base import LayerStep
+from gyroquant.rounding.steps.codebooks import best_codebooks
 
 _BLOCK = 64
 _ROWS = 1024  # whose super-blocks are refined at once
@@ -31,7 +35,9 @@ class Refine(LayerStep):
     """Refines codes, scales and zero points after the solver.
 
     - `passes`: the largest number of passes over all columns of codes. Default 4. It ends early when no code changes.
-    - `scales`: whether scales and zero points are fitted again before each pass. Default true.
+    - `scales`: whether scales and zero points are fitted again before each pass, and codebooks if the grid has them.
+      Default true.
+    - `tolerance`: it also ends when a pass lowers the objective by less than this share. Default 0.
     - `damp_percent`: the share of the mean second moment that is added to the diagonal. Default 0.01, as in GPTQ.
     """
 
@@ -42,6 +48,7 @@ class Refine(LayerStep):
     passes: Annotated[int, Field(gt=0, le=100)] = 4
     scales: bool = True
     damp_percent: Annotated[float, Field(ge=0, le=1)] = 0.01
+    tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     @classmethod
     def examples(cls) -> list[Self]:
@@ -53,12 +60,20 @@ class Refine(LayerStep):
     def apply(self, prepared: PreparedWeight, warn: Warn = lambda text: None) -> PreparedWeight:
         assert prepared.rounded is not None
         descent = _Descent(prepared, self.damp_percent)
+        error = descent.error() if self.tolerance else 0.0
         for _ in range(self.passes):
             if self.scales:
+                if not prepared.shares_grid:
+                    descent.codebooks()
                 descent.scales()
             if not descent.codes():
                 break
-        return replace(prepared, rounded=replace(prepared.rounded, codes=descent.code, params=descent.params))
+            if self.tolerance:
+                last, error = error, descent.error()
+                if last - error < self.tolerance * last:
+                    break
+        rounded = replace(prepared.rounded, grid=descent.grid, codes=descent.code, params=descent.params)
+        return replace(prepared, grid=descent.grid, rounded=rounded)
 
     def run(self, weight: Tensor, rounded: QuantizedWeight, statistics: InputStatistics) -> QuantizedWeight:
         """Refines the codes that a solver chose for `weight`, shape (out, in), fp32, in the basis of the codes."""
@@ -72,6 +87,7 @@ class _Descent:
 
     def __init__(self, prepared: PreparedWeight, damp_percent: float):
         weight, rounded, statistics = prepared.matrix, prepared.rounded, prepared.statistics
+        self.weight = weight
         assert rounded is not None
         assert statistics is not None
         columns = weight.shape[1]
@@ -87,6 +103,21 @@ class _Descent:
         self.slope = weight @ wanted - self.number @ self.h
         scale, zero = self.params.scale, self.params.zero
         self.zero_moves = not torch.equal(self.grid.round_params(scale, zero + 1).zero, zero)
+
+    def error(self) -> float:
+        """The objective, less the part that no code can change."""
+        rest = self.weight - self.number
+        return float((rest * (2 * self.slope - rest @ self.h)).sum())
+
+    def codebooks(self) -> None:
+        """Sets the codebooks of the grid to their best values for these codes, if it has some and that helps."""
+        if not isinstance(self.grid, AdditiveGrid):
+            return
+        grid = best_codebooks(self.grid, self.code, self.params, self.slope, self.h)
+        move = QuantizedWeight(grid, self.code, self.params).dequantize() - self.number
+        pull = move @ self.h
+        if float((move * (2 * self.slope - pull)).sum()) > 0:
+            self.grid, self.number, self.slope = grid, self.number + move, self.slope - pull
 
     def codes(self) -> int:
         """Sets every column of codes to its best values, one column after another; returns how many codes changed."""
@@ -126,10 +157,11 @@ class _Descent:
     ) -> None:
         """As one step of `_set_codes`, for neighbouring columns that have their codes together.
 
-        They get the numbers nearest to the lowest point of the objective, if these lower it.
+        They get the numbers nearest to the lowest point of the objective, if these lower it. A grid with codebooks
+        searches those for which the objective is lowest.
         """
         wanted = number[tile] + torch.linalg.solve(h[tile, tile], slope[tile])
-        new = self.grid.encode(wanted.T.contiguous(), params)
+        new = self.grid.encode_by(wanted.T.contiguous(), params, h[tile, tile], code[tile].T.contiguous())
         move = self.grid.decode(new, params).T - number[tile]
         better = (move * (2 * slope[tile] - h[tile, tile] @ move)).sum(0) > 0
         move = move * better

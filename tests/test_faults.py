@@ -79,7 +79,9 @@ def test_a_run_that_is_killed_in_a_stage_ends_with_the_same_bytes(
     assert_nothing_is_lost([fault], EVERY, tmp_path, folders, corpus, undisturbed)
 
 
-@pytest.mark.parametrize(("name", "killed", "full"), [("rtn", 2, 2), ("gptq", 2, 2), (EVERY, 1, 5)])
+@pytest.mark.parametrize(
+    ("name", "killed", "full"), [("rtn", 2, 2), pytest.param("gptq", 2, 2, marks=pytest.mark.slow), (EVERY, 1, 5)]
+)
 def test_a_run_that_ends_anywhere_ends_with_the_same_bytes(
     name: str, killed: int, full: int, folders: dict[str, Path], corpus: Path, tmp_path: Path, undisturbed: Runs
 ) -> None:

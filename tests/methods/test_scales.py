@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
+from selection import some
 
 import gyroquant as gq
 from gyroquant.calibration.measure import SiteMeasurement, measure
@@ -87,7 +88,9 @@ def test_routers_do_not_count_and_experts_all_do() -> None:
     assert len(list(want.weights())) == 4
 
 
-@pytest.mark.parametrize("model", ["llama_tied", "qwen3_moe", "gpt2", "gpt_neox", "phi3"])
+@pytest.mark.parametrize(
+    "model", some(["llama_tied", "qwen3_moe", "gpt2", "gpt_neox", "phi3"], ["llama_tied", "qwen3_moe", "gpt2"])
+)
 @pytest.mark.parametrize("site", ["R1", "R2", "attn_in", "mlp_in", "R4", "linear"])
 def test_weights_are_seen_as_everything_planned_leaves_them(model: str, site: str) -> None:
     """They are the parameters that folding the plan gives, whatever the maps and layouts."""

@@ -101,6 +101,7 @@ def test_it_is_made_once_and_holds_what_is_asked_for(
     assert calls == []
 
 
+@pytest.mark.slow  # two virtual environments
 def test_a_changed_list_and_a_half_made_environment_are_made_again(
     tool: type[ScriptedTool], copying: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

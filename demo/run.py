@@ -27,6 +27,7 @@ from rich.console import Console
 
 import gyroquant as gq
 from gyroquant.benchmark.shared_measurements import SharedMeasurements, measured
+from gyroquant.calibration.text import load_text
 from gyroquant.evaluation.perplexity import text_windows
 from gyroquant.models.stores.source import open_model
 from gyroquant.pipeline import run as pipeline
@@ -66,7 +67,7 @@ def main(fresh: bool = False) -> None:
     out, progress = cache() / "demo", ConsoleProgress()
     LOG.print(f"model {original}\ntext  {calibration}\n", highlight=False)
     store = open_model(original)
-    windows = text_windows(validation, store, WINDOW, WINDOWS)
+    windows = text_windows(load_text(validation), store, WINDOW, WINDOWS)
     test = SharedMeasurements(out, store, "float32").test(windows, progress)
     reference = measured(store, None, test, "float32", progress)
     rows: list[dict[str, Any]] = []

@@ -381,5 +381,16 @@ def test_the_family_of_every_recipe_of_the_package_is_right(name: str) -> None:
     if name.startswith("gyro"):
         assert found == rows.OURS
     else:  # scales alone turn nothing
-        plain = {"rtn", "gptq", "gptq-act-order", "gptaq", "qronos", "signround", "omniquant", "awq", "smoothquant"}
+        plain = {
+            "rtn",
+            "gptq",
+            "gptq-act-order",
+            "gptaq",
+            "qronos",
+            "signround",
+            "omniquant",
+            "aqlm",
+            "awq",
+            "smoothquant",
+        }
         assert found == (rows.UNROTATED if name in plain | {"bbt-absorbed"} else rows.PAPERS)

@@ -1,12 +1,13 @@
-"""Quantizes a real model, SmolLM2-135M-Instruct, to 2 and 3 bits with RTN, GPTQ, SignRound and our own recipes.
+"""Quantizes a real model, SmolLM2-135M-Instruct, to 2 bits with RTN, GPTQ, SignRound and our own recipe.
 
-    make demo                      # or python demo/run.py [--fresh]
+    make demo                      # or python demo/run.py [--bits 2 3] [--fresh]
 
-An interrupted demo continues; with --fresh, it starts again.
+An interrupted demo continues; with --fresh, it starts again. With --bits 2 3, it has rows of 3 bits too, and takes
+twice as long.
 
 Each result is proved, rounded, saved, loaded and measured on Wikipedia articles that are not in the calibration text.
 Then it writes a sentence. To be done in minutes, the demo calibrates on 4,096 tokens, SignRound takes 20 steps,
-and our recipes choose the bits of layers on 4 windows.
+and our recipe chooses the bits of layers on 4 windows.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,6 @@ METHODS: dict[str, tuple[str, str | None, tuple[str, ...]]] = {  # recipe at so 
     "SignRound": ("signround-w{}g64", None, TUNED),
     "gyro": ("gyro-w{}", "light", CHOSEN),
 }
-BITS = (2, 3)
 CALIBRATION = ("calibration.nsamples=16", "calibration.seqlen=256")
 WINDOW, WINDOWS = 512, 8
 PROMPT = "The capital of France is"
@@ -60,8 +61,8 @@ def write(folder: str | Path, **options: Any) -> str:
     return tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True).replace("\n", " ").strip()
 
 
-def main(fresh: bool = False) -> None:
-    """Runs the demo, prints its table, and writes the same as JSON to the folder of the results."""
+def main(sizes: Sequence[int], fresh: bool = False) -> None:
+    """Runs the demo at these numbers of bits, prints its table, and writes the same as JSON beside the results."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     started = time.perf_counter()
@@ -73,14 +74,15 @@ def main(fresh: bool = False) -> None:
     test = SharedMeasurements(out, store, "float32").test(windows, progress)
     reference = measured(store, None, test, "float32", progress)
     rows: list[dict[str, Any]] = []
-    for bits in BITS:
+    for bits in sizes:
         for name, (recipe, effort, changes) in METHODS.items():
             recipe, folder = recipe.format(bits), out / f"{name.lower()}-{bits}"
             options = f"--recipe {recipe}" + (f" --effort {effort}" if effort else "")
             LOG.print(f"gyroquant quantize {original.name} {folder} {options} --text {calibration.name}")
             done = folder.with_suffix(".json")  # a row that an interrupted demo has finished
-            if fresh or not (done.exists() and folder.exists()):
-                loaded = gq.load_recipe(recipe, [*CALIBRATION, *changes], effort)
+            loaded = gq.load_recipe(recipe, [*CALIBRATION, *changes], effort)
+            kept = json.loads(done.read_text()) if done.exists() and folder.exists() and not fresh else None
+            if kept is None or kept["manifest"]["recipe"] != loaded.to_dict():
                 job = prepare(original, folder, loaded, calibration, overwrite=True, fresh=fresh)
                 row: dict[str, Any] = {"name": f"{name}, {bits} bits", "manifest": pipeline.run(job, progress)}
                 row["measured"] = measured(open_model(folder), store, test, "float32", progress)
@@ -98,12 +100,12 @@ def main(fresh: bool = False) -> None:
         show(f"{name:>17}: {PROMPT} {sentence}")
     show(
         "proof: relative logit error of the folded model before rounding (fp32). true bits: all stored bits "
-        "per rounded weight of the layers. file: all weights. gyro rounds the embedding too, to 4 and 5 bits. "
+        "per rounded weight of the layers. file: all weights. gyro rounds the embedding too, with two bits more. "
         "Calibrated on few tokens, with few steps: full runs are better and take longer (docs/results)."
     )
     put_json(out / "demo.json", {"original": reference, "rows": rows})
     for name in METHODS:
-        for bits in BITS:
+        for bits in sizes:
             (out / f"{name.lower()}-{bits}.json").unlink()
     LOG.print(f"{duration(time.perf_counter() - started)}; the models are in {out}", highlight=False)
 
@@ -127,9 +129,11 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bits", type=int, nargs="+", choices=(2, 3), default=[2], help="Default: 2.")
     parser.add_argument("--fresh", action="store_true", help="Start again, even if an earlier demo was interrupted.")
     try:
-        main(parser.parse_args().fresh)
+        given = parser.parse_args()
+        main(given.bits, given.fresh)
     except (AssetError, gq.GyroquantError) as error:
         sys.exit(f"demo: {error}")
     except KeyboardInterrupt:

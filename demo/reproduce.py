@@ -1,7 +1,7 @@
 """Repeats a row of a published table of results, and says whether it matches.
 
     make reproduce                       # the rows that can be repeated
-    make reproduce ROW=demo/gptq         # or python demo/reproduce.py demo/gptq
+    make reproduce ROW=demo/gptq-w2      # or python demo/reproduce.py demo/gptq-w2
 
 The rows and what is expected of them are in docs/results/reproducible.json. The model comes from demo/assets.py, and so
 do the texts, unless --calibration and --test name other ones. Rows of WikiText-2 need `pip install "gyroquant[hub]"`,

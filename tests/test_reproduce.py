@@ -63,10 +63,10 @@ def test_rows_of_head_to_head_are_those_of_its_json() -> None:
 def test_rows_are_listed_without_a_row(capsys: pytest.CaptureFixture[str]) -> None:
     assert reproduce.main([]) == 0
     printed = capsys.readouterr().out
-    for name in ("demo/gptq", "whole_file/gyro-w2", "head_to_head/gsr-w3"):
+    for name in ("demo/gptq-w2", "whole_file/gyro-w2", "head_to_head/gsr-w3"):
         assert name in printed
-    with pytest.raises(gq.InputError, match="there is no row 'demo/gpt'; did you mean 'demo/gptq'"):
-        reproduce.main(["demo/gpt"])
+    with pytest.raises(gq.InputError, match="there is no row 'demo/gptq-w22'; did you mean 'demo/gptq-w2'"):
+        reproduce.main(["demo/gptq-w22"])
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def tiny(folders: dict[str, Path], corpus: Path, tmp_path: Path) -> dict[str, An
     changes = ["weights.group_size=32", "calibration.nsamples=4", "calibration.seqlen=32"]
     gq.quantize(folders["llama"], gq.load_recipe("rtn-w3", changes), corpus, tmp_path / "by-hand")
     found = gq.evaluate(tmp_path / "by-hand", corpus, window=32, windows=4)
-    row = ROWS["demo/rtn"] | {"recipe": "rtn-w3", "changes": changes, "window": 32, "windows": 4}
+    row = ROWS["demo/rtn-w2"] | {"recipe": "rtn-w3", "changes": changes, "window": 32, "windows": 4}
     row |= {"perplexity": found["perplexity"], "interval": found["perplexity_interval"]}
     row |= {
         "bytes": found["bytes"]["total"],

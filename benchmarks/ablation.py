@@ -1,10 +1,12 @@
 """What each ingredient of our own recipes adds, alone and on top of the others, at 2 bits or others.
 
-    python benchmarks/ablation.py MODEL --calibration FILE --test VALIDATION --out FOLDER [--bits 2] [--rows ROW ...]
+    python benchmarks/ablation.py MODEL --calibration FILE --test VALIDATION --out FOLDER [--bits 2] [--dtype float32]
+        [--rows ROW ...]
 
 Choices are made on this table, so `--test` is validation text, never the text that results are reported on. Weights
 asymmetric in groups of 64, 32 windows of 512 tokens to calibrate where a row does not say otherwise, 8 windows of 1,024
-to measure, in bfloat16, with divergence from the original beside perplexity. Cells that are there are not run again.
+to measure, in bfloat16 (`--dtype float32` where the processor has none), with divergence from the original beside
+perplexity. Cells that are there are not run again.
 """
 
 from __future__ import annotations
@@ -78,9 +80,10 @@ def main() -> None:
     """Runs what is missing and writes table.md and table.json."""
     parser = arguments(__doc__)
     parser.add_argument("--bits", type=int, default=2)
+    parser.add_argument("--dtype", default="bfloat16", help="what the measurement computes in")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW")
     given = parser.parse_args()
-    measure = {"window": 1024, "windows": 8, "dtype": "bfloat16", "against": given.model}
+    measure = {"window": 1024, "windows": 8, "dtype": given.dtype, "against": given.model}
     table = Table(given, {"validation": measure})
     base = table.original()["evaluations"]["validation"]["perplexity"]
     size = [f"weights.bits={given.bits}", "weights.group_size=64", "calibration.nsamples=32", "calibration.seqlen=512"]

@@ -34,6 +34,7 @@ ROWWISE = [*BEST, *MIDRISE, "weights.group_size=-1"]
 ALLOCATE = ["weights.allocate={budget: 2.29, bits: [2, 3], nsamples: 2}"]
 GUIDED = ["weights.guided={groups: 1}"]
 TOKENS = ["weights.guided={groups: 1, kronecker: tokens}"]
+UNWEIGHTED = ["weights.guided={groups: 1, power: 0, kronecker: tokens}"]
 SEQUENCES = ["weights.guided={groups: 1, kronecker: sequences}"]
 RTN = ["weights.solver=rtn", "weights.measure=true"]
 SIGNROUND = ["weights.solver=rtn", "weights.scale=minmax", "weights.tune={iters: 50, batch_size: 8}"]
@@ -54,13 +55,16 @@ ROWS: dict[str, list[str]] = {
     "GPTQ + guided": GUIDED,
     "GPTQ + guided, outputs too (YAQA, tokens)": TOKENS,
     "GPTQ + guided, outputs too (YAQA, sequences)": SEQUENCES,
+    "GPTQ + outputs (K-FAC)": UNWEIGHTED,
     "GPTQ + tune": TUNE,
     "GPTQ + finetune": FINETUNE,
     "rotate + target": [*ROTATE, *TARGET],
     "rotate + refine": [*ROTATE, *REFINE],
     "rotate + guided, outputs too (YAQA, tokens)": [*ROTATE, *TOKENS],
+    "rotate + outputs (K-FAC)": [*ROTATE, *UNWEIGHTED],
     "rotate + guided, outputs too (YAQA, sequences)": [*ROTATE, *SEQUENCES],
     "rotate + target + guided, outputs too (YAQA, tokens)": [*ROTATE, *TARGET, *TOKENS],
+    "rotate + target + outputs (K-FAC)": [*ROTATE, *TARGET, *UNWEIGHTED],
     "rotate + target + refine": BEST,
     "the same, scales fitted before (LDLQ)": [*BEST, *STATIC],
     "the same, R1 R2 only": [*FUSED, *TARGET, *REFINE],

@@ -53,24 +53,35 @@ def by_autograd(folder: Path, tokens: Tensor) -> dict[str, list[tuple[Tensor, Te
     return {name: [(x, output.grad[0]) for x, output in each] for name, each in seen.items()}  # type: ignore[index]
 
 
-def expected(kind: str, windows: list[tuple[Tensor, Tensor]], part: slice) -> tuple[Tensor, Tensor]:
+def expected(kind: str, windows: list[tuple[Tensor, Tensor]], part: slice, power: float = 1) -> tuple[Tensor, Tensor]:
     """H_O and H_I of some outputs, whose diagonals have the mean 1."""
     if kind == "tokens":
         x, g = (torch.cat(each) for each in zip(*windows, strict=True))
         g = g[:, part]
-        pair = torch.einsum("ta,tb,tn->ab", g, g, x.square()), torch.einsum("ta,tb,tn->ab", x, x, g.square())
+        of_x, of_g = (each.square().sum(1, keepdim=True) ** power for each in (x, g))
+        pair = (g * of_x).T @ g, (x * of_g).T @ x
     else:
         products = [g[:, part].T @ x for x, g in windows]
         pair = sum(p @ p.T for p in products), sum(p.T @ p for p in products)  # type: ignore[assignment]
     return tuple(h / h.diagonal().mean() for h in pair)  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize(("kind", "groups"), [("tokens", 1), ("tokens", 3), ("sequences", 1), ("sequences", 2)])
+@pytest.mark.parametrize(
+    ("kind", "groups", "power"),
+    [
+        ("tokens", 1, 1),
+        ("tokens", 3, 1),
+        ("tokens", 2, 0.5),
+        ("tokens", 1, 0),
+        ("sequences", 1, 1),
+        ("sequences", 2, 1),
+    ],
+)
 def test_the_factors_are_those_of_the_gradient(
-    kind: str, groups: int, folders: dict[str, Path], corpus: Path, tmp_path: Path
+    kind: str, groups: int, power: float, folders: dict[str, Path], corpus: Path, tmp_path: Path
 ) -> None:
     """They come back from the journal, block by block. More windows than run at once are added up."""
-    settings = f"weights.guided={{groups: {groups}, kronecker: {kind}, damp_percent: 0.5}}"
+    settings = f"weights.guided={{groups: {groups}, kronecker: {kind}, power: {power}, damp_percent: 0.5}}"
     made = job(folders["llama_tied"], tmp_path / "out", corpus, settings, nsamples=AT_ONCE + 2)
     windows = by_autograd(folders["llama_tied"], made.tokens)
     assert made.recipe.weights.guided is not None
@@ -85,7 +96,7 @@ def test_the_factors_are_those_of_the_gradient(
             for name, pairs in found.items():
                 rows = torch.arange(len(windows[name][0][1][0])).tensor_split(groups)
                 for number, (pair, part) in enumerate(zip(pairs, rows, strict=True)):
-                    outputs, inputs = expected(kind, windows[name], slice(int(part[0]), int(part[-1]) + 1))
+                    outputs, inputs = expected(kind, windows[name], slice(int(part[0]), int(part[-1]) + 1), power)
                     torch.testing.assert_close(pair.outputs - 0.5 * torch.eye(len(part)), outputs, rtol=1e-3, atol=1e-4)
                     if kind == "sequences":
                         torch.testing.assert_close(pair.inputs, inputs, rtol=1e-3, atol=1e-4)
@@ -154,6 +165,7 @@ def test_much_damping_leaves_the_weights_of_tokens(folders: dict[str, Path], cor
         ("gptq", ["weights.guided={kronecker: tokens}", "weights.refine={}"], "undoes the feedback between rows"),
         ("gptq", ["weights.guided={kronecker: sequences}", "weights.target={}"], "does not know: take kronecker: tok"),
         ("gptq", ["weights.guided={kronecker: sequences, power: 0.5}"], "leave power out"),
+        ("gptq", ["weights.guided={power: 0}"], "leave guided out, or set kronecker"),
         ("gptq", ["weights.guided={damp_percent: 0.1}"], "set kronecker to tokens or sequences"),
         ("gptq", ["weights.guided={kronecker: both}"], r"weights\.guided\.kronecker.*'tokens' or 'sequences'"),
         ("gptq", ["weights.guided={kronecker: tokens, damp_percent: -1}"], r"weights\.guided\.damp_percent"),

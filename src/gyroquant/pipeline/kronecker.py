@@ -35,7 +35,7 @@ class KroneckerSums:
         inputs, parts = inputs.float(), gradient.float().tensor_split(self._groups(op), 1)
         for part, sums in zip(parts, self._of(op), strict=True):
             if self.settings.kronecker == "tokens":
-                sums[0]((part * inputs.norm(dim=1, keepdim=True)).cpu())
+                sums[0]((part * inputs.norm(dim=1, keepdim=True) ** self.settings.power).cpu())
             else:
                 product = (part.T @ inputs).cpu()
                 sums[0](product.T)

@@ -24,7 +24,8 @@ class Guided(BaseModel):
     Options:
 
     - `groups`: groups of consecutive outputs of a layer, each with its own weights of tokens. Default 4.
-    - `power`: the exponent of the weights: 1 (default) follows the loss, 0 counts all tokens equally.
+    - `power`: the exponent of the weights of tokens: 1 (default) follows the loss. 0 counts all tokens equally, which
+      needs `kronecker`: the factors are then those of K-FAC (Martens and Grosse, arXiv 1503.05671).
     - `kronecker`: also weights the outputs of each group, by the second moments of the gradient (YAQA, Tseng et al.,
       arXiv 2505.22988). The solver then minimizes ``tr(H_O D H_I D^T)`` for the error ``D = W - Q``, and feeds errors
       back to later rows too. Default None: all outputs of a group count equally. `KroneckerFactors` has the formulas.
@@ -36,7 +37,7 @@ class Guided(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     groups: Annotated[int, Field(gt=0, le=1024)] = 4
-    power: Annotated[float, Field(gt=0, le=1)] = 1.0
+    power: Annotated[float, Field(ge=0, le=1)] = 1.0
     kronecker: Literal["tokens", "sequences"] | None = None
     damp_percent: Annotated[float, Field(ge=0, le=100)] = 0.01
 
@@ -44,6 +45,8 @@ class Guided(BaseModel):
     def _consistent(self) -> Guided:
         if self.kronecker is None and self.damp_percent != type(self).model_fields["damp_percent"].default:
             raise ValueError("damp_percent is for the output factor: set kronecker to tokens or sequences, or leave it")
+        if self.kronecker is None and self.power == 0:
+            raise ValueError("power 0 counts all tokens equally, as without guided: leave guided out, or set kronecker")
         if self.kronecker == "sequences" and self.power != 1:
             raise ValueError("power is for the weights of tokens, and kronecker: sequences has none: leave power out")
         return self
@@ -77,7 +80,7 @@ class KroneckerFactors:
     Up to a factor, the Hessian of the divergence of the model's predictions is the mean of ``(g kron x)(g kron
     x)^T``, which is taken as ``H_O kron H_I``. YAQA finds H_O and H_I by power iteration. We take one half step of each
     from the identity, because every further step needs the gradients once more: ``H_O = sum |x|^2 g g^T`` and ``H_I =
-    sum |g|^2 x x^T`` (`tokens`). With the gradient ``G = sum g x^T`` of each window in place of single tokens, this is
+    sum |g|^2 x x^T`` (`tokens`; `power` is the exponent of both squares). With the gradient ``G = sum g x^T`` of each window in place of single tokens, this is
     ``H_O = sum G G^T`` and ``H_I = sum G^T G`` (`sequences`), which the paper takes too. If the mean is an exact
     Kronecker product, these are its factors.
 

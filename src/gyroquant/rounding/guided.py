@@ -80,8 +80,9 @@ class KroneckerFactors:
     Up to a factor, the Hessian of the divergence of the model's predictions is the mean of ``(g kron x)(g kron
     x)^T``, which is taken as ``H_O kron H_I``. YAQA finds H_O and H_I by power iteration. We take one half step of each
     from the identity, because every further step needs the gradients once more: ``H_O = sum |x|^2 g g^T`` and ``H_I =
-    sum |g|^2 x x^T`` (`tokens`; `power` is the exponent of both squares). With the gradient ``G = sum g x^T`` of each window in place of single tokens, this is
-    ``H_O = sum G G^T`` and ``H_I = sum G^T G`` (`sequences`), which the paper takes too. If the mean is an exact
+    sum |g|^2 x x^T`` (`tokens`; `power` is the exponent of both squares). With the gradient ``G = sum g x^T`` of each
+    window in place of single tokens, this is ``H_O = sum G G^T`` and ``H_I = sum G^T G`` (`sequences`), which the paper
+    takes too. If the mean is an exact
     Kronecker product, these are its factors.
 
     - `outputs`: H_O, shape (outputs, outputs), fp32; damped, and the mean of its diagonal is 1 before that.

@@ -82,8 +82,7 @@ class KroneckerFactors:
     from the identity, because every further step needs the gradients once more: ``H_O = sum |x|^2 g g^T`` and ``H_I =
     sum |g|^2 x x^T`` (`tokens`; `power` is the exponent of both squares). With the gradient ``G = sum g x^T`` of each
     window in place of single tokens, this is ``H_O = sum G G^T`` and ``H_I = sum G^T G`` (`sequences`), which the paper
-    takes too. If the mean is an exact
-    Kronecker product, these are its factors.
+    takes too. If the mean is an exact Kronecker product, these are its factors.
 
     - `outputs`: H_O, shape (outputs, outputs), fp32; damped, and the mean of its diagonal is 1 before that.
     - `inputs`: H_I, shape (in, in), fp32, whose diagonal has the mean 1. None for `tokens`: the second moments in which

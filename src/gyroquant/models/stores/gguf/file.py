@@ -17,10 +17,12 @@ import numpy as np
 
 from gyroquant.errors import InputError
 from gyroquant.models.stores.gguf.check import Header, TensorEntry, check_claims, read_header
+from gyroquant.models.stores.gguf.ik_types import IK_TYPES, decode_ik
 
 _PART = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _CHUNK = 1 << 22  # numbers that are decoded at once
 _KINDS = {int(kind): kind.name for kind in gguf.GGMLQuantizationType} | {41: "Q1_0", 42: "Q2_0"}
+_KINDS |= {kind.id: name for name, kind in IK_TYPES.items()}
 
 
 class GgufFile:
@@ -142,6 +144,10 @@ def _block_decoder(kind: gguf.GGMLQuantizationType) -> Callable[[np.ndarray], np
     return lambda raw: gguf.dequantize(raw, kind)
 
 
+def _ik_decoder(name: str) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda raw: decode_ik(raw, name)
+
+
 def _decodes(kind: gguf.GGMLQuantizationType) -> bool:
     """Whether the gguf package decodes a type of blocks. The package has no list of them, so this tries one block."""
     try:
@@ -159,4 +165,5 @@ _DECODERS: Mapping[int, Callable[[np.ndarray], np.ndarray]] = {
     **{int(kind): _block_decoder(kind) for kind in _BLOCKS if _decodes(kind)},
     41: lambda raw: _small_codes(raw, 1, -1, 2),  # Q1_0 and Q2_0 are newer than the package's decoders
     42: lambda raw: _small_codes(raw, 2, -1, 1),
+    **{kind.id: _ik_decoder(name) for name, kind in IK_TYPES.items()},
 }

@@ -13,6 +13,7 @@ import numpy as np
 from gyroquant.formats.gguf.k_quants import Bytes, bit_fields, words
 from gyroquant.grids import IqkGrid, KtGrid, QuantizedWeight
 from gyroquant.grids.super_block import SUPER_BLOCK
+from gyroquant.models.stores.gguf.ik_types import IK_TYPES
 
 
 class _Block(NamedTuple):
@@ -33,7 +34,10 @@ class _Block(NamedTuple):
 
 
 def encode_ik(weight: QuantizedWeight) -> Bytes:
-    """The bytes of a matrix on an `IqkGrid` or a `KtGrid`, shape (rows, bytes)."""
+    """The bytes of a matrix on an `IqkGrid` or a `KtGrid`, shape (rows, bytes).
+
+    ik_llama.cpp multiplies by the matrix itself: the number of a row is divided by the factor that its kernels have.
+    """
     grid, rows = weight.grid, len(weight.codes)
     assert isinstance(grid, IqkGrid | KtGrid)
     numbers, *scales = (values.numpy() for values in grid.stored_scales(weight.params))
@@ -41,12 +45,22 @@ def encode_ik(weight: QuantizedWeight) -> Bytes:
         codes, signs = (part.numpy() for part in grid.words(weight.codes, weight.params))
     else:
         codes, signs = weight.codes.numpy(), np.empty((rows, 0), np.uint8)
-    number = numbers[..., None].astype("<f4" if grid.row_bits == 32 else "<f2").view(np.uint8)
+    stored = numbers / np.float32(IK_TYPES[grid.type_name].factor)
+    number = stored[..., None].astype("<f4" if grid.row_bits == 32 else "<f2").view(np.uint8)
     blocks = weight.codes.shape[1] // SUPER_BLOCK
     parts = [part.reshape(rows, blocks, -1) for part in (*scales, codes, signs)]
     half = np.empty((rows, blocks, 0), np.uint8) if grid.row_bits else number
     encoded = np.concatenate(_PARTS[grid.type_name](_Block(half, *parts)), -1).reshape(rows, -1)
     return np.ascontiguousarray(np.concatenate([number.reshape(rows, -1), encoded], -1) if grid.row_bits else encoded)
+
+
+def ik_deviation(weight: QuantizedWeight) -> float:
+    """The largest error of a row's number in the file, relative to the number: by how much a factor rounds it."""
+    grid = weight.grid
+    assert isinstance(grid, IqkGrid | KtGrid)
+    factor = np.float32(IK_TYPES[grid.type_name].factor)
+    numbers = grid.stored_scales(weight.params)[0].numpy()
+    return float(np.abs(numbers / factor * factor / numbers - 1).max())
 
 
 def _bits16(bits: Bytes) -> Bytes:

@@ -17,7 +17,9 @@ _EXAMPLES = 20  # differing texts that are reported in full
 
 def compare_tokenizers(path: Path, tokenizer: Any) -> tuple[dict[str, Any], list[str]]:
     """Compares a file's tokenizer with the original on a set of texts. llama.cpp reads the file, or our own reader if
-    llama.cpp is not installed or does not read it. Returns facts (the reader, the counts of texts, examples that differ) and notes.
+    llama.cpp is not installed or does not read it.
+
+    Returns facts (the reader, the counts of texts, examples that differ) and notes.
     """
     reader, tokenize = _reader(path)
     tried, differ = 0, []

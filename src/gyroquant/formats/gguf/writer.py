@@ -37,7 +37,7 @@ from torch import Tensor
 from gyroquant.errors import InputError
 from gyroquant.formats.base import Format, FormatCapabilities, Layer, ModelRequirements, WeightType, requirements_of
 from gyroquant.formats.gguf.header import GGUF_FILE, why_not_llama_cpp
-from gyroquant.formats.gguf.ik_blocks import encode_ik
+from gyroquant.formats.gguf.ik_blocks import encode_ik, ik_deviation
 from gyroquant.formats.gguf.k_quants import encode_iq, encode_k_quant, encode_ternary
 from gyroquant.formats.gguf.llama_cpp_runtime import LlamaCppRuntime
 from gyroquant.formats.gguf.rope import describe_rope, full_rope, rope_tensors
@@ -181,8 +181,14 @@ class Gguf(Format):
         return op.to_param(_decoded_q4_1(weight)) if kind is not None and kind.name == "Q4_1" else None
 
     def _layers(self, layers: Iterable[Layer]) -> Iterable[tuple[str, str]]:
+        layers = list(layers)
         for kind, text in super()._layers(layers):
             yield kind, text + _ROUND_AGAIN
+        for layer in layers:
+            name = getattr(layer.grid, "type_name", "")
+            if layer.table and name in IK_TYPES and IK_TYPES[name].factor != 1:
+                text = f"ik_llama.cpp looks up other numbers in an embedding of {name} than it multiplies by"
+                yield "looked up", f"{text} ({layer.name}): take another grid for embeddings"
 
 
 class _DecodedTable:
@@ -369,7 +375,7 @@ def _encode(name: str, kind: str, weight: QuantizedWeight) -> tuple[np.ndarray, 
     if isinstance(weight.grid, KQuantGrid):
         return encode_k_quant(weight), 0.0
     if isinstance(weight.grid, IqkGrid | KtGrid):
-        return encode_ik(weight), 0.0
+        return encode_ik(weight), ik_deviation(weight)
     codes, scale, zero = weight.codes, weight.params.scale, weight.params.zero
     half = 1 if torch.equal(zero, zero.round()) else 2  # numbers at odd multiples of half a step are counted in halves
     heads, deviation = [scale / half], 0.0

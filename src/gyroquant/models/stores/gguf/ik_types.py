@@ -25,12 +25,15 @@ class IkType(NamedTuple):
     file_type: the `file_type` of files that consist mostly of it.
     size: bytes in a block of 256 weights.
     row: bytes before the blocks of a row, which hold its number.
+    factor: what the fork's kernels multiply the numbers by in products with matrices, on processors and on GPUs. Its
+        decoder of rows (``dequantize_row``), which looks up rows of the embedding, does not.
     """
 
     id: int
     file_type: int
     size: int
     row: int
+    factor: float = 1.0
 
 
 IK_TYPES = {
@@ -39,8 +42,8 @@ IK_TYPES = {
     "IQ4_K": IkType(139, 140, 144, 0),
     "IQ4_KS": IkType(144, 145, 136, 4),
     "IQ2_KS": IkType(145, 147, 70, 2),
-    "IQ2_KT": IkType(153, 151, 68, 4),
-    "IQ3_KT": IkType(154, 152, 100, 4),
+    "IQ2_KT": IkType(153, 151, 68, 4, 1.05),
+    "IQ3_KT": IkType(154, 152, 100, 4, 1.01),
     "IQ4_KT": IkType(155, 153, 128, 4),
     "IQ3_KS": IkType(156, 154, 102, 2),
 }
@@ -154,8 +157,11 @@ _PARTS: Mapping[str, Callable[[Bytes], _Parts]] = {
 }
 
 
-def decode_ik(raw: Bytes, name: str) -> Floats:
-    """The numbers of whole rows, fp32, shape (rows, columns), from their bytes, shape (rows, bytes)."""
+def decode_ik(raw: Bytes, name: str, factor: float = 1.0) -> Floats:
+    """The numbers of whole rows, fp32, shape (rows, columns), from their bytes, shape (rows, bytes).
+
+    With `factor` 1, those of the fork's decoder of rows. With that of the type, those of its products with matrices.
+    """
     kind, rows = IK_TYPES[name], len(raw)
     number = np.ascontiguousarray(raw[:, : kind.row]).view("<f4" if kind.row == 4 else "<f2")[..., None]
     blocks = raw[:, kind.row :].reshape(rows, -1, kind.size)
@@ -167,5 +173,5 @@ def decode_ik(raw: Bytes, name: str) -> Floats:
         bits = int(name[2])
         steps = np.array(NUMBERS[bits], np.int16)[steps]
         steps = steps + SHIFT[bits] * np.repeat(parts.choices, 256 // parts.choices.shape[-1], -1).astype(np.int16)
-    scale = number.astype(np.float32) * parts.multiples.astype(np.float32)
+    scale = number.astype(np.float32) * np.float32(factor) * parts.multiples.astype(np.float32)
     return (np.repeat(scale, 256 // scale.shape[-1], -1) * steps.astype(np.float32)).reshape(rows, -1)

@@ -19,13 +19,13 @@ class Boxes(NamedTuple):
 
     low, high: the corners of each box, shape (length, boxes).
     points: those of each box, shape (boxes, length, points of a box).
-    index: the place of each point in the list, int32, shape (boxes, points of a box).
+    places: the place of each point in the list, int32, shape (boxes, points of a box).
     """
 
     low: Floats
     high: Floats
     points: Floats
-    index: Whole
+    places: Whole
 
 
 def boxes_of(points: Floats) -> Boxes:
@@ -94,6 +94,6 @@ def nearest_in_boxes(x: Floats, boxes: Boxes, share: float = 1.0, threads: int =
     search is faster and may miss the nearest point.
     """
     found, error = np.empty(len(x), np.int32), np.empty(len(x), np.float32)
-    threads = threads if x.size * boxes.index.size // _SEEN >= WORTH_A_THREAD else 1
+    threads = threads if x.size * boxes.places.size // _SEEN >= WORTH_A_THREAD else 1
     in_parts(lambda part: _search(x[part], *boxes, np.float32(share), found[part], error[part]), len(x), threads)
     return found, error

@@ -55,6 +55,7 @@ def encode_ternary(weight: QuantizedWeight) -> Bytes:
 
 
 def words(numbers: Bytes, dtype: str) -> Bytes:
+    """Whole numbers, shape (..., numbers), as the bytes of words of a numpy dtype such as ``<u2``: (..., bytes)."""
     return np.ascontiguousarray(numbers.astype(dtype)).view(np.uint8).reshape(*numbers.shape[:-1], -1)
 
 

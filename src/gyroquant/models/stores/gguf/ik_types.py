@@ -74,7 +74,7 @@ def _cut(blocks: Bytes, *sizes: int) -> list[Bytes]:
     return [np.ascontiguousarray(part) for part in np.split(blocks, np.cumsum(sizes)[:-1], axis=-1)]
 
 
-def _signed(codes: Bytes) -> NDArray[np.int16]:
+def _signed(codes: NDArray[Any]) -> NDArray[np.int16]:
     return codes.astype(np.int16)
 
 

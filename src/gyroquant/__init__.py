@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from gyroquant.grids.int_float import If4Grid, MxIf4Grid
     from gyroquant.grids.integer import IntegerGrid
     from gyroquant.grids.iq import IqGrid
+    from gyroquant.grids.iq_kt import KtGrid
+    from gyroquant.grids.iqk import IqkGrid
     from gyroquant.grids.k_quants import KQuantGrid
     from gyroquant.grids.leading import LeadingGrid
     from gyroquant.grids.lookup import LookupGrid
@@ -98,7 +100,9 @@ __all__ = [
     "InputError",
     "IntegerGrid",
     "IqGrid",
+    "IqkGrid",
     "KQuantGrid",
+    "KtGrid",
     "KvCache",
     "LeadingGrid",
     "Learn",
@@ -172,7 +176,9 @@ _MODULES = {
     "LeadingGrid": "grids.leading",
     "Learn": "finetuning.settings",
     "IqGrid": "grids.iq",
+    "IqkGrid": "grids.iqk",
     "KQuantGrid": "grids.k_quants",
+    "KtGrid": "grids.iq_kt",
     "LookupGrid": "grids.lookup",
     "LowRank": "rounding.steps.low_rank",
     "MapError": "errors",

@@ -175,7 +175,7 @@ class WeightType:
     def __str__(self) -> str:
         kinds = ("symmetric", "asymmetric", "midrise", "float_zero")
         supported = " or ".join(kind for kind in kinds if getattr(self, kind)) if not self.table else "its own table"
-        supported = "the grid k_quant, iq or ternary" if self.k_quant else supported
+        supported = "the grid k_quant, iq, ternary, iqk or iq_kt" if self.k_quant else supported
         widths = f"{', '.join(map(str, self.bits))} bits"
         groups = "groups of any size" if self.block is None else f"groups of {self.block} or multiples of it"
         return f"{self.name} ({widths}, {supported}, {groups})"

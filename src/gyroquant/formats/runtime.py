@@ -18,7 +18,8 @@ from gyroquant.registry import Registry
 class Runtime(ABC):
     """A model opened by a program. With `exact`, everything runs in fp32; otherwise the program runs as by default.
 
-    Raises InputError if the program is not installed. If it is not, `open_runtime` uses `instead`, if there is one.
+    Raises InputError if the program is not installed. If it is not, or if it `refuses` the folder, `open_runtime` uses
+    `instead`, if there is one.
     """
 
     registry: ClassVar[Registry[type[Runtime]]] = Registry("runtime", "gyroquant.formats")
@@ -35,6 +36,11 @@ class Runtime(ABC):
     def installed(cls) -> bool:
         """Whether the packages that the program needs are installed. Only asked if there is an `instead`."""
         return True
+
+    @classmethod
+    def refuses(cls, folder: Path) -> str:
+        """Why the program cannot read the files of a folder; empty if it can. Only asked if there is an `instead`."""
+        return ""
 
     @classmethod
     def on_devices(cls, folder: Path) -> Iterator[tuple[str, Runtime]]:
@@ -86,6 +92,6 @@ class Runtime(ABC):
 def open_runtime(format_name: str, folder: Path, exact: bool) -> Runtime:
     """Opens a folder with its format's program. Raises InputError if it is not installed or cannot open the folder."""
     kind = Runtime.registry.find(format_name, str(folder))
-    if kind.instead is not None and not kind.installed():
+    if kind.instead is not None and (not kind.installed() or kind.refuses(folder)):
         kind = kind.instead
     return kind(folder, exact)

@@ -20,6 +20,8 @@ from gyroquant.grids.half_scale import HalfScaleGrid
 from gyroquant.grids.int_float import If4Grid, MxIf4Grid
 from gyroquant.grids.integer import IntegerGrid
 from gyroquant.grids.iq import IqGrid
+from gyroquant.grids.iq_kt import KtGrid
+from gyroquant.grids.iqk import IqkGrid
 from gyroquant.grids.k_quants import KQuantGrid
 from gyroquant.grids.leading import LeadingGrid, leading_columns
 from gyroquant.grids.lookup import LookupGrid
@@ -46,7 +48,9 @@ __all__ = [
     "If4Grid",
     "IntegerGrid",
     "IqGrid",
+    "IqkGrid",
     "KQuantGrid",
+    "KtGrid",
     "LeadingGrid",
     "LeadingOrder",
     "LookupGrid",

@@ -127,6 +127,11 @@ class Grid(BaseModel, ABC):
         return 0
 
     @property
+    def row_bits(self) -> int:
+        """The bits stored for a row in addition to its codes and those of its groups."""
+        return 0
+
+    @property
     def tile_rows(self) -> int:
         """The number of consecutive rows whose codes depend on each other; 1 if each weight is coded by itself.
 
@@ -161,7 +166,8 @@ class Grid(BaseModel, ABC):
 
     def weight_bits(self, codes: Tensor, params: GroupParams) -> int:
         """The bits stored for a weight with these codes, shape (rows, columns), and params, without padding."""
-        return int(self.code_bits * codes.numel()) + self.group_bits * params.scale.numel() + self.tensor_bits
+        own = self.group_bits * params.scale.numel() + self.row_bits * params.scale.shape[0]
+        return int(self.code_bits * codes.numel()) + own + self.tensor_bits
 
     @property
     def super_block(self) -> int:
@@ -171,6 +177,28 @@ class Grid(BaseModel, ABC):
         is a multiple of this.
         """
         return 1
+
+    def stored_together(self, columns: int) -> int:
+        """The number of consecutive groups, of a row of `columns` weights, that `fit` and `round_params` get at once.
+
+        A super-block, or all groups of the row if their scales are stored as multiples of one number of the row. Then
+        `refit` and `round_within` take single super-blocks, and keep that number.
+        """
+        return self.super_block
+
+    def fit_shared(self, groups: Tensor) -> GroupParams:
+        """As `fit`, for callers that call `refit` for every super-block: only what that keeps need be as good."""
+        return self.fit(groups)
+
+    def refit(self, groups: Tensor, params: GroupParams, first: int) -> GroupParams:
+        """As `fit`, for some groups of rows that have `params`, from the group `first` on. All numbers that the rows'
+        other groups share with them stay. Groups have shape (..., groups, group), params those of whole rows.
+        """
+        return self.fit(groups)
+
+    def round_within(self, scale: Tensor, zero: Tensor, params: GroupParams, first: int) -> GroupParams:
+        """As `round_params`, for some groups of rows as in `refit`."""
+        return self.round_params(scale, zero)
 
     @property
     def quick(self) -> Grid:

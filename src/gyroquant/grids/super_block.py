@@ -42,14 +42,15 @@ class SuperBlockGrid(Grid):
     def fit(self, groups: Tensor) -> GroupParams:
         if not bool(groups.isfinite().all()):
             raise InputError("a group of numbers is not finite")
-        flat, shape = groups.reshape(-1, self.super_block, self.group_size), (*groups.shape[:-1], 1)
-        parts = [self._fitted(part.contiguous()) for part in flat.split(_PIECE // SUPER_BLOCK)]
+        together = self.stored_together(groups.shape[-2] * self.group_size)
+        flat, shape = groups.reshape(-1, together, self.group_size), (*groups.shape[:-1], 1)
+        parts = [self._fitted(part.contiguous()) for part in flat.split(max(1, _PIECE // (together * self.group_size)))]
         scale, zero = (torch.cat([getattr(part, kind) for part in parts]).view(shape) for kind in ("scale", "zero"))
         return GroupParams(scale, zero)
 
     @abstractmethod
     def _fitted(self, groups: Tensor) -> GroupParams:
-        """The parameters of super-blocks, shape (super-blocks, groups, group): free ones, then multiples of one."""
+        """The parameters of blocks of groups that are stored together, shape (blocks, groups, group)."""
 
     def _advice(self, columns: int) -> str:
         return "take another grid, or put such layers into weights.ignore"

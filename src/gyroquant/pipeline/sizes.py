@@ -61,7 +61,8 @@ def layer_bytes(job: Sized, op: LinearOp, grid: Grid) -> int:
     columns = op.in_features if basis is None else basis.order(op.in_features)
     grid = grid.for_columns(columns)
     groups = 1 if grid.group_size == -1 else columns / grid.group_size
-    bits = op.numel // op.in_features * (columns * grid.code_bits + groups * grid.group_bits) + grid.tensor_bits
+    row = columns * grid.code_bits + groups * grid.group_bits + grid.row_bits
+    bits = op.numel // op.in_features * row + grid.tensor_bits
     scales = 16 * columns if basis is not None and basis.needs_statistics else 0
     return int((bits + scales + job.recipe.weights.low_rank_bits(op)) / 8)
 

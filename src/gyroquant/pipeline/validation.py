@@ -196,7 +196,8 @@ def check_budget(graph: ModelGraph, targets: Mapping[str, LinearOp], recipe: Rec
 
 def _bits(op: LinearOp, grid: Grid) -> int:
     groups = op.numel // grid.group_of(op.in_features, op.name)
-    return int(grid.code_bits * op.numel) + grid.group_bits * groups + grid.tensor_bits
+    rows = op.numel // op.in_features
+    return int(grid.code_bits * op.numel) + grid.group_bits * groups + grid.row_bits * rows + grid.tensor_bits
 
 
 def check_held_out(recipe: Recipe, tokens: Tensor | None) -> None:

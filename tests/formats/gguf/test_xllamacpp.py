@@ -173,7 +173,7 @@ def test_types_of_the_fork_are_replaced(
 def test_other_types_of_the_fork_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hide(monkeypatch, "llama_cpp")
     write_model(tmp_path / "m.gguf", build("llama", hidden_size=256, intermediate_size=512), Type.F32)
-    with pytest.raises(InputError, match=r"writes IQ2_K with tensors of type 137, which llama\.cpp does not read"):
+    with pytest.raises(InputError, match=r"writes IQ2_K with tensors of IQ2_K, which llama\.cpp does not read"):
         quantizer.rewrite(tmp_path / "m.gguf", tmp_path / "q.gguf", "IQ2_K")
 
 

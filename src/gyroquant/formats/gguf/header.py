@@ -16,12 +16,14 @@ from typing import NamedTuple
 import gguf
 
 from gyroquant.errors import InputError
+from gyroquant.models.stores.gguf.ik_types import IK_TYPES
 
 GGUF_FILE = "model.gguf"
 _MAGIC, _VERSION, _STRING, _ARRAY = b"GGUF", 3, 8, 9
 _SIZES = (1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8)  # bytes of a metadata value, by the number of its type
 _ALIGNMENT = 32
 _KINDS = {int(kind): kind.name for kind in gguf.GGMLQuantizationType} | {42: "Q2_0"}
+_KINDS |= {kind.id: name for name, kind in IK_TYPES.items()}
 
 
 class Stored(NamedTuple):
@@ -36,6 +38,15 @@ def stored_tensors(path: Path) -> dict[str, Stored]:
     """Every tensor of a GGUF file, by name. Raises InputError if the file is not GGUF version 3."""
     with _opened(path) as data:
         return _Header(data).tensors()
+
+
+def why_not_llama_cpp(path: Path) -> str:
+    """Why llama.cpp cannot read a GGUF file, and what can: it has types of ik_llama.cpp. Empty if it has none.
+
+    Raises InputError as `stored_tensors`.
+    """
+    kinds = sorted({tensor.kind for tensor in stored_tensors(path).values()} & IK_TYPES.keys())
+    return f"llama.cpp does not read {', '.join(kinds)}: run the file with ik_llama.cpp" if kinds else ""
 
 
 def stored_settings(path: Path) -> dict[str, bytes]:

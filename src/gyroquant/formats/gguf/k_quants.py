@@ -50,11 +50,12 @@ def encode_ternary(weight: QuantizedWeight) -> Bytes:
     if weight.grid.kind == "TQ1_0":
         packed = to_trits(codes.reshape(-1, SUPER_BLOCK)).reshape(*half.shape[:2], -1)
     else:
-        packed = _bits(codes, 32, 2, 4)
+        packed = bit_fields(codes, 32, 2, 4)
     return np.ascontiguousarray(np.concatenate([packed, half], -1).reshape(len(codes), -1))
 
 
-def _words(numbers: Bytes, dtype: str) -> Bytes:
+def words(numbers: Bytes, dtype: str) -> Bytes:
+    """Whole numbers, shape (..., numbers), as the bytes of words of a numpy dtype such as ``<u2``: (..., bytes)."""
     return np.ascontiguousarray(numbers.astype(dtype)).view(np.uint8).reshape(*numbers.shape[:-1], -1)
 
 
@@ -72,24 +73,24 @@ def _iq2_xxs(index: Bytes, signs: Bytes, multiples: Bytes) -> list[Bytes]:
 
 
 def _iq2_xs(index: Bytes, signs: Bytes, multiples: Bytes) -> list[Bytes]:
-    return [_words(index | (signs.astype(np.int64) & 127) << 9, "<u2"), _bits(multiples, 1, 4, 2)]
+    return [words(index | (signs.astype(np.int64) & 127) << 9, "<u2"), bit_fields(multiples, 1, 4, 2)]
 
 
 def _iq2_s(index: Bytes, signs: Bytes, multiples: Bytes) -> list[Bytes]:
     low, high = index.astype(np.uint8), (index >> 8).astype(np.uint8)
-    return [low, signs, _bits(high, 1, 2, 4), _bits(multiples, 1, 4, 2)]
+    return [low, signs, bit_fields(high, 1, 2, 4), bit_fields(multiples, 1, 4, 2)]
 
 
 def _iq3_xxs(index: Bytes, signs: Bytes, multiples: Bytes) -> list[Bytes]:
-    return [index.astype(np.uint8), _words(_signs_and_scales(signs, multiples), "<u4")]
+    return [index.astype(np.uint8), words(_signs_and_scales(signs, multiples), "<u4")]
 
 
 def _iq3_s(index: Bytes, signs: Bytes, multiples: Bytes) -> list[Bytes]:
     low, high = index.astype(np.uint8), (index >> 8).astype(np.uint8)
-    return [low, _bits(high, 1, 1, 8), signs, _bits(multiples, 1, 4, 2)]
+    return [low, bit_fields(high, 1, 1, 8), signs, bit_fields(multiples, 1, 4, 2)]
 
 
-def _bits(codes: Bytes, length: int, shift: int, count: int) -> Bytes:
+def bit_fields(codes: Bytes, length: int, shift: int, count: int) -> Bytes:
     """`count` neighbouring runs of `length` codes as fields of `shift` bits: the first run in the lowest bits."""
     runs = codes.reshape(*codes.shape[:-1], -1, count, length)
     fields = sum(runs[..., i, :] << shift * i for i in range(count))
@@ -97,14 +98,14 @@ def _bits(codes: Bytes, length: int, shift: int, count: int) -> Bytes:
 
 
 def _q2_k(codes: Bytes, multiples: Bytes, half: Bytes) -> list[Bytes]:
-    return [multiples[..., 0] | multiples[..., 1] << 4, _bits(codes, 32, 2, 4), half]
+    return [multiples[..., 0] | multiples[..., 1] << 4, bit_fields(codes, 32, 2, 4), half]
 
 
 def _q3_k(codes: Bytes, multiples: Bytes, half: Bytes) -> list[Bytes]:
     scale = multiples[..., 0]
-    low = _bits(scale & 15, 8, 4, 2)
-    high = _bits(scale >> 4, 4, 2, 4)
-    return [_bits(codes >> 2, 32, 1, 8), _bits(codes & 3, 32, 2, 4), low, high, half]
+    low = bit_fields(scale & 15, 8, 4, 2)
+    high = bit_fields(scale >> 4, 4, 2, 4)
+    return [bit_fields(codes >> 2, 32, 1, 8), bit_fields(codes & 3, 32, 2, 4), low, high, half]
 
 
 def _six_bits(multiples: Bytes) -> Bytes:
@@ -116,22 +117,22 @@ def _six_bits(multiples: Bytes) -> Bytes:
 
 
 def _q4_k(codes: Bytes, multiples: Bytes, half: Bytes) -> list[Bytes]:
-    return [half, _six_bits(multiples), _bits(codes, 32, 4, 2)]
+    return [half, _six_bits(multiples), bit_fields(codes, 32, 4, 2)]
 
 
 def _q5_k(codes: Bytes, multiples: Bytes, half: Bytes) -> list[Bytes]:
-    return [half, _six_bits(multiples), _bits(codes >> 4, 32, 1, 8), _bits(codes & 15, 32, 4, 2)]
+    return [half, _six_bits(multiples), bit_fields(codes >> 4, 32, 1, 8), bit_fields(codes & 15, 32, 4, 2)]
 
 
 def _q6_k(codes: Bytes, multiples: Bytes, half: Bytes) -> list[Bytes]:
     signed = multiples[..., 0] - np.uint8(128)  # modulo 256: two's complement
-    return [_bits(codes & 15, 64, 4, 2), _bits(codes >> 4, 32, 2, 4), signed, half]
+    return [bit_fields(codes & 15, 64, 4, 2), bit_fields(codes >> 4, 32, 2, 4), signed, half]
 
 
 def _iq4_xs(codes: Bytes, multiples: Bytes, half: Bytes) -> list[Bytes]:
     scale = multiples[..., 0]
     pairs = scale.reshape(*scale.shape[:-1], 4, 2) & 15
-    return [half, _bits(scale >> 4, 1, 2, 4), pairs[..., 0] | pairs[..., 1] << 4, _bits(codes, 16, 4, 2)]
+    return [half, bit_fields(scale >> 4, 1, 2, 4), pairs[..., 0] | pairs[..., 1] << 4, bit_fields(codes, 16, 4, 2)]
 
 
 _IQ_PARTS = {"IQ2_XXS": _iq2_xxs, "IQ2_XS": _iq2_xs, "IQ2_S": _iq2_s, "IQ3_XXS": _iq3_xxs, "IQ3_S": _iq3_s}

@@ -20,7 +20,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from gyroquant.errors import InputError
 from gyroquant.formats.gguf.decode import write_decoded
-from gyroquant.formats.gguf.header import GGUF_FILE, stored_tensors
+from gyroquant.formats.gguf.header import GGUF_FILE, stored_tensors, why_not_llama_cpp
 from gyroquant.formats.gguf.llama_cpp import binding, complained, installed, tokenize
 from gyroquant.formats.gguf.runtime import GgufRuntime
 from gyroquant.formats.output_folder import check_room
@@ -36,6 +36,8 @@ class LlamaModel:
     """
 
     def __init__(self, path: Path, exact: bool = False):
+        if reason := why_not_llama_cpp(path):
+            raise InputError(f"{path}: {reason}")
         self.library, self._exact = binding(), exact
         settings = self.library.llama_model_default_params()
         if exact:  # on the CPU, without repacked weights, and all in memory, because the file is deleted
@@ -174,7 +176,7 @@ class LlamaTokenizer:
 class LlamaCppRuntime(Runtime):
     """llama.cpp, on the CPU where it runs exactly. Its kernels for rounded weights round what these meet to 8 bits; it
     runs exactly with weights that it has itself decoded to fp32. Where it is not installed, our own reader opens the
-    file.
+    file; also where the file has types of ik_llama.cpp, which llama.cpp does not read.
     """
 
     title = "llama.cpp"
@@ -188,6 +190,10 @@ class LlamaCppRuntime(Runtime):
     @classmethod
     def installed(cls) -> bool:
         return installed()
+
+    @classmethod
+    def refuses(cls, folder: Path) -> str:
+        return why_not_llama_cpp(folder / GGUF_FILE)
 
     def tokenizer(self) -> Any:
         return LlamaTokenizer(self._model)

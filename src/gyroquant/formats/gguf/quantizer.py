@@ -18,6 +18,7 @@ import torch
 from gyroquant.errors import InputError
 from gyroquant.formats.gguf.header import stored_tensors
 from gyroquant.formats.gguf.llama_cpp import binding, complained
+from gyroquant.models.stores.gguf.ik_types import IK_TYPES
 from gyroquant.system.subprocesses import bound
 
 _PREFIX = "LLAMA_FTYPE_MOSTLY_"
@@ -27,7 +28,7 @@ _FORK_TYPES = (
     *("Q3_K_S", "Q3_K_M", "Q3_K_L", "Q2_K", "Q2_K_S", "IQ4_NL", "IQ4_XS", "IQ3_M", "IQ3_S", "IQ3_XS", "IQ3_XXS"),
     *("IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"),
 )
-_OF_THE_FORK = {"type 133": "q5_1", "type 139": "q4_K", "type 140": "q5_K"}  # Q6_0, IQ4_K and IQ5_K in its mixtures
+_OF_THE_FORK = {"type 133": "q5_1", "IQ4_K": "q4_K", "type 140": "q5_K"}  # Q6_0, IQ4_K and IQ5_K in its mixtures
 _REASON = re.compile("fail|error|invalid|Please", re.IGNORECASE)  # in the lines that say why the program ends
 
 
@@ -82,7 +83,8 @@ def _program() -> Path:
 def _run(source: Path, target: Path, kind: str) -> None:
     """Runs the fork's program. If its mixture has types of its own, it runs again with llama.cpp's in their place."""
     _run_program(source, target, kind, [])
-    own = {name: tensor.kind for name, tensor in stored_tensors(target).items() if tensor.kind.startswith("type ")}
+    kinds = {name: tensor.kind for name, tensor in stored_tensors(target).items()}
+    own = {name: stored for name, stored in kinds.items() if stored in IK_TYPES or stored.startswith("type ")}
     if not own:
         return
     other = next((stored for stored in own.values() if stored not in _OF_THE_FORK), None)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from gyroquant.formats.gguf.header import why_not_llama_cpp
 from gyroquant.formats.gguf.llama_cpp import Vocabulary, installed
 from gyroquant.models.stores.gguf.file import GgufFile
 from gyroquant.models.stores.gguf.tokenizer import read_tokenizer
@@ -16,7 +17,9 @@ _EXAMPLES = 20  # differing texts that are reported in full
 
 def compare_tokenizers(path: Path, tokenizer: Any) -> tuple[dict[str, Any], list[str]]:
     """Compares a file's tokenizer with the original on a set of texts. llama.cpp reads the file, or our own reader if
-    llama.cpp is not installed. Returns facts (the reader, the counts of texts, examples that differ) and notes.
+    llama.cpp is not installed or does not read it.
+
+    Returns facts (the reader, the counts of texts, examples that differ) and notes.
     """
     reader, tokenize = _reader(path)
     tried, differ = 0, []
@@ -39,7 +42,7 @@ def compare_tokenizers(path: Path, tokenizer: Any) -> tuple[dict[str, Any], list
 
 
 def _reader(path: Path) -> tuple[str, Callable[[str], list[int]]]:
-    if installed():
+    if installed() and not why_not_llama_cpp(path):
         return "llama.cpp", Vocabulary(path)
     read = read_tokenizer(GgufFile(path), str(path))
     return "gyroquant's reader of GGUF", lambda text: list(read(text)["input_ids"])

@@ -9,7 +9,8 @@ A row of a rounded matrix is cut into blocks. Each block has an fp16 scale d, fo
     Q8_0  q * d         in blocks of 32, one signed code a byte
     IQ4_NL  t[q] * d    like Q4_0, with numbers from a table
 
-The K-quants, the ternary types and the IQ types with super-blocks are in `k_quants`.
+The K-quants, the ternary types and the IQ types with super-blocks are in `k_quants`, the types of ik_llama.cpp in
+`ik_blocks`.
 
 Our weights are whole multiples of their scale, or odd multiples of half of it, and the types without m hold them
 exactly. 4-bit codes with zero points need m, a zero point times a scale, which is rounded to fp16. Groups larger than a
@@ -35,7 +36,8 @@ from torch import Tensor
 
 from gyroquant.errors import InputError
 from gyroquant.formats.base import Format, FormatCapabilities, Layer, ModelRequirements, WeightType, requirements_of
-from gyroquant.formats.gguf.header import GGUF_FILE
+from gyroquant.formats.gguf.header import GGUF_FILE, why_not_llama_cpp
+from gyroquant.formats.gguf.ik_blocks import encode_ik, ik_deviation
 from gyroquant.formats.gguf.k_quants import encode_iq, encode_k_quant, encode_ternary
 from gyroquant.formats.gguf.llama_cpp_runtime import LlamaCppRuntime
 from gyroquant.formats.gguf.rope import describe_rope, full_rope, rope_tensors
@@ -44,8 +46,9 @@ from gyroquant.formats.gguf.tensors import Piece, tensor_pieces
 from gyroquant.formats.gguf.tokenizer import add_tokenizer
 from gyroquant.formats.gguf.tokenizer_check import compare_tokenizers
 from gyroquant.formats.output_folder import OutputFolder
-from gyroquant.grids import GroupParams, IqGrid, KQuantGrid, QuantizedWeight, TernaryGrid, stored_bits
+from gyroquant.grids import GroupParams, IqGrid, IqkGrid, KQuantGrid, KtGrid, QuantizedWeight, TernaryGrid, stored_bits
 from gyroquant.models.graph.heads import heads_of
+from gyroquant.models.stores.gguf.ik_types import IK_TYPES
 from gyroquant.models.stores.packed import PackedStore
 
 _ROWS = 4096  # rows that are compared at once when a dtype is chosen
@@ -62,12 +65,14 @@ class _Type(NamedTuple):
     file_type: the `file_type` of files that consist mostly of it.
     block: numbers in a block.
     size: bytes in a block.
+    row: bytes before the blocks of a row.
     """
 
     id: int
     file_type: int
     block: int
     size: int
+    row: int = 0
 
 
 _TYPES = {
@@ -93,6 +98,7 @@ _TYPES = {
     "TQ1_0": _Type(34, 36, 256, 54),
     "TQ2_0": _Type(35, 37, 256, 66),
     "Q2_0": _Type(42, 41, 64, 18),  # newer than the enumerations of the gguf package
+    **{name: _Type(kind.id, kind.file_type, 256, kind.size, kind.row) for name, kind in IK_TYPES.items()},
 }
 
 
@@ -130,6 +136,7 @@ class Gguf(Format):
             *(_k_quant(name, 2) for name in ("IQ2_XXS", "IQ2_XS", "IQ2_S")),
             *(_k_quant(name, 3) for name in ("IQ3_XXS", "IQ3_S")),
             *(_k_quant(name, 2) for name in ("TQ1_0", "TQ2_0")),
+            *(_k_quant(name, int(name[2])) for name in IK_TYPES),
         ),
         model_types=tuple(TARGETS),
         experts=True,
@@ -174,8 +181,14 @@ class Gguf(Format):
         return op.to_param(_decoded_q4_1(weight)) if kind is not None and kind.name == "Q4_1" else None
 
     def _layers(self, layers: Iterable[Layer]) -> Iterable[tuple[str, str]]:
+        layers = list(layers)
         for kind, text in super()._layers(layers):
             yield kind, text + _ROUND_AGAIN
+        for layer in layers:
+            name = getattr(layer.grid, "type_name", "")
+            if layer.table and name in IK_TYPES and IK_TYPES[name].factor != 1:
+                text = f"ik_llama.cpp looks up other numbers in an embedding of {name} than it multiplies by"
+                yield "looked up", f"{text} ({layer.name}): take another grid for embeddings"
 
 
 class _DecodedTable:
@@ -207,6 +220,8 @@ def write_file(store: PackedStore, path: Path, types: Mapping[str, str]) -> tupl
         notes = _describe(writer, store, _TYPES[main].file_type)
         tokenizer, more = add_tokenizer(writer, store)
         deviation = _write_tensors(writer, store, types, path)
+    if reason := why_not_llama_cpp(path):
+        more.append(f"{reason}. gyroquant's reader of GGUF checks it")
     if tokenizer is None:
         return deviation, {"notes": notes + more, "tokenizer": None}
     facts, differences = compare_tokenizers(path, tokenizer)
@@ -297,8 +312,9 @@ def _write_tensors(writer: gguf.GGUFWriter, store: PackedStore, types: Mapping[s
     table = [(name, "F32", tuple(tensor.shape)) for name, tensor in extra.items()]
     table += [(piece.tensor, _kind(piece, types[name]), piece.shape) for name in types for piece in pieces[name]]
     for name, kind, shape in table:
-        number, _, block, size = _TYPES[kind]  # with `number`, the writer ignores the numpy dtype
-        writer.add_tensor_info(name, shape, np.dtype(np.float32), prod(shape) // block * size, number)
+        own = _TYPES[kind]  # with its number, the writer ignores the numpy dtype
+        size = prod(shape) // own.block * own.size + prod(shape[:-1]) * own.row
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), size, own.id)
     writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -358,6 +374,8 @@ def _encode(name: str, kind: str, weight: QuantizedWeight) -> tuple[np.ndarray, 
         return encode_ternary(weight), 0.0
     if isinstance(weight.grid, KQuantGrid):
         return encode_k_quant(weight), 0.0
+    if isinstance(weight.grid, IqkGrid | KtGrid):
+        return encode_ik(weight), ik_deviation(weight)
     codes, scale, zero = weight.codes, weight.params.scale, weight.params.zero
     half = 1 if torch.equal(zero, zero.round()) else 2  # numbers at odd multiples of half a step are counted in halves
     heads, deviation = [scale / half], 0.0

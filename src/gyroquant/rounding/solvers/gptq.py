@@ -114,9 +114,9 @@ class Sweep:
         self.outputs = outputs
         self.grid, self.order, self.static = grid, order, static
         self.size = grid.group_of(columns)
-        self.together, self.tile = grid.super_block, grid.tile_columns
+        self.together, self.tile = grid.stored_together(columns), grid.tile_columns
         # Blocks hold whole groups, so that a group is always fitted on weights that compensate every earlier error.
-        whole = self.size * self.together
+        whole = self.size * grid.super_block
         self.step = _BLOCK if whole >= columns else max(whole, _BLOCK // whole * whole)
         if outputs is not None and not static and whole < columns:
             self.step = whole  # the scales of all columns of a block are then fitted before it is rounded
@@ -157,12 +157,23 @@ class Sweep:
 
     def _fit(self, column: int) -> None:
         """Fits the scales of the groups that begin at a column, unless they are static or none begins there."""
-        if self.static or column % (self.size * self.together):
+        if self.static or column % (self.size * self.grid.super_block):
             return
-        groups = slice(column // self.size, column // self.size + self.together)
-        free = self.free[column : column + self.size * self.together].T.unflatten(1, (self.together, self.size))
-        fitted = self.grid.fit(free)
+        first, count = column // self.size, self.grid.super_block
+        if first % self.together:
+            fitted = self.grid.refit(self._groups(column, count), self.params, first)
+        elif self.together == count:
+            fitted = self.grid.fit(self._groups(column, count))
+        else:  # the number of the row, which all its super-blocks share
+            shared = self.grid.fit_shared(self._groups(column, self.together))
+            self.params = GroupParams(shared.scale.clone(), shared.zero.clone())
+            fitted = self.grid.refit(self._groups(column, count), self.params, first)
+        groups = slice(first, first + count)
         self.params.scale[:, groups], self.params.zero[:, groups] = fitted.scale, fitted.zero
+
+    def _groups(self, column: int, count: int) -> Tensor:
+        """The weights of some groups from a column on, as they are now, shape (rows, groups, group)."""
+        return self.free[column : column + self.size * count].T.unflatten(1, (count, self.size))
 
     def _two_sided_block(self, start: int, stop: int, factor: Tensor, outputs: Tensor) -> None:
         """As `block`, with errors fed back on both sides."""

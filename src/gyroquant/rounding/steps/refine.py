@@ -195,6 +195,8 @@ class _Descent:
     def _set_super_block(self, rows: slice, first: int) -> None:
         """Sets the scales and offsets of a super-block together, since they are stored as multiples of one number.
 
+        If the whole row shares that number, it stays.
+
         The best free ones solve a linear system for each row, of one or two unknowns a group. They are rounded to
         storable values, and taken in the rows where that lowers the objective.
         """
@@ -208,7 +210,7 @@ class _Descent:
         if self.zero_moves:  # scales of such grids are positive
             scale = torch.maximum(scale, old.scale / 8)
             zero = old.zero - length[:, steps.shape[1] :, None] / scale
-        new = self.grid.round_params(scale, zero)
+        new = self.grid.round_within(scale, zero, self.params[rows], first)
         codes = self.code[rows, columns].unflatten(1, (-1, self.size))
         move = self.grid.decode(codes, new).flatten(1) - self.number[rows, columns]
         pull = move @ self.h[columns]

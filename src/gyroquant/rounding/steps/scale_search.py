@@ -76,7 +76,8 @@ def _search(
     best, old = grid.round_params(best.scale, best.zero), codes.view(groups.shape)
     new = grid.encode(groups, best)
     gain = error(grid.decode(old, params)) - error(grid.decode(new, best))
-    together = gain.unflatten(1, (-1, grid.super_block)).sum(2, keepdim=True).expand(-1, -1, grid.super_block, -1)
+    count = grid.stored_together(groups.shape[1] * groups.shape[2])
+    together = gain.unflatten(1, (-1, count)).sum(2, keepdim=True).expand(-1, -1, count, -1)
     better = together.flatten(1, 2) > 0
     chosen = torch.where(better, new, old).flatten(1)
     return chosen, torch.where(better, best.scale, params.scale), torch.where(better, best.zero, params.zero)

@@ -18,6 +18,7 @@ from gguf import GGML_QUANT_SIZES
 
 from gyroquant.errors import InputError
 from gyroquant.models.stores.config_loading import check_sizes, remedy
+from gyroquant.models.stores.gguf.ik_types import IK_TYPES
 
 _VERSIONS = (2, 3)
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -27,6 +28,8 @@ _MAX_DIMENSIONS = 4  # of a tensor, the maximum of ggml
 _MIN_ENTRY, _MIN_TENSOR = 8 + 4 + 1, 8 + 4 + 8 + 4 + 8  # bytes
 _SIZES = {int(kind): size for kind, size in GGML_QUANT_SIZES.items()}  # weights and bytes of a block
 _SIZES[42] = 64, 18  # Q2_0: in llama.cpp, but not in the package gguf 0.19
+_SIZES |= {kind.id: (256, kind.size) for kind in IK_TYPES.values()}
+_ROW_BYTES = {kind.id: kind.row for kind in IK_TYPES.values()}  # before the blocks of a row
 
 
 class _Damage(Exception):  # noqa: N818 - becomes an InputError that names the file
@@ -224,7 +227,8 @@ def _read_tensor(file: _Bytes, header: Header, alignment: int) -> None:
         raise _Damage(f"{name} has dimensions {shape}, which blocks of {block} do not fill")
     if offset % alignment:
         raise _Damage(f"{name} starts at {offset}, which is not a multiple of {alignment}")
-    header.tensors[name] = TensorEntry(header.path, shape[::-1], kind, offset, count // block * size)
+    bytes_of_rows = count // shape[0] * _ROW_BYTES.get(kind, 0)
+    header.tensors[name] = TensorEntry(header.path, shape[::-1], kind, offset, count // block * size + bytes_of_rows)
 
 
 def _check_offsets(header: Header, start: int, size: int) -> None:

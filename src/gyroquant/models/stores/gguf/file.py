@@ -17,10 +17,14 @@ import numpy as np
 
 from gyroquant.errors import InputError
 from gyroquant.models.stores.gguf.check import Header, TensorEntry, check_claims, read_header
+from gyroquant.models.stores.gguf.ik_types import IK_TYPES, decode_ik
 
 _PART = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _CHUNK = 1 << 22  # numbers that are decoded at once
+_LOOKED_UP = "token_embd.weight"  # the tensor whose rows are looked up
+_Decoder = Callable[[np.ndarray], np.ndarray]
 _KINDS = {int(kind): kind.name for kind in gguf.GGMLQuantizationType} | {41: "Q1_0", 42: "Q2_0"}
+_KINDS |= {kind.id: name for name, kind in IK_TYPES.items()}
 
 
 class GgufFile:
@@ -64,25 +68,27 @@ class GgufFile:
     def values(self, name: str, rows: slice = slice(None)) -> np.ndarray:
         """A tensor, or the slice `rows` of its first axis, as fp32 values in its shape."""
         entry = self.tensors[name]
+        decode = _PRODUCTS.get(entry.type, _DECODERS[entry.type]) if name != _LOOKED_UP else _DECODERS[entry.type]
         if len(entry.shape) == 1:  # a slice may cut blocks: decode all of them
-            return self._decoded(entry, entry.start, 1, entry.bytes).reshape(-1)[rows]
+            return _decoded(decode, entry, entry.start, 1, entry.bytes).reshape(-1)[rows]
         first, last, _ = rows.indices(entry.shape[0])
         lines = (last - first) * prod(entry.shape[1:-1])
         width = entry.bytes // prod(entry.shape[:-1])
         start = entry.start + first * prod(entry.shape[1:-1]) * width
-        return self._decoded(entry, start, lines, width).reshape(last - first, *entry.shape[1:])
+        return _decoded(decode, entry, start, lines, width).reshape(last - first, *entry.shape[1:])
 
-    def _decoded(self, entry: TensorEntry, start: int, lines: int, width: int) -> np.ndarray:
-        """`lines` lines of `width` bytes each, from byte `start` on, as fp32 values of shape (lines, numbers)."""
-        out = np.empty((lines, entry.shape[-1]), np.float32)
-        step = max(1, _CHUNK // entry.shape[-1])
-        with entry.path.open("rb") as file:
-            file.seek(start)
-            for at in range(0, lines, step):
-                count = min(step, lines - at)
-                raw = np.fromfile(file, np.uint8, count * width).reshape(count, width)
-                out[at : at + count] = _DECODERS[entry.type](raw).reshape(count, -1)
-        return out
+
+def _decoded(decode: _Decoder, entry: TensorEntry, start: int, lines: int, width: int) -> np.ndarray:
+    """`lines` lines of `width` bytes each, from byte `start` on, as fp32 values of shape (lines, numbers)."""
+    out = np.empty((lines, entry.shape[-1]), np.float32)
+    step = max(1, _CHUNK // entry.shape[-1])
+    with entry.path.open("rb") as file:
+        file.seek(start)
+        for at in range(0, lines, step):
+            count = min(step, lines - at)
+            raw = np.fromfile(file, np.uint8, count * width).reshape(count, width)
+            out[at : at + count] = decode(raw).reshape(count, -1)
+    return out
 
 
 def kind_name(kind: int) -> str:
@@ -125,7 +131,7 @@ def _read_parts(path: Path) -> list[Header]:
     return headers
 
 
-def _plain(dtype: str) -> Callable[[np.ndarray], np.ndarray]:
+def _plain(dtype: str) -> _Decoder:
     return lambda raw: raw.view(dtype).astype(np.float32)
 
 
@@ -138,8 +144,12 @@ def _small_codes(raw: np.ndarray, bits: int, shift: int, step: int) -> np.ndarra
     return scale * (step * codes.astype(np.float32) + shift)
 
 
-def _block_decoder(kind: gguf.GGMLQuantizationType) -> Callable[[np.ndarray], np.ndarray]:
+def _block_decoder(kind: gguf.GGMLQuantizationType) -> _Decoder:
     return lambda raw: gguf.dequantize(raw, kind)
+
+
+def _ik_decoder(name: str, factor: float = 1.0) -> _Decoder:
+    return lambda raw: decode_ik(raw, name, factor)
 
 
 def _decodes(kind: gguf.GGMLQuantizationType) -> bool:
@@ -152,11 +162,14 @@ def _decodes(kind: gguf.GGMLQuantizationType) -> bool:
 
 
 _BLOCKS = [kind for kind in gguf.GGMLQuantizationType if gguf.GGML_QUANT_SIZES[kind][0] > 1]
-_DECODERS: Mapping[int, Callable[[np.ndarray], np.ndarray]] = {
+_DECODERS: Mapping[int, _Decoder] = {
     int(gguf.GGMLQuantizationType.F32): _plain("<f4"),
     int(gguf.GGMLQuantizationType.F16): _plain("<f2"),
     int(gguf.GGMLQuantizationType.BF16): lambda raw: (raw.view("<u2").astype("<u4") << 16).view("<f4"),
     **{int(kind): _block_decoder(kind) for kind in _BLOCKS if _decodes(kind)},
     41: lambda raw: _small_codes(raw, 1, -1, 2),  # Q1_0 and Q2_0 are newer than the package's decoders
     42: lambda raw: _small_codes(raw, 2, -1, 1),
+    **{kind.id: _ik_decoder(name) for name, kind in IK_TYPES.items()},
 }
+# Of types whose products with matrices have other numbers than a decoded row
+_PRODUCTS = {kind.id: _ik_decoder(name, kind.factor) for name, kind in IK_TYPES.items() if kind.factor != 1}

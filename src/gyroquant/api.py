@@ -174,10 +174,11 @@ def evaluate(
     report_options: what the diagnosis measures. By default `ReportOptions()`.
 
     Windows do not overlap, and each is predicted from its second token on. If the text has fewer windows than
-    requested, `windows` and `windows_asked` of the result differ. `true_bits_per_weight` of the result are those of
-    the rounded layers. `whole_model_bits_per_weight` and `bytes` are of everything that is stored, by part of the
-    model. `tasks` has the score of each task; the whole model is loaded for them. Raises InputError before any work if
-    the text, the tokenizer or a task does not fit, or if a report cannot be made of these.
+    requested, `windows` and `windows_asked` of the result differ. `true_bits_per_weight` are those of the rounded
+    layers; `effective_bits_per_weight` have the entropy of the codes in place of their bits (None without codes of
+    gyroquant). `whole_model_bits_per_weight` and `bytes` are of everything that is stored, by part of the model.
+    `tasks` has the score of each task; the whole model is loaded for them. Raises InputError before any work if the
+    text, the tokenizer or a task does not fit, or if a report cannot be made of these.
     """
     started = time.perf_counter()
     _check_evaluation(dtype, text, against, tasks, report, report_options)
@@ -199,9 +200,9 @@ def evaluate(
     result = measured | {
         "model": store.label,
         "against": None if other is None else other.label,
-        "add_bos": add_bos,
-        "dtype": dtype,
+        **{"add_bos": add_bos, "dtype": dtype},
         "true_bits_per_weight": store.bits_per_weight(),
+        "effective_bits_per_weight": store.effective_bits_per_weight(),
         **sizes(store),
         "versions": versions(),
     }

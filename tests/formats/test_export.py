@@ -49,7 +49,7 @@ def test_every_format_says_what_it_holds(name: str) -> None:
     assert issubclass(Runtime.registry[name], Runtime)
     assert "nowhere" in " ".join(one._architecture("nowhere")) or one.capabilities.model_types is None
     stranger = Layer("model.layers.0.mlp.up_proj.weight", Fp4Grid(), 128)
-    if not one.capabilities.dense:
+    if not (one.capabilities.dense or one.capabilities.any_grid):
         assert any(stranger.name in reason for reason in one.incompatibilities(ModelRequirements("llama", (stranger,))))
     if "input" not in one.capabilities.points:
         reasons = one.incompatibilities(ModelRequirements("llama", (), (ONLINE,)))
@@ -68,7 +68,7 @@ def shown(manifest: Any) -> list[str]:
 
 
 @pytest.mark.usefixtures("unmeasured")
-@pytest.mark.parametrize("name", ["compressed-tensors", "dense", "gguf", "onnx", "openvino"])
+@pytest.mark.parametrize("name", ["archive", "compressed-tensors", "dense", "gguf", "onnx", "openvino"])
 def test_written_checked_and_verified(name: str, out: Path, tmp_path: Path) -> None:
     packages = {"compressed-tensors": "compressed_tensors", "onnx": "onnxruntime", "openvino": "openvino"}
     pytest.importorskip(packages.get(name, "gguf"))

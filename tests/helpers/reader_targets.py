@@ -33,7 +33,7 @@ from gyroquant.pipeline import run as pipeline
 from gyroquant.pipeline.job import prepare
 from gyroquant.recipes.presets import preset_names
 from gyroquant.recipes.schema import load_recipe
-from gyroquant.report.summaries import rounded_layers
+from gyroquant.report.layer_tables import rounded_layers
 
 Kind = str  # of the bytes: `binary`, `json` or `yaml`
 

@@ -173,7 +173,7 @@ def test_models_and_formats_that_cannot_have_them_are_refused(
     needs = requirements_of_job(job(folders["llama_tied"], tmp_path / "out", corpus, "gptq", ROWS))
     for name, kind in Format.registry.items():
         problems = kind().incompatibilities(needs)
-        assert bool(problems) == (name not in {"dense", "gyroquant"}), (name, problems)
+        assert bool(problems) == (name not in {"dense", "archive"}), (name, problems)
     with pytest.raises(InputError, match="mixed_rows"):
         check_fit(Format.registry["mlx"](), needs)
 

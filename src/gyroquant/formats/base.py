@@ -250,6 +250,8 @@ class Format(ABC):
     """The modules that the writer imports and that gyroquant does not install by default."""
     extra: ClassVar[str] = ""
     """The extra of gyroquant that installs `packages`."""
+    ours: ClassVar[bool] = False
+    """Whether only gyroquant opens it. It is then not suggested in place of a format of another program."""
     library: ClassVar[str] = ""
     """What the hub calls the library that opens it. Default: the name of the format."""
     usage: ClassVar[str] = ""
@@ -390,7 +392,9 @@ def check_fit(format_: Format, needs: ModelRequirements) -> None:
     """Raises InputError if a model does not fit a format, with every reason and the formats that do hold the model."""
     problems = _all_incompatibilities(format_, needs)
     if problems:
-        others = [name for name, other in Format.registry.items() if _holds_unchanged(other(), needs)]
+        others = [
+            name for name, other in Format.registry.items() if not other.ours and _holds_unchanged(other(), needs)
+        ]
         instead = f" Formats that hold it as it is: {', '.join(others)}." if others else ""
         raise InputError("; ".join(problems) + "." + instead)
 

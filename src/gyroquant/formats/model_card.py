@@ -106,6 +106,7 @@ def write_export_card(folder: Path, manifest: Mapping[str, Any], source: Path, c
     original = _read(source / "gyroquant.json")
     known = _metadata_in(source / CARD)
     bits = original.get("bits", {}) | {"whole_model": manifest.get("whole_model_bits_per_weight")}
+    bits |= {"per_weight": manifest["facts"].get("true_bits_per_weight", bits.get("per_weight"))}
     name, rows = _source_name(original, known), [*_bits({"bits": bits}), ("size", size(manifest["bytes"]))]
     rows += [*_proof(original), *_checked(manifest["check"])]
     facts = manifest["facts"]

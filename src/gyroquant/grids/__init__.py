@@ -13,6 +13,7 @@ from gyroquant.grids.base import (
 )
 from gyroquant.grids.basis import Basis
 from gyroquant.grids.e8p import E8pGrid
+from gyroquant.grids.entropy import code_bits, code_entropy
 from gyroquant.grids.even import EvenGrid
 from gyroquant.grids.float_zero import FloatZeroGrid
 from gyroquant.grids.floating import Fp4Grid, Fp8Grid
@@ -65,6 +66,8 @@ __all__ = [
     "TernaryGrid",
     "TiledGrid",
     "TrellisGrid",
+    "code_bits",
+    "code_entropy",
     "grid_from",
     "joined",
     "leading_columns",

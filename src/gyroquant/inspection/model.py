@@ -48,6 +48,8 @@ class Inspection:
     """The expected size of the recipe's result: `per_weight`, `whole_model` and `bytes`, as in a manifest."""
     layers: list[dict[str, Any]] = field(default_factory=list)
     """For a model that gyroquant rounded: the errors of every layer, from its `gyroquant.json`."""
+    effective_bits: float | None = None
+    """For a model that gyroquant rounded: its effective bits per weight, from its `gyroquant.json`."""
     saved: str | None = None
     """The file that holds the derived description, if it was saved."""
 
@@ -67,6 +69,7 @@ class Inspection:
             "parameters": sum(prod(shape) for shape in self.store.shapes.values()),
             "tied": dict(graph.tied),
             "bits_per_weight": self.store.bits_per_weight(),
+            "effective_bits_per_weight": self.effective_bits,
             **self.sizes,
         }
 
@@ -202,6 +205,7 @@ def _is_layer(layer: Any) -> bool:
     bound, numbers = layer.get("rate_distortion"), [layer["weight_error"]]
     if bound:
         numbers += [layer["output_error"], *map(bound.get, _BOUND)] if isinstance(bound, dict) else [None]
+    numbers.append(layer.get("code_entropy", 0))  # manifests of the last release do not have it
     return all(isinstance(number, (int, float)) for number in numbers)
 
 
@@ -231,6 +235,18 @@ def read_layers(path: Path) -> list[dict[str, Any]]:
     if layers is None or not all(_is_layer(layer) for layer in layers):
         raise InputError(f"{path} is not a manifest of gyroquant, or its layers are damaged; copy the folder again")
     return layers
+
+
+def effective_bits(path: Path) -> float | None:
+    """The effective bits per weight in the manifest of a rounded model. None if it has none, as in the last release.
+
+    Raises InputError if they are damaged.
+    """
+    bits = read_json(path).get("bits")
+    found = bits.get("effective") if isinstance(bits, dict) else None
+    if not isinstance(found, (int, float, type(None))):
+        raise InputError(f"{path} is damaged: bits.effective is {found!r:.40}, not a number; copy the folder again")
+    return found
 
 
 def inspect_model(
@@ -272,6 +288,7 @@ def inspect_model(
     manifest = result.store.folder / "gyroquant.json" if isinstance(result.store, PackedStore) else None
     if manifest is not None and manifest.exists() and not dry_run:
         result.layers = read_layers(manifest)
+        result.effective_bits = effective_bits(manifest)
     for name in () if dry_run else preset_names():
         try:
             plan_all(result.store.graph, load_recipe(name, changes))

@@ -78,10 +78,11 @@ def verify(
         again = manifest.get("facts", {}).get("requantized")
         result["command"] = shlex.join([*arguments, *(["--requantize", again] if again else [])])
     else:
+        result["command"] = _command(out, manifest, recipe_file)
+    if (out / MANIFEST).is_file():  # an archive has it too
         with unchecked():
             result["tensors"], wrong = _arrays(out, progress)
             problems += wrong
-            result["command"] = _command(out, manifest, recipe_file)
     if proof and exported:
         raise InputError(
             f"{out} is an export: `gyroquant verify-export` runs it, and --proof is for {manifest['source']}"
@@ -98,7 +99,7 @@ def verify(
 
 def _manifest(out: Path) -> tuple[dict[str, Any], bool]:
     """The manifest of a folder, and whether the folder is an export."""
-    for name in (MANIFEST, EXPORT_MANIFEST):
+    for name in (EXPORT_MANIFEST, MANIFEST):
         path = out / name
         if path.is_file():
             try:

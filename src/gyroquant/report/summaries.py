@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 
 from gyroquant.evaluation.diagnosis.measures import diagnosed
-from gyroquant.evaluation.outliers import Outliers
 from gyroquant.inspection.fuzz import Finding, Report
 from gyroquant.inspection.model import Inspection, bits_of
 from gyroquant.maps import factors
 from gyroquant.models.stores.prequantized.base import told
 from gyroquant.models.stores.weight_bytes import PARTS
 from gyroquant.report.console import duration, table
+from gyroquant.report.layer_tables import mean, outliers, rounded_layers
 from gyroquant.report.task_table import task_table
 from gyroquant.system.environment import size
 
 
-def _mean(values: Iterable[float]) -> float:
-    numbers = list(values)
-    return sum(numbers) / len(numbers)
-
-
 def _above(limits: Sequence[Mapping[str, float]]) -> str:
     """The mean distance of the layers to the rate-distortion bound, in decibels and in bits per weight."""
-    decibels, bits = (_mean(limit[key] for limit in limits) for key in ("decibels", "excess_bits"))
+    decibels, bits = (mean(limit[key] for limit in limits) for key in ("decibels", "excess_bits"))
     return f"{decibels:.1f} dB, or {bits:.2f} bits per weight (mean of {len(limits)} layers)"
 
 
@@ -63,10 +56,11 @@ def quantized(manifest: Mapping[str, Any], out: str) -> list[Table]:
         ("proof: relative logit error", _proof(proof) if folded else "0 (nothing folded)"),
         ("proof: worst block", f"{proof['worst_block']} ({proof['worst_block_error']:.1e})" if folded else "-"),
         ("true bits per rounded weight", f"{bits['per_weight']:.4f}"),
+        *_effective(bits.get("effective")),
         *_table_row(bits),
         *_whole_model(*bits_of(manifest)),
-        ("squared relative error of the weights", f"{_mean(weights):.2g} (mean of {len(weights)} layers)"),
-        ("squared relative error of the outputs", f"{_mean(outputs):.2g}" if outputs else "not measured"),
+        ("squared relative error of the weights", f"{mean(weights):.2g} (mean of {len(weights)} layers)"),
+        ("squared relative error of the outputs", f"{mean(outputs):.2g}" if outputs else "not measured"),
         ("above the rate-distortion bound", _above(limits) if limits else "not measured"),
         ("time", _time(manifest)),
         ("peak memory", size(manifest["peak_memory_bytes"])),
@@ -84,6 +78,11 @@ def _time(manifest: Mapping[str, Any]) -> str:
     long = sorted(((seconds, name) for name, seconds in stages.items() if seconds >= total / 10), reverse=True)
     parts = ", ".join(f"{name} {duration(seconds)}" for seconds, name in long)
     return f"{duration(total)} ({parts})" if parts else duration(total)
+
+
+def _effective(bits: float | None) -> list[tuple[str, str]]:
+    """Bits with the entropy of the codes in place of their stored bits. Models without codes have none."""
+    return [] if bits is None else [("effective bits, by the entropy of the codes", f"{bits:.4f}")]
 
 
 def _whole_model(bits: float, bytes_: Mapping[str, int] | None) -> list[tuple[str, str]]:
@@ -237,8 +236,9 @@ def evaluated(result: Mapping[str, Any]) -> list[Table]:
     if "diagnosis" in result:
         rows += diagnosed(result)
     rows.append(("true bits per rounded weight", f"{result['true_bits_per_weight']:.4f}", ""))
-    whole = _whole_model(result["whole_model_bits_per_weight"], result["bytes"])
-    rows += [(name, value, "") for name, value in whole]
+    sizes = _effective(result.get("effective_bits_per_weight"))
+    sizes += _whole_model(result["whole_model_bits_per_weight"], result["bytes"])
+    rows += [(name, value, "") for name, value in sizes]
     if "windows" in result:
         requested, count = result["windows_asked"], result["windows"]
         fewer = f" ({requested} requested; the text has no more)" if requested is not None and count < requested else ""
@@ -260,6 +260,7 @@ def inspected(result: Inspection) -> list[Any]:
         ("heads", f"{shape['heads']} of {shape['head_dim']}, {shape['kv_heads']} for keys and values"),
         ("tied", tied),
         ("stored bits per weight", f"{shape['bits_per_weight']:.2f}"),
+        *_effective(result.effective_bits),
         *_whole_model(shape["whole_model_bits_per_weight"], shape["bytes"]),
     ]
     if result.store.source_quantization is not None:
@@ -375,29 +376,6 @@ def predicted(result: Inspection) -> list[Any]:
     return [*shown, table("", ("expected", ""), expected)]
 
 
-def rounded_layers(layers: Iterable[Mapping[str, Any]]) -> Table:
-    """The output error of rounded layers and their distance to the rate-distortion bound.
-
-    One row for each kind of layer: the means over the blocks, and the worst block.
-    """
-    kinds: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
-    for layer in layers:
-        if layer.get("rate_distortion"):
-            kinds[re.sub(r"\d+", "*", layer["name"])].append(layer)
-    rows = []
-    for kind, members in kinds.items():
-        bits, above, excess = (
-            _mean(layer["rate_distortion"][key] for layer in members) for key in ("bits", "decibels", "excess_bits")
-        )
-        error = _mean(layer["output_error"] for layer in members)
-        worst = max(members, key=lambda layer: layer["rate_distortion"]["decibels"])
-        block = ".".join(re.findall(r"[0-9]+", worst["name"])) or "-"
-        last = f"{block} ({worst['rate_distortion']['decibels']:.1f} dB)"
-        rows.append((kind.rpartition("*.")[2], f"{bits:.3f}", f"{error:.4f}", f"{above:.1f} dB", f"{excess:.2f}", last))
-    title = "rounded layers, above the rate-distortion bound"
-    return table(title, ("layers", "bits", "error", "above", "in bits", "worst block"), rows, right=(1, 2, 3, 4))
-
-
 def sites(result: Inspection) -> Table:
     """Every site of a model: how many places, their orders, and which maps are possible there."""
     rows = [
@@ -433,25 +411,6 @@ def _possible_maps(row: Mapping[str, Any]) -> str:
 def _admitted(admits: str) -> str:
     names = {"any": "any map", "orthogonal": "any rotation", "rope": "a map that commutes with RoPE"}
     return names.get(admits, f"a {admits} map")
-
-
-def outliers(rows: list[Outliers]) -> Table:
-    """Measures of outliers by site: the means over the blocks, and the worst block."""
-    by_site: dict[str, list[Outliers]] = defaultdict(list)
-    for row in rows:
-        by_site[row.site].append(row)
-    cells = []
-    for site, blocks in by_site.items():
-        worst = max(blocks, key=lambda row: row.max_over_rms)
-        kurtosis = sum(row.kurtosis for row in blocks) / len(blocks)
-        ratio = sum(row.max_over_rms for row in blocks) / len(blocks)
-        cells.append((site, f"{kurtosis:.1f}", f"{ratio:.1f}", f"{worst.block} ({worst.max_over_rms:.1f})"))
-    return table(
-        "outliers of the activations (a Gaussian has kurtosis 3)",
-        ("site", "kurtosis", "max / rms", "worst block"),
-        cells,
-        right=(1, 2, 3),
-    )
 
 
 def rotations(rows: Iterable[Mapping[str, Any]]) -> Table:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 from torch import Tensor
 
+from gyroquant.grids import code_entropy
 from gyroquant.grids.error import in_reach, weight_error
 from gyroquant.models.graph.rounded_layer import RoundedLayer
 from gyroquant.rounding.base import InputStatistics, output_energy
@@ -22,12 +23,14 @@ class LayerReport:
     - `weight_error`: the relative squared error of its weights.
     - `output_error`: the relative squared error of its output over the calibration tokens. None without statistics.
     - `rate_distortion`: the bound on `output_error`. None without statistics, or if it was not computed.
+    - `code_entropy`: the entropy of its codes, in bits a code.
     """
 
     name: str
     weight_error: float
     output_error: float | None
     rate_distortion: RateDistortion | None
+    code_entropy: float = 0.0
 
 
 def layer_reports(group: LayerGroup, rounded: Mapping[str, RoundedLayer], bound: bool = True) -> list[LayerReport]:
@@ -43,13 +46,12 @@ def layer_reports(group: LayerGroup, rounded: Mapping[str, RoundedLayer], bound:
         for op in ops:
             layer = rounded[op.weight]
             if op.entry.stacked:
-                reports[op.weight] = _experts(group, key, layer, bound)
+                report = _experts(group, key, layer, bound)
             else:
                 matrix = group.matrix(op)
                 bits = layer.weight.bits / op.numel
-                reports[op.weight] = _report(
-                    op.name, matrix, layer.op.to_matrix(layer.merged), bits, statistics, eigenvalues
-                )
+                report = _report(op.name, matrix, layer.op.to_matrix(layer.merged), bits, statistics, eigenvalues)
+            reports[op.weight] = replace(report, code_entropy=code_entropy(layer.weight.codes))
         del statistics
         group.forget(key)
     return [reports[op.weight] for ops in readers.values() for op in ops]
@@ -64,7 +66,8 @@ def table_report(
 ) -> LayerReport:
     """The report of a table of embeddings, shape (tokens, hidden). `statistics` are those of the head tied to it."""
     eigenvalues = _spectrum(statistics, bound)
-    return _report(name, matrix, layer.matrix, layer.weight.bits / layer.op.numel, statistics, eigenvalues)
+    report = _report(name, matrix, layer.matrix, layer.weight.bits / layer.op.numel, statistics, eigenvalues)
+    return replace(report, code_entropy=code_entropy(layer.weight.codes))
 
 
 def _experts(group: LayerGroup, key: str, layer: RoundedLayer, bound: bool) -> LayerReport:

@@ -17,7 +17,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from gyroquant.errors import InputError
 from gyroquant.formats.config import write_config
 from gyroquant.formats.output_folder import OutputFolder
-from gyroquant.grids import stored_bits
+from gyroquant.grids import code_bits, stored_bits
 from gyroquant.models.execution.online import OnlineOp
 from gyroquant.models.graph.model_graph import TOKENS, LinearOp
 from gyroquant.models.graph.rounded_layer import RoundedLayer
@@ -60,6 +60,7 @@ class Piece:
     arrays: the stored tensors by name.
     entries: the descriptions of rounded parameters, by name.
     stored_bits: the stored bits of rounded parameters, by part (codes, scales, ...).
+    code_bits: the bits that the codes of rounded parameters need, by their entropy. 0 if no codes are stored.
     rounded_weights: the number of rounded weights.
     other_bits: the stored bits of parameters that are not rounded.
     bytes: the stored bytes of all parameters, by part of the model.
@@ -70,6 +71,7 @@ class Piece:
     arrays: dict[str, Tensor]
     entries: dict[str, dict[str, Any]] = field(default_factory=dict)
     stored_bits: dict[str, int] = field(default_factory=dict)
+    code_bits: float = 0.0
     rounded_weights: int = 0
     other_bits: int = 0
     table_weights: int = 0
@@ -106,6 +108,7 @@ class Writer(ABC):
         self._folder, self.store, self.dtype = folder, store, dtype
         self._rounded_weights = 0
         self._parts: dict[str, int] = {}
+        self._code_bits = 0.0
         self._plain_bits = 0
         self._table_weights, self._table_bits = 0, 0
         self._bytes: dict[str, int] = {}
@@ -127,6 +130,9 @@ class Writer(ABC):
         self._plain_bits += notes["other_bits"]
         self._table_weights += notes.get("table_weights", 0)
         self._table_bits += notes.get("table_bits", 0)
+        self._code_bits += notes.get(
+            "code_bits", notes["stored_bits"].get("codes", 0)
+        )  # journals of older runs lack it
         for part, bits in notes["stored_bits"].items():
             self._parts[part] = self._parts.get(part, 0) + bits
         self._add_bytes(notes["bytes"])
@@ -184,6 +190,7 @@ class Writer(ABC):
         """The stored bits.
 
         - per_weight: bits per weight of the rounded layers, with online maps and padding.
+        - effective: the same with the entropy of the codes in place of their stored bits. Missing without codes.
         - embeddings: bits per weight of the rounded tables of embeddings and heads.
         - whole_model: bits per weight of everything that is stored, over the weights of the original.
         - bytes: the bytes of everything that is stored, by part of the model, and their total.
@@ -193,6 +200,7 @@ class Writer(ABC):
         bytes_ = with_total(self._bytes)
         return {
             "per_weight": rounded / self._rounded_weights if self._rounded_weights else tables["per_weight"],
+            **self._effective(rounded),
             "rounded_weights": self._rounded_weights,
             "stored_bits": dict(self._parts),
             "other_bits": self._plain_bits,
@@ -200,6 +208,11 @@ class Writer(ABC):
             "whole_model": whole_model_bits(bytes_, self.store.weights),
             "bytes": bytes_,
         }
+
+    def _effective(self, rounded: int) -> dict[str, float]:
+        if "codes" not in self._parts:
+            return {}
+        return {"effective": (rounded - self._parts["codes"] + self._code_bits) / self._rounded_weights}
 
 
 class PackedWriter(Writer):
@@ -213,10 +226,12 @@ class PackedWriter(Writer):
         piece = self._begin(plain)
         piece.arrays = dict(plain)
         for layer in rounded:
-            op, weight = layer.op, layer.weight
-            arrays = {f"{op.weight}_{part}": array for part, array in weight.pack().items()}
+            op, weight, packed = layer.op, layer.weight, layer.weight.pack()
+            arrays = {f"{op.weight}_{part}": array for part, array in packed.items()}
             piece.entries[op.weight] = self.description.entry(op, weight)
             self._count(piece, op, arrays)
+            if part_of(self.store.graph, op.weight) == "layers":
+                piece.code_bits += code_bits(weight, packed)
             piece.arrays |= arrays
         return piece
 

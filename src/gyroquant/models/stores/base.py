@@ -86,6 +86,13 @@ class WeightStore(ABC):
         """Stored bits per weight. For a rounded model: all stored bits of its rounded weights over their number."""
         return float(self.dtype.itemsize * 8)
 
+    def effective_bits_per_weight(self) -> float | None:
+        """As `bits_per_weight`, with the entropy of the codes in place of their stored bits. Reads the codes.
+
+        None for a model whose codes gyroquant did not write.
+        """
+        return None
+
     @property
     def weights(self) -> int:
         """The number of weights. A head that gyroquant untied is the embedding a second time, and does not count."""

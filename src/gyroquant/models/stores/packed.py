@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from gyroquant.errors import GyroquantError, InputError
-from gyroquant.grids import Basis, LowRankFactors, QuantizedWeight, grid_from
+from gyroquant.grids import Basis, LowRankFactors, QuantizedWeight, code_bits, grid_from, stored_bits
 from gyroquant.maps import load
 from gyroquant.models.execution.exact_tokens import ExactTokens
 from gyroquant.models.execution.low_rank import LowRankBranch
@@ -24,7 +24,8 @@ from gyroquant.models.execution.online import CacheQuantizer, InputQuantizer, On
 from gyroquant.models.graph.model_graph import Shape
 from gyroquant.models.graph.sites import HookPoint
 from gyroquant.models.stores.base import CheckpointStore
-from gyroquant.models.stores.packed_description import MAPS, PARTS, check_places, check_version
+from gyroquant.models.stores.huffman import restored
+from gyroquant.models.stores.packed_description import CODED, MAPS, PARTS, check_places, check_version
 from gyroquant.models.stores.safetensors_files import LazyTensor
 from gyroquant.models.stores.weight_bytes import part_of
 from gyroquant.system.checksums import check_files
@@ -60,6 +61,7 @@ def unpack(description: Mapping[str, Any], name: str, arrays: dict[str, Tensor],
 
 def _unpack(description: Mapping[str, Any], name: str, arrays: dict[str, Tensor], shape: Shape) -> QuantizedWeight:
     entry = description["tensors"][name]
+    arrays = restored(entry.get(CODED, {}), arrays)
     if entry.get("tensor_scale") and "global" not in arrays:
         raise KeyError("global")
     grid, basis = grid_from(description["grids"][entry["grid"]]).with_stored_scale(arrays), None
@@ -199,12 +201,44 @@ class PackedStore(CheckpointStore):
             raise KeyError(name)
         return unpack(self.description, name, self._tensors[name].arrays, self.shapes[name])
 
-    def bits_per_weight(self) -> float:
+    def stored_arrays(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Everything that is stored, read one by one: the name of a parameter, and its arrays.
+
+        Those of a rounded parameter are as its grid packs them, by part, also in an archive. Any other tensor is alone,
+        under its name in the file.
+        """
+        rounded, parts = self.description["tensors"], set[str]()
+        for name, entry in rounded.items():
+            packed = self._tensors[name]
+            parts |= {tensor.key for tensor in packed.parts.values()}
+            yield name, restored(entry.get(CODED, {}), packed.arrays)
+        for key, tensor in self._stored.items():
+            if key not in parts:
+                yield key, {key: tensor[...]}
+
+    def bits_in_file(self, name: str) -> int:
+        """The bits that the arrays of a rounded parameter take in the files."""
+        return sum(tensor.stored_bits for tensor in self._tensors[name].parts.values())
+
+    @cached_property
+    def counted(self) -> set[str]:
+        """The rounded parameters that `bits_per_weight` counts: the layers, or if there are none, the tables."""
         every = self.description["tensors"]
-        names = {name for name in every if part_of(self.graph, name) == "layers"} or every
+        return {name for name in every if part_of(self.graph, name) == "layers"} or set(every)
+
+    def bits_per_weight(self) -> float:
+        names = self.counted
         bits = sum(
             prod(tensor.shape) * _STORED_BITS[tensor.dtype]
             for name, tensor in self._stored.items()
             if name.startswith(MAPS) or name.rpartition("_")[0] in names
         )
         return bits / sum(prod(self.shapes[name]) for name in names)
+
+    def effective_bits_per_weight(self) -> float:
+        saved = 0.0
+        for name in sorted(self.counted):
+            arrays = self._tensors[name].arrays
+            weight = unpack(self.description, name, arrays, self.shapes[name])
+            saved += stored_bits({"codes": arrays["codes"]}) - code_bits(weight, arrays)
+        return self.bits_per_weight() - saved / sum(prod(self.shapes[name]) for name in self.counted)

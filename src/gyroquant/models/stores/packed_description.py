@@ -12,6 +12,8 @@ A rounded parameter P is stored as these tensors:
 - P_basis: the scales of the basis in which it was rounded, if there is one.
 - P_left and P_right: the factors of its low-rank branch, if it has one.
 
+In an archive some of these arrays are Huffman codes; see `gyroquant.models.stores.huffman`.
+
 The configuration also describes the online operations: maps, rounding of activations and of the KV cache. Their tensors
 are stored with the weights, under names that start with `gyroquant_map.`. `PackedDescription` builds the description.
 `check_version` checks it before it is used.
@@ -23,7 +25,7 @@ Without gyroquant, transformers would skip the unknown quantization and leave ra
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -43,7 +45,11 @@ METHOD = "gyroquant"
 # Version 3: an integer, fp4 or fp8 weight has a tensor scale; readers of version 2 would ignore it.
 # Version 4: some tokens of the KV cache stay exact; readers of version 3 would round them.
 # Version 5: a layer has a low-rank branch; readers of version 4 would leave it out.
-FORMAT_VERSIONS = (1, 2, 3, 4, 5)
+# Version 6: an archive; readers of version 5 would take its Huffman codes for packed codes and scales.
+FORMAT_VERSIONS = (1, 2, 3, 4, 5, 6)
+ARCHIVE_VERSION = 6
+CODED = "huffman"
+"""The key of a parameter's description that says which of its arrays are Huffman codes, and how to read them."""
 PARTS = ("codes", "scales", "multiples", "choices", "codebooks", "zeros", "global", "basis", "left", "right")
 MAPS = "gyroquant_map."
 IMPORT_FIRST = "gyroquant packed these weights, run `import gyroquant` before you open them"
@@ -57,6 +63,13 @@ class _Basis(BaseModel):
     order: Annotated[int, Field(ge=1, le=MAX_ORDER, strict=True)]
 
 
+class _Coded(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    bits: Annotated[int, Field(ge=1, le=8, strict=True)]
+    dtype: Literal["uint8", "int8", "float16", "float32"]
+    shape: list[_Index]
+
+
 class _Tensor(BaseModel):
     model_config = _KEEP
     grid: _Index
@@ -64,6 +77,7 @@ class _Tensor(BaseModel):
     basis: _Basis | None = None
     tensor_scale: bool = False
     low_rank: Annotated[int, Field(ge=1, strict=True)] | None = None
+    huffman: dict[str, _Coded] | None = None
 
 
 class _Place(BaseModel):

@@ -30,6 +30,12 @@ def test_presets_are_those_of_the_last_release_except_for_descriptions(name: str
         if isinstance(step, dict) and preset in ("gyro-w2", "gyro-w3", "gyro-w4"):
             assert step.pop("optional")
             assert step.pop("online", "fallback") == "fallback"
+    if preset == "gyro-w4a4kv4":  # activations were asymmetric and not clipped; no token of the cache was exact
+        assert found["activations"].pop("clip") == 0.8
+        assert found["kv_cache"].pop("first_tokens") == 16
+        for recipe in (expected, found):
+            recipe.pop("activations")
+            recipe.pop("kv_cache")
     for recipe in (expected, found):
         assert recipe.pop("description")  # for people: it does not change the result
     assert json.dumps(found) == json.dumps(expected)

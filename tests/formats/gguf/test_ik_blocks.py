@@ -70,7 +70,7 @@ def test_a_block_stands_for_the_numbers_of_the_program(kind: str) -> None:
     assert numbers.tolist() == [ik_reading.one_number(kind, block, j) for j in range(256)]
 
 
-@pytest.mark.parametrize("kind", some(list(IK_TYPES), "IQ2_K", "IQ4_KS"))  # the first use of a KT type takes seconds
+@pytest.mark.parametrize("kind", some(IK_TYPES, ("IQ2_K", "IQ4_KS")))  # the first use of a KT type takes seconds
 def test_random_bytes_are_decoded_as_by_the_program(kind: str) -> None:
     pytest.importorskip("ik_llama_cpp")
     raw = random_rows(kind)

@@ -41,11 +41,13 @@ def stored_tensors(path: Path) -> dict[str, Stored]:
 
 
 def why_not_llama_cpp(path: Path) -> str:
-    """Why llama.cpp cannot read a GGUF file, and what can: it has types of ik_llama.cpp. Empty if it has none.
-
-    Raises InputError as `stored_tensors`.
+    """Why llama.cpp cannot read a GGUF file, and what can: it has types of ik_llama.cpp. Empty if it has none, and for a
+    file that we cannot read: llama.cpp may, and otherwise it says what is wrong.
     """
-    kinds = sorted({tensor.kind for tensor in stored_tensors(path).values()} & IK_TYPES.keys())
+    try:
+        kinds = sorted({tensor.kind for tensor in stored_tensors(path).values()} & IK_TYPES.keys())
+    except (InputError, OSError, ValueError, struct.error):
+        return ""
     return f"llama.cpp does not read {', '.join(kinds)}: run the file with ik_llama.cpp" if kinds else ""
 
 
@@ -86,6 +88,8 @@ class _Header:
             kind = self._number("I")
             table.append((self._number("Q"), name, _KINDS.get(kind, f"type {kind}"), numbers))
         table.sort()
+        if not table:  # the first part of a model in several files may have only metadata
+            return {}
         start = -(-self.at // _ALIGNMENT) * _ALIGNMENT
         ends = [offset for offset, *_ in table[1:]] + [len(self.data) - start]
         return {

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from gyroquant.calibration.observers import Moments, observing
+from gyroquant.calibration.observers import Key, Moments, observing
 from gyroquant.calibration.stream import Stream
 from gyroquant.maps import blocks, hadamard
-from gyroquant.models.execution.online import attached
+from gyroquant.models.execution.online import OnlineOp, attached
 from gyroquant.models.execution.runner import BlockRunner, evaluating
 from gyroquant.models.graph.model_graph import Group
 from gyroquant.models.graph.sites import SITE_OF_BASIS
@@ -64,6 +65,23 @@ class Spread(Moments):
         return {size: (float(both[0]), float(both[1])) for size, both in means.items()}
 
 
+class Advice(Protocol):
+    """What `measure_outliers` shows the inputs and the parameters of every block to."""
+
+    observer: ClassVar[type[Spread]]
+    """The observers of inputs, which it may replace by larger ones."""
+
+    def look(
+        self,
+        block: int,
+        group: Group,
+        online: Sequence[OnlineOp],
+        observed: Mapping[Key, Any],
+        tensors: Mapping[str, Tensor],
+    ) -> None:
+        """Sees a block: its number, its operations, its online operations, the observers, and its parameters."""
+
+
 @torch.no_grad()
 def measure_outliers(
     store: WeightStore,
@@ -71,21 +89,25 @@ def measure_outliers(
     device: str = "cpu",
     progress: Progress | None = None,
     sizes: Sequence[int] = (),
+    advice: Advice | None = None,
 ) -> list[Outliers]:
     """The outlier statistics of every observed site and block for `input_ids`, shape (sequences, length).
 
-    `sizes` are the block sizes for which the l1 mass is measured too.
+    `sizes` are the block sizes for which the l1 mass is measured too. `advice` sees the same inputs.
     """
     graph = store.graph
     rows: list[Outliers] = []
-    model = store.skeleton()
+    model, make = store.skeleton(), partial(Spread if advice is None else advice.observer, sizes=sizes)
     with evaluating(model), (progress or Progress()).stage("observe", len(graph.blocks)) as advance:
         stream = Stream(BlockRunner.of(store, store.online), input_ids, store.read(graph.outer_params()), device=device)
         stream.free_outer()
         for i, group in enumerate(graph.blocks):
             online = graph.in_block(i, store.online)
-            with attached(model, online), observing(model, group, online, partial(Spread, sizes=sizes)) as observed:
-                stream.run(i, store.read(graph.block_params(i)))
+            tensors = store.read(graph.block_params(i))
+            with attached(model, online), observing(model, group, online, make) as observed:
+                stream.run(i, tensors)
+            if advice is not None:
+                advice.look(i, group, online, observed, tensors)
             rows += _by_site(i, {key: group_basis(group, key) for key, _ in observed}, observed)
             advance()
     return rows

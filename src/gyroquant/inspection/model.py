@@ -12,6 +12,7 @@ from typing import Any
 
 from gyroquant.calibration.text import bos_text, load_text, token_stream
 from gyroquant.errors import GyroquantError, InputError
+from gyroquant.evaluation.hadamard_advice import HadamardAdvice
 from gyroquant.evaluation.outliers import Outliers, measure_outliers
 from gyroquant.inspection.dry_run import dry_run_job
 from gyroquant.inspection.expected_size import expected_size
@@ -30,6 +31,7 @@ from gyroquant.recipes.schema import load_recipe
 from gyroquant.system.progress import Progress
 
 _SAMPLES, _LENGTH = 8, 512  # windows and tokens for the measurement of outliers
+_ADVICE = "rtn"  # the recipe whose grids the advice on Hadamard matrices is for, if none is given
 
 
 @dataclass
@@ -42,6 +44,8 @@ class Inspection:
     outliers: list[Outliers] = field(default_factory=list)
     observed: dict[str, Any] = field(default_factory=dict)
     """The text of the measurement of outliers: number of windows, their length in tokens, and their first tokens."""
+    advice: HadamardAdvice | None = None
+    """With text: whether a Hadamard matrix on its inputs lowers the error of each layer."""
     recipe: str | None = None
     prediction: ResourceEstimate | None = None
     expected: dict[str, Any] | None = None
@@ -186,6 +190,7 @@ class Inspection:
             "recipes": self.fits,
             "outliers": [asdict(row) for row in self.outliers],
             "observed": self.observed,
+            "hadamard": None if self.advice is None else self.advice.to_dict(),
             "recipe": self.recipe,
             "prediction": None if self.prediction is None else self.prediction.to_dict(),
             "expected": self.expected,
@@ -266,7 +271,8 @@ def inspect_model(
 ) -> Inspection:
     """Inspects a model: its sites, and which recipes fit.
 
-    - `text`: also measures outliers on this text.
+    - `text`: also measures outliers on this text, and whether a Hadamard matrix helps each layer, on the grids of the
+      recipe (default `rtn`, with the changes).
     - `recipe`: also measures time and memory of this recipe, at an `effort` if it has several.
     - `changes`: changes of the recipes.
     - `add_bos`, `offload`: as for quantizing.
@@ -307,7 +313,9 @@ def inspect_model(
         length = min(length, result.store.graph.max_positions or length)
         stream = token_stream(load_text(text), tokenizer, result.store.text_config.vocab_size, add_bos)
         batch = stream.sample(min(_SAMPLES, len(stream.windows(length).ids)), length, 0)
-        result.outliers = measure_outliers(result.store, batch.ids, device, progress)
+        weights = load_recipe(recipe or _ADVICE, changes, effort)
+        result.advice = HadamardAdvice(result.store.graph, weights.weights.grid, weights.activations)
+        result.outliers = measure_outliers(result.store, batch.ids, device, progress, advice=result.advice)
         result.observed = {"windows": len(batch.ids), "window": length, "bos": bos_text(batch.bos, tokenizer)}
     return result
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
+from gyroquant.evaluation.hadamard_advice import HadamardAdvice, LayerAdvice
 from gyroquant.evaluation.outliers import Outliers
 from gyroquant.report.console import table
 
@@ -64,3 +65,38 @@ def outliers(rows: list[Outliers]) -> Table:
         cells,
         right=(1, 2, 3),
     )
+
+
+def hadamard_advice(advice: HadamardAdvice) -> list[Any]:
+    """Whether a Hadamard matrix helps: one row for each kind of layer, with the means over its blocks; then the layers
+    that were left out.
+    """
+    kinds: dict[str, list[LayerAdvice]] = defaultdict(list)
+    for layer in advice.layers:
+        kinds[_kind(layer.layer)].append(layer)
+    measures = [("weights", "weights_turned")]
+    measures += [("both", "both_turned")] if advice.activations is not None else []
+    rows = []
+    for kind, members in kinds.items():
+        cells = []
+        for pair in measures:
+            for key in pair:
+                values = [getattr(layer, key) for layer in members]
+                cells.append("-" if None in values else f"{mean(values):.4g}")
+        helped = sum(layer.helps for layer in members)
+        rows.append((kind.rpartition(".")[2], str(members[0].order), *cells, f"{helped} of {len(members)}"))
+    names = ("weights", "turned", "with inputs", "turned")[: 2 * len(measures)]
+    title = "a Hadamard matrix on the inputs: relative squared errors of the outputs"
+    shown: list[Any] = []
+    if rows:
+        columns = ("layers", "order", *names, "helps")
+        shown.append(table(title, columns, rows, right=tuple(range(1, len(columns) - 1))))
+    reasons: dict[str, int] = defaultdict(int)
+    for reason in advice.left_out.values():
+        reasons[reason] += 1
+    return [*shown, *(f"not measured, {count} layers: {reason}" for reason, count in reasons.items())]
+
+
+def _kind(name: str) -> str:
+    """The name of a layer without its block and its expert."""
+    return re.sub(r"\d+", "*", name).rpartition("*.")[2]

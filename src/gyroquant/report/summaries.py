@@ -14,7 +14,7 @@ from gyroquant.maps import factors
 from gyroquant.models.stores.prequantized.base import told
 from gyroquant.models.stores.weight_bytes import PARTS
 from gyroquant.report.console import duration, table
-from gyroquant.report.layer_tables import mean, outliers, rounded_layers
+from gyroquant.report.layer_tables import hadamard_advice, mean, outliers, rounded_layers
 from gyroquant.report.task_table import task_table
 from gyroquant.system.environment import size
 
@@ -275,6 +275,8 @@ def inspected(result: Inspection) -> list[Any]:
         shown.append(rounded_layers(result.layers))
     if result.outliers:
         shown.append(outliers(result.outliers))
+    if result.advice is not None:
+        shown += hadamard_advice(result.advice)
     return shown + (predicted(result) if result.prediction else [])
 
 

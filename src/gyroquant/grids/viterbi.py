@@ -74,13 +74,14 @@ def _compiled(bits: int) -> Any:
         cost = np.empty(states, np.float32)
         kept = np.empty((length, states >> bits), np.float32)
         turned_x, turned_r = np.empty(length, np.float32), np.empty(length, np.float32)
+        anywhere = np.int64(-1)  # a variable: numba compiles a function once more for a constant as its argument
         for i in range(count):
             # The ends of the sequence meet in the middle of this path, which may start and end in any state.
             for t in range(length):
                 turned_x[t], turned_r[t] = x[i, (t + middle) % length], r[i, (t + middle) % length]
-            forward(turned_x, turned_r, y, -1, cost, kept)
+            forward(turned_x, turned_r, y, anywhere, cost, kept)
             back(turned_x, turned_r, y, kept, np.argmin(cost), out[i])
-            state = 0
+            state = np.int64(0)
             for t in range(length):
                 state = out[i, (t - middle) % length] * (states >> bits) + (state >> bits)
             forward(x[i], r[i], y, state, cost, kept)

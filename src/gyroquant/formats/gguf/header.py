@@ -41,8 +41,9 @@ def stored_tensors(path: Path) -> dict[str, Stored]:
 
 
 def why_not_llama_cpp(path: Path) -> str:
-    """Why llama.cpp cannot read a GGUF file, and what can: it has types of ik_llama.cpp. Empty if it has none, and for a
-    file that we cannot read: llama.cpp may, and otherwise it says what is wrong.
+    """Why llama.cpp cannot read a GGUF file, and what can: it has types of ik_llama.cpp. Empty if it has none.
+
+    Also empty for a file that we cannot read: llama.cpp may, and otherwise it says what is wrong.
     """
     try:
         kinds = sorted({tensor.kind for tensor in stored_tensors(path).values()} & IK_TYPES.keys())

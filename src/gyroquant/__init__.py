@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     from gyroquant.rounding.solvers.gptq import Gptq
     from gyroquant.rounding.solvers.qronos import Qronos
     from gyroquant.rounding.solvers.rtn import RoundToNearest
+    from gyroquant.rounding.steps.gumbel import GumbelSoftmax
     from gyroquant.rounding.steps.low_rank import LowRank
     from gyroquant.rounding.steps.refine import Refine
     from gyroquant.rounding.steps.signround import SignRound
@@ -94,6 +95,7 @@ __all__ = [
     "Gptaq",
     "Gptq",
     "Guided",
+    "GumbelSoftmax",
     "GyroquantError",
     "Head",
     "If4Grid",
@@ -167,6 +169,7 @@ _MODULES = {
     "Gptaq": "rounding.solvers.gptaq",
     "Gptq": "rounding.solvers.gptq",
     "Guided": "rounding.guided",
+    "GumbelSoftmax": "rounding.steps.gumbel",
     "GyroquantError": "errors",
     "Head": "recipes.schema",
     "InputError": "errors",

@@ -38,6 +38,7 @@ from gyroquant.rounding import (
     Activations,
     Allocate,
     Guided,
+    GumbelSoftmax,
     Ignore,
     KvCache,
     LowRank,
@@ -100,6 +101,7 @@ class Weights(StepOptions):
     - `basis` (None): a basis in which weights are rounded. None: their own.
     - `refine` (None): improves codes and scales after the solver.
     - `tune` (None): tunes the rounded layers of a block together.
+    - `gumbel` (None): learns their codes with Gumbel noise, before `tune`.
     - `target` (None): changes the weights that the solver rounds, to correct the input error.
     - `low_rank` (None): adds a low-rank branch to every rounded layer.
     - `guided` (None): weights the calibration tokens by the gradient of the loss.
@@ -120,6 +122,7 @@ class Weights(StepOptions):
     basis: Section[WeightBasis] | None = None
     refine: Section[Refine] | None = None
     tune: Section[SignRound] | None = None
+    gumbel: Section[GumbelSoftmax] | None = None
     target: Section[Target] | None = None
     low_rank: Section[LowRank] | None = None
     guided: Section[Guided] | None = None
@@ -141,6 +144,7 @@ class Weights(StepOptions):
         for grid in (self.grid, *(override.grid for override in self.overrides)):
             if grid.real_zeros:
                 conflicts.append(f"the grid {grid.grid} is for activations and the KV cache: take float_zero")
+            conflicts += [step.grid_conflicts(grid) for step in self.steps if isinstance(step, LayerStep)]
             if not grid.coded_singly:
                 single = [step.key for step in self.steps if step.needs_single_codes]
                 single += ["guided"] if self.guided is not None and grid.tile_rows > 1 else []
@@ -153,8 +157,7 @@ class Weights(StepOptions):
     def _options_do_not_contradict(self) -> Weights:
         if self.allocate is not None and self.overrides:
             raise ValueError("allocate chooses the bits of every layer: leave overrides out, or allocate")
-        problem = "" if self.guided is None else self.guided.problem(self.solver, self.layer_steps)
-        if problem:
+        if self.guided is not None and (problem := self.guided.problem(self.solver, self.layer_steps)):
             raise ValueError(problem)
         if self.allocate is not None and not self.grid.has_bit_widths:
             raise ValueError(
@@ -166,17 +169,16 @@ class Weights(StepOptions):
     def _rows_do_not_contradict(self) -> Weights:
         if self.allocate is None or not self.allocate.by_rows:
             return self
+        rows = "allocate with granularity: rows"
         if not isinstance(self.grid, IntegerGrid):
-            raise ValueError(
-                f"allocate with granularity: rows needs the grid integer, not {self.grid.grid}: take it, or "
-                "granularity: layers"
-            )
-        if self.low_rank is not None:
-            raise ValueError("allocate with granularity: rows has no low-rank branches: leave low_rank out")
+            raise ValueError(f"{rows} needs the grid integer, not {self.grid.grid}: take it, or granularity: layers")
+        for key in ("low_rank", "gumbel"):
+            if getattr(self, key) is not None:
+                raise ValueError(f"{rows} cannot be combined with {key}: leave {key} out")
         if self.guided is not None and self.guided.kronecker is not None:
             raise ValueError(
-                "allocate with granularity: rows solves rows of different bits one after the other, and "
-                "guided.kronecker needs them together: leave guided.kronecker out, or take granularity: layers"
+                f"{rows} solves rows of different bits one after the other, and guided.kronecker needs them together: "
+                "leave guided.kronecker out, or take granularity: layers"
             )
         return self
 
@@ -441,27 +443,24 @@ class Recipe(BaseModel):
         Settings that the last release did not have are left out where they have their defaults, so that its journals
         and the keys of its results stay valid.
         """
-        data = self.model_dump(mode="json")
+        weights = (data := self.model_dump(mode="json"))["weights"]
         new = [(data, key) for key in ("embeddings", "head", "keep_ties")]
-        new += [(data["calibration"], "all_experts"), (data["weights"], "guided"), (data["weights"], "low_rank")]
-        if (guided := data["weights"]["guided"]) is not None and guided["kronecker"] is None:
+        new += [(data["calibration"], "all_experts"), *((weights, key) for key in ("guided", "gumbel", "low_rank"))]
+        if (guided := weights["guided"]) is not None and guided["kronecker"] is None:
             del guided["kronecker"], guided["damp_percent"]
-        if data["weights"]["allocate"] is not None:
-            new += [(data["weights"]["allocate"], key) for key in ("bytes", "embeddings")]
+        if weights["allocate"] is not None:
             for key, usual in (("costs", "measured"), ("granularity", "layers")):
-                if data["weights"]["allocate"][key] == usual:
-                    del data["weights"]["allocate"][key]
-        if data["weights"]["tune"] is not None:
-            new += [(data["weights"]["tune"], key) for key in ("outliers", "search_scales")]
+                if weights["allocate"][key] == usual:
+                    del weights["allocate"][key]
+        later = {"tune": ("outliers", "search_scales"), "refine": ("tolerance",), "allocate": ("bytes", "embeddings")}
+        new += [(weights[section], key) for section, keys in later.items() if weights[section] for key in keys]
         if data["kv_cache"] is not None:
             new += [(data["kv_cache"], key) for key in ("key_clip", "value_clip", "first_tokens", "last_tokens")]
-        if data["weights"]["bound"]:
-            del data["weights"]["bound"]
+        if weights["bound"]:
+            del weights["bound"]
         for key in ("source", "choose", "candidates"):
             if data["calibration"][key] == Calibration.model_fields[key].default:
                 del data["calibration"][key]
-        if data["weights"]["refine"] is not None:
-            new += [(data["weights"]["refine"], "tolerance")]
         for owner, key in new:
             if not owner[key]:
                 del owner[key]

@@ -4,6 +4,7 @@ from gyroquant.rounding.activations import Activations, Ignore, KvCache
 from gyroquant.rounding.base import InputStatistics, Solver, output_error
 from gyroquant.rounding.bit_allocation import Allocate
 from gyroquant.rounding.guided import Guided
+from gyroquant.rounding.steps.gumbel import GumbelSoftmax
 from gyroquant.rounding.steps.low_rank import LowRank
 from gyroquant.rounding.steps.refine import Refine
 from gyroquant.rounding.steps.signround import SignRound
@@ -14,6 +15,7 @@ __all__ = [
     "Activations",
     "Allocate",
     "Guided",
+    "GumbelSoftmax",
     "Ignore",
     "InputStatistics",
     "KvCache",

@@ -190,14 +190,14 @@ def test_interrupted_tuning_ends_with_the_same_bytes(
     tune = ["weights.bits=2", "weights.tune={iters: 12, batch_size: 4}"]
     run(folders["llama_tied"], tmp_path / "whole", corpus, "rtn", *tune)
     monkeypatch.setattr(signround, "_CHECKPOINT", 5)
-    plain, calls = signround.BlockTuner._step, iter(range(1000))
+    plain, calls = signround.SignRoundTuner._step, iter(range(1000))
 
     def stopping(*args: Any) -> None:
         if next(calls) == 12 + 8:
             raise KeyboardInterrupt
         plain(*args)
 
-    monkeypatch.setattr(signround.BlockTuner, "_step", stopping)
+    monkeypatch.setattr(signround.SignRoundTuner, "_step", stopping)
     with pytest.raises(KeyboardInterrupt):
         run(folders["llama_tied"], tmp_path / "stopped", corpus, "rtn", *tune)
     run(folders["llama_tied"], tmp_path / "stopped", corpus, "rtn", *tune)

@@ -72,12 +72,13 @@ def _one_process(model: MemoryModel) -> int:
     waiting = model.compute * model.batch * inputs if weights.needs_input_error else 0
     running = models * local + model.activations(model.batch, max(4, model.compute)) + waiting
     deployed = 2 * decoded + local
+    tuned = max((step.held_bytes(rounded) for step in weights.block_steps), default=0)
     held = folded + codes + turns + kept + model.second_moments()
     return model.in_memory + max(
         making,
         held + running,
         held + model.solving(),
-        folded + codes + kept + deployed + model.activations(model.batch, model.compute),
+        folded + codes + kept + deployed + tuned + model.activations(model.batch, model.compute),
     )
 
 

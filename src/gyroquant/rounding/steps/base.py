@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gyroquant.calibration.stream import Stream
 from gyroquant.errors import RecipeError
+from gyroquant.grids import Grid
 from gyroquant.models.execution.low_rank import LowRankBranch, branches
 from gyroquant.models.graph.model_graph import Group
 from gyroquant.models.graph.rounded_layer import RoundedLayer
@@ -49,6 +50,10 @@ class LayerStep(RoundingStep):
 
     def conflicts(self, solver: Solver) -> str:
         """The reason why it cannot be combined with a solver; empty if it can."""
+        return ""
+
+    def grid_conflicts(self, grid: Grid) -> str:
+        """The reason why it cannot change codes of a grid; empty if it can. `needs_single_codes` is checked besides."""
         return ""
 
 
@@ -124,6 +129,10 @@ class BlockStep(LayerStep):
     @property
     def passes(self) -> int:
         """How many times it runs the whole calibration text through a block."""
+        return 0
+
+    def held_bytes(self, weights: int) -> int:
+        """The bytes that it holds for a block with so many rounded weights, if it holds more than copies of them."""
         return 0
 
     def with_iterations(self, count: int) -> BlockStep:

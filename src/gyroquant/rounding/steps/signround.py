@@ -8,16 +8,18 @@ weight between two codes, and the two ends of each group's range. The steps use 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Generic, Literal, Protocol, TypeVar
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 from typing_extensions import Self
 
+from gyroquant.grids import QuantizedWeight
 from gyroquant.models.graph.rounded_layer import RoundedLayer
 from gyroquant.rounding.base import Solver, When
 from gyroquant.rounding.solvers.rtn import rows_on_grid
@@ -104,7 +106,7 @@ class SignRound(BlockStep):
         with reused_memory():
             if self.search_scales:
                 block = with_searched_scales(block, {name: _tuned_matrix(block, name) for name in block.layers})
-            return replace(block, layers=BlockTuner(block, self.outliers).tune(self))
+            return replace(block, layers=SignRoundTuner(block, self.outliers).tune(self))
 
     def rate(self, lr: float | None, step: int) -> float:
         """The length of step number `step`."""
@@ -114,7 +116,7 @@ class SignRound(BlockStep):
 
 
 @dataclass
-class _State:
+class TuningState:
     """The state of tuning.
 
     - `moving`: the tuned tensors.
@@ -176,7 +178,37 @@ def _tuned_matrix(block: RoundedBlock, name: str) -> Tensor | None:
     return None if bool((rows_on_grid(moved, weight) | ~moved.any(1)).all()) else matrix
 
 
-class BlockTuner:
+class Tunable(Protocol):
+    """A rounded weight that is tuned."""
+
+    @property
+    def moving(self) -> tuple[Tensor, ...]:
+        """What tuning changes."""
+
+    def matrix(self) -> Tensor:
+        """The matrix that the block runs with, shape (out, in)."""
+
+    def result(self) -> QuantizedWeight:
+        """The current codes and scales."""
+
+
+class Settings(Protocol):
+    """The options that every way of tuning has."""
+
+    @property
+    def iters(self) -> int:
+        """Steps."""
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences in a step."""
+
+
+W = TypeVar("W", bound=Tunable)
+S = TypeVar("S", bound=Settings)
+
+
+class BlockTuner(ABC, Generic[W, S]):
     """One block and its tuned tensors. It computes in the dtype of the block's input.
 
     `outliers` is the share of outputs that the loss leaves out, as in `SignRound`.
@@ -187,15 +219,28 @@ class BlockTuner:
         assert hidden is not None
         assert target is not None
         self.block, self.hidden, self.target, self.outliers = block, hidden, target, outliers
-        self.tunable: dict[str, TunableWeight] = {}
+        self.tunable: dict[str, W] = {}
         self.rest = {name: t.to(hidden.dtype) for name, t in block.tensors.items() if name not in block.layers}
         for name, layer in block.layers.items():
             matrix = _tuned_matrix(block, name)
             if matrix is None:
                 self.rest[name] = layer.param.to(hidden.dtype)
             else:
-                self.tunable[name] = TunableWeight(matrix, layer.weight)
+                self.tunable[name] = self._tunable(matrix, layer.weight)
         self.leaves = {name: block.layers[name].param.to(hidden.dtype, copy=True) for name in self.tunable}
+
+    @abstractmethod
+    def _tunable(self, matrix: Tensor, rounded: QuantizedWeight) -> W:
+        """A rounded weight as it is tuned, and the matrix that it stands for, shape (out, in)."""
+
+    @abstractmethod
+    def _step(self, settings: S, state: TuningState, step: int) -> None:
+        """Step number `step`. The first one sets `state.first` to the loss of the solver's codes."""
+
+    @property
+    def _mark(self) -> str:
+        """What a saved state must be marked with to be continued."""
+        return str(self.block.seed)
 
     def _refresh(self) -> None:
         """Writes the current rounded weights to the leaves."""
@@ -238,7 +283,7 @@ class BlockTuner:
                     error.backward()
         return total
 
-    def tune(self, settings: SignRound) -> dict[str, RoundedLayer]:
+    def tune(self, settings: S) -> dict[str, RoundedLayer]:
         """Tunes and returns the layers, or those of the solver if tuning did not help.
 
         With a checkpoint, the state is saved every few steps, and a run that was interrupted continues from it.
@@ -248,19 +293,43 @@ class BlockTuner:
             for _ in range(settings.iters):
                 progress()
             return dict(self.block.layers)
-        moving = [tensor for weight in self.tunable.values() for tensor in (weight.offset, weight.stretch)]
-        state = _State(moving, torch.Generator().manual_seed(seed), torch.arange(len(self.hidden)))
+        moving = [tensor for weight in self.tunable.values() for tensor in weight.moving]
+        state = TuningState(moving, torch.Generator().manual_seed(seed), torch.arange(len(self.hidden)))
         if checkpoint is not None:
-            state.resume(checkpoint, str(seed))
+            state.resume(checkpoint, self._mark)
         for step in range(settings.iters):
             if step >= state.done:
                 self._step(settings, state, step)
                 if checkpoint is not None and state.done % _CHECKPOINT == 0:
-                    state.save(checkpoint, str(seed))
+                    state.save(checkpoint, self._mark)
             progress()
         return self._better_layers(settings, state)
 
-    def _step(self, settings: SignRound, state: _State, step: int) -> None:
+    def _better_layers(self, settings: S, state: TuningState) -> dict[str, RoundedLayer]:
+        """The tuned layers, or the initial ones if their loss is lower. Both are measured on the sequences of the first
+        step, which measured the initial layers.
+        """
+        if state.best is not None:
+            for tensor, value in zip(state.moving, state.best, strict=True):
+                tensor.copy_(value)
+        before = dict(self.block.layers)
+        first = TuningState(
+            state.moving, torch.Generator().manual_seed(self.block.seed), torch.arange(len(self.hidden))
+        )
+        self._refresh()
+        loss = self.loss(first.picks(0, min(settings.batch_size, len(self.hidden))), backward=False)
+        if loss >= state.first:
+            return before
+        return before | {name: RoundedLayer(before[name].op, weight.result()) for name, weight in self.tunable.items()}
+
+
+class SignRoundTuner(BlockTuner[TunableWeight, SignRound]):
+    """A block whose weights move between codes by the signs of their gradients."""
+
+    def _tunable(self, matrix: Tensor, rounded: QuantizedWeight) -> TunableWeight:
+        return TunableWeight(matrix, rounded)
+
+    def _step(self, settings: SignRound, state: TuningState, step: int) -> None:
         picks = state.picks(step, min(settings.batch_size, len(self.hidden)))
         if step:
             self._refresh()
@@ -279,18 +348,3 @@ class BlockTuner:
             if gradient is not None:
                 weight.descend(self.block.layers[name].op.to_matrix(gradient), *steps)
         state.done = step + 1
-
-    def _better_layers(self, settings: SignRound, state: _State) -> dict[str, RoundedLayer]:
-        """The tuned layers, or the initial ones if their loss is lower. Both are measured on the sequences of the first
-        step, which measured the initial layers.
-        """
-        if state.best is not None:
-            for tensor, value in zip(state.moving, state.best, strict=True):
-                tensor.copy_(value)
-        before = dict(self.block.layers)
-        first = _State(state.moving, torch.Generator().manual_seed(self.block.seed), torch.arange(len(self.hidden)))
-        self._refresh()
-        loss = self.loss(first.picks(0, min(settings.batch_size, len(self.hidden))), backward=False)
-        if loss >= state.first:
-            return before
-        return before | {name: RoundedLayer(before[name].op, weight.result()) for name, weight in self.tunable.items()}

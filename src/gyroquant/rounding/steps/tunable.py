@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from gyroquant.grids import GroupParams, QuantizedWeight, straight_through
+from gyroquant.grids import Basis, GroupParams, QuantizedWeight, straight_through
 
 _EDGE = (
     0.49  # of a step: the largest distance of a weight from its code at the start, so that the code stays the nearest
@@ -47,6 +47,11 @@ class TunableWeight:
         self._sign = None if bool((rounded.params.scale > 0).all()) else rounded.params.scale.sign()
         self.offset = torch.zeros_like(self.wanted)
         self.stretch = torch.ones(*rounded.params.scale.shape[:2], 2, device=weight.device)
+
+    @property
+    def moving(self) -> tuple[Tensor, ...]:
+        """What tuning changes."""
+        return self.offset, self.stretch
 
     def _params(self, stretch: Tensor) -> tuple[GroupParams, GroupParams]:
         """The parameters with gradients to `stretch`, and the ones that are stored. Both have the same values."""
@@ -96,7 +101,7 @@ class TunableWeight:
         bounds = [end.detach() * size for end in ends]
         half = [self.grid.group_step_below(end.detach(), kept) * size / 2 for end in ends]
         low, high = bounds[0] - half[0], bounds[1] + half[1]
-        gradient = self._in_basis(gradient).reshape(self.wanted.shape)
+        gradient = in_basis(gradient, self.start.basis, self.wanted).reshape(self.wanted.shape)
         for rows in self._rows():
             values, pull = self._values(rows, kept.scale), gradient[rows]
             signed = values if self._sign is None else values * self._sign[rows]
@@ -121,11 +126,14 @@ class TunableWeight:
             (slope,) = torch.autograd.grad([end for end, _ in slopes], stretch, [pull for _, pull in slopes])
             self.stretch.sub_(slope.sign_(), alpha=stretch_step).clamp_(*_STRETCH)
 
-    def _in_basis(self, gradient: Tensor) -> Tensor:
-        """The gradient to the numbers in the basis, for the gradient to `matrix()`; fp32."""
-        gradient, basis = gradient.float(), self.start.basis
-        if basis is None:
-            return gradient
-        with torch.enable_grad():
-            numbers = torch.zeros_like(self.wanted).view(len(self.wanted), -1).requires_grad_()
-            return torch.autograd.grad(basis.decode(numbers), numbers, gradient)[0]
+
+def in_basis(gradient: Tensor, basis: Basis | None, numbers: Tensor) -> Tensor:
+    """The gradient to numbers in a basis, fp32, for that to the matrix that they decode to. Both have the shape
+    (out, in); `numbers` is of any shape with as many rows.
+    """
+    gradient = gradient.float()
+    if basis is None:
+        return gradient
+    with torch.enable_grad():
+        leaf = torch.zeros_like(numbers).view(len(numbers), -1).requires_grad_()
+        return torch.autograd.grad(basis.decode(leaf), leaf, gradient)[0]
